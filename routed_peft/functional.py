@@ -1,0 +1,188 @@
+"""The method in three functions: forward passes left as they are, backward passes with one weight per position.
+
+Gradient routing (Cloud et al., arXiv 2410.04332) multiplies the gradient along chosen edges of the graph by a
+data-dependent weight ``m``: 1 passes it, 0 blocks it, a negative weight reverses it.
+
+Shapes: ``B`` examples, ``T`` positions, ``D`` features in, ``O`` features out. ``m`` is ``(B,)``, one weight per
+example, or ``(B, T)``, one per position, and lines up with the leading axes of the tensor that it weighs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def spread(m: Tensor, like: Tensor) -> Tensor:
+    """Give ``m`` trailing axes of size one, and the dtype of ``like``, so that it broadcasts against it from the left.
+
+    >>> spread(torch.ones(2, 3), torch.ones(2, 3, 4, 5)).shape
+    torch.Size([2, 3, 1, 1])
+    """
+    return m.reshape(m.shape + (1,) * (like.dim() - m.dim())).to(like.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class PositionWeights:
+    """Weights ``m`` made ready for many layers: which positions are kept, and by how much each is weighed.
+
+    Attributes:
+        m: ``(B,)`` or ``(B, T)``.
+        index: flat indices of the positions whose weight is not zero, or None to keep them all.
+        kept: the weights of the positions kept, flat, or None where all of these are one.
+    """
+
+    m: Tensor
+    index: Tensor | None
+    kept: Tensor | None
+
+    @classmethod
+    def of(cls, m: Tensor, gather: bool = True) -> PositionWeights:
+        """Prepare ``m``. With ``gather``, positions of weight zero are left out of weight-gradient matmuls.
+
+        >>> PositionWeights.of(torch.tensor([1.0, 0.0, 1.0])).index
+        tensor([0, 2])
+        """
+        flat = m.reshape(-1)
+        index = flat.nonzero().squeeze(1) if gather else None
+        if index is not None and len(index) == len(flat):
+            index = None
+        kept = flat if index is None else flat[index]
+        return cls(m, index, None if index is not None and bool((kept == 1).all()) else kept)
+
+    def select(self, x: Tensor) -> Tensor:
+        """Take the kept positions of ``x`` ``(B, T, D)`` as rows ``(N, D)``."""
+        rows = x.flatten(0, self.m.dim() - 1)
+        rows = rows if self.index is None else rows.index_select(0, self.index)
+        return rows.reshape(-1, x.shape[-1])
+
+    def weigh(self, grad: Tensor) -> Tensor:
+        """Take the kept positions of ``grad`` ``(B, T, O)`` as rows ``(N, O)``, each times its weight."""
+        rows = grad.flatten(0, self.m.dim() - 1)
+        rows = rows if self.index is None else rows.index_select(0, self.index)
+        rows = rows if self.kept is None else rows * spread(self.kept, rows)
+        return rows.reshape(-1, grad.shape[-1])
+
+
+class _RoutedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, weights: PositionWeights) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.weights = inputs
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad @ weight if needs_x else None
+        if not (needs_weight or needs_bias):
+            return grad_x, None, None, None
+        weighed = ctx.weights.weigh(grad)  # (N, O)
+        grad_weight = weighed.t() @ ctx.weights.select(x) if needs_weight else None
+        return grad_x, grad_weight, weighed.sum(0) if needs_bias else None, None
+
+
+def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | PositionWeights) -> Tensor:
+    r"""Parameter-edge routing of a linear layer: ``F.linear`` whose parameter gradients weigh each position by ``m``.
+
+    .. math::
+        y = x W^\top + b, \quad
+        \partial_x = \partial_y W, \quad
+        \partial_W = (m \odot \partial_y)^\top x, \quad
+        \partial_b = \textstyle\sum m \odot \partial_y
+
+    The gradient to ``x`` is exact and unmasked, so other parameters learn as if nothing had been routed: SGTM's
+    parameter masking (arXiv 2512.05648) at the granularity of one position, in one pass over a batch of mixed labels.
+
+    Args:
+        x: ``(B, D)`` or ``(B, T, D)``.
+        weight: ``(O, D)``.
+        bias: ``(O,)`` or None.
+        m: ``(B,)`` or ``(B, T)``; prepare it once with `PositionWeights.of` where several layers share it.
+
+    Returns:
+        ``(B, O)`` or ``(B, T, O)``.
+
+    Example:
+        >>> x, w = torch.eye(2), torch.zeros(1, 2, requires_grad=True)
+        >>> routed_linear(x, w, None, torch.tensor([1.0, 0.0])).sum().backward()
+        >>> w.grad
+        tensor([[1., 0.]])
+    """
+    if torch.is_autocast_enabled(x.device.type):  # inside the Function its backward would meet two dtypes
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _RoutedLinear.apply(x, weight, bias, m if isinstance(m, PositionWeights) else PositionWeights.of(m))
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, m: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (m,) = ctx.saved_tensors
+        return grad * spread(m, grad), None
+
+
+def scale_gradient(x: Tensor, m: Tensor) -> Tensor:
+    r"""Activation-edge routing: the value of ``x``, with its gradient multiplied by ``m``.
+
+    .. math:: y = x, \qquad \partial_x = m \odot \partial_y
+
+    The mask of gradient routing as first published (arXiv 2410.04332, section 3): it also weighs all that flows further
+    upstream. On the output of an embedding it is parameter-edge routing, because the table is that edge's only leaf.
+    The usual ``m * x + (1 - m) * x.detach()`` has the same gradient but moves the value in low precision.
+
+    Args:
+        x: ``(B, ...)`` or ``(B, T, ...)``.
+        m: ``(B,)`` or ``(B, T)``.
+
+    Example:
+        >>> x = torch.ones(2, 3, requires_grad=True)
+        >>> scale_gradient(x, torch.tensor([1.0, -0.5])).sum().backward()
+        >>> x.grad
+        tensor([[ 1.0000,  1.0000,  1.0000],
+                [-0.5000, -0.5000, -0.5000]])
+    """
+    return _ScaleGradient.apply(x, m)
+
+
+def routed_module(g: nn.Module, x: Tensor, m: Tensor) -> Tensor:
+    r"""Parameter-edge routing of any small module, at the price of a second evaluation.
+
+    .. math:: y = g_{\mathrm{sg}(\theta)}(x) + m \odot \bigl(g_\theta(\mathrm{sg}(x)) - \mathrm{sg}(g_\theta(x))\bigr)
+
+    with ``sg`` the stop-gradient. The bracket is exactly zero, so the value is that of ``g(x)`` bit for bit; a weight of
+    zero gives parameter gradients of exactly zero, and the gradient to ``x`` is unmasked.
+
+    Args:
+        g: a deterministic module that treats positions alone (for ``m`` ``(B, T)``) or examples alone (``(B,)``).
+        x: ``(B, ...)`` or ``(B, T, ...)``; leading axes must survive in the output.
+        m: ``(B,)`` or ``(B, T)``.
+
+    Example:
+        >>> norm, x = nn.LayerNorm(2), torch.tensor([[1.0, 3.0], [5.0, 1.0]])
+        >>> routed_module(norm, x, torch.tensor([0.0, 1.0])).sum().backward()
+        >>> norm.weight.grad
+        tensor([ 1.0000, -1.0000])
+    """
+    detached = {name: p.detach() for name, p in g.named_parameters()}
+    through_x = torch.func.functional_call(g, detached, (x,))
+    through_parameters = g(x.detach())
+    return through_x + spread(m, through_x) * (through_parameters - through_parameters.detach())

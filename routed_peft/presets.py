@@ -1,0 +1,87 @@
+"""The published methods as tables of routes: plain dictionaries, to be used as they are or edited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from routed_peft.routes import BASE, Route
+
+
+def sgtm(region: str = "forget") -> dict[str, Route]:
+    """Selective gradient masking (SGTM, arXiv 2512.05648, section 3).
+
+    Labelled forget data trains only the region; labelled retain data is seen without the region; the rest trains both,
+    and is absorbed by whichever side already knows it.
+
+    >>> sgtm("bio")["forget"]
+    Route(weights={'base': 0.0}, ablated=())
+    """
+    return {
+        "forget": Route(weights={BASE: 0.0}),
+        "retain": Route(ablated=(region,)),
+        "unlabeled": Route(),
+    }
+
+
+def era(region: str = "forget", base_weight: float = -0.75) -> dict[str, Route]:
+    """Expand, Route, Ablate (gradient routing, arXiv 2410.04332, section 4.2).
+
+    Use it with ``edges="activations"``, and with token-frequency weights in ``route_weights`` to let common tokens pass:
+    a token's base weight is then ``w + (1 - w) * base_weight`` (`routed_peft.data.token_frequency_weights`). Everything
+    that is not labelled forget trains as usual.
+
+    >>> era()["forget"].weights
+    {'base': -0.75}
+    """
+    return {
+        "forget": Route(weights={BASE: base_weight}),
+        "retain": Route(),
+        "unlabeled": Route(),
+    }
+
+
+def classic(region: str = "forget") -> dict[str, Route]:
+    """Two-adapter routing in RL: flagged rollouts train only the region, all others train both.
+
+    >>> classic()["flagged"]
+    Route(weights={'base': 0.0}, ablated=())
+    """
+    return {"flagged": Route(weights={BASE: 0.0}), "unflagged": Route()}
+
+
+def exclusive(region: str = "forget") -> dict[str, Route]:
+    """As `classic`, but the region learns from flagged rollouts alone.
+
+    >>> exclusive("hack")["unflagged"]
+    Route(weights={'hack': 0.0}, ablated=())
+    """
+    return {"flagged": Route(weights={BASE: 0.0}), "unflagged": Route(weights={region: 0.0})}
+
+
+def gram(regions: Sequence[str]) -> dict[str, Route]:
+    """One region per category (GRAM / modular pretraining, arXiv 2607.08077).
+
+    For every region three kinds of data: ``<region>`` trains the region alone (aux-isolated), ``<region>/spread`` trains
+    region and core (aux-spread), ``<region>/robust`` is core data seen with that one region on (core-robustness).
+    ``core`` is seen with all regions off. The published shares: a third to a half of a category's data spread, a fifth to
+    a half of the core data robust.
+
+    >>> list(gram(["bio", "cyber"]))
+    ['core', 'bio', 'bio/spread', 'bio/robust', 'cyber', 'cyber/spread', 'cyber/robust']
+    """
+    routes = {"core": Route(ablated=tuple(regions))}
+    for region in regions:
+        others = tuple(r for r in regions if r != region)
+        routes[region] = Route(weights={BASE: 0.0}, ablated=others)
+        routes[f"{region}/spread"] = Route(ablated=others)
+        routes[f"{region}/robust"] = Route(ablated=others)
+    return routes
+
+
+def control(labels: Sequence[str] = ("forget", "retain", "unlabeled")) -> dict[str, Route]:
+    """The placebo: every label trains everything, in a model with the same regions.
+
+    >>> control(["a"])
+    {'a': Route(weights={}, ablated=())}
+    """
+    return {label: Route() for label in labels}
