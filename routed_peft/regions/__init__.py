@@ -1,0 +1,10 @@
+"""Regions as PEFT adapters. Importing this package registers the PEFT type ``ROUTED``."""
+
+from routed_peft.regions.config import RoutedConfig
+from routed_peft.regions.mlp import RoutedMLP
+from routed_peft.regions.model import RoutedModel
+from routed_peft.regions.registration import register
+
+register()
+
+__all__ = ["RoutedConfig", "RoutedMLP", "RoutedModel"]

@@ -1,0 +1,155 @@
+"""Hidden units as tensors: appended to an MLP and cut off again, exactly, whatever its layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from routed_peft.architectures import MLPLayout, find_mlps, is_plain, mlp_layout, width
+
+_WIDTH_FIELDS = ("ffn_hidden_size", "n_inner", "intermediate_size")  # Falcon; GPT-2; all others
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Weights of ``n`` hidden units: ``up``, ``gate`` ``(n, H)``, ``down`` ``(H, n)``, biases ``(n,)``, or None."""
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, n: int, hidden: int) -> Units:
+        """Return units that add nothing, exactly, for any activation."""
+        up, bias = torch.zeros(n, hidden), torch.zeros(n)
+        return cls(up, torch.zeros(hidden, n), up, bias, bias)
+
+
+def hidden_units(mlp: nn.Module, layout: MLPLayout) -> int:
+    """Return the number of hidden units of ``mlp``."""
+    return width(getattr(mlp, layout.down), "in")
+
+
+def check_widenable(mlp: nn.Module, layout: MLPLayout) -> None:
+    """Raise ValueError where the weights of ``mlp`` are quantised or otherwise no plain matrices."""
+    for name in filter(None, (layout.gate, layout.up, layout.down)):
+        projection = getattr(mlp, name)
+        if not isinstance(projection, nn.Linear | Conv1D) or not is_plain(projection.weight):
+            raise ValueError(
+                f"hidden units cannot be merged into `{name}` of {type(mlp).__name__}: it is a "
+                f"{type(projection).__name__} with quantised or wrapped weights. Load the base unquantised (float32 or "
+                "bfloat16), or keep the region as an adapter."
+            )
+
+
+def widen(mlp: nn.Module, layout: MLPLayout, units: Units) -> None:
+    """Append ``units`` behind the hidden units that ``mlp`` has, in place."""
+    for projection, parts in _in_projections(mlp, layout):
+        axis = _hidden_axis(projection)
+        rows = [_oriented(projection, getattr(units, part)) for part in parts]
+        biases = [getattr(units, f"{part}_bias") for part in parts]
+        bias = None if projection.bias is None else _appended(projection.bias.data, biases, 0)
+        _replace(projection, _appended(projection.weight.data, rows, axis), bias)
+    down: Any = getattr(mlp, layout.down)
+    _replace(down, _appended(down.weight.data, [_oriented(down, units.down)], 1 - _hidden_axis(down)), None)
+    _note_width(mlp, layout)
+
+
+def narrow(mlp: nn.Module, layout: MLPLayout, n: int) -> None:
+    """Keep the first ``n`` hidden units of ``mlp``, in place: what `widen` appended is gone bit for bit."""
+    for projection, parts in _in_projections(mlp, layout):
+        axis = _hidden_axis(projection)
+        bias = None if projection.bias is None else _first(projection.bias.data, len(parts), n, 0)
+        _replace(projection, _first(projection.weight.data, len(parts), n, axis), bias)
+    down: Any = getattr(mlp, layout.down)
+    _replace(down, _first(down.weight.data, 1, n, 1 - _hidden_axis(down)), None)
+    _note_width(mlp, layout)
+
+
+def _in_projections(mlp: nn.Module, layout: MLPLayout) -> list[tuple[Any, tuple[str, ...]]]:
+    """Each projection into the hidden units, and what its matrix holds, in order."""
+    up = getattr(mlp, layout.up)
+    if layout.fused:
+        return [(up, ("gate", "up"))]
+    return [(up, ("up",))] if layout.gate is None else [(getattr(mlp, layout.gate), ("gate",)), (up, ("up",))]
+
+
+def _hidden_axis(projection: nn.Module) -> int:
+    return 1 if isinstance(projection, Conv1D) else 0  # of the weight, for features that come out
+
+
+def _oriented(projection: nn.Module, weight: Tensor) -> Tensor:
+    return weight.t() if isinstance(projection, Conv1D) else weight
+
+
+def _appended(tensor: Tensor, extras: list[Tensor], axis: int) -> Tensor:
+    parts = zip(tensor.chunk(len(extras), axis), extras, strict=True)
+    return torch.cat([piece for old, extra in parts for piece in (old, extra.detach().to(tensor))], axis)
+
+
+def _first(tensor: Tensor, parts: int, n: int, axis: int) -> Tensor:
+    return torch.cat([part.narrow(axis, 0, n) for part in tensor.chunk(parts, axis)], axis)
+
+
+def _replace(projection: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """Give ``projection`` other values under the same Parameter objects, so that an optimizer keeps hold of them."""
+    for parameter, value in ((projection.weight, weight), (projection.bias, bias)):
+        if value is not None:
+            parameter.grad = None
+            parameter.data = value
+    if isinstance(projection, Conv1D):
+        projection.nx, projection.nf = weight.shape
+    else:
+        projection.out_features, projection.in_features = weight.shape
+
+
+def _note_width(mlp: Any, layout: MLPLayout) -> None:
+    if hasattr(mlp, "intermediate_size"):
+        mlp.intermediate_size = hidden_units(mlp, layout)
+
+
+def check_uniform(model: nn.Module) -> None:
+    """Raise ValueError unless one number in the configuration gives the width of all MLPs of ``model``."""
+    widths = {hidden_units(mlp, mlp_layout(mlp)) for mlp in find_mlps(model).values()}
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = _text_config(model)
+    field = _width_field(config)
+    noted = getattr(config, field, None) if field else None
+    if field is None or len(widths) != 1 or noted not in (None, *widths):
+        raise ValueError(
+            f"the MLPs of {type(model).__name__} have the widths {sorted(widths)} and its configuration says "
+            f"{field or _WIDTH_FIELDS} = {noted}: a plain checkpoint cannot describe the merged model. Keep the region "
+            "as an adapter."
+        )
+
+
+def equalise(model: nn.Module) -> None:
+    """Pad all MLPs of ``model`` to the widest with units that add nothing, and note the width in its configuration."""
+    mlps = [(mlp, mlp_layout(mlp)) for mlp in find_mlps(model).values()]
+    widest = max(hidden_units(mlp, layout) for mlp, layout in mlps)
+    for mlp, layout in mlps:
+        missing = widest - hidden_units(mlp, layout)
+        if missing:
+            check_widenable(mlp, layout)
+            widen(mlp, layout, Units.zeros(missing, width(getattr(mlp, layout.down), "out")))
+    if isinstance(model, PreTrainedModel):
+        config = _text_config(model)
+        field = _width_field(config)
+        assert field is not None, "check_uniform comes first"
+        setattr(config, field, widest)
+
+
+def _text_config(model: PreTrainedModel) -> PretrainedConfig:
+    return model.config.get_text_config(decoder=True)
+
+
+def _width_field(config: PretrainedConfig) -> str | None:
+    return next((field for field in _WIDTH_FIELDS if hasattr(config, field)), None)
