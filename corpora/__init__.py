@@ -45,21 +45,21 @@ def split_of(id: str) -> str:
     >>> split_of("Gen 1:1")
     'train'
     """
-    u = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64
+    u = _fraction(id)
     if u < _TEST_SHARE:
         return "test"
     return "validation" if u < _TEST_SHARE + _VALIDATION_SHARE else "train"
 
 
 def load_pair(name: str, split: str = "train") -> Dataset:
-    """Load one split of a pair, forget rows first, each side in the order of its file.
+    """Load one split of a pair: forget rows, then retain rows, ordered by a hash, so the first n are a fair sample.
 
     Args:
         name: a key of `PAIRS`.
         split: ``"train"``, ``"validation"`` or ``"test"``.
 
     Returns:
-        A dataset with the string columns ``text``, ``side`` (``"forget"`` or ``"retain"``) and ``id`` (unique per side).
+        A dataset with the string columns ``text``, ``side`` (``"forget"`` or ``"retain"``) and ``id``, unique per side.
 
     Raises:
         ValueError: if there is no such pair or split.
@@ -74,14 +74,16 @@ def load_pair(name: str, split: str = "train") -> Dataset:
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {list(SPLITS)}, got {split!r}")
     pair = PAIRS[name]
-    sides = {"forget": _read(pair.forget), "retain": _read(pair.retain)}
-    rows = [
-        {"text": row["text"], "side": side, "id": row["id"]}
-        for side, side_rows in sides.items()
-        for row in side_rows
-        if split_of(row["id"]) == split
-    ]
+    rows: list[dict[str, str]] = []
+    for side, corpus in (("forget", pair.forget), ("retain", pair.retain)):
+        chosen = [{"text": row["text"], "side": side, "id": row["id"]} for row in _read(corpus)]
+        chosen = [row for row in chosen if split_of(row["id"]) == split]
+        rows += sorted(chosen, key=lambda row: _fraction(row["id"]))
     return Dataset.from_list(rows)
+
+
+def _fraction(id: str) -> float:
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64
 
 
 def _read(corpus: str) -> list[dict[str, str]]:

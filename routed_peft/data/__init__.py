@@ -1,0 +1,51 @@
+"""Data: where labels come from, and how rows with labels become batches."""
+
+from routed_peft.data.collator import RoutedCollator, shift
+from routed_peft.data.columns import (
+    ROUTE_LABEL,
+    ROUTE_LABELS,
+    ROUTE_WEIGHTS,
+    check_route_columns,
+    class_names,
+    route_column,
+)
+from routed_peft.data.frequencies import add_frequency_weights, token_frequency_weights, tokens_of_words
+from routed_peft.data.labels import (
+    FORGET,
+    RETAIN,
+    UNLABELED,
+    labels_from_classifier,
+    labels_from_column,
+    labels_from_keywords,
+    labels_from_tokens,
+)
+from routed_peft.data.loading import load_training_file
+from routed_peft.data.noise import label_statistics, simulate_labels
+from routed_peft.data.packing import pack
+from routed_peft.data.tokenizer import train_tokenizer
+
+__all__ = [
+    "FORGET",
+    "RETAIN",
+    "ROUTE_LABEL",
+    "ROUTE_LABELS",
+    "ROUTE_WEIGHTS",
+    "UNLABELED",
+    "RoutedCollator",
+    "add_frequency_weights",
+    "check_route_columns",
+    "class_names",
+    "label_statistics",
+    "labels_from_classifier",
+    "labels_from_column",
+    "labels_from_keywords",
+    "labels_from_tokens",
+    "load_training_file",
+    "pack",
+    "route_column",
+    "shift",
+    "simulate_labels",
+    "token_frequency_weights",
+    "tokens_of_words",
+    "train_tokenizer",
+]

@@ -1,0 +1,176 @@
+"""Rows of a dataset -> one padded batch in which every position knows its label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, check_has_route, label_name, route_column
+from routed_peft.routes import IGNORED
+
+Feature = Mapping[str, Any]
+
+
+@dataclass
+class RoutedCollator:
+    """Pad tokenised rows of mixed labels into a batch, and turn their labels into indices of routes.
+
+    In a dataset a token's label describes that token; in the batch it stands at the position that *predicts* the token,
+    one to the left, because that is where its loss arises. This is the only place that shifts labels.
+
+    Attributes:
+        tokenizer: says the padding token, the padding side and the truncation side.
+        routes: label -> route; only the names and their order matter here.
+        max_length: longer rows are cut to so many tokens, labels and weights with them.
+        pad_to_multiple_of: the batch is padded to a multiple of this many positions.
+        class_names: names of ClassLabel integers (`class_names` finds them in a dataset).
+
+    Calling it takes rows with ``input_ids``, either ``route_label`` or ``route_labels``, and optionally
+    ``attention_mask``, ``labels`` and ``route_weights`` (by group: a number, or one number per position); each optional
+    key in every row or in none. It returns ``(B, T)`` tensors ``input_ids``, ``attention_mask`` and ``labels``; the
+    integer ``route_label`` ``(B,)`` or ``route_labels`` ``(B, T)``, shifted, -100 at padding and at the last token; and
+    ``route_weights``, ``{group: (B,) or (B, T)}``, not shifted, 1 at padding. The first token after left padding has no
+    loss, just as with padding on the right, where nothing predicts it.
+
+    Raises:
+        ValueError: if a row has no label, both kinds of label, a null, a label without a route, or labels or weights of
+            another length than its tokens.
+
+    Example:
+        >>> from routed_peft import presets
+        >>> from routed_peft.data import train_tokenizer
+        >>> collate = RoutedCollator(train_tokenizer(["a"], vocab_size=258), presets.sgtm("forget"))
+        >>> batch = collate([{"input_ids": [5, 6, 7], "route_labels": ["retain", "forget", "retain"]},
+        ...                  {"input_ids": [8, 9], "route_labels": ["unlabeled", "unlabeled"]}])
+        >>> batch["route_labels"]
+        tensor([[   0,    1, -100],
+                [   2, -100, -100]])
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    routes: Mapping[str, Any]
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    class_names: Sequence[str] | None = None
+    _index: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1 or None, got {self.max_length}")
+        self._index = {label: index for index, label in enumerate(self.routes)}
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """Make a batch of the rows ``features``."""
+        keys = _common_keys(features)
+        kind = route_column(keys)
+        rows = [self._tokens(row, keys) for row in features]
+        length = max(len(row["input_ids"]) for row in rows)
+        multiple = self.pad_to_multiple_of or 1
+        length = math.ceil(length / multiple) * multiple
+        batch: dict[str, Any] = {name: self._pad([row[name] for row in rows], name, length) for name in rows[0]}
+        padding = batch["attention_mask"] == 0
+        batch["labels"].masked_fill_(padding, IGNORED)
+        batch["labels"][:, 1:].masked_fill_(padding[:, :-1], IGNORED)  # padding predicts nothing
+        if kind == ROUTE_LABELS:
+            batch[kind] = shift(batch[kind].masked_fill_(padding, IGNORED)).masked_fill_(padding, IGNORED)
+        else:
+            batch[kind] = torch.tensor([self._resolve(row[kind]) for row in features])
+        if ROUTE_WEIGHTS in keys:
+            batch[ROUTE_WEIGHTS] = self._weights(features, length)
+        return batch
+
+    def _tokens(self, row: Feature, keys: Sequence[str]) -> dict[str, list[Any]]:
+        """Read the columns of a row that have one value per token, checked and cut to `max_length`."""
+        ids = _plain(row["input_ids"])
+        columns = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+        for name in ("attention_mask", "labels", ROUTE_LABELS):
+            if name in keys:
+                columns[name] = _plain(row[name])
+                _check_length(name, columns[name], ids)
+        if ROUTE_LABELS in keys:
+            columns[ROUTE_LABELS] = [self._resolve(label) for label in columns[ROUTE_LABELS]]
+        return {name: self._cut(values) for name, values in columns.items()}
+
+    def _resolve(self, label: Any) -> int:
+        label = label.item() if isinstance(label, Tensor) else label
+        if label == IGNORED:
+            return IGNORED
+        name = label_name(label, self.class_names)
+        if name not in self._index:
+            check_has_route(name, self.routes)
+        return self._index[name]
+
+    def _weights(self, features: Sequence[Feature], length: int) -> dict[str, Tensor]:
+        """Make ``{group: (B,) or (B, T)}`` of the column of multipliers."""
+        groups = list(features[0][ROUTE_WEIGHTS])
+        weights = {}
+        for group in groups:
+            values = [_plain(row[ROUTE_WEIGHTS].get(group)) for row in features]
+            per_position = [isinstance(value, list) for value in values]
+            if any(value is None for value in values) or any(per_position) != all(per_position):
+                raise ValueError(
+                    f"`{ROUTE_WEIGHTS}` needs {group!r} in every row, always as a number or always as a list"
+                )
+            if any(per_position):
+                for value, row in zip(values, features, strict=True):
+                    _check_length(ROUTE_WEIGHTS, value, row["input_ids"])
+                weights[group] = self._pad([self._cut(value) for value in values], ROUTE_WEIGHTS, length).float()
+            else:
+                weights[group] = torch.tensor(values, dtype=torch.float32)
+            if not weights[group].isfinite().all():
+                raise ValueError(f"`{ROUTE_WEIGHTS}` must be finite numbers, got {weights[group]} for {group!r}")
+        return weights
+
+    def _cut(self, values: list[Any]) -> list[Any]:
+        if self.max_length is None:
+            return values
+        return values[-self.max_length :] if self.tokenizer.truncation_side == "left" else values[: self.max_length]
+
+    def _pad(self, rows: Sequence[list[Any]], name: str, length: int) -> Tensor:
+        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, ROUTE_WEIGHTS: 1.0}.get(name, IGNORED)
+        if fill is None:
+            if any(len(row) < length for row in rows):
+                raise ValueError("`tokenizer` has no padding token, which rows of unequal length need: "
+                                 "set `tokenizer.pad_token = tokenizer.eos_token`")  # fmt: skip
+            fill = 0
+        left = self.tokenizer.padding_side == "left"
+        gaps = [[fill] * (length - len(row)) for row in rows]
+        return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+
+
+def shift(labels: Tensor) -> Tensor:
+    """Move token labels ``(B, T)`` from the token to the position before it, which predicts it; the last gets -100.
+
+    >>> shift(torch.tensor([[0, 1, 2]]))
+    tensor([[   1,    2, -100]])
+    """
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+
+
+def _common_keys(features: Sequence[Feature]) -> list[str]:
+    keys = set(features[0])
+    for name in ("input_ids", "attention_mask", "labels", ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS):
+        missing = [i for i, row in enumerate(features) if row.get(name) is None]
+        if name == "input_ids" and missing:
+            raise ValueError(f"every row needs `input_ids`, got the columns {sorted(keys)}: tokenise the text first")
+        if missing and len(missing) < len(features):
+            raise ValueError(f"the column `{name}` is in some rows and missing or null in others, such as {missing[0]}")
+        if missing and name in keys and name in (ROUTE_LABEL, ROUTE_LABELS):
+            raise ValueError(f'the column `{name}` is null: every row needs a label; "unlabeled" is a label too')
+    return [name for name in keys if features[0][name] is not None]
+
+
+def _plain(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, tuple) else values
+
+
+def _check_length(name: str, values: Any, ids: Any) -> None:
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(ids):
+        got = len(values) if isinstance(values, list) else repr(values)
+        raise ValueError(f"`{name}` needs one value per token: got {got}, expected {len(ids)} values")

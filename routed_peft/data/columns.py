@@ -1,0 +1,214 @@
+"""The columns that carry labels, how a label becomes a route's index, and the check of a dataset before training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, IterableDataset, List
+
+from routed_peft.routes import IGNORED
+
+ROUTE_LABEL = "route_label"
+"""Column of one label per example."""
+
+ROUTE_LABELS = "route_labels"
+"""Column of one label per token; a label describes its own token."""
+
+ROUTE_WEIGHTS = "route_weights"
+"""Column of real-valued multipliers by group, ``{"base": ...}``: one number, or one per position, already aligned."""
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+
+
+def add_column(
+    ds: AnyDataset,
+    name: str,
+    needs: Sequence[str],
+    values: Callable[[Mapping[str, list[Any]]], list[Any]],
+    batch_size: int = 1000,
+) -> AnyDataset:
+    """Add or replace the column ``name``, a function of batches of the columns ``needs``; lazily where they stream.
+
+    ClassLabel integers arrive as their names, and missing values as None.
+
+    Raises:
+        ValueError: if a column of ``needs`` is missing.
+
+    Example:
+        >>> ds = Dataset.from_dict({"a": [1, 2]})
+        >>> add_column(ds, "b", ["a"], lambda batch: [2 * a for a in batch["a"]])["b"][:]
+        [2, 4]
+    """
+    if (found := ds.column_names) is not None and (missing := [column for column in needs if column not in found]):
+        raise ValueError(f"the dataset lacks the columns {missing}, got {found}")
+    features = ds.features or {}  # a streaming dataset may not know its features
+
+    def decoded(columns: Mapping[str, list[Any]]) -> list[Any]:
+        return values({column: _decode(columns[column], features.get(column)) for column in needs})
+
+    if isinstance(ds, IterableDataset):
+        function = lambda *columns: {name: decoded(dict(zip(needs, columns, strict=True)))}
+        return ds.map(function, batched=True, batch_size=batch_size, input_columns=list(needs))
+    batches = ds.select_columns(list(needs)).with_format(None).iter(batch_size=batch_size)
+    column = [value for batch in batches for value in decoded(batch)]
+    return (ds.remove_columns(name) if name in ds.column_names else ds).add_column(name, column)
+
+
+def column_values(ds: Dataset, name: str) -> list[Any]:
+    """Return a whole column, ClassLabel integers as their names.
+
+    Raises:
+        ValueError: if there is no such column.
+
+    Example:
+        >>> column_values(Dataset.from_dict({"side": ["forget"]}), "side")
+        ['forget']
+    """
+    if name not in ds.column_names:
+        raise ValueError(f"the dataset lacks the column `{name}`, got {ds.column_names}")
+    return _decode(ds.with_format(None)[name][:], ds.features[name])
+
+
+def _decode(values: list[Any], feature: Any) -> list[Any]:
+    if not isinstance(feature, ClassLabel):
+        return values
+    return [None if value is None or value < 0 else feature.names[value] for value in values]
+
+
+def route_column(columns: Sequence[str]) -> str:
+    """Return which of `ROUTE_LABEL` and `ROUTE_LABELS` is among ``columns``.
+
+    Raises:
+        ValueError: if neither is, or both are.
+
+    Example:
+        >>> route_column(["input_ids", "route_label"])
+        'route_label'
+    """
+    found = [name for name in (ROUTE_LABEL, ROUTE_LABELS) if name in columns]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"a row is labelled by `{ROUTE_LABEL}` or token by token by `{ROUTE_LABELS}`, got both: drop one"
+        )
+    raise ValueError(
+        f"no column `{ROUTE_LABEL}` (per example) or `{ROUTE_LABELS}` (per token), got {sorted(columns)}. "
+        "`routed_peft.data` has functions that add it; TRL's `packing=True` and `remove_unused_columns=True` drop it"
+    )
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """Return the names of the classes where a dataset's label column holds ClassLabel integers, else None.
+
+    >>> from datasets import Features
+    >>> features = Features({"route_label": ClassLabel(names=["retain", "forget"])})
+    >>> class_names(Dataset.from_dict({"route_label": [1]}, features=features))
+    ['retain', 'forget']
+    """
+    features = dataset.features or {}  # a streaming dataset may not know its features
+    feature = features.get(ROUTE_LABEL, features.get(ROUTE_LABELS))
+    feature = feature.feature if isinstance(feature, List) else feature
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def label_name(label: Any, names: Sequence[str] | None = None) -> str:
+    """Return a label as a string; an integer is looked up in ``names``, never among the routes.
+
+    Raises:
+        ValueError: if the label is null, or an integer without a name.
+
+    Example:
+        >>> label_name(1, names=["retain", "forget"])
+        'forget'
+    """
+    if isinstance(label, str):
+        return label
+    if isinstance(label, int | np.integer) and not isinstance(label, bool):
+        if names is None:
+            raise ValueError(
+                f"the integer label {label} has no name: labels are strings, or ClassLabel integers with their "
+                "`class_names` (routes are found by name, never by the number that a dataset happens to give)"
+            )
+        if 0 <= label < len(names):
+            return names[int(label)]
+        if label != -1:  # -1 is how ClassLabel writes a missing value
+            raise ValueError(f"the integer label {label} is outside the {len(names)} classes {list(names)}")
+    elif label is not None:
+        raise ValueError(f"a label is a string or a ClassLabel integer, got {label!r} of type {type(label).__name__}")
+    raise ValueError('a label is null: every row needs one; "unlabeled" is a label too')
+
+
+def check_has_route(label: str, routes: Mapping[str, Any] | Sequence[str]) -> None:
+    """Raise ValueError where no route is called ``label``, naming those there are and the nearest.
+
+    >>> check_has_route("forgte", ["forget", "retain"])
+    Traceback (most recent call last):
+    ...
+    ValueError: the label 'forgte' has no route, got routes for ['forget', 'retain']: did you mean 'forget'?
+    """
+    if label not in routes:
+        near = get_close_matches(label, list(routes), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "add a route of this name to `routes`, or relabel the rows"
+        raise ValueError(f"the label {label!r} has no route, got routes for {list(routes)}: {hint}")
+
+
+def check_route_columns(dataset: Dataset, routes: Mapping[str, Any]) -> Counter[str]:
+    """Check before training that every row of a map-style dataset has a label, and every label a route.
+
+    Args:
+        dataset: with the column ``route_label``, or ``route_labels`` and ``input_ids``.
+        routes: label -> route.
+
+    Returns:
+        How many rows, or tokens, carry each label. A label of the routes that is missing here never occurs.
+
+    Raises:
+        ValueError: if there is no such column or both, a null, a label without a route, or a row whose token labels are
+            not as many as its tokens.
+
+    Example:
+        >>> check_route_columns(Dataset.from_dict({"route_label": ["a", "b", "a"]}), {"a": ..., "b": ...})
+        Counter({'a': 2, 'b': 1})
+    """
+    column, names = route_column(dataset.column_names), class_names(dataset)
+    ids = ["input_ids"] * (column == ROUTE_LABELS and "input_ids" in dataset.column_names)
+    found: Counter[Any] = Counter()
+    start = 0
+    for table in dataset.select_columns([column, *ids]).with_format("arrow").iter(batch_size=10_000):
+        values = table[column].combine_chunks()
+        if column == ROUTE_LABELS:
+            _check_lengths(values, table["input_ids"].combine_chunks() if ids else None, start)
+            values = values.flatten()
+        if values.null_count or pc.any(pc.equal(values, -1) if names else pa.array([False])).as_py():
+            raise ValueError(f"the column `{column}` has nulls in rows {start} to {start + len(table) - 1}: every row "
+                             'needs a label; "unlabeled" is a label too')  # fmt: skip
+        for item in values.value_counts().to_pylist():
+            found[item["values"]] += item["counts"]
+        start += len(table)
+    if column == ROUTE_LABELS:
+        found.pop(IGNORED, None)
+    counts: Counter[str] = Counter({label_name(label, names): count for label, count in found.items()})
+    for label in counts:
+        check_has_route(label, routes)
+    return counts
+
+
+def _check_lengths(labels: pa.ListArray, ids: pa.ListArray | None, start: int) -> None:
+    if labels.null_count:
+        raise ValueError(f"the column `{ROUTE_LABELS}` has nulls after row {start}: every token needs a label")
+    if ids is None:
+        return
+    got, expected = (pc.list_value_length(lists).to_numpy(zero_copy_only=False) for lists in (labels, ids))
+    if len(wrong := np.flatnonzero(got != expected)):
+        row = wrong[0]
+        raise ValueError(
+            f"`{ROUTE_LABELS}` needs one label per token: got {got[row]} labels for {expected[row]} tokens in row "
+            f"{start + row}. Truncate both alike (TRL's `max_length` cuts `input_ids` only)"
+        )

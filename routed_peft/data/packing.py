@@ -1,0 +1,109 @@
+"""Documents -> rows of one length, each of one label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS
+
+
+def pack(
+    ds: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    by: Sequence[str] | None = None,
+    column: str = "text",
+    seed: int = 0,
+) -> Dataset:
+    """Tokenise documents and lay them end to end, an end-of-sequence token after each, in rows of ``length`` tokens.
+
+    Only documents that agree in every column of ``by`` share a row, so no row mixes labels: a forget document's loss
+    cannot reach the base through a retain neighbour. What does not fill a row at the end of a group is dropped. The
+    seed shuffles the documents first and the rows afterwards.
+
+    Args:
+        ds: a map-style dataset of documents.
+        tokenizer: has an end-of-sequence token; adds no other special token here.
+        length: tokens a row.
+        by: columns that a row must not mix, and that are kept. None: those of ``route_label`` and ``side`` that exist.
+        column: where the text is.
+        seed: same seed, same rows.
+
+    Returns:
+        A shuffled dataset of ``input_ids`` and the columns of ``by``.
+
+    Raises:
+        ValueError: if a column is missing or has nulls, if ``ds`` is labelled by token, or if a value of the first
+            column of ``by`` has too few tokens for a single row.
+
+    Example:
+        >>> from routed_peft.data import train_tokenizer
+        >>> ds = Dataset.from_dict({"text": ["a b", "x y", "c d"], "route_label": ["retain", "forget", "retain"]})
+        >>> rows = pack(ds, train_tokenizer(ds["text"], vocab_size=258), length=4)
+        >>> sorted(rows["route_label"]), set(map(len, rows["input_ids"]))
+        (['forget', 'retain', 'retain'], {4})
+    """
+    by = [name for name in (ROUTE_LABEL, "side") if name in ds.column_names] if by is None else list(by)
+    _check(ds, tokenizer, length, by, column)
+    rng = np.random.default_rng(seed)
+    ds = ds.select_columns([column, *by]).with_format(None)
+    keys = list(zip(*(ds[name][:] for name in by), strict=True)) if by else [()] * len(ds)
+    tokens = _tokenize(ds, tokenizer, column)
+    groups: dict[tuple[Any, ...], list[int]] = {key: [] for key in sorted(set(keys))}
+    for index in rng.permutation(len(ds)):
+        groups[keys[index]].append(index)
+
+    packed, values = [], []
+    for key, members in groups.items():
+        stream = np.concatenate([tokens[index] for index in members])
+        count = len(stream) // length
+        packed.append(stream[: count * length].reshape(count, length))
+        values += [key] * count
+    _check_filled(groups, values, by, length)
+    rows, order = np.concatenate(packed), rng.permutation(len(values))
+    features = Features({"input_ids": List(Value("int32"))} | {name: ds.features[name] for name in by})
+    columns = {name: [values[index][i] for index in order] for i, name in enumerate(by)}
+    return Dataset.from_dict({"input_ids": list(rows[order])} | columns, features=features)
+
+
+def _tokenize(ds: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> list[np.ndarray]:
+    eos = tokenizer.eos_token_id
+    return [
+        np.array([*ids, eos], dtype=np.int32)
+        for batch in ds.iter(batch_size=1000)
+        for ids in tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    ]
+
+
+def _check(ds: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, by: Sequence[str], column: str) -> None:
+    if length < 1 or tokenizer.eos_token_id is None:
+        raise ValueError(
+            "packing needs a `length` of at least 1 and a `tokenizer` with an end-of-sequence token, got "
+            f"{length} and {tokenizer.eos_token!r}"
+        )
+    if missing := [name for name in (column, *by) if name not in ds.column_names]:
+        raise ValueError(f"the dataset lacks the columns {missing}, got {ds.column_names}: see `column` and `by`")
+    if labelled := [name for name in (ROUTE_LABELS, ROUTE_WEIGHTS) if name in ds.column_names]:
+        raise ValueError(
+            f"packing cannot carry {labelled}, one value per token: pack first, then label the packed rows"
+        )
+    if not len(ds):
+        raise ValueError("the dataset has no rows to pack")
+    for name in (column, *by):
+        if None in ds.with_format(None)[name][:]:
+            raise ValueError(f"the column `{name}` has nulls, and packing needs a value in every row")
+
+
+def _check_filled(groups: dict[tuple[Any, ...], list[int]], values: list[Any], by: Sequence[str], length: int) -> None:
+    filled = {key[:1] for key in values}
+    if lost := {key[:1] for key in groups} - filled:
+        names = [key[0] for key in sorted(lost) if key]
+        what = f"with `{by[0]}` in {names}" if names else "of the dataset"
+        raise ValueError(
+            f"the documents {what} do not fill one row of {length} tokens: take a smaller `length` or more data"
+        )
