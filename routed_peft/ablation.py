@@ -1,0 +1,288 @@
+"""Removing regions: for the length of a block (`ablated`), or for good (`ablate`, and `export` with some of them kept)."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from routed_peft.checkpoint.fetch import HUB_ARGUMENTS, fetch, hub_arguments
+from routed_peft.checkpoint.files import (
+    NOTICE_FILES,
+    TOKENIZER_FILES,
+    copy_matching,
+    files_in,
+    sha256,
+    staged,
+    write_json,
+)
+from routed_peft.checkpoint.layout import Layout
+from routed_peft.checkpoint.load import load_routed
+from routed_peft.checkpoint.save import versions
+from routed_peft.regions.fingerprint import fingerprint
+
+RECORD = "ablation.json"
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit; merging rounds each weight once more
+_FLOAT32_TOLERANCE = 1e-5
+_ALLOWED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py")
+
+
+@contextmanager
+def ablated(model: nn.Module, *regions: str, scale: float = 0.0) -> Iterator[None]:
+    r"""Run ``model`` without ``regions`` for the length of a block.
+
+    What a region adds to each layer, :math:`r(x)`, becomes :math:`s\,r(x)` with ``scale`` :math:`s`; at 0 it is exactly
+    zero, whatever the region's weights hold. Blocks nest, and their scales multiply. Nothing has to be attached, nothing
+    is moved or frozen, and it works in training and evaluation. Compiled parts of the model run eagerly meanwhile.
+
+    Args:
+        model: a `PeftModel`, a transformers model with adapters, or a module that holds one.
+        regions: adapter names; at least one.
+        scale: 0 removes, 1 changes nothing.
+
+    Raises:
+        ValueError: on an unknown or a merged region, and on adapters that cannot be taken out this way: LoRA on
+            embeddings, on parameters, on ``nn.MultiheadAttention``, DoRA and other variants, other PEFT types.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> model = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False), "forget")
+        >>> x = torch.ones(1, 2)
+        >>> with ablated(model, "forget"):
+        ...     same = torch.equal(model(x), model.get_base_model()[0].base_layer(x))
+        >>> same
+        True
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"`scale` must be a finite number, got {scale}")
+    modules = _outlets(model, regions)
+
+    def scaled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return torch.zeros_like(output) if scale == 0 else output * scale
+
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # compiled code does not look for new hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in modules:
+            stack.callback(module.register_forward_hook(scaled).remove)
+        yield
+
+
+def _outlets(model: nn.Module, regions: Iterable[str]) -> list[nn.Module]:
+    """Return the modules through which all that ``regions`` contribute passes; ValueError where there are none such."""
+    regions = list(dict.fromkeys(regions))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    known = sorted({name for layer in layers for name in _adapters(layer)})
+    if not regions or set(regions) - set(known):
+        raise ValueError(f"`regions` must be among {known}, the adapters of this model, got {regions}")
+    found: list[nn.Module] = []
+    for layer in layers:
+        for region in _adapters(layer) & set(regions):
+            if region in layer.merged_adapters:
+                raise ValueError(
+                    f"the region {region!r} is merged into the base weights: call `unmerge_adapter()` first"
+                )
+            modules = [
+                getattr(layer, outlet)[region]
+                for outlet in getattr(type(layer), "region_outlets", ("lora_B",))
+                if region in getattr(layer, outlet, ())
+            ]
+            variant = isinstance(layer, LoraLayer) and region in layer.lora_variant
+            if not modules or variant or isinstance(layer, MultiheadAttention | ParamWrapper):
+                raise ValueError(
+                    f"the region {region!r} has a {type(layer).__name__} layer of a sort that cannot be ablated: regions are "
+                    "`RoutedConfig` adapters, or plain LoRA on linear and convolution layers (no embeddings, no DoRA or "
+                    "other variants). Train it with one of these."
+                )
+            found += modules
+    return found
+
+
+def _adapters(layer: BaseTunerLayer) -> set[str]:
+    holders = (getattr(layer, attribute, {}) for attribute in layer.adapter_layer_names)
+    return {name for holder in holders if isinstance(holder, nn.ModuleDict | nn.ParameterDict) for name in holder}
+
+
+def ablate(src: str | Path, out: str | Path, *, revision: str | None = None, **from_pretrained_kwargs: Any) -> Path:
+    """Write a plain checkpoint of a run, without any region. Base adapters are merged.
+
+    The new checkpoint is loaded again before it appears at ``out``, and its logits are compared with those of the run with
+    its regions off: they must be equal, or, where base adapters were merged, equal up to rounding. ``out/ablation.json``
+    says so, with fingerprints and the SHA-256 of every file. Tokenizer, generation config and licence files come along.
+
+    Args:
+        src: directory or Hub id of a run that `save_routed` wrote.
+        out: directory that does not exist or is empty.
+        revision: branch, tag or commit of a Hub id.
+        **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub. The dtype is kept as saved.
+
+    Returns:
+        The resolved ``out``.
+
+    Raises:
+        ValueError: where ``out`` is not free, or lies in ``src``; whatever `load_routed` finds wrong with ``src``.
+        RuntimeError: where the check fails; nothing is then left at ``out``.
+        OSError: when writing fails; likewise.
+
+    Example:
+        >>> ablate("run", "run")
+        Traceback (most recent call last):
+        ...
+        ValueError: `out` ... is the source itself ...
+    """
+    return export(src, out, revision=revision, **from_pretrained_kwargs)
+
+
+def export(
+    src: str | Path,
+    out: str | Path,
+    keep: Iterable[str] = (),
+    *,
+    revision: str | None = None,
+    **from_pretrained_kwargs: Any,
+) -> Path:
+    """Write a plain checkpoint of a run with the regions ``keep`` merged and no other; all else as in `ablate`.
+
+    Args:
+        src: directory or Hub id of a run that `save_routed` wrote.
+        out: directory that does not exist or is empty.
+        keep: names of regions to merge.
+        revision: branch, tag or commit of a Hub id.
+        **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub.
+
+    Raises:
+        ValueError: as `ablate`, and for a name in ``keep`` that is no region of the run.
+
+    Example:
+        >>> export("run", "run/plain", keep=["bio"])
+        Traceback (most recent call last):
+        ...
+        ValueError: `out` ... lies inside the source ...
+    """
+    target = _free(Path(src).expanduser().resolve(), Path(out).expanduser().resolve())
+    hub = hub_arguments(from_pretrained_kwargs)
+    root, commit = fetch(src, revision, **hub)
+    layout = Layout.read(root, str(src))
+    kept = layout.check_regions(keep, "keep")
+    merged = [*layout.base_adapters, *kept]
+    present = [name for name in layout.regions if name in kept or commit is None and (root / name).is_dir()]
+    model = load_routed(src, present, revision=commit, **from_pretrained_kwargs)
+    assert isinstance(model, PreTrainedModel | PeftModel)
+    removed = [name for name in present if name not in kept]
+    batch = _batch(model)
+    with ablated(model, *removed) if removed else ExitStack():
+        expected = _logits(model, batch)
+    record: dict[str, Any] = {
+        "source": str(src) if commit else str(root),
+        "revision": commit,
+        "regions_removed": [name for name in layout.regions if name not in kept],
+        "regions_kept": kept,
+        "base_adapters_merged": layout.base_adapters,
+        "source_base_fingerprint": fingerprint(model),
+    }
+    marks = _marks(model)
+    plain = _plain(model, merged)
+    with staged(target) as aside:
+        plain.save_pretrained(aside)
+        del model, plain
+        _copy_companions(layout, aside, from_pretrained_kwargs.get("base"), hub)
+        _check_content(aside, marks)
+        record |= _verified(aside, batch, expected, exact=not merged, kwargs=from_pretrained_kwargs)
+        record["sha256"] = {name: sha256(aside / name) for name in files_in(aside)}
+        record["versions"] = versions()
+        record["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(aside / RECORD, record)
+    return target
+
+
+def _free(src: Path, out: Path) -> Path:
+    if out == src:
+        raise ValueError(f"`out` {out} is the source itself: name another directory")
+    if src in out.parents:
+        raise ValueError(f"`out` {out} lies inside the source {src}: name a directory outside it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"`out` {out} exists and is not an empty directory: name another, or empty it yourself")
+    return out
+
+
+def _batch(model: PreTrainedModel | PeftModel) -> Tensor:
+    config = model.config.get_text_config()
+    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel | PeftModel, batch: Tensor) -> Tensor:
+    batch = batch.to(model.device)
+    return model.eval()(input_ids=batch, attention_mask=torch.ones_like(batch)).logits.cpu()
+
+
+def _marks(model: nn.Module) -> set[str]:
+    """Return the attributes under which adapters keep their tensors in ``model``."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return {"base_layer"}.union(*(set(layer.adapter_layer_names) | set(layer.other_param_names) for layer in layers))
+
+
+def _plain(model: PreTrainedModel | PeftModel, merged: list[str]) -> PreTrainedModel:
+    if not isinstance(model, PeftModel):
+        return model
+    return model.merge_and_unload(safe_merge=True, adapter_names=merged) if merged else model.unload()
+
+
+def _copy_companions(layout: Layout, folder: Path, base: Any, hub: dict[str, Any]) -> None:
+    """Copy tokenizer and licence from the run, and what is not there from the base."""
+    patterns = (*TOKENIZER_FILES, *NOTICE_FILES)
+    copy_matching(layout.root, folder, patterns)
+    if not layout.saved_base and not isinstance(base, nn.Module):
+        place, revision = (layout.data["base"]["id"], layout.data["base"]["revision"]) if base is None else (base, None)
+        copy_matching(fetch(place, revision, patterns, **hub)[0], folder, patterns)
+
+
+def _check_content(folder: Path, marks: set[str]) -> None:
+    """Raise RuntimeError where ``folder`` holds an unexpected file, or a tensor that an adapter could own."""
+    allowed = (*_ALLOWED, *TOKENIZER_FILES, *NOTICE_FILES)
+    strangers = [name for name in files_in(folder) if not any(fnmatch(name, pattern) for pattern in allowed)]
+    names: list[str] = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+    strangers += [name for name in names if marks & set(name.split("."))]
+    if strangers:
+        raise RuntimeError(
+            f"the export holds {strangers[:5]}, which may belong to a region: nothing was written; report this"
+        )
+
+
+def _verified(folder: Path, batch: Tensor, expected: Tensor, exact: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Load ``folder`` as anyone would and compare its logits with ``expected``; RuntimeError where they differ."""
+    skip = {*HUB_ARGUMENTS, "base", "dtype", "torch_dtype", "use_safetensors"}
+    arguments = {name: value for name, value in kwargs.items() if name not in skip}
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **arguments)
+    difference = (_logits(model, batch).double() - expected.double()).abs().max().item()
+    scale = max(1.0, expected.abs().max().item())
+    tolerance = 0.0 if exact else scale * _TOLERANCE.get(expected.dtype, _FLOAT32_TOLERANCE)
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"the export's logits differ by {difference:.3g} from those of the source with its regions off, allowed is "
+            f"{tolerance:.3g}: nothing was written. Are all weights finite? Is the base the one that was trained on?"
+        )
+    return {
+        "max_logit_difference": difference,
+        "allowed_logit_difference": tolerance,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "fingerprint": fingerprint(model),
+    }

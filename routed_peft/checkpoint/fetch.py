@@ -1,0 +1,66 @@
+"""Finding a run on disk or on the Hub: only safe files, and of the adapters only those asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from routed_peft.checkpoint.files import NOTICE_FILES, TOKENIZER_FILES
+
+ROOT_FILES = ("*.safetensors", "*.json", "*.txt", "*.md", *TOKENIZER_FILES, *NOTICE_FILES)
+FOLDER_FILES = ("*.safetensors", "*.json", "*.md")
+HUB_ARGUMENTS = ("token", "cache_dir", "force_download", "local_files_only")
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return those of `from_pretrained`'s arguments that say how to reach the Hub."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+
+
+def fetch(
+    source: str | Path, revision: str | None = None, patterns: Iterable[str] = ROOT_FILES, **arguments: Any
+) -> tuple[Path, str | None]:
+    """Return the directory that holds ``source``'s own files, and the commit they come from.
+
+    A directory is taken as it is. Anything else is a Hub id: of its repository the files that match ``patterns`` are
+    downloaded, none from sub-folders (`fetch_folder` gets those), and nothing that would have to be unpickled.
+
+    Raises:
+        Whatever `huggingface_hub.snapshot_download` raises: missing and gated repositories, no network.
+    """
+    local = Path(source).expanduser()
+    if local.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"`revision` is of use only with a Hub id, got {revision!r} with the directory {str(source)!r}"
+            )
+        return local.resolve(), None
+    if local.is_absolute() or str(source).startswith((".", "~")) or local.exists():
+        raise ValueError(f"{str(source)!r} is no directory: give the directory of a run, or a Hub id")
+    try:
+        folder = Path(
+            snapshot_download(
+                str(source),
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*", "training_args.bin"],
+                **arguments,
+            )
+        )
+    except Exception as error:
+        error.add_note(f"{str(source)!r} is no directory here, so it was taken for the id of a repository on the Hub.")
+        raise
+    return folder, folder.name
+
+
+def fetch_folder(source: str | Path, folder: str, commit: str | None, **arguments: Any) -> Path:
+    """Return the sub-directory ``folder`` of what `fetch` found, downloading it where ``commit`` is given."""
+    local = Path(source).expanduser()
+    if commit is None:
+        return local.resolve() / folder
+    patterns = [f"{folder}/{pattern}" for pattern in FOLDER_FILES]
+    root = snapshot_download(str(source), revision=commit, allow_patterns=patterns, **arguments)
+    return Path(root) / folder

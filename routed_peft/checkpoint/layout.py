@@ -1,0 +1,148 @@
+"""The layout of a saved run: which files belong to it, and whether they are the ones that were written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from routed_peft.checkpoint.files import LAST, read_json, sha256
+from routed_peft.checkpoint.tensors import WEIGHTS
+
+ROUTING = LAST
+REGION = "region.json"
+CONFIG = "adapter_config.json"
+VERSION = 1
+_KEYS = {"train_base", "base", "regions", "base_adapters", "routes", "files"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What ``routing.json`` says of the directory ``root``, which holds it.
+
+    Attributes:
+        root: the directory.
+        data: the content of ``routing.json``.
+        source: what the user called it: a path or a Hub id.
+    """
+
+    root: Path
+    data: Mapping[str, Any]
+    source: str
+
+    @classmethod
+    def read(cls, root: Path, source: str) -> Layout:
+        """Read ``root/routing.json``; ValueError where it is missing, or made by something else."""
+        path = root / ROUTING
+        if not path.is_file():
+            left = sorted(root.glob(".*.old"))
+            hint = f" An interrupted save left the files before it in {left[0]}." if left else ""
+            raise ValueError(
+                f"{source!r} has no {ROUTING}, so it is no run saved by `save_routed` (or a piece of it is missing; found "
+                f"{sorted(p.name for p in root.iterdir())[:12]}). A plain checkpoint loads with "
+                f"`AutoModelForCausalLM.from_pretrained`.{hint}"
+            )
+        data = read_json(path)
+        if data.get("format") != "routed_peft" or _KEYS - set(data):
+            raise ValueError(
+                f"{path} lacks {sorted(_KEYS - set(data)) or 'its format'}: restore it from a copy of the run"
+            )
+        if data["format_version"] > VERSION:
+            raise ValueError(
+                f"{path} has format version {data['format_version']}, this routed_peft reads up to {VERSION}: upgrade it"
+            )
+        return cls(root, data, source)
+
+    @property
+    def regions(self) -> list[str]:
+        """Names of the regions that the run had."""
+        return list(self.data["regions"])
+
+    @property
+    def base_adapters(self) -> list[str]:
+        """Names of the adapters that stay with the base."""
+        return list(self.data["base_adapters"])
+
+    @property
+    def saved_base(self) -> bool:
+        """Whether the base is a plain checkpoint in `root`, rather than somewhere else."""
+        return self.data["base"]["id"] is None
+
+    def check_regions(self, names: Iterable[str], argument: str = "regions") -> list[str]:
+        """Return ``names`` as a list; ValueError where one of them is no region of this run."""
+        if isinstance(names, str):
+            raise ValueError(f"`{argument}` is a list of region names, got the string {names!r}: write [{names!r}]")
+        names = list(dict.fromkeys(names))
+        for name in names:
+            if name not in self.regions:
+                raise ValueError(f"`{argument}` names {name!r}; the regions of {self.source!r} are {self.regions}")
+        return names
+
+    def verify_base(self) -> None:
+        """Raise ValueError unless the base's weights in `root` are those that were written, and no others."""
+        if not self.saved_base:
+            return
+        expected = {name: hash_ for name, hash_ in self.data["files"].items() if "/" not in name}
+        verify_files(self.root, expected, self.source)
+        strangers = sorted(foreign_weights(self.root) - set(expected))
+        if strangers:
+            raise ValueError(
+                f"{self.source!r} holds {strangers}, which `save_routed` did not write and transformers would load: move "
+                "them elsewhere"
+            )
+
+    def adapter_folder(self, name: str) -> Path:
+        """Return the verified folder of a region or base adapter of this run."""
+        folder = self.root / name
+        if not folder.is_dir():
+            raise ValueError(
+                f"{self.source!r} lacks the folder {name!r} of the {self.role(name)} of that name. Copy it there; or, if the "
+                f'regions have a repository or directory of their own, load with regions={{{name!r}: "<id or path>"}}'
+            )
+        verify_adapter(folder, f"{self.source}/{name}")
+        prefix = f"{name}/"
+        expected = {k.removeprefix(prefix): v for k, v in self.data["files"].items() if k.startswith(prefix)}
+        verify_files(folder, expected, f"{self.source}/{name}")
+        return folder
+
+    def role(self, name: str) -> str:
+        """Return what ``name`` is, in words."""
+        return "base adapter" if name in self.base_adapters else "region"
+
+
+def verify_adapter(folder: Path, source: str) -> dict[str, Any]:
+    """Check an adapter folder's pieces against its own ``region.json``, and return that."""
+    for name in (REGION, CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            more = (
+                ", so nothing says which base it belongs to. `PeftModel.from_pretrained` loads an adapter unchecked"
+                if name == REGION
+                else ": save the run again or restore it from a copy"
+            )
+            raise ValueError(f"{source!r} lacks {name}{more}")
+    data = read_json(folder / REGION)
+    if "files" not in data or "base_fingerprint" not in data:
+        raise ValueError(f"{folder / REGION} lacks `files` or `base_fingerprint`: restore it from a copy")
+    verify_files(folder, data["files"], source)
+    return data
+
+
+def verify_files(root: Path, expected: Mapping[str, str], source: str) -> None:
+    """Raise ValueError where a file under ``root`` is missing, or its SHA-256 is not the one in ``expected``."""
+    for name, hash_ in expected.items():
+        path = root / name
+        if not path.is_file():
+            raise ValueError(f"{source!r} lacks the file {name}: download it again, or restore it from a copy")
+        got = sha256(path)
+        if got != hash_:
+            raise ValueError(
+                f"{name} in {source!r} is truncated or was tampered with: its SHA-256 is {got[:16]}…, {hash_[:16]}… was "
+                "written. Download it again, or restore it from a copy."
+            )
+
+
+def foreign_weights(root: Path) -> set[str]:
+    """Return the names in ``root`` itself that transformers could take for weights, or for an adapter."""
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", CONFIG)
+    return {path.name for pattern in patterns for path in root.glob(pattern)}

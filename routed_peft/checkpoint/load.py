@@ -1,0 +1,178 @@
+"""Loading a run: the ablated model by default, regions only where they are asked for, everything checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from routed_peft.checkpoint.fetch import fetch, fetch_folder, hub_arguments
+from routed_peft.checkpoint.files import read_json
+from routed_peft.checkpoint.layout import CONFIG, REGION, Layout, verify_adapter
+from routed_peft.checkpoint.tensors import (
+    WEIGHTS,
+    adapter_configs,
+    adapter_state_dict,
+    check_keys,
+    inner_model,
+    load_adapter_tensors,
+    plain_state_dict,
+    read_tensors,
+)
+from routed_peft.regions.fingerprint import check_fingerprint
+from routed_peft.routes import check_region_name, routes_from_dict
+
+
+def load_routed(
+    src: str | Path,
+    regions: Iterable[str] | Mapping[str, str | Path] | None = None,
+    *,
+    revision: str | None = None,
+    is_trainable: bool = False,
+    base: str | Path | PreTrainedModel | None = None,
+    **from_pretrained_kwargs: Any,
+) -> nn.Module:
+    """Load a run that `save_routed` wrote.
+
+    Args:
+        src: directory or Hub id.
+        regions: None for the ablated model; a list of names for these regions of the run; ``{name: path or Hub id}``
+            for regions that live elsewhere.
+        revision: branch, tag or commit of a Hub id.
+        is_trainable: whether the adapters are loaded for training.
+        base: a loaded model, path or id to use instead of the base that the run names.
+        **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub (``dtype``, ``token``, …).
+
+    Returns:
+        A plain transformers model where no adapter is involved, else a `PeftModel` with all that was loaded active.
+
+    Raises:
+        ValueError: for an unknown region, a missing piece, a file that is truncated or was tampered with, or a base
+            that is not the one the adapters were trained on.
+        huggingface_hub.errors.HfHubHTTPError: as the Hub gives it (gated, missing, …).
+
+    Example:
+        >>> load_routed("./no-such-run")
+        Traceback (most recent call last):
+        ...
+        ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
+    """
+    hub = hub_arguments(from_pretrained_kwargs)
+    root, commit = fetch(src, revision, **hub)
+    layout = Layout.read(root, str(src))
+    elsewhere = dict(regions) if isinstance(regions, Mapping) else {}
+    names = [] if elsewhere or regions is None else layout.check_regions(regions)
+    folders: dict[str, Path] = {}
+    for name in (*layout.base_adapters, *names):
+        fetch_folder(src, name, commit, **hub)
+        folders[name] = layout.adapter_folder(name)
+    for name, place in elsewhere.items():
+        folders[name] = _region_elsewhere(name, place, **hub)
+    model = base if isinstance(base, nn.Module) else _load_base(layout, base, from_pretrained_kwargs)
+    for name, folder in folders.items():
+        check_fingerprint(model, read_json(folder / REGION)["base_fingerprint"])
+    for name, folder in folders.items():
+        model = _add_adapter(model, name, folder, is_trainable)
+    if folders:
+        assert isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
+        model.base_model.set_adapter(list(folders), inference_mode=not is_trainable)
+        routes = layout.data["routes"]
+        model._routed_base_adapters = tuple(layout.base_adapters)  # type: ignore[assignment]
+        model._routed_routes = None if routes is None else routes_from_dict(routes)  # type: ignore[assignment]
+    return model
+
+
+def _region_elsewhere(name: str, place: str | Path, **hub: Any) -> Path:
+    check_region_name(name)
+    root, commit = fetch(place, **hub)
+    folder = root if (root / CONFIG).is_file() else fetch_folder(place, name, commit, **hub)
+    if not folder.is_dir():
+        raise ValueError(f"{str(place)!r} is no region, and has no folder {name!r} that could be one")
+    verify_adapter(folder, str(place))
+    return folder
+
+
+def _load_base(layout: Layout, base: str | Path | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    kwargs = {"use_safetensors": True, **kwargs}
+    if base is not None:
+        return AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    layout.verify_base()
+    if layout.saved_base:
+        return AutoModelForCausalLM.from_pretrained(layout.root, **kwargs)
+    name, revision = layout.data["base"]["id"], layout.data["base"]["revision"]
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(
+            f"{layout.source!r} was trained on the base {name}, which is no longer there: give its new place as `base=`"
+        )
+    return AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs)
+
+
+def _add_adapter(model: nn.Module, name: str, folder: Path, is_trainable: bool) -> PeftModel:
+    tensors = read_tensors(folder / WEIGHTS)
+    cast = is_trainable or any(tensor.dtype == torch.float32 for tensor in tensors.values())
+    arguments: dict[str, Any] = {"is_trainable": is_trainable, "autocast_adapter_dtype": cast}
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), name, **arguments)
+    else:
+        model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, **arguments)
+    check_keys(f"{folder / WEIGHTS}", tensors, adapter_state_dict(model, name))
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path, train_base: bool | None = None) -> None:
+    """Put a saved run's weights into ``model``, in place and strictly: base (if trained) and every adapter.
+
+    Args:
+        model: a live model with the same adapters as the run, routed or not.
+        path: directory that `save_routed` wrote.
+        train_base: whether the model's own weights are loaded; by default whether the run trained them.
+
+    Raises:
+        ValueError: where adapters, tensor names or shapes differ, files are damaged, or a frozen base is another one.
+            All checks of files and adapters come before the first weight is changed.
+    """
+    layout = Layout.read(Path(path).expanduser().resolve(), str(path))
+    train_base = layout.data["train_base"] if train_base is None else train_base
+    saved, have = {*layout.regions, *layout.base_adapters}, set(adapter_configs(model))
+    if saved != have:
+        raise ValueError(
+            f"{str(path)!r} holds the adapters {sorted(saved)}, the model has {sorted(have)}: make them the same"
+        )
+    if train_base and not layout.saved_base:
+        raise ValueError(f"{str(path)!r} holds no base weights, so `train_base` must be False; its base was frozen")
+    layout.verify_base()
+    adapters = {name: read_tensors(layout.adapter_folder(name) / WEIGHTS) for name in sorted(saved)}
+    for name, tensors in adapters.items():
+        check_keys(f"the adapter {name!r} in {str(path)!r}", tensors, adapter_state_dict(model, name))
+    if train_base:
+        _load_own(model, layout)
+    else:
+        check_fingerprint(model, layout.data["base"]["fingerprint"])
+    for name, tensors in adapters.items():
+        load_adapter_tensors(model, name, tensors, f"the adapter {name!r} in {str(path)!r}")
+
+
+def _load_own(model: nn.Module, layout: Layout) -> None:
+    inner = inner_model(model)
+    loaded, report = type(inner).from_pretrained(
+        layout.root, dtype=inner.dtype, use_safetensors=True, output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        raise ValueError(f"the base in {layout.source!r} does not fit {type(inner).__name__}: {wrong}")
+    target, source = plain_state_dict(model), loaded.state_dict()
+    check_keys(f"the base in {layout.source!r}", source, target)
+    with torch.no_grad():
+        for name, tensor in target.items():
+            if tensor.shape != source[name].shape:
+                raise ValueError(
+                    f"{name!r} has the shape {tuple(source[name].shape)} in {layout.source!r}, {tuple(tensor.shape)} in the model"
+                )
+        for name, tensor in target.items():
+            tensor.copy_(source[name])

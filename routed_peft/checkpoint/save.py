@@ -1,0 +1,198 @@
+"""Saving a routed model so that whoever loads the directory plainly gets the model without its regions."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from routed_peft.checkpoint.files import files_in, read_json, sha256, staged, write_json
+from routed_peft.checkpoint.layout import REGION, ROUTING, VERSION, foreign_weights
+from routed_peft.checkpoint.tensors import WEIGHTS, adapter_configs, adapter_state_dict, inner_model, plain_state_dict
+from routed_peft.regions.fingerprint import fingerprint
+from routed_peft.routes import Routes, check_region_name, routes_to_dict
+
+
+def save_routed(
+    model: nn.Module,
+    path: str | Path,
+    routes: Routes | None = None,
+    tokenizer: Any = None,
+    train_base: bool | None = None,
+    base_adapters: Iterable[str] | None = None,
+    tokens_per_route: Mapping[str, int] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Save a run: base in ``path`` itself, each region in a folder of its own.
+
+    With a trained base, ``AutoModelForCausalLM.from_pretrained(path)`` gives the ablated model; with a frozen one,
+    ``routing.json`` names where the base is (one that was never saved anywhere is saved too). Weights are safetensors.
+    The directory is written aside and renamed. Where ``path`` holds an earlier save, its files are replaced, and all
+    others (``checkpoint-…``, trainer state) are left alone.
+
+    Args:
+        model: a `PeftModel`, or a transformers model with adapters, none of them merged.
+        path: directory.
+        routes: label -> `Route`; by default those that `GradientRouting` left on the model.
+        tokenizer: saved beside the model, if given.
+        train_base: whether the model's own weights were trained; by default what `GradientRouting` left on the model,
+            else False.
+        base_adapters: names of adapters that stay with the base; all others are regions. Default as for ``routes``.
+        tokens_per_route: label -> tokens seen, for the record.
+        extra: more plain data for ``routing.json``.
+        state_dict: the model's full state dict, where it was gathered elsewhere (FSDP).
+
+    Returns:
+        The resolved path.
+
+    Raises:
+        ValueError: for a model without adapters, an unknown base adapter, a name that cannot be a region's, merged
+            adapters, or files at ``path`` that `save_routed` did not write and that would be mistaken for the base.
+        OSError: when writing fails; ``path`` is then as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+        ...                      num_attention_heads=1, num_key_value_heads=1, bos_token_id=0, eos_token_id=1)
+        >>> model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]), "forget")
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     saved = save_routed(model, run, train_base=True)
+        ...     sorted(file.name for file in saved.iterdir())
+        ['config.json', 'forget', 'generation_config.json', 'model.safetensors', 'routing.json']
+    """
+    path = Path(path).expanduser().resolve()
+    inner, configs = inner_model(model), adapter_configs(model)
+    routes = getattr(model, "_routed_routes", None) if routes is None else routes
+    train_base = bool(getattr(model, "_routed_train_base", False) if train_base is None else train_base)
+    base_adapters = list(getattr(model, "_routed_base_adapters", ()) if base_adapters is None else base_adapters)
+    _check_adapters(configs, base_adapters)
+    plain = plain_state_dict(model, state_dict)
+    home = {"id": None, "revision": None} if train_base or _moves_base(configs) else _home(inner)
+    ours = _former_files(path, configs)
+    record: dict[str, Any] = {
+        "format": "routed_peft",
+        "format_version": VERSION,
+        "train_base": train_base,
+        "base": {**home, "fingerprint": fingerprint(model)},
+        "regions": [name for name in configs if name not in base_adapters],
+        "base_adapters": base_adapters,
+        "routes": None if routes is None else routes_to_dict(routes),
+        "tokens_per_route": None if tokens_per_route is None else dict(tokens_per_route),
+        "versions": versions(),
+        "extra": dict(extra or {}),
+    }
+    with staged(path, ours) as aside:
+        if home["id"] is None:
+            _save_base(inner, plain, aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        for name, config in configs.items():
+            _save_adapter(aside / name, config, adapter_state_dict(model, name, state_dict), record, str(path))
+        names = files_in(aside)
+        record["files"] = {name: sha256(aside / name) for name in names if name.endswith(".safetensors")}
+        record["other_files"] = [name for name in names if not name.endswith(".safetensors")]
+        write_json(aside / ROUTING, record)
+    return path
+
+
+def _check_adapters(configs: Mapping[str, PeftConfig], base_adapters: Iterable[str]) -> None:
+    if not configs:
+        raise ValueError(
+            "`model` has no adapter, so no region: give it one (`get_peft_model(model, RoutedConfig(…), adapter_name=…)`), or "
+            "save it with its own `save_pretrained`"
+        )
+    for name in base_adapters:
+        if name not in configs:
+            raise ValueError(f"`base_adapters` names {name!r}; the adapters of `model` are {list(configs)}")
+    for name in configs:
+        check_region_name(name)
+
+
+def _home(inner: PreTrainedModel) -> dict[str, str | None]:
+    """Return where a frozen base can be found again; id None where it was never saved."""
+    name = inner.name_or_path or None
+    if name is not None and Path(name).expanduser().is_dir():
+        return {"id": str(Path(name).expanduser().resolve()), "revision": None}
+    return {"id": name, "revision": getattr(inner.config, "_commit_hash", None) if name else None}
+
+
+def _moves_base(configs: Mapping[str, PeftConfig]) -> bool:
+    """Whether an adapter's initialisation (PiSSA, OLoRA …) changed the base, so that its name no longer describes it."""
+    inits = [getattr(config, "init_lora_weights", True) for config in configs.values()]
+    return any(isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal") for init in inits)
+
+
+def _former_files(path: Path, folders: Iterable[str]) -> list[str]:
+    """Return the files of an earlier save at ``path``; ValueError where strange ones there would be mistaken for ours."""
+    if not path.exists():
+        return []
+    if not path.is_dir():
+        raise ValueError(f"`path` is a file, not a directory: {path}. Name another directory.")
+    data = read_json(path / ROUTING) if (path / ROUTING).is_file() else {}
+    ours = [*data.get("files", {}), *data.get("other_files", []), *([ROUTING] if data else [])]
+    strangers = foreign_weights(path) - set(ours)
+    strangers |= {f"{name}/" for name in folders if (path / name).exists() and f"{name}/{REGION}" not in ours}
+    if strangers:
+        raise ValueError(
+            f"`path` {path} holds {sorted(strangers)}, which `save_routed` did not write and which would hide, or be hidden "
+            "by, what it writes: save elsewhere, or move them"
+        )
+    return ours
+
+
+def _save_base(inner: PreTrainedModel, plain: dict[str, Tensor], folder: Path) -> None:
+    wrapped = getattr(inner, "_hf_peft_config_loaded", False)
+    try:
+        if wrapped:  # a model with `add_adapter` would save its adapter alone
+            inner._hf_peft_config_loaded = False
+        inner.save_pretrained(folder, state_dict=plain)
+    finally:
+        if wrapped:
+            inner._hf_peft_config_loaded = True
+
+
+def _save_adapter(
+    folder: Path, config: PeftConfig, tensors: dict[str, Tensor], record: Mapping[str, Any], run: str
+) -> None:
+    folder.mkdir()
+    base, name = record["base"], folder.name
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.base_model_name_or_path, config.revision = base["id"] or run, base["revision"]
+    if isinstance(getattr(config, "init_lora_weights", True), str):  # done once; loading must not do it again
+        config.init_lora_weights = True
+    if hasattr(config, "base_fingerprint"):
+        config.base_fingerprint = base["fingerprint"]
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    about = {
+        "format_version": VERSION,
+        "name": name,
+        "role": "base adapter" if name in record["base_adapters"] else "region",
+        "base": {"id": base["id"] or run, "revision": base["revision"]},
+        "base_fingerprint": base["fingerprint"],
+        **{key: record[key] for key in ("routes", "tokens_per_route", "versions")},
+        "files": {WEIGHTS: sha256(folder / WEIGHTS)},
+    }
+    write_json(folder / REGION, about)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what a checkpoint means."""
+    found = {}
+    for name in ("routed_peft", "torch", "transformers", "peft", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # used from a source tree
+            found[name] = "unknown"
+    return found

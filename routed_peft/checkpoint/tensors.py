@@ -1,0 +1,131 @@
+"""Telling a wrapped model's own weights from its adapters', and reading and writing either of them strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def inner_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a `PeftModel`, or the model itself; TypeError for anything else."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"expected a PeftModel or a transformers model, got {type(model).__name__}: unwrap it first, for example with "
+            "`accelerator.unwrap_model(model)`"
+        )
+    return inner
+
+
+def adapter_configs(model: nn.Module) -> dict[str, PeftConfig]:
+    """Return the adapters of a `PeftModel`, or of a transformers model with `add_adapter`, by name."""
+    return dict(getattr(model, "peft_config", None) or {})
+
+
+def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the model's own weights under the names that they have without adapters.
+
+    Args:
+        model: the wrapped model.
+        state_dict: its full state dict where it was gathered elsewhere (FSDP), else taken from ``model``.
+
+    Raises:
+        ValueError: if an adapter is merged, if one of them replaces whole modules, or if ``state_dict`` lacks weights.
+    """
+    inner = inner_model(model)
+    tuners = set()
+    for name, module in inner.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"{name!r} has a trained copy of itself (`modules_to_save` or `trainable_token_indices`), which is neither "
+                "base nor region: leave it out of the adapter's config and train the base instead"
+            )
+        if isinstance(module, BaseTunerLayer):
+            tuners.add(name)
+            if module.merged_adapters:
+                raise ValueError(
+                    f"the adapters {module.merged_adapters} are merged into {name!r}: call `unmerge_adapter()` first"
+                )
+    own = inner.state_dict()
+    given = own if state_dict is None else {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
+    plain = {short: tensor for name, tensor in given.items() if (short := _plain_name(name, tuners)) is not None}
+    shared = {own[name].data_ptr() for name in own if name in given}
+    lost = [
+        name for name in own if name not in given and _plain_name(name, tuners) and own[name].data_ptr() not in shared
+    ]
+    if lost:
+        raise ValueError(f"`state_dict` lacks {len(lost)} weights of the base, such as {lost[0]!r}: give the full one")
+    return plain
+
+
+def _plain_name(name: str, tuners: set[str]) -> str | None:
+    """Drop each ``base_layer`` of a tuner layer from ``name``; None for a tensor of an adapter."""
+    seen: list[str] = []
+    kept: list[str] = []
+    for part in name.split("."):
+        if ".".join(seen) in tuners:
+            if part != "base_layer":
+                return None
+        else:
+            kept.append(part)
+        seen.append(part)
+    return ".".join(kept)
+
+
+def adapter_state_dict(
+    model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of the adapter ``name`` under the keys of PEFT's adapter files, each with its own memory."""
+    tensors = get_peft_model_state_dict(
+        model, dict(state_dict) if state_dict else None, name, save_embedding_layers=False
+    )
+    prefix = "" if isinstance(model, PeftModel) else _PREFIX
+    return {
+        prefix + key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; ValueError with its name where it is truncated or no such file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): download or save it again") from error
+
+
+def check_keys(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise ValueError unless two sets of tensor names are equal."""
+    got, expected = set(got), set(expected)
+    for problem, names in (("lacks", expected - got), ("has besides", got - expected)):
+        if names:
+            raise ValueError(
+                f"{what} {problem} {len(names)} tensors, such as {min(names)!r}: it was saved from another model, or with "
+                "another adapter config"
+            )
+
+
+def load_adapter_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Put ``tensors`` into the adapter ``name`` of ``model``, strictly; ``what`` names them in an error."""
+    current = adapter_state_dict(model, name)
+    check_keys(what, tensors, current)
+    for key, tensor in tensors.items():
+        if tensor.shape != current[key].shape:
+            raise ValueError(
+                f"{what}: {key!r} has the shape {tuple(tensor.shape)}, the model's is {tuple(current[key].shape)}: load it "
+                "with the adapter config that it was saved with"
+            )
+    prefix = "" if isinstance(model, PeftModel) else _PREFIX
+    set_peft_model_state_dict(model, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}, name)
