@@ -162,11 +162,11 @@ def verify_layout(mlp: nn.Module, layout: MLPLayout) -> None:
         ...
         ValueError: Scaled has the names of a known MLP but computes something else ...
     """
-    weight = getattr(getattr(mlp, layout.up), "weight", None)
+    up = getattr(mlp, layout.up)
+    weight = getattr(up, "weight", None)
     if weight is None or not is_plain(weight) or any(p.is_meta for p in mlp.parameters()):
         return
-    features = weight.numel() // width(getattr(mlp, layout.up), "out")
-    x = torch.randn(2, 1, features, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    x = torch.randn(2, 1, width(up, "in"), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     modes = {module: module.training for module in mlp.modules()}
     mlp.eval()
     try:
@@ -175,9 +175,8 @@ def verify_layout(mlp: nn.Module, layout: MLPLayout) -> None:
         for module, mode in modes.items():
             module.training = mode
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
-    if not isinstance(got, Tensor) or not torch.allclose(
-        got, expected, tolerance, tolerance * float(expected.abs().max())
-    ):
+    scale = float(expected.abs().nan_to_num().max())
+    if not isinstance(got, Tensor) or not torch.allclose(got, expected, tolerance, tolerance * scale, equal_nan=True):
         raise ValueError(
             f"{type(mlp).__name__} has the names of a known MLP but computes something else than {layout}: its hidden "
             "units cannot be extended. Choose other `target_modules`, or use a LoRA adapter as the region."
