@@ -74,12 +74,15 @@ def load_pair(name: str, split: str = "train") -> Dataset:
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {list(SPLITS)}, got {split!r}")
     pair = PAIRS[name]
-    rows: list[dict[str, str]] = []
+    columns: dict[str, list[str]] = {"text": [], "side": [], "id": []}
     for side, corpus in (("forget", pair.forget), ("retain", pair.retain)):
-        chosen = [{"text": row["text"], "side": side, "id": row["id"]} for row in _read(corpus)]
-        chosen = [row for row in chosen if split_of(row["id"]) == split]
-        rows += sorted(chosen, key=lambda row: _fraction(row["id"]))
-    return Dataset.from_list(rows)
+        rows = sorted(
+            (row for row in _read(corpus) if split_of(row["id"]) == split), key=lambda row: _fraction(row["id"])
+        )
+        columns["text"] += [row["text"] for row in rows]
+        columns["side"] += [side] * len(rows)
+        columns["id"] += [row["id"] for row in rows]
+    return Dataset.from_dict(columns)
 
 
 def _fraction(id: str) -> float:

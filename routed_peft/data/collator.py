@@ -94,12 +94,12 @@ class RoutedCollator:
                 columns[name] = _plain(row[name])
                 _check_length(name, columns[name], ids)
         if ROUTE_LABELS in keys:
-            columns[ROUTE_LABELS] = [self._resolve(label) for label in columns[ROUTE_LABELS]]
+            columns[ROUTE_LABELS] = [self._resolve(label, per_token=True) for label in columns[ROUTE_LABELS]]
         return {name: self._cut(values) for name, values in columns.items()}
 
-    def _resolve(self, label: Any) -> int:
+    def _resolve(self, label: Any, per_token: bool = False) -> int:
         label = label.item() if isinstance(label, Tensor) else label
-        if label == IGNORED:
+        if per_token and label == IGNORED:
             return IGNORED
         name = label_name(label, self.class_names)
         if name not in self._index:
@@ -120,7 +120,7 @@ class RoutedCollator:
             if any(per_position):
                 for value, row in zip(values, features, strict=True):
                     _check_length(ROUTE_WEIGHTS, value, row["input_ids"])
-                weights[group] = self._pad([self._cut(value) for value in values], ROUTE_WEIGHTS, length).float()
+                weights[group] = self._pad([self._cut(value) for value in values], ROUTE_WEIGHTS, length)
             else:
                 weights[group] = torch.tensor(values, dtype=torch.float32)
             if not weights[group].isfinite().all():
@@ -141,7 +141,8 @@ class RoutedCollator:
             fill = 0
         left = self.tokenizer.padding_side == "left"
         gaps = [[fill] * (length - len(row)) for row in rows]
-        return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+        padded = [gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)]
+        return torch.tensor(padded, dtype=torch.float32 if name == ROUTE_WEIGHTS else torch.long)
 
 
 def shift(labels: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routed_peft.data import check_route_columns, pack, train_tokenizer
+
+TOKENIZER = train_tokenizer(["x"], vocab_size=258)  # one token a byte
+LETTERS = {
+    ("forget", "forget"): "a",
+    ("retain", "forget"): "b",
+    ("retain", "retain"): "c",
+    ("unlabeled", "retain"): "d",
+}
+
+
+def documents(lengths):
+    rows = [
+        {"text": LETTERS[key] * length, "route_label": key[0], "side": key[1]}
+        for key, sizes in lengths.items()
+        for length in sizes
+    ]
+    return Dataset.from_list(rows)
+
+
+sizes = st.lists(st.integers(1, 9), min_size=6, max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.fixed_dictionaries({key: sizes for key in LETTERS}), length=st.integers(1, 11), seed=st.integers(0, 5)
+)
+def test_nothing_is_lost_but_tails_and_labels_never_mix(lengths, length, seed):
+    rows = pack(documents(lengths), TOKENIZER, length, seed=seed)
+    counts = Counter((row["route_label"], row["side"]) for row in rows)
+    kept: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        key = row["route_label"], row["side"]
+        letter, eos = TOKENIZER.convert_tokens_to_ids(LETTERS[key]), TOKENIZER.eos_token_id
+        assert len(row["input_ids"]) == length
+        assert set(row["input_ids"]) <= {letter, eos}, "a row mixes labels"
+        kept[key] += row["input_ids"].count(letter)
+    for key, documents_of in lengths.items():
+        total = sum(documents_of) + len(documents_of)
+        assert counts[key] == total // length
+        assert sum(documents_of) - kept[key] <= total % length
+
+
+def test_every_document_is_followed_by_an_end_of_sequence_token():
+    ds = Dataset.from_dict({"text": ["ab", "c", "def"], "route_label": ["retain"] * 3})
+    (row,) = pack(ds, TOKENIZER, 9)["input_ids"]
+    text = TOKENIZER.decode(row)
+    assert text.endswith("<eos>") and sorted(text.split("<eos>")) == ["", "ab", "c", "def"]
+
+
+def test_the_seed_decides_the_order_of_documents_and_rows():
+    ds = documents({("forget", "forget"): [3] * 40, ("retain", "retain"): [3] * 40})
+    ds = ds.remove_columns("text").add_column("text", [chr(33 + i) * 3 for i in range(80)])
+    first, again, other = (pack(ds, TOKENIZER, 8, seed=seed) for seed in (1, 1, 2))
+    assert first["input_ids"][:] == again["input_ids"][:] != other["input_ids"][:]
+    labels = first["route_label"][:]
+    assert labels != sorted(labels) and Counter(labels) == {"forget": 20, "retain": 20}
+
+
+def test_columns_are_kept_with_their_features_and_others_dropped():
+    features = Features(
+        {"text": Value("string"), "route_label": ClassLabel(names=["retain", "forget"]), "id": Value("int64")}
+    )
+    ds = Dataset.from_dict({"text": ["aaa", "bbb"], "route_label": [1, 0], "id": [1, 2]}, features=features)
+    rows = pack(ds, TOKENIZER, 2)
+    assert rows.column_names == ["input_ids", "route_label"] and rows.features["route_label"] == features["route_label"]
+    assert check_route_columns(rows, {"forget": ..., "retain": ...}) == {"forget": 2, "retain": 2}
+    assert pack(ds, TOKENIZER, 2, by=["id"]).column_names == ["input_ids", "id"]
+    assert pack(ds.select_columns(["text"]), TOKENIZER, 8).column_names == ["input_ids"]
+
+
+def test_a_small_group_within_a_label_is_a_tail():
+    ds = documents({("retain", "forget"): [1], ("retain", "retain"): [9]})
+    assert pack(ds, TOKENIZER, 5)["side"][:] == ["retain", "retain"]
+
+
+ONE = Dataset.from_dict({"text": ["aaaa", "b"], "route_label": ["retain", "forget"]})
+BAD = {
+    "a label without a row": (ONE, {"length": 5}, r"`route_label` in \['forget'\] do not fill one row of 5"),
+    "nothing fills a row": (ONE.select_columns(["text"]), {"length": 50}, "the documents of the dataset do not fill"),
+    "length": (ONE, {"length": 0}, "`length` of at least 1"),
+    "by": (ONE, {"length": 2, "by": ["side"]}, r"lacks the columns \['side'\]"),
+    "text": (ONE, {"length": 2, "column": "body"}, r"lacks the columns \['body'\]"),
+    "null label": (Dataset.from_dict({"text": ["a"] * 2, "route_label": ["x", None]}), {"length": 1}, "nulls"),
+    "null text": (Dataset.from_dict({"text": ["a", None]}), {"length": 1}, "`text` has nulls"),
+    "token labels": (ONE.add_column("route_labels", [["a"]] * 2), {"length": 1}, r"cannot carry \['route_labels'\]"),
+    "no rows": (ONE.select([]), {"length": 1}, "no rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_raises(case):
+    ds, arguments, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        pack(ds, TOKENIZER, **arguments)
