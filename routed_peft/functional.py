@@ -52,43 +52,50 @@ class PositionWeights:
         if index is not None and len(index) == len(flat):
             index = None
         kept = flat if index is None else flat[index]
-        return cls(m, index, None if index is not None and bool((kept == 1).all()) else kept)
+        return cls(m, index, None if bool((kept == 1).all()) else kept)
 
-    def select(self, x: Tensor) -> Tensor:
-        """Take the kept positions of ``x`` ``(B, T, D)`` as rows ``(N, D)``."""
-        rows = x.flatten(0, self.m.dim() - 1)
-        rows = rows if self.index is None else rows.index_select(0, self.index)
-        return rows.reshape(-1, x.shape[-1])
+    def to(self, device: torch.device) -> PositionWeights:
+        """Return a copy on ``device``."""
+        return PositionWeights(
+            *(t if t is None else t.to(device, non_blocking=True) for t in (self.m, self.index, self.kept))
+        )
 
-    def weigh(self, grad: Tensor) -> Tensor:
-        """Take the kept positions of ``grad`` ``(B, T, O)`` as rows ``(N, O)``, each times its weight."""
-        rows = grad.flatten(0, self.m.dim() - 1)
-        rows = rows if self.index is None else rows.index_select(0, self.index)
-        rows = rows if self.kept is None else rows * spread(self.kept, rows)
-        return rows.reshape(-1, grad.shape[-1])
+
+def _rows(x: Tensor, index: Tensor | None, lead: int) -> Tensor:
+    """Take the kept positions of ``x`` ``(B, T, D)``, whose weights have ``lead`` axes, as rows: ``(N, ..., D)``."""
+    rows = x.flatten(0, lead - 1)
+    return rows if index is None else rows.index_select(0, index)
 
 
 class _RoutedLinear(torch.autograd.Function):
+    # Plain tensors as arguments rather than one PositionWeights: torch.compile can trace these.
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, weights: PositionWeights) -> Tensor:
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, kept: Tensor | None, lead: int
+    ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.weights = inputs
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        x, weight, _, index, kept, ctx.lead = inputs
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index, kept)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        x, weight, index, kept = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad @ weight if needs_x else None
-        if not (needs_weight or needs_bias):
-            return grad_x, None, None, None
-        weighed = ctx.weights.weigh(grad)  # (N, O)
-        grad_weight = weighed.t() @ ctx.weights.select(x) if needs_weight else None
-        return grad_x, grad_weight, weighed.sum(0) if needs_bias else None, None
+        grad_weight = grad_bias = None
+        if needs_weight or needs_bias:
+            weighed = _rows(grad, index, ctx.lead)
+            weighed = weighed if kept is None else weighed * spread(kept, weighed)
+            weighed = weighed.reshape(-1, grad.shape[-1])  # (N, O)
+            grad_bias = weighed.sum(0) if needs_bias else None
+            if needs_weight:
+                grad_weight = weighed.t() @ _rows(x, index, ctx.lead).reshape(-1, x.shape[-1])
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | PositionWeights) -> Tensor:
@@ -121,7 +128,8 @@ def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | Po
     if torch.is_autocast_enabled(x.device.type):  # inside the Function its backward would meet two dtypes
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _RoutedLinear.apply(x, weight, bias, m if isinstance(m, PositionWeights) else PositionWeights.of(m))
+    weights = m if isinstance(m, PositionWeights) else PositionWeights.of(m)
+    return _RoutedLinear.apply(x, weight, bias, weights.index, weights.kept, weights.m.dim())
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -161,6 +169,41 @@ def scale_gradient(x: Tensor, m: Tensor) -> Tensor:
                 [-0.5000, -0.5000, -0.5000]])
     """
     return _ScaleGradient.apply(x, m)
+
+
+class _RoutedParameter(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, m: Tensor) -> Tensor:
+        return weight.expand(*m.shape[:-1], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (m,) = ctx.saved_tensors
+        return (grad * m.to(grad.dtype)).flatten(0, -2).sum(0), None
+
+
+def routed_parameter(weight: Tensor, m: Tensor) -> Tensor:
+    """Parameter-edge routing of an elementwise parameter, the gain of a norm say: one view of it per position.
+
+    Args:
+        weight: ``(D,)``.
+        m: ``(B, 1)``, ``(B, T, 1)`` or any such shape that broadcasts against the activations ``(B, T, D)``.
+
+    Returns:
+        ``weight`` expanded to ``(B, D)``, ``(B, T, D)``, … without a copy. Its gradient weighs each position by ``m``.
+
+    Example:
+        >>> gain = torch.ones(2, requires_grad=True)
+        >>> (routed_parameter(gain, torch.tensor([[1.0], [0.0]])) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+        >>> gain.grad
+        tensor([1., 2.])
+    """
+    return _RoutedParameter.apply(weight, m)
 
 
 def routed_module(g: nn.Module, x: Tensor, m: Tensor) -> Tensor:

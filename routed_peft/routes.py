@@ -34,7 +34,9 @@ class Route:
 
     def __post_init__(self) -> None:
         if isinstance(self.ablated, str):
-            raise ValueError(f'`ablated` is a tuple of region names, got the string {self.ablated!r}: write ("{self.ablated}",)')
+            raise ValueError(
+                f'`ablated` is a tuple of region names, got the string {self.ablated!r}: write ("{self.ablated}",)'
+            )
         object.__setattr__(self, "weights", {name: float(w) for name, w in self.weights.items()})
         object.__setattr__(self, "ablated", tuple(self.ablated))
         bad = {name: w for name, w in self.weights.items() if not abs(w) < float("inf")}
@@ -137,4 +139,6 @@ def validate_routes(routes: Routes, regions: Iterable[str], base: bool = True) -
             )
     for region in regions:
         if not any(route.weight(region) for route in routes.values()):
-            raise ValueError(f"no route trains the region {region!r}: in {list(routes)} its weight is 0 or it is ablated")
+            raise ValueError(
+                f"no route trains the region {region!r}: in {list(routes)} its weight is 0 or it is ablated"
+            )

@@ -1,0 +1,56 @@
+"""Does gradient really arrive where the routes say? One backward pass per label on a real batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from routed_peft.routes import Route
+
+
+def check_gradients(
+    loss: Callable[[], Tensor], label: str, route: Route, groups: Mapping[str, Sequence[nn.Parameter]]
+) -> dict[str, bool]:
+    """Run one backward pass under ``route`` and compare where gradient arrived with where it should.
+
+    Args:
+        loss: computes the loss under the route; called once.
+        label: the route's label, for messages.
+        route: the route.
+        groups: parameters by group; an empty group is not looked at.
+
+    Returns:
+        group -> whether it received gradient. Gradients are cleared, and the random state is left as it was.
+
+    Raises:
+        ValueError: where the two differ.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        loss().backward()
+    received = {group: _received(parameters) for group, parameters in groups.items() if parameters}
+    for parameters in groups.values():
+        for p in parameters:
+            p.grad = None
+    for group, got in received.items():
+        if got and not route.weight(group):
+            raise ValueError(
+                f"self-check: data labelled {label!r} must not train {group!r}, but gradient arrived there. A parameter of it "
+                "is probably read outside its own module's forward (a fused loss or kernel that takes `weight` directly)."
+            )
+        if not got and route.weight(group):
+            raise ValueError(
+                f"self-check: data labelled {label!r} should train {group!r}, but no gradient arrived. Is the region's "
+                "contribution cut off, or does the batch have no tokens with a loss (all labels -100)?"
+            )
+    return received
+
+
+def _received(parameters: Sequence[nn.Parameter]) -> bool:
+    grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters if p.grad is not None]
+    found = torch.tensor(float(any(bool(g.count_nonzero()) for g in grads)), device=parameters[0].device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)  # a shard may hold zeros by chance
+    return bool(found)

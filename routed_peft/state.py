@@ -1,0 +1,163 @@
+"""The weights of the step at hand: one plain holder, set before the forward pass and cleared after the backward pass.
+
+A Python object shared by all routed layers, because the alternatives fail: a ContextVar is invisible to autograd's device
+threads and cannot be traced, a buffer is broadcast from rank 0 by DDP, and a forward argument is gone when gradient
+checkpointing recomputes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from routed_peft.functional import PositionWeights
+from routed_peft.routes import BASE, IGNORED, Routes
+
+NO_LABELS = (
+    "this model is attached to a GradientRouting, and a forward pass with gradients on came without labels: it would train "
+    "without routing. Wrap forward and backward in `with routing(labels):`; for ordinary training write "
+    "`with routing.off():`, for inference `with torch.no_grad():`, and `routing.detach()` when training is over."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupWeights:
+    """What one step does to one group (the base or a region).
+
+    Attributes:
+        weights: gradient weights, or None where all are one: the layer then runs as if it were not routed.
+        gate: 1 where the region takes part in the forward pass and 0 where it is ablated, or None where it always does.
+    """
+
+    weights: PositionWeights | None = None
+    gate: Tensor | None = None
+
+
+@dataclass(slots=True)
+class RoutingState:
+    """The holder.
+
+    Attributes:
+        groups: the step's weights by group, or None between steps.
+        off: depth of `GradientRouting.off` contexts.
+    """
+
+    groups: dict[str, GroupWeights] | None = None
+    off: int = 0
+
+    def group(self, name: str) -> GroupWeights | None:
+        """Return the step's weights for a group, or None where layers shall run plainly; without labels it raises."""
+        if self.groups is not None:
+            return self.groups[name]
+        if torch.is_grad_enabled() and not self.off:
+            raise ValueError(NO_LABELS)
+        return None
+
+
+def label_indices(labels: Sequence[str] | Sequence[int] | Tensor, routes: Routes) -> Tensor:
+    """Resolve labels to indices into ``list(routes)``.
+
+    Args:
+        labels: names, one per example, or integers ``(B,)`` or ``(B, T)``; -100 marks padding.
+        routes: the table.
+
+    Returns:
+        A LongTensor on the CPU, ``(B,)`` or ``(B, T)``.
+
+    Raises:
+        ValueError: on an unknown label, an index out of range or a wrong number of axes.
+
+    Example:
+        >>> from routed_peft import presets
+        >>> label_indices(["retain", "forget"], presets.sgtm())
+        tensor([1, 0])
+    """
+    known = list(routes)
+    if not isinstance(labels, Tensor):
+        unknown = sorted({str(label) for label in labels if isinstance(label, str) and label not in known})
+        if unknown:
+            raise ValueError(f"no route for the label {unknown[0]!r}; the routes are {known}")
+        labels = torch.tensor([known.index(label) if isinstance(label, str) else label for label in labels])
+    labels = labels.detach().cpu()
+    if labels.dim() not in (1, 2) or labels.is_floating_point() or not labels.numel():
+        raise ValueError(
+            f"`labels` are integers of shape (B,) or (B, T), or one name per example; got {labels.dtype} {tuple(labels.shape)}"
+        )
+    real = labels[labels != IGNORED]
+    if real.numel() and (int(real.min()) < 0 or int(real.max()) >= len(known)):
+        raise ValueError(
+            f"`labels` index the routes {known}, so 0 … {len(known) - 1} ({IGNORED} for padding); "
+            f"got values from {int(real.min())} to {int(real.max())}"
+        )
+    return labels.long()
+
+
+@dataclass(slots=True)
+class RouteCompiler:
+    """Turns the labels of a step into weights by group.
+
+    Attributes:
+        routes: the table.
+        regions: names of the regions.
+        gather: whether positions of weight zero are left out of weight-gradient matmuls.
+        dtype: of the weights; float64 only for models in float64.
+    """
+
+    routes: Routes
+    regions: Sequence[str]
+    gather: bool = True
+    dtype: torch.dtype = torch.float32
+    _tables: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for group in (BASE, *self.regions):
+            weight = torch.tensor([route.weights.get(group, 1.0) for route in self.routes.values()], dtype=self.dtype)
+            present = torch.tensor([group not in route.ablated for route in self.routes.values()])
+            self._tables[group] = (weight, present)
+
+    def effective(self, labels: Tensor, multipliers: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return each group's weight times its presence, ``(B,)`` or ``(B, T)`` on the CPU; 0 at padding."""
+        unknown = set(multipliers or ()) - set(self._tables)
+        if unknown:
+            raise ValueError(f"`weights` has {sorted(unknown)}; the groups are {list(self._tables)}")
+        result = {}
+        for group, (weight, present) in self._tables.items():
+            m = (weight * present)[labels.clamp(min=0)] * (labels != IGNORED)
+            if multipliers and group in multipliers:
+                m = _broadcast(m, multipliers[group].detach().cpu().to(self.dtype), group)
+            result[group] = m
+        return result
+
+    def compile(self, labels: Tensor, effective: Mapping[str, Tensor], device: torch.device) -> dict[str, GroupWeights]:
+        """Prepare ``effective`` weights and the regions' gates for the layers, on ``device``."""
+        real = labels != IGNORED
+        result = {}
+        for group, m in effective.items():
+            is_real = real if m.dim() == real.dim() else real.unsqueeze(1).expand_as(m)
+            # Padding has no gradient of its own, so it takes whichever weight is cheapest.
+            plain = bool((m[is_real] == 1).all())
+            weights = None if plain else PositionWeights.of(m, self.gather)
+            present = self._tables[group][1][labels.clamp(min=0)]
+            gate = None if bool(present[real].all()) else (present & real).to(self.dtype).to(device)
+            result[group] = GroupWeights(weights and weights.to(device), gate)
+        return result
+
+
+def _broadcast(m: Tensor, multiplier: Tensor, group: str) -> Tensor:
+    if multiplier.dim() > m.dim():
+        m = m.unsqueeze(1)
+    elif multiplier.dim() < m.dim():
+        multiplier = multiplier.unsqueeze(1)
+    if (
+        multiplier.dim() not in (1, 2)
+        or multiplier.shape[0] != m.shape[0]
+        or (m.dim() == 2 and 1 not in (m.shape[1], multiplier.shape[1]) and m.shape[1] != multiplier.shape[1])
+    ):
+        raise ValueError(
+            f"`weights[{group!r}]` is one number per example or per position; got {tuple(multiplier.shape)} "
+            f"for labels of shape {tuple(m.shape)}"
+        )
+    return m * multiplier
