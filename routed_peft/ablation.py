@@ -1,4 +1,4 @@
-"""Removing regions: for the length of a block (`ablated`), or for good (`ablate`, and `export` with some of them kept)."""
+"""Removing regions: for the length of a block (`ablated`), or for good (`ablate`; `export` keeps some of them)."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def ablated(model: nn.Module, *regions: str, scale: float = 0.0) -> Iterator[Non
     r"""Run ``model`` without ``regions`` for the length of a block.
 
     What a region adds to each layer, :math:`r(x)`, becomes :math:`s\,r(x)` with ``scale`` :math:`s`; at 0 it is exactly
-    zero, whatever the region's weights hold. Blocks nest, and their scales multiply. Nothing has to be attached, nothing
-    is moved or frozen, and it works in training and evaluation. Compiled parts of the model run eagerly meanwhile.
+    zero, whatever the region's weights hold. Blocks nest, and their scales multiply. Nothing has to be attached,
+    nothing is moved or frozen, and it works in training and evaluation. Compiled parts of the model run eagerly
+    meanwhile.
 
     Args:
         model: a `PeftModel`, a transformers model with adapters, or a module that holds one.
@@ -104,9 +105,9 @@ def _outlets(model: nn.Module, regions: Iterable[str]) -> list[nn.Module]:
             variant = isinstance(layer, LoraLayer) and region in layer.lora_variant
             if not modules or variant or isinstance(layer, MultiheadAttention | ParamWrapper):
                 raise ValueError(
-                    f"the region {region!r} has a {type(layer).__name__} layer of a sort that cannot be ablated: regions are "
-                    "`RoutedConfig` adapters, or plain LoRA on linear and convolution layers (no embeddings, no DoRA or "
-                    "other variants). Train it with one of these."
+                    f"the region {region!r} has a {type(layer).__name__} layer of a sort that cannot be ablated: "
+                    "regions are `RoutedConfig` adapters, or plain LoRA on linear and convolution layers (no "
+                    "embeddings, no DoRA or other variants). Train it with one of these."
                 )
             found += modules
     return found
@@ -120,9 +121,10 @@ def _adapters(layer: BaseTunerLayer) -> set[str]:
 def ablate(src: str | Path, out: str | Path, *, revision: str | None = None, **from_pretrained_kwargs: Any) -> Path:
     """Write a plain checkpoint of a run, without any region. Base adapters are merged.
 
-    The new checkpoint is loaded again before it appears at ``out``, and its logits are compared with those of the run with
-    its regions off: they must be equal, or, where base adapters were merged, equal up to rounding. ``out/ablation.json``
-    says so, with fingerprints and the SHA-256 of every file. Tokenizer, generation config and licence files come along.
+    The new checkpoint is loaded again before it appears at ``out``, and its logits are compared with those of the run
+    with its regions off: they must be equal, or, where base adapters were merged, equal up to rounding.
+    ``out/ablation.json`` says so, with fingerprints and the SHA-256 of every file. Tokenizer, generation config and
+    licence files come along.
 
     Args:
         src: directory or Hub id of a run that `save_routed` wrote.
@@ -142,7 +144,7 @@ def ablate(src: str | Path, out: str | Path, *, revision: str | None = None, **f
         >>> ablate("run", "run")
         Traceback (most recent call last):
         ...
-        ValueError: `out` ... is the source itself ...
+        ValueError: `out` ... is the source itself: ...
     """
     return export(src, out, revision=revision, **from_pretrained_kwargs)
 
@@ -171,7 +173,7 @@ def export(
         >>> export("run", "run/plain", keep=["bio"])
         Traceback (most recent call last):
         ...
-        ValueError: `out` ... lies inside the source ...
+        ValueError: `out` ... lies inside the source ...: ...
     """
     target = _free(Path(src).expanduser().resolve(), Path(out).expanduser().resolve())
     hub = hub_arguments(from_pretrained_kwargs)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_parts import FAMILIES, logits, lora, without, wrapped
 from families import tiny, tokens
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -18,48 +19,6 @@ from transformers import AutoModelForCausalLM
 from routed_peft import ablation
 from routed_peft.ablation import ablate, ablated, export
 from routed_peft.checkpoint import load_routed, save_routed
-from routed_peft.regions import RoutedConfig
-
-FAMILIES = ("llama", "gpt2", "qwen3", "phi3")
-TARGETS = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"]}
-TINY: dict[str, Any] = {"init_lora_weights": False, "r": 2}
-
-
-def lora(family: str = "llama", **more: Any) -> LoraConfig:
-    more = {"target_modules": TARGETS.get(family, ["q_proj", "v_proj"]), **TINY, **more}
-    return LoraConfig(fan_in_fan_out=family == "gpt2", **more)
-
-
-def config(kind: str, family: str = "llama", size: int = 3) -> Any:
-    return RoutedConfig(size=size, init="model") if kind == "mlp" else lora(family)
-
-
-def wrapped(kind: str, family: str = "llama", names: tuple[str, ...] = ("forget", "bio"), **tiny_: Any) -> PeftModel:
-    """A model with regions that all matter."""
-    torch.manual_seed(0)
-    model = get_peft_model(tiny(family, **tiny_), config(kind, family), names[0])
-    for size, name in enumerate(names[1:], 4):
-        model.add_adapter(name, config(kind, family, size))
-    model.base_model.set_adapter(list(names))
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(tokens()).logits
-
-
-def without(model: PeftModel, *names: str) -> torch.Tensor:
-    """Logits with only the other adapters active, by PEFT's own means."""
-    active = list(model.base_model.active_adapters)
-    rest = [name for name in active if name not in names]
-    if not rest:
-        with model.disable_adapter():
-            return logits(model)
-    model.base_model.set_adapter(rest)
-    result = logits(model)
-    model.base_model.set_adapter(active)
-    return result
 
 
 @pytest.mark.parametrize("kind", ["mlp", "lora"])

@@ -56,11 +56,12 @@ def fetch(
     return folder, folder.name
 
 
-def fetch_folder(source: str | Path, folder: str, commit: str | None, **arguments: Any) -> Path:
+def fetch_folder(
+    source: str | Path, folder: str, commit: str | None, patterns: Iterable[str] = FOLDER_FILES, **arguments: Any
+) -> Path:
     """Return the sub-directory ``folder`` of what `fetch` found, downloading it where ``commit`` is given."""
-    local = Path(source).expanduser()
     if commit is None:
-        return local.resolve() / folder
-    patterns = [f"{folder}/{pattern}" for pattern in FOLDER_FILES]
-    root = snapshot_download(str(source), revision=commit, allow_patterns=patterns, **arguments)
+        return Path(source).expanduser().resolve() / folder
+    wanted = [f"{folder}/{pattern}" for pattern in patterns]
+    root = snapshot_download(str(source), revision=commit, allow_patterns=wanted, **arguments)
     return Path(root) / folder

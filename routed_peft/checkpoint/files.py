@@ -71,9 +71,9 @@ def copy_matching(source: Path, target: Path, patterns: Iterable[str]) -> None:
 
 @contextmanager
 def staged(path: Path, ours: Iterable[str] = ()) -> Iterator[Path]:
-    """Yield an empty directory on the file system of ``path``, and put its content at ``path`` when the block ends well.
+    """Yield an empty directory on the file system of ``path``; put its content at ``path`` when the block ends well.
 
-    A path that does not exist, or is an empty directory, appears in one rename. In a directory that holds files, only
+    A path that does not exist, or is an empty directory, appears in one rename. In one that holds files, only
     those of the same name and those listed in ``ours`` (relative, of a former save) are replaced; an error while they
     are moved puts every file back.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from routed_peft.checkpoint.files import LAST, read_json, sha256
 from routed_peft.checkpoint.tensors import WEIGHTS
+from routed_peft.routes import routes_from_dict
 
 ROUTING = LAST
 REGION = "region.json"
@@ -39,8 +40,8 @@ class Layout:
             left = sorted(root.glob(".*.old"))
             hint = f" An interrupted save left the files before it in {left[0]}." if left else ""
             raise ValueError(
-                f"{source!r} has no {ROUTING}, so it is no run saved by `save_routed` (or a piece of it is missing; found "
-                f"{sorted(p.name for p in root.iterdir())[:12]}). A plain checkpoint loads with "
+                f"{source!r} has no {ROUTING}, so it is no run saved by `save_routed` (or a piece of it is missing; "
+                f"found {sorted(p.name for p in root.iterdir())[:12]}). A plain checkpoint loads with "
                 f"`AutoModelForCausalLM.from_pretrained`.{hint}"
             )
         data = read_json(path)
@@ -50,7 +51,8 @@ class Layout:
             )
         if data["format_version"] > VERSION:
             raise ValueError(
-                f"{path} has format version {data['format_version']}, this routed_peft reads up to {VERSION}: upgrade it"
+                f"{path} has format version {data['format_version']}, this routed_peft reads up to {VERSION}: upgrade "
+                "it"
             )
         return cls(root, data, source)
 
@@ -88,23 +90,29 @@ class Layout:
         strangers = sorted(foreign_weights(self.root) - set(expected))
         if strangers:
             raise ValueError(
-                f"{self.source!r} holds {strangers}, which `save_routed` did not write and transformers would load: move "
-                "them elsewhere"
+                f"{self.source!r} holds {strangers}, which `save_routed` did not write and transformers would load: "
+                "move them elsewhere"
             )
 
     def adapter_folder(self, name: str) -> Path:
         """Return the verified folder of a region or base adapter of this run."""
         folder = self.root / name
         if not folder.is_dir():
+            place = self.data.get("regions_repo") or "<id or path>"
             raise ValueError(
-                f"{self.source!r} lacks the folder {name!r} of the {self.role(name)} of that name. Copy it there; or, if the "
-                f'regions have a repository or directory of their own, load with regions={{{name!r}: "<id or path>"}}'
+                f"{self.source!r} lacks the folder {name!r} of the {self.role(name)} of that name. Copy it there; or, "
+                f"where regions have a repository or directory of their own, load with regions={{{name!r}: {place!r}}}"
             )
         verify_adapter(folder, f"{self.source}/{name}")
         prefix = f"{name}/"
         expected = {k.removeprefix(prefix): v for k, v in self.data["files"].items() if k.startswith(prefix)}
         verify_files(folder, expected, f"{self.source}/{name}")
         return folder
+
+    def labels(self, region: str) -> list[str]:
+        """Return the labels whose route trains ``region``."""
+        routes = routes_from_dict(self.data["routes"] or {})
+        return [label for label, route in routes.items() if route.weight(region)]
 
     def role(self, name: str) -> str:
         """Return what ``name`` is, in words."""
@@ -137,8 +145,8 @@ def verify_files(root: Path, expected: Mapping[str, str], source: str) -> None:
         got = sha256(path)
         if got != hash_:
             raise ValueError(
-                f"{name} in {source!r} is truncated or was tampered with: its SHA-256 is {got[:16]}…, {hash_[:16]}… was "
-                "written. Download it again, or restore it from a copy."
+                f"{name} in {source!r} is truncated or was tampered with: its SHA-256 is {got[:16]}…, {hash_[:16]}… "
+                "was written. Download it again, or restore it from a copy."
             )
 
 

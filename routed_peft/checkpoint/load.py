@@ -74,8 +74,8 @@ def load_routed(
         folders[name] = layout.adapter_folder(name)
     for name, place in elsewhere.items():
         folders[name] = _region_elsewhere(name, place, **hub)
-    model = base if isinstance(base, nn.Module) else _load_base(layout, base, from_pretrained_kwargs)
-    for name, folder in folders.items():
+    model: nn.Module = base if isinstance(base, nn.Module) else _load_base(layout, base, from_pretrained_kwargs)
+    for folder in folders.values():
         check_fingerprint(model, read_json(folder / REGION)["base_fingerprint"])
     for name, folder in folders.items():
         model = _add_adapter(model, name, folder, is_trainable)
@@ -83,8 +83,9 @@ def load_routed(
         assert isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
         model.base_model.set_adapter(list(folders), inference_mode=not is_trainable)
         routes = layout.data["routes"]
-        model._routed_base_adapters = tuple(layout.base_adapters)  # type: ignore[assignment]
-        model._routed_routes = None if routes is None else routes_from_dict(routes)  # type: ignore[assignment]
+        remembering: Any = model  # so that a later `save_routed` takes base adapters for what they are
+        remembering._routed_base_adapters = tuple(layout.base_adapters)
+        remembering._routed_routes = None if routes is None else routes_from_dict(routes)
     return model
 
 
@@ -160,9 +161,8 @@ def load_weights(model: nn.Module, path: str | Path, train_base: bool | None = N
 
 def _load_own(model: nn.Module, layout: Layout) -> None:
     inner = inner_model(model)
-    loaded, report = type(inner).from_pretrained(
-        layout.root, dtype=inner.dtype, use_safetensors=True, output_loading_info=True
-    )
+    read: Any = type(inner).from_pretrained
+    loaded, report = read(layout.root, dtype=inner.dtype, use_safetensors=True, output_loading_info=True)
     wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise ValueError(f"the base in {layout.source!r} does not fit {type(inner).__name__}: {wrong}")
@@ -172,7 +172,8 @@ def _load_own(model: nn.Module, layout: Layout) -> None:
         for name, tensor in target.items():
             if tensor.shape != source[name].shape:
                 raise ValueError(
-                    f"{name!r} has the shape {tuple(source[name].shape)} in {layout.source!r}, {tuple(tensor.shape)} in the model"
+                    f"{name!r} has the shape {tuple(source[name].shape)} in {layout.source!r}, {tuple(tensor.shape)} "
+                    "in the model"
                 )
         for name, tensor in target.items():
             tensor.copy_(source[name])

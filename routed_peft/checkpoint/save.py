@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -77,12 +77,14 @@ def save_routed(
     base_adapters = list(getattr(model, "_routed_base_adapters", ()) if base_adapters is None else base_adapters)
     _check_adapters(configs, base_adapters)
     plain = plain_state_dict(model, state_dict)
-    home = {"id": None, "revision": None} if train_base or _moves_base(configs) else _home(inner)
+    named = _home(inner)
+    home = {"id": None, "revision": None, "trained_from": named} if train_base or _moves_base(configs) else named
     ours = _former_files(path, configs)
     record: dict[str, Any] = {
         "format": "routed_peft",
         "format_version": VERSION,
         "train_base": train_base,
+        "model_class": [type(inner).__module__, type(inner).__name__],
         "base": {**home, "fingerprint": fingerprint(model)},
         "regions": [name for name in configs if name not in base_adapters],
         "base_adapters": base_adapters,
@@ -108,8 +110,8 @@ def save_routed(
 def _check_adapters(configs: Mapping[str, PeftConfig], base_adapters: Iterable[str]) -> None:
     if not configs:
         raise ValueError(
-            "`model` has no adapter, so no region: give it one (`get_peft_model(model, RoutedConfig(…), adapter_name=…)`), or "
-            "save it with its own `save_pretrained`"
+            "`model` has no adapter, so no region: give it one (`get_peft_model(model, RoutedConfig(…), "
+            "adapter_name=…)`), or save it with its own `save_pretrained`"
         )
     for name in base_adapters:
         if name not in configs:
@@ -127,13 +129,15 @@ def _home(inner: PreTrainedModel) -> dict[str, str | None]:
 
 
 def _moves_base(configs: Mapping[str, PeftConfig]) -> bool:
-    """Whether an adapter's initialisation (PiSSA, OLoRA …) changed the base, so that its name no longer describes it."""
+    """Whether an adapter's initialisation (PiSSA, OLoRA …) changed the base, so that its name no longer describes "
+    "it."""
     inits = [getattr(config, "init_lora_weights", True) for config in configs.values()]
     return any(isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal") for init in inits)
 
 
 def _former_files(path: Path, folders: Iterable[str]) -> list[str]:
-    """Return the files of an earlier save at ``path``; ValueError where strange ones there would be mistaken for ours."""
+    """Return the files of an earlier save at ``path``; ValueError where strange ones there would be mistaken for "
+    "ours."""
     if not path.exists():
         return []
     if not path.is_dir():
@@ -144,8 +148,8 @@ def _former_files(path: Path, folders: Iterable[str]) -> list[str]:
     strangers |= {f"{name}/" for name in folders if (path / name).exists() and f"{name}/{REGION}" not in ours}
     if strangers:
         raise ValueError(
-            f"`path` {path} holds {sorted(strangers)}, which `save_routed` did not write and which would hide, or be hidden "
-            "by, what it writes: save elsewhere, or move them"
+            f"`path` {path} holds {sorted(strangers)}, which `save_routed` did not write and which would hide, or be "
+            "hidden by, what it writes: save elsewhere, or move them"
         )
     return ours
 
@@ -155,7 +159,8 @@ def _save_base(inner: PreTrainedModel, plain: dict[str, Tensor], folder: Path) -
     try:
         if wrapped:  # a model with `add_adapter` would save its adapter alone
             inner._hf_peft_config_loaded = False
-        inner.save_pretrained(folder, state_dict=plain)
+        # of the class, since an attached routing makes the instance's own refuse
+        type(inner).save_pretrained(inner, folder, state_dict=plain)
     finally:
         if wrapped:
             inner._hf_peft_config_loaded = True
@@ -169,11 +174,13 @@ def _save_adapter(
     config = copy.deepcopy(config)
     config.inference_mode = True
     config.base_model_name_or_path, config.revision = base["id"] or run, base["revision"]
-    if isinstance(getattr(config, "init_lora_weights", True), str):  # done once; loading must not do it again
-        config.init_lora_weights = True
+    if isinstance(config, LoraConfig) and isinstance(config.init_lora_weights, str):
+        config.init_lora_weights = True  # done once; loading must not do it again
     if hasattr(config, "base_fingerprint"):
         config.base_fingerprint = base["fingerprint"]
-    config.save_pretrained(str(folder))
+    # without a task type PEFT finds the model's class by these names
+    mapping = {"base_model_class": record["model_class"][1], "parent_library": record["model_class"][0]}
+    config.save_pretrained(str(folder), auto_mapping_dict=None if config.task_type else mapping)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     about = {
         "format_version": VERSION,

@@ -23,8 +23,8 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
-            f"expected a PeftModel or a transformers model, got {type(model).__name__}: unwrap it first, for example with "
-            "`accelerator.unwrap_model(model)`"
+            f"expected a PeftModel or a transformers model, got {type(model).__name__}: unwrap it first, for example "
+            "with `accelerator.unwrap_model(model)`"
         )
     return inner
 
@@ -49,8 +49,8 @@ def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None =
     for name, module in inner.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(
-                f"{name!r} has a trained copy of itself (`modules_to_save` or `trainable_token_indices`), which is neither "
-                "base nor region: leave it out of the adapter's config and train the base instead"
+                f"{name!r} has a trained copy of itself (`modules_to_save` or `trainable_token_indices`), which is "
+                "neither base nor region: leave it out of the adapter's config and train the base instead"
             )
         if isinstance(module, BaseTunerLayer):
             tuners.add(name)
@@ -112,8 +112,8 @@ def check_keys(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
     for problem, names in (("lacks", expected - got), ("has besides", got - expected)):
         if names:
             raise ValueError(
-                f"{what} {problem} {len(names)} tensors, such as {min(names)!r}: it was saved from another model, or with "
-                "another adapter config"
+                f"{what} {problem} {len(names)} tensors, such as {min(names)!r}: it was saved from another model, or "
+                "with another adapter config"
             )
 
 
@@ -124,8 +124,8 @@ def load_adapter_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tens
     for key, tensor in tensors.items():
         if tensor.shape != current[key].shape:
             raise ValueError(
-                f"{what}: {key!r} has the shape {tuple(tensor.shape)}, the model's is {tuple(current[key].shape)}: load it "
-                "with the adapter config that it was saved with"
+                f"{what}: {key!r} has the shape {tuple(tensor.shape)}, the model's is {tuple(current[key].shape)}: "
+                "load it with the adapter config that it was saved with"
             )
     prefix = "" if isinstance(model, PeftModel) else _PREFIX
     set_peft_model_state_dict(model, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}, name)

@@ -1,0 +1,164 @@
+"""Pushing a run to the Hub, where access is per repository: the base to one, its regions to another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from routed_peft.checkpoint.files import NOTICE_FILES, TOKENIZER_FILES, files_in, read_json
+from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, Layout
+from routed_peft.checkpoint.model_card import model_card
+from routed_peft.checkpoint.tensors import WEIGHTS
+
+_PLAIN = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+def push_to_hub(
+    src: str | Path,
+    repo: str,
+    regions_repo: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    *,
+    regions_private: bool = True,
+    commit_message: str = "Upload with routed_peft",
+) -> dict[str, str]:
+    """Push a saved run: the base, its adapters and tokenizer to ``repo``, and regions only to ``regions_repo``.
+
+    Regions, ``training_args.bin``, optimizer states and ``checkpoint-…`` never reach ``repo``. The regions'
+    configurations point to ``repo`` and the commit pushed. Each repository gets a model card: which regions exist, what
+    labels they were trained on, how to load them.
+
+    Args:
+        src: directory that `save_routed` wrote.
+        repo: Hub id for the base; made where it does not exist.
+        regions_repo: Hub id for the regions; None leaves them here.
+        private: whether a new ``repo`` is private; None for the organisation's default.
+        token: Hub token; by default the one that is logged in.
+        revision: branch to push to; made where it does not exist.
+        regions_private: whether ``regions_repo`` must be private. False makes a new one public.
+        commit_message: of the commits.
+
+    Returns:
+        ``{"repo": commit hash}``, and ``"regions_repo"`` likewise.
+
+    Raises:
+        ValueError: where both ids are the same, ``repo`` already holds a region, ``regions_repo`` is public against
+            ``regions_private``, the frozen base is a local directory, or files of the run are missing or damaged.
+        huggingface_hub.errors.HfHubHTTPError: as the Hub gives it.
+
+    Example:
+        >>> push_to_hub("run", "org/model", regions_repo="org/model")
+        Traceback (most recent call last):
+        ...
+        ValueError: `regions_repo` must be another repository than `repo` ('org/model'): access is per repository
+    """
+    if regions_repo == repo:
+        raise ValueError(f"`regions_repo` must be another repository than `repo` ({repo!r}): access is per repository")
+    layout = _checked(Path(src).expanduser().resolve(), str(src), regions_repo is not None)
+    api = HfApi(token=token)
+    repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    if regions_repo is not None:
+        regions_repo = api.create_repo(regions_repo, private=regions_private, exist_ok=True).repo_id
+        if regions_private and not api.repo_info(regions_repo).private:
+            raise ValueError(
+                f"`regions_repo` {regions_repo!r} exists and is public: make it private, name another, or say "
+                "`regions_private=False`. Nothing was pushed."
+            )
+    commits = {
+        "repo": _commit(api, repo, _base_files(layout, repo, regions_repo), revision, commit_message, layout.regions)
+    }
+    if regions_repo is not None:
+        at = (repo, commits["repo"]) if layout.saved_base else None
+        files = _region_files(layout, layout.regions, at)
+        files["README.md"] = model_card(layout, repo, regions_repo, of_regions=True)
+        commits["regions_repo"] = _commit(api, regions_repo, files, revision, commit_message)
+    return commits
+
+
+def _checked(root: Path, source: str, regions: bool) -> Layout:
+    if not root.is_dir():
+        raise ValueError(f"{source!r} is no directory: give one that `save_routed` wrote")
+    layout = Layout.read(root, source)
+    layout.verify_base()
+    if not layout.saved_base and Path(layout.data["base"]["id"]).is_absolute():
+        raise ValueError(
+            f"the base of {source!r} is the local directory {layout.data['base']['id']}, which nobody else can load: "
+            "push it to the Hub and train from there, or save with `train_base=True`"
+        )
+    for name in (*layout.base_adapters, *(layout.regions if regions else ())):
+        layout.adapter_folder(name)
+    return layout
+
+
+def _base_files(layout: Layout, repo: str, regions_repo: str | None) -> dict[str, Path | str]:
+    """Return what ``repo`` gets: path in it -> local file or content."""
+    weights = {name for name in layout.data["files"] if "/" not in name}
+    patterns = (*_PLAIN, *TOKENIZER_FILES, *NOTICE_FILES)
+    own = [name for name in files_in(layout.root) if name in weights or _matches(name, patterns)]
+    files: dict[str, Path | str] = {name: layout.root / name for name in own}
+    files |= _region_files(layout, layout.base_adapters, (repo, None) if layout.saved_base else None)
+    kept = {**layout.data, "regions_repo": regions_repo}
+    for key in ("files", "other_files"):
+        pushed = [name for name in layout.data.get(key, ()) if name in files]
+        kept[key] = {name: layout.data[key][name] for name in pushed} if key == "files" else pushed
+    if layout.saved_base and isinstance(source := (layout.data["base"].get("trained_from") or {}).get("id"), str):
+        local = Path(source).is_absolute()
+        kept["base"] = {**layout.data["base"], **({"trained_from": None} if local else {})}
+    files[ROUTING] = json.dumps(kept, indent=2) + "\n"
+    files["README.md"] = model_card(layout, repo, regions_repo, of_regions=False)
+    return files
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
+
+
+def _region_files(layout: Layout, names: Iterable[str], base: tuple[str, str | None] | None) -> dict[str, Path | str]:
+    """Return the files of adapters, pointing to ``base`` (id, revision) where that is given."""
+    files: dict[str, Path | str] = {}
+    for name in names:
+        folder = layout.root / name
+        config, about = read_json(folder / CONFIG), read_json(folder / REGION)
+        if base is not None:
+            config["base_model_name_or_path"], config["revision"] = base
+            about["base"] = {"id": base[0], "revision": base[1]}
+        files |= {
+            f"{name}/{CONFIG}": json.dumps(config, indent=2) + "\n",
+            f"{name}/{REGION}": json.dumps(about, indent=2) + "\n",
+            f"{name}/{WEIGHTS}": folder / WEIGHTS,
+        }
+    return files
+
+
+def _commit(
+    api: HfApi,
+    repo: str,
+    files: Mapping[str, Path | str],
+    revision: str | None,
+    message: str,
+    barred: Iterable[str] = (),
+) -> str:
+    """Commit ``files`` and drop what they replace; ValueError where the repository holds a folder in ``barred``."""
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    there = api.list_repo_files(repo, revision=revision)
+    leaked = [name for name in there if name.split("/")[0] in set(barred) and "/" in name]
+    if leaked:
+        raise ValueError(
+            f"`repo` {repo!r} already holds {leaked[0]!r}, of a region: whoever can read the base can read that. "
+            "Delete it there (its history keeps it), or name another repository. Nothing was pushed."
+        )
+    stale = [n for n in there if _matches(n, ("*.safetensors", "*.index.json", CONFIG)) and n not in files]
+    operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
+    operations += [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content.encode() if isinstance(content, str) else content)
+        for name, content in files.items()
+    ]
+    return api.create_commit(repo, operations, commit_message=message, revision=revision).oid
