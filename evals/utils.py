@@ -1,0 +1,148 @@
+"""What the task YAMLs call: local rows in, token-weighted losses out.
+
+lm-eval hands every function named by ``custom_dataset`` the task's metadata, overlaid by ``--metadata`` and, on its
+command line, by ``--model_args``: this is how the files and the tokenizer arrive here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+Row = dict[str, Any]
+PACKAGED = Path(__file__).parent / "data"
+
+
+def read_rows(file: str | Path, argument: str) -> list[Row]:
+    """Read a JSONL file, gzipped where its name ends in ``.gz``; ``argument`` is who to blame for a bad one.
+
+    Raises:
+        ValueError: no such file, a line that is no JSON object, or no line at all.
+    """
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise ValueError(f"`{argument}` must be a JSONL file, got {str(file)!r}, which is not there; give a full path")
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        try:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{argument}` must hold one JSON object a line, but in {file} {error}") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(
+            f"`{argument}` must hold one JSON object a line and at least one, got {file}; correct that file"
+        )
+    return rows
+
+
+def load_tokenizer(metadata: Row) -> Any:
+    """Return lm-eval's tokenizer: ``tokenizer`` (an object, a path, an id), else that of ``pretrained``.
+
+    Raises:
+        ValueError: neither is named, so tokens cannot be counted.
+    """
+    source = metadata.get("tokenizer") or metadata.get("pretrained")
+    if source is None:
+        raise ValueError("a loss per token needs the model's `tokenizer`, got none: add --metadata tokenizer=PATH")
+    if not isinstance(source, str | Path):
+        return source
+    from transformers import AutoTokenizer
+
+    hub = {"revision": str(metadata.get("revision") or "main"), "trust_remote_code": metadata.get("trust_remote_code")}
+    return AutoTokenizer.from_pretrained(source, **hub)
+
+
+def count_tokens(tokenizer: Any, texts: Iterable[str], metadata: Row) -> list[int]:
+    """Count the tokens of each text that lm-eval scores.
+
+    Its first token is conditioned on a begin-of-sequence token that is not scored. A tokenizer that adds one by itself
+    makes ``--model hf`` score that too, unless ``add_bos_token=False``; ``routed`` and `routed_peft.evaluation` never
+    score it, and say ``special_tokens=False`` here.
+    """
+    special = metadata.get("special_tokens", metadata.get("add_bos_token"))
+    keywords = {} if special is None else {"add_special_tokens": special}
+    bos = tokenizer.bos_token
+    plain = {"add_special_tokens": False}  # as lm-eval does for a text that brings its own begin-of-sequence token
+    return [len(tokenizer.encode(t, **(plain if bos and t.startswith(bos) else keywords))) for t in texts]
+
+
+def loss_documents(side: str, pair: str = "biology", limit: int | None = None, **metadata: Any) -> dict[str, Dataset]:
+    """Build the test split of a loss task: columns ``text`` and ``n_tokens``.
+
+    Args:
+        side: "forget" or "retain".
+        pair: the packaged pair of corpora whose held-out rows are used where no file is given.
+        limit: keep the first so many rows.
+        **metadata: ``forget_file`` and ``retain_file``, JSONL of rows with ``text``; ``tokenizer`` or ``pretrained``.
+
+    Raises:
+        ValueError: no tokenizer, no such file, or a row without text.
+    """
+    argument = f"{side}_file"
+    if file := metadata.get(argument):
+        texts: list[Any] = [row.get("text") for row in read_rows(file, argument)]
+    else:
+        from routed_peft.corpora import load_pair  # type: ignore[import-not-found, unused-ignore]
+
+        rows = load_pair(pair, split="test").shuffle(seed=0)  # a limit then takes a fair sample of them
+        texts = [row["text"] for row in rows if row["side"] == side]
+    texts = texts[:limit]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"`{argument}` must hold a non-empty `text` in every row, got {text!r} in row {number}")
+    n_tokens = count_tokens(load_tokenizer(metadata), texts, metadata)
+    return {"test": Dataset.from_dict({"text": texts, "n_tokens": n_tokens})}
+
+
+def loss_per_document(doc: Row, results: Sequence[float]) -> dict[str, tuple[float, int]]:
+    """Return the log-likelihood of a document beside its tokens and beside its bytes.
+
+    >>> loss_per_document({"text": "añb", "n_tokens": 2}, [-3.0])
+    {'token_ce': (-3.0, 2), 'bits_per_byte': (-3.0, 4)}
+    """
+    (log_likelihood,) = results
+    return {
+        "token_ce": (log_likelihood, doc["n_tokens"]),
+        "bits_per_byte": (log_likelihood, len(doc["text"].encode("utf-8"))),
+    }
+
+
+def token_weighted(items: Iterable[tuple[float, int]]) -> float:
+    r"""Cross-entropy in nats per token, :math:`-\sum_i \log p(x_i) / \sum_i n_i`: long documents count for more.
+
+    >>> token_weighted([(-2.0, 1), (-4.0, 3)])
+    1.5
+    """
+    log_likelihoods, counts = zip(*items, strict=True)
+    return -sum(log_likelihoods) / sum(counts)
+
+
+def questions(side: str, limit: int | None = None, **metadata: Any) -> dict[str, Dataset]:
+    """Build the test split of a multiple choice task, in WMDP's schema ``{question, choices, answer}``.
+
+    Args:
+        side: "forget", "retain" or "adjacent".
+        limit: keep the first so many rows.
+        **metadata: ``forget_mc_file``, ``retain_mc_file`` and ``adjacent_mc_file``, JSONL; else packaged questions.
+
+    Raises:
+        ValueError: no such file, or a row that is not in this schema.
+
+    Example:
+        >>> questions("retain", limit=1)["test"].column_names
+        ['question', 'choices', 'answer']
+    """
+    argument = f"{side}_mc_file"
+    rows = read_rows(metadata.get(argument) or PACKAGED / f"{side}_mc.jsonl", argument)[:limit]
+    for number, row in enumerate(rows, 1):
+        question, choices, answer = (row.get(key) for key in ("question", "choices", "answer"))
+        fits = isinstance(question, str) and isinstance(choices, list) and len(choices) == 4
+        if not (fits and isinstance(answer, int) and 0 <= answer < 4):
+            raise ValueError(
+                f"`{argument}` must hold `question`, four `choices` and `answer` from 0 to 3, got {row} in row {number}"
+            )
+    return {"test": Dataset.from_list([{key: row[key] for key in ("question", "choices", "answer")} for row in rows])}

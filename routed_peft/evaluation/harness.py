@@ -1,0 +1,169 @@
+"""lm-eval inside this process: one model, measured with all of its regions, with none, and with some.
+
+lm-eval is an optional dependency (``pip install "routed_peft[eval]"``) and is imported when a measurement starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import pandas as pd
+from rich.table import Table
+from torch import nn
+
+from routed_peft.ablation import ablated
+
+DEFAULT_TASKS = ("routed_loss", "routed_mc", "routed_cloze")
+Scores = dict[str, float]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str] = DEFAULT_TASKS,
+    metadata: Mapping[str, Any] | None = None,
+    regions: Literal["all"] | Sequence[str] | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    base_adapters: Sequence[str] | None = None,
+) -> Scores:
+    """Measure a live model with lm-eval; it is given back in the mode (training, evaluation) in which it came.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        tokenizer: its tokenizer.
+        tasks: names of lm-eval tasks or groups: those of `routed_peft.tasks`, and lm-eval's own.
+        metadata: what the tasks read: ``forget_file``, ``retain_file``, ``pair``, ``forget_mc_file``, ...
+        regions: the regions to leave active while the others are ablated; None and "all" ablate none.
+        limit: the number of examples per task, for a quick look; None takes all.
+        batch_size: sequences per forward pass.
+        device: where to move the model first, for good; None leaves it where it is.
+        base_adapters: adapters that belong to the base, and so are never ablated; None takes what `load_routed` left on
+            the model.
+
+    Returns:
+        ``{"task/metric": value}``: losses ``token_ce`` in nats per token and ``bits_per_byte``, accuracies from 0 to 1.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: `tasks` or `regions` names something that does not exist.
+    """
+    if device is not None:
+        model.to(device)
+    from routed_peft.evaluation.lm import measurement
+
+    measure = measurement(model, tokenizer, tasks, metadata, limit, batch_size)
+    return _with_regions(model, measure, regions, base_adapters)
+
+
+def evaluate_configurations(
+    model: nn.Module,
+    tokenizer: Any,
+    configurations: Mapping[str, Literal["all"] | Sequence[str] | None] | None = None,
+    tasks: Sequence[str] = DEFAULT_TASKS,
+    metadata: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    base_adapters: Sequence[str] | None = None,
+) -> dict[str, Scores]:
+    """Measure one live model under several sets of active regions; tasks and their data are built once.
+
+    Args:
+        model: see `evaluate`.
+        tokenizer: see `evaluate`.
+        configurations: name -> the regions left active. By default "all regions", "ablated", and each region alone
+            where there are several; "model" for a model without regions.
+        tasks: see `evaluate`.
+        metadata: see `evaluate`.
+        limit: see `evaluate`.
+        batch_size: see `evaluate`.
+        base_adapters: see `evaluate`.
+
+    Returns:
+        ``{configuration: {"task/metric": value}}``.
+    """
+    if configurations is None:
+        configurations = default_configurations(region_names(model, base_adapters))
+    for regions in configurations.values():  # a misspelt region must not cost the measurements before it
+        _others(model, regions, base_adapters)
+    from routed_peft.evaluation.lm import measurement
+
+    measure = measurement(model, tokenizer, tasks, metadata, limit, batch_size)
+    return {name: _with_regions(model, measure, chosen, base_adapters) for name, chosen in configurations.items()}
+
+
+def region_names(model: nn.Module, base_adapters: Sequence[str] | None = None) -> list[str]:
+    """Return the regions of a model: its PEFT adapters, those of the base left out.
+
+    >>> region_names(nn.Linear(1, 1))
+    []
+    """
+    kept = getattr(model, "_routed_base_adapters", ()) if base_adapters is None else base_adapters
+    return [name for name in getattr(model, "peft_config", {}) if name not in kept]
+
+
+def default_configurations(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return what to compare: all regions, none, and each alone where there are several.
+
+    >>> default_configurations(["bio", "cyber"])
+    {'all regions': ['bio', 'cyber'], 'ablated': [], 'only bio': ['bio'], 'only cyber': ['cyber']}
+    >>> default_configurations([])
+    {'model': []}
+    """
+    if not names:
+        return {"model": []}
+    alone = {f"only {name}": [name] for name in names} if len(names) > 1 else {}
+    return {"all regions": list(names), "ablated": [], **alone}
+
+
+def results_frame(results: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """Return results as a frame: one row per ``task/metric``, one column per configuration.
+
+    >>> results_frame({"ablated": {"routed_forget_mc/acc": 0.25}}).loc["routed_forget_mc/acc", "ablated"]
+    np.float64(0.25)
+    """
+    return pd.DataFrame({name: dict(scores) for name, scores in results.items()})
+
+
+def results_table(results: Mapping[str, Mapping[str, float]], title: str | None = None) -> Table:
+    """Return results as a table for the terminal: tasks down, configurations across.
+
+    >>> results_table({"ablated": {"routed_forget_mc/acc": 0.25}}).row_count
+    1
+    """
+    table = Table(title=title)
+    table.add_column("task")
+    table.add_column("metric")
+    for name in results:
+        table.add_column(name, justify="right")
+    for key, row in results_frame(results).iterrows():
+        cells = ["–" if pd.isna(value) else f"{value:.3f}" for value in row]
+        table.add_row(*str(key).rsplit("/", 1), *cells)
+    return table
+
+
+def _others(
+    model: nn.Module, chosen: Literal["all"] | Sequence[str] | None, base_adapters: Sequence[str] | None = None
+) -> list[str]:
+    """Return the regions to ablate for those of `chosen` to stand alone."""
+    if chosen is None or chosen == "all":
+        return []
+    names = region_names(model, base_adapters)
+    if isinstance(chosen, str) or (unknown := [name for name in chosen if name not in names]):
+        got = chosen if isinstance(chosen, str) else unknown
+        raise ValueError(f"`regions` must be a list from {names}, got {got!r}; name regions of this model, or 'all'")
+    return [name for name in names if name not in chosen]
+
+
+def _with_regions(
+    model: nn.Module,
+    measure: Callable[[], Scores],
+    chosen: Literal["all"] | Sequence[str] | None,
+    base_adapters: Sequence[str] | None,
+) -> Scores:
+    others = _others(model, chosen, base_adapters)
+    with ablated(model, *others) if others else contextlib.nullcontext():
+        return measure()

@@ -1,0 +1,149 @@
+"""From what a user names, a path or a Hub id, to a model and its tokenizer; and all its regions measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from routed_peft.checkpoint import load_routed
+from routed_peft.checkpoint.fetch import fetch, hub_arguments
+from routed_peft.checkpoint.layout import ROUTING, Layout
+from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
+
+Regions = Literal["all"] | Sequence[str]
+
+
+def read_layout(src: str | Path, revision: str | None = None, **hub: Any) -> Layout | None:
+    """Return the layout of a run that `save_routed` wrote, or None for a plain checkpoint of transformers."""
+    root, _ = fetch(src, revision, **hub)
+    return Layout.read(root, str(src)) if (root / ROUTING).is_file() else None
+
+
+def tokenizer_place(src: str | Path, layout: Layout | None, revision: str | None = None) -> tuple[str, str | None]:
+    """Return where the tokenizer of `src` is, and its revision: beside the weights, else that of the frozen base."""
+    if layout is None:
+        return str(src), revision
+    if (layout.root / "tokenizer_config.json").is_file():
+        return str(layout.root), None
+    base = layout.data["base"]
+    if base["id"] is None:
+        raise ValueError(f"{str(src)!r} has no tokenizer: save the run's tokenizer there, or give `tokenizer`")
+    return base["id"], base["revision"]
+
+
+def load_source(
+    src: str | Path,
+    regions: Regions = "all",
+    revision: str | None = None,
+    tokenizer: Any = None,
+    **from_pretrained_kwargs: Any,
+) -> tuple[nn.Module, Any]:
+    """Load a run with some of its regions, or a plain checkpoint, and its tokenizer.
+
+    Args:
+        src: directory or Hub id.
+        regions: names of the regions to load, or "all"; `[]` is the ablated model.
+        revision: branch, tag or commit of a Hub id.
+        tokenizer: an object, a path or an id, to use instead of the run's own.
+        **from_pretrained_kwargs: see `load_routed`.
+
+    Raises:
+        ValueError: an unknown region, or no tokenizer; and what `load_routed` raises.
+    """
+    layout = read_layout(src, revision, **hub_arguments(from_pretrained_kwargs))
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        place, at = (tokenizer, None) if tokenizer else tokenizer_place(src, layout, revision)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=at or "main", **hub_arguments(from_pretrained_kwargs))
+    if layout is not None:
+        names = layout.regions if regions == "all" else regions
+        return load_routed(src, names, revision=revision, **from_pretrained_kwargs), tokenizer
+    if regions != "all" and regions:
+        raise ValueError(f"`regions` names {list(regions)}, but {str(src)!r} is a plain checkpoint without regions")
+    plain = AutoModelForCausalLM.from_pretrained(src, revision=revision or "main", **from_pretrained_kwargs)
+    return plain, tokenizer
+
+
+def evaluate_source(
+    src: str | Path,
+    tasks: Sequence[str] = DEFAULT_TASKS,
+    regions: Mapping[str, Regions] | Sequence[str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    output: str | Path | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    **from_pretrained_kwargs: Any,
+) -> dict[str, Scores]:
+    """Measure a saved run with all of its regions, ablated, and with any subset. It is loaded once.
+
+    Args:
+        src: directory or Hub id of a run, or of a plain checkpoint.
+        tasks: see `routed_peft.evaluation.evaluate`.
+        regions: further subsets to measure: one list of names, or ``{name of the configuration: list of names}``. By
+            default each region alone, where there are several.
+        metadata: see `routed_peft.evaluation.evaluate`.
+        limit: see `routed_peft.evaluation.evaluate`.
+        batch_size: see `routed_peft.evaluation.evaluate`.
+        device: where to put the model; None leaves it where transformers puts it.
+        output: a JSON file to write, with the results and what was measured.
+        tokenizer: an object, a path or an id, to use instead of the run's own.
+        revision: branch, tag or commit of a Hub id.
+        **from_pretrained_kwargs: see `load_routed`.
+
+    Returns:
+        ``{configuration: {"task/metric": value}}``; the configuration of a model without regions is "model".
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: an unknown task or region, or no tokenizer; and what `load_routed` raises.
+    """
+    layout = read_layout(src, revision, **hub_arguments(from_pretrained_kwargs))
+    configurations = _configurations(str(src), [] if layout is None else layout.regions, regions)
+    model, tokenizer = load_source(src, "all", revision, tokenizer, **from_pretrained_kwargs)
+    if device is not None:
+        model.to(device)
+    results = evaluate_configurations(model, tokenizer, configurations, tasks, metadata, limit, batch_size)
+    if output is not None:
+        report = {
+            "source": str(src),
+            "revision": revision,
+            "tasks": [tasks] if isinstance(tasks, str) else list(tasks),
+            "metadata": dict(metadata or {}),
+            "limit": limit,
+            "configurations": configurations,
+            "versions": {name: version(name) for name in ("routed_peft", "lm_eval", "transformers", "peft", "torch")},
+            "results": results,
+        }
+        _write_json(Path(output), report)
+    return results
+
+
+def _configurations(
+    src: str, names: Sequence[str], asked: Mapping[str, Regions] | Sequence[str] | None
+) -> dict[str, list[str]]:
+    """Return what to measure, checked before anything is loaded."""
+    chosen: dict[str, list[str]] = default_configurations(names)
+    if asked is not None:
+        further = asked if isinstance(asked, Mapping) else {" + ".join(asked) or "ablated": asked}
+        kept = {key: chosen[key] for key in ("all regions", "ablated", "model") if key in chosen}
+        chosen = kept | {key: list(names) if value == "all" else list(value) for key, value in further.items()}
+    if unknown := sorted({name for value in chosen.values() for name in value} - set(names)):
+        raise ValueError(f"`regions` names {unknown}; the regions of {src!r} are {list(names)}")
+    return chosen
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write aside, then rename: an interrupted write leaves the file that was there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(aside, file)
