@@ -168,6 +168,14 @@ def test_bfloat16_base_has_a_float32_region():
     assert (logits(model.merge_and_unload()) - on).abs().max() < 0.1
 
 
+def test_what_was_merged_stays_merged_when_no_names_are_given():
+    model = with_region(tiny("llama"), "bio")
+    add_region(model, "cyber", 3)
+    model.merge_adapter(["cyber"])
+    on = logits(model)  # `cyber` merged, `bio` active
+    torch.testing.assert_close(logits(model.merge_and_unload()), on, rtol=0, atol=1e-5)
+
+
 def test_safe_merge_refuses_what_is_not_finite():
     model = with_region(tiny("llama"))
     with torch.no_grad():
@@ -178,15 +186,16 @@ def test_safe_merge_refuses_what_is_not_finite():
 
 def test_a_quantised_base_runs_but_does_not_merge():
     base = tiny("llama")
-    for mlp in find_mlps(base).values():
-        mlp.up_proj = Int8Linear(mlp.up_proj)
+    last = base.model.layers[1].mlp  # the refusal must come before anything is merged into the first
+    last.up_proj = Int8Linear(last.up_proj)
     model = with_region(base)
     on = logits(model)
-    assert on.isfinite().all() and layers(model)[0].routed_up["forget"].weight.dtype == torch.float32
+    assert on.isfinite().all() and layers(model)[1].routed_up["forget"].weight.dtype == torch.float32
     with pytest.raises(ValueError, match="`up_proj` of LlamaMLP: it is a Int8Linear with quantised"):
         model.merge_adapter()
     with pytest.raises(ValueError, match="Load the base unquantised"):
         model.merge_and_unload()
+    assert not any(layer.merged for layer in layers(model))
     assert torch.equal(logits(model), on)
     assert torch.equal(logits(model.unload()), logits(base))
 

@@ -108,6 +108,8 @@ def test_only_the_region_is_trained_and_modes_are_kept():
     base = tiny("gpt2", resid_pdrop=0.1).train()
     model = get_peft_model(base, RoutedConfig(size=3), adapter_name="forget")
     assert all(layer.training and layer.base_layer.training for layer in layers(model))
+    idle = get_peft_model(tiny("gpt2"), RoutedConfig(size=3), adapter_name="forget")
+    assert not any(layer.training or layer.routed_up["forget"].training for layer in layers(idle))
     model(X, labels=X).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == (".forget." in name)
