@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
 
 from routed_peft.checkpoint.files import NOTICE_FILES, TOKENIZER_FILES
 
@@ -65,3 +66,17 @@ def fetch_folder(
     wanted = [f"{folder}/{pattern}" for pattern in patterns]
     root = snapshot_download(str(source), revision=commit, allow_patterns=wanted, **arguments)
     return Path(root) / folder
+
+
+def cached_commit(repo: str) -> str | None:
+    """Return the commit of ``repo`` in the local cache: the only one there, else that of its main branch.
+
+    transformers does not record which commit a model was loaded from. Where this is another one, the base's fingerprint
+    tells when loading.
+    """
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
+    commits = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if len(commits) == 1:
+        return commits[0]
+    main = try_to_load_from_cache(repo, "config.json") if commits else None
+    return Path(main).parent.name if isinstance(main, str) else None

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from routed_peft.checkpoint.fetch import cached_commit
 from routed_peft.checkpoint.files import files_in, read_json, sha256, staged, write_json
 from routed_peft.checkpoint.layout import REGION, ROUTING, VERSION, foreign_weights
 from routed_peft.checkpoint.tensors import WEIGHTS, adapter_configs, adapter_state_dict, inner_model, plain_state_dict
@@ -30,6 +31,7 @@ def save_routed(
     tokens_per_route: Mapping[str, int] | None = None,
     extra: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    base_revision: str | None = None,
 ) -> Path:
     """Save a run: base in ``path`` itself, each region in a folder of its own.
 
@@ -49,6 +51,7 @@ def save_routed(
         tokens_per_route: label -> tokens seen, for the record.
         extra: more plain data for ``routing.json``.
         state_dict: the model's full state dict, where it was gathered elsewhere (FSDP).
+        base_revision: commit of a frozen base on the Hub; by default the one in the local cache.
 
     Returns:
         The resolved path.
@@ -77,7 +80,7 @@ def save_routed(
     base_adapters = list(getattr(model, "_routed_base_adapters", ()) if base_adapters is None else base_adapters)
     _check_adapters(configs, base_adapters)
     plain = plain_state_dict(model, state_dict)
-    named = _home(inner)
+    named = _home(inner, base_revision)
     home = {"id": None, "revision": None, "trained_from": named} if train_base or _moves_base(configs) else named
     ours = _former_files(path, configs)
     record: dict[str, Any] = {
@@ -120,12 +123,12 @@ def _check_adapters(configs: Mapping[str, PeftConfig], base_adapters: Iterable[s
         check_region_name(name)
 
 
-def _home(inner: PreTrainedModel) -> dict[str, str | None]:
+def _home(inner: PreTrainedModel, revision: str | None) -> dict[str, str | None]:
     """Return where a frozen base can be found again; id None where it was never saved."""
     name = inner.name_or_path or None
-    if name is not None and Path(name).expanduser().is_dir():
-        return {"id": str(Path(name).expanduser().resolve()), "revision": None}
-    return {"id": name, "revision": getattr(inner.config, "_commit_hash", None) if name else None}
+    if name is None or Path(name).expanduser().is_dir():
+        return {"id": None if name is None else str(Path(name).expanduser().resolve()), "revision": None}
+    return {"id": name, "revision": revision or cached_commit(name)}
 
 
 def _moves_base(configs: Mapping[str, PeftConfig]) -> bool:
