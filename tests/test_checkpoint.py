@@ -16,13 +16,14 @@ from checkpoint_parts import FAMILIES, config, logits, lora, without, wrapped
 from families import TIED, tiny
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from routed_peft import presets
 from routed_peft.checkpoint import files as files_module
 from routed_peft.checkpoint import inspect_checkpoint, load_routed, load_weights, save_routed
 from routed_peft.checkpoint import save as save_module
 from routed_peft.checkpoint.files import staged
+from routed_peft.routing import GradientRouting
 
 KINDS = pytest.mark.parametrize("kind", ["mlp", "lora"])
 
@@ -160,6 +161,23 @@ def test_a_gathered_state_dict_is_what_is_saved(tmp_path: Path) -> None:
         save_routed(model, tmp_path / "other", train_base=True, state_dict=state)
 
 
+@pytest.mark.parametrize("peft", [True, False])
+def test_a_model_is_saved_and_resumed_while_routed(peft: bool, tmp_path: Path) -> None:
+    models: list[Any] = [wrapped("mlp", names=("forget",), seed=seed) if peft else tiny("llama") for seed in (0, 1)]
+    routings = []
+    for model in models:
+        if not peft:
+            model.add_adapter(lora(), "forget")
+        routings.append(GradientRouting(model, presets.sgtm("forget"), train_base=True))
+    path = save_routed(models[0], tmp_path / "run")
+    load_weights(models[1], path)
+    for routing in routings:
+        routing.detach()
+    assert torch.equal(logits(models[1]), logits(models[0]))
+    assert torch.equal(logits(load_routed(path, ["forget"])), logits(models[0]))
+    assert json.loads((path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
 # Loading in place
 
 
@@ -250,7 +268,13 @@ def test_a_full_disk_or_an_interruption_leaves_all_as_it_was(
         save_routed(wrapped("mlp"), path, train_base=True)
     before = content(tmp_path)
     other = wrapped("mlp", seed=3)
-    for module, name in ((save_module, "save_file"), (save_module, "write_json"), (files_module, "_flush")):
+    steps: list[tuple[Any, str]] = [
+        (modeling_utils, "safe_save_file"),
+        (save_module, "save_file"),
+        (save_module, "write_json"),
+        (files_module, "_flush"),
+    ]
+    for module, name in steps:
         with monkeypatch.context() as patch:
             patch.setattr(module, name, error)
             with pytest.raises((OSError, KeyboardInterrupt)):
@@ -327,6 +351,13 @@ def test_a_missing_piece_is_named(piece: str, message: str, run: Path) -> None:
     shutil.move(run / piece, run.parent / "elsewhere")
     with pytest.raises(ValueError, match=message):
         load_routed(run, ["forget"])
+
+
+def test_a_save_that_was_killed_says_where_the_earlier_files_are(run: Path) -> None:
+    (run / ".run.0.old").mkdir()
+    (run / "routing.json").rename(run / ".run.0.old" / "routing.json")
+    with pytest.raises(ValueError, match=r"interrupted save left the files before it in .*\.run\.0\.old"):
+        load_routed(run)
 
 
 @pytest.mark.parametrize(
