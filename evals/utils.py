@@ -86,7 +86,7 @@ def loss_documents(side: str, pair: str = "biology", limit: int | None = None, *
     if file := metadata.get(argument):
         texts: list[Any] = [row.get("text") for row in read_rows(file, argument)]
     else:
-        from routed_peft.corpora import load_pair  # type: ignore[import-not-found, unused-ignore]
+        from routed_peft.corpora import load_pair
 
         rows = load_pair(pair, split="test").shuffle(seed=0)  # a limit then takes a fair sample of them
         texts = [row["text"] for row in rows if row["side"] == side]

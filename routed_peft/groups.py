@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from routed_peft.layers import Routed
 from routed_peft.routes import BASE, check_region_name
@@ -126,9 +129,8 @@ def _is_joint(model: nn.Module, name: str, module: nn.Module, pattern: str) -> b
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head: nn.Module | None = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    return head
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
 
 
 def check_model(
@@ -150,7 +152,8 @@ def check_model(
         )
     for region in regions:
         check_region_name(region)
-        if getattr(model.peft_config[region], "use_dora", False):
+        configs: Any = model.peft_config
+        if getattr(configs[region], "use_dora", False):
             raise ValueError(f"the adapter {region!r} uses DoRA, whose magnitudes cannot be routed: take plain LoRA")
     if train_base and getattr(model, "is_quantized", False):
         raise ValueError(

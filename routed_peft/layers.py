@@ -7,23 +7,19 @@ were; `unswap` gives the old class back. A swapped module reads its step's weigh
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from routed_peft.functional import (
-    PositionWeights,
     routed_linear,
     routed_module,
     routed_parameter,
     scale_gradient,
     spread,
 )
-from routed_peft.routes import BASE
 from routed_peft.state import GroupWeights, RoutingState
 
 
@@ -171,9 +167,15 @@ def align(m: Tensor, x: Tensor, name: str) -> Tensor:
     raise ValueError(f"labels of shape {tuple(m.shape)} do not line up with the input of {name!r}, {tuple(x.shape)}")
 
 
-@functools.cache
+_CLASSES: dict[tuple[type[nn.Module], type[Routed]], type[nn.Module]] = {}
+
+
 def _swapped_class(cls: type[nn.Module], mixin: type[Routed]) -> type[nn.Module]:
-    return type(f"Routed{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": mixin.__doc__})
+    if (cls, mixin) not in _CLASSES:
+        _CLASSES[cls, mixin] = type(
+            f"Routed{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": mixin.__doc__}
+        )
+    return _CLASSES[cls, mixin]
 
 
 def routed_class(module: nn.Module) -> type[nn.Module] | None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import routed_peft.regions  # noqa: F401  (registers the PEFT type)
 from routed_peft.evaluation.lm import TextLM
 from routed_peft.evaluation.source import load_source, read_layout, tokenizer_place
-from routed_peft.tasks import path  # type: ignore[import-not-found, unused-ignore]
+from routed_peft.tasks import path
 
 import lm_eval.tasks  # isort: skip
 from lm_eval._cli import HarnessCLI  # isort: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from routed_peft.architectures import find_mlps, mlp_layout
 from routed_peft.groups import JOINT, Member, adapter_names, check_member, check_model, find_members, tuner_layers
 from routed_peft.layers import Slot, routed_class, swap, swap_input, unswap
-from routed_peft.routes import BASE, IGNORED, Routes, validate_routes
+from routed_peft.routes import BASE, Routes, validate_routes
 from routed_peft.selfcheck import check_gradients
 from routed_peft.state import RouteCompiler, RoutingState, label_indices
 
@@ -83,7 +83,7 @@ class GradientRouting:
         self._state = RoutingState()
         self._swapped: list[nn.Module] = []
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._active = next((layer.active_adapters for _, layer in tuner_layers(model)), [])
+        self._active: list[str] = next((layer.active_adapters for _, layer in tuner_layers(model)), [])
         self._groups: dict[str, list[nn.Parameter]] = {}
         try:
             self._unfreeze(members)
@@ -158,7 +158,7 @@ class GradientRouting:
         self.model._routed_routes = self.routes  # type: ignore[assignment]
         self.model._routed_base_adapters = self.base_adapters  # type: ignore[assignment]
         if self.train_base:
-            self.model.save_pretrained = _refuse_to_save
+            self.model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
 
     def detach(self) -> None:
         """Undo everything: classes, ``requires_grad`` and active adapters are as they were."""

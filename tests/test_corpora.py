@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from routed_peft.corpora import PAIRS, SPLITS, load_pair, split_of
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ import pytest
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routed_peft.corpora import load_pair
 from transformers import AutoTokenizer
 
+from routed_peft.corpora import load_pair
 from routed_peft.data import load_training_file, train_tokenizer
 
 ROWS = [{"text": "a tree", "route_label": "forget"}, {"text": "a dog", "route_label": "retain"}]

@@ -9,9 +9,9 @@ import yaml
 from evaluation_parts import TEXTS, byte_tokenizer, log_likelihood, tiny_llama, token_loss, write_jsonl
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from routed_peft.tasks import utils
 
 from routed_peft.evaluation import evaluate, evaluate_configurations, results_frame, results_table
+from routed_peft.tasks import utils
 
 pytest.importorskip("lm_eval")
 

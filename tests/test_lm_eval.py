@@ -111,9 +111,8 @@ def test_dtype_is_passed_on(runs):
 def test_the_users_own_tasks_stay_beside_ours(tmp_path):
     import argparse
 
-    from routed_peft.tasks import path
-
     from routed_peft.lm_eval import with_our_tasks
+    from routed_peft.tasks import path
 
     config = tmp_path / "config.yaml"
     config.write_text(f"include_path: {tmp_path}\nmodel: hf\n")

@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
-import routed_peft.tasks
 import yaml
 from evaluation_parts import TEXTS, byte_tokenizer, tiny_llama, token_loss, write_jsonl
+
+import routed_peft.tasks
 from routed_peft.tasks import path, utils
 
 pytest.importorskip("lm_eval")

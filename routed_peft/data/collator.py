@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, check_has_route, label_name, route_column
+from routed_peft.data.columns import (
+    ROUTE_COLUMNS,
+    ROUTE_LABEL,
+    ROUTE_LABELS,
+    ROUTE_WEIGHTS,
+    check_has_route,
+    label_name,
+    route_column,
+)
 from routed_peft.routes import IGNORED
 
 Feature = Mapping[str, Any]
@@ -26,7 +34,7 @@ class RoutedCollator:
 
     Attributes:
         tokenizer: says the padding token, the padding side and the truncation side.
-        routes: label -> route; only the names and their order matter here.
+        routes: label -> route; only the names and their order matter here. None, as in evaluation, leaves labels out.
         max_length: longer rows are cut to so many tokens, labels and weights with them.
         pad_to_multiple_of: the batch is padded to a multiple of this many positions.
         class_names: names of ClassLabel integers (`class_names` finds them in a dataset).
@@ -54,7 +62,7 @@ class RoutedCollator:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    routes: Mapping[str, Any]
+    routes: Mapping[str, Any] | None
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     class_names: Sequence[str] | None = None
@@ -63,12 +71,14 @@ class RoutedCollator:
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"`max_length` must be at least 1 or None, got {self.max_length}")
-        self._index = {label: index for index, label in enumerate(self.routes)}
+        self._index = {label: index for index, label in enumerate(self.routes or {})}
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """Make a batch of the rows ``features``."""
+        if self.routes is None:
+            features = [{name: row[name] for name in row if name not in ROUTE_COLUMNS} for row in features]
         keys = _common_keys(features)
-        kind = route_column(keys)
+        kind = None if self.routes is None else route_column(keys)
         rows = [self._tokens(row, keys) for row in features]
         length = max(len(row["input_ids"]) for row in rows)
         multiple = self.pad_to_multiple_of or 1
@@ -79,7 +89,7 @@ class RoutedCollator:
         batch["labels"][:, 1:].masked_fill_(padding[:, :-1], IGNORED)  # padding predicts nothing
         if kind == ROUTE_LABELS:
             batch[kind] = shift(batch[kind].masked_fill_(padding, IGNORED)).masked_fill_(padding, IGNORED)
-        else:
+        elif kind == ROUTE_LABEL:
             batch[kind] = torch.tensor([self._resolve(row[kind]) for row in features])
         if ROUTE_WEIGHTS in keys:
             batch[ROUTE_WEIGHTS] = self._weights(features, length)
@@ -103,7 +113,7 @@ class RoutedCollator:
             return IGNORED
         name = label_name(label, self.class_names)
         if name not in self._index:
-            check_has_route(name, self.routes)
+            check_has_route(name, self._index)
         return self._index[name]
 
     def _weights(self, features: Sequence[Feature], length: int) -> dict[str, Tensor]:

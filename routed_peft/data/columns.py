@@ -23,6 +23,8 @@ ROUTE_LABELS = "route_labels"
 ROUTE_WEIGHTS = "route_weights"
 """Column of real-valued multipliers by group, ``{"base": ...}``: one number, or one per position, already aligned."""
 
+ROUTE_COLUMNS = (ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS)
+
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError('evaluation needs lm-eval, which is not there: pip install "routed_peft[eval]"') from error
 
-from routed_peft.tasks import path  # type: ignore[import-not-found, unused-ignore]
+from routed_peft.tasks import path
 
 
 class TextLM(HFLM):

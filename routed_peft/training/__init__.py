@@ -1,0 +1,7 @@
+"""Training: a `transformers.Trainer` that routes."""
+
+from routed_peft.training.arguments import RoutedArguments, RoutedTrainingArguments
+from routed_peft.training.optimizer import tag_groups
+from routed_peft.training.trainer import RoutedTrainer, RoutingMixin
+
+__all__ = ["RoutedArguments", "RoutedTrainer", "RoutedTrainingArguments", "RoutingMixin", "tag_groups"]

@@ -1,0 +1,72 @@
+"""What a routed run is told: fields added to `transformers.TrainingArguments`, with the same names as YAML keys and flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class RoutedArguments:
+    """The added fields alone; a mix-in, so that TRL's configurations can take them too."""
+
+    train_base: bool = field(default=False, metadata={"help": "Train the model's own weights as well as its adapters."})
+    base_adapters: list[str] = field(
+        default_factory=list, metadata={"help": "Adapters that belong to the base and stay, such as a `retain` LoRA."}
+    )
+    edges: str = field(
+        default="parameters",
+        metadata={
+            "help": "`parameters` (exact, SGTM) or `activations` (the published ERA mask).",
+            "choices": ["parameters", "activations"],
+        },
+    )
+    route_layers: list[int] | None = field(
+        default=None, metadata={"help": "Decoder layers whose base is routed; all by default."}
+    )
+    joint: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Base modules that learn from all data: `embeddings`, `norms`, `head`, or ends of module names."
+        },
+    )
+    region_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the regions; that of the base by default."}
+    )
+    region_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the regions; that of the base by default."}
+    )
+    clip_per_group: bool = field(
+        default=False,
+        metadata={
+            "help": "Clip base and regions to `max_grad_norm` one by one, so that neither shrinks the other's update."
+        },
+    )
+    activation_l1: float = field(
+        default=0.0,
+        metadata={"help": "ERA's penalty: this times the mean L1 norm of MLP activations, summed over layers."},
+    )
+    evaluate_ablated: bool = field(
+        default=True, metadata={"help": "Evaluate a second time with all regions ablated: `eval_ablated_…`."}
+    )
+    self_check: bool = field(
+        default=True, metadata={"help": "On the first batch, try every label and raise where gradient goes astray."}
+    )
+    gather: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave positions of weight zero out of weight-gradient matmuls; ignored under torch_compile."
+        },
+    )
+
+
+@dataclass
+class RoutedTrainingArguments(RoutedArguments, TrainingArguments):
+    """`transformers.TrainingArguments` for `RoutedTrainer`.
+
+    Example:
+        >>> args = RoutedTrainingArguments("out", train_base=True, report_to="none")
+        >>> args.output_dir, args.edges
+        ('out', 'parameters')
+    """

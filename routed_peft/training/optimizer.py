@@ -1,0 +1,78 @@
+"""One optimizer with tagged parameter groups: the base and each region can have rates, clipping and rests of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from routed_peft.groups import JOINT
+from routed_peft.routes import BASE
+
+
+def tag_groups(
+    optimizer: torch.optim.Optimizer,
+    groups: Mapping[nn.Parameter, str],
+    region_learning_rate: float | None = None,
+    region_weight_decay: float | None = None,
+) -> None:
+    """Split the parameter groups of a fresh ``optimizer`` by routing group, in place, and tag them ``"route"``.
+
+    Weight decay is only replaced where there was any, so norms and biases stay free of it.
+
+    Args:
+        optimizer: has not stepped yet.
+        groups: parameter -> ``"base"``, ``"joint"`` or a region.
+        region_learning_rate: peak rate for regions, or None to leave it.
+        region_weight_decay: decay for regions, or None to leave it.
+
+    Example:
+        >>> a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([a, b], lr=0.1)
+        >>> tag_groups(optimizer, {a: "base", b: "forget"}, region_learning_rate=0.3)
+        >>> [(group["route"], group["lr"]) for group in optimizer.param_groups]
+        [('base', 0.1), ('forget', 0.3)]
+    """
+    assert not optimizer.state, "tag_groups is for an optimizer that has not stepped"
+    split: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        by_route: dict[str, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            by_route.setdefault(groups[p], []).append(p)
+        for route, parameters in by_route.items():
+            new = {**group, "params": parameters, "route": route}
+            if route not in (BASE, JOINT):
+                if region_learning_rate is not None:
+                    new["lr"] = region_learning_rate
+                if region_weight_decay is not None and group.get("weight_decay"):
+                    new["weight_decay"] = region_weight_decay
+            split.append(new)
+    optimizer.param_groups[:] = split
+
+
+def rest(optimizer: torch.optim.Optimizer, idle: Collection[str]) -> None:
+    """Set gradients of the groups in ``idle`` to None, so that this step leaves them and their state alone.
+
+    A gradient of zero would not do: Adam moves such a parameter by momentum, about nine learning rates over 20 steps, and
+    its second moment decays, which makes the next real step larger.
+
+    >>> p = nn.Parameter(torch.ones(1)); p.grad = torch.zeros(1)
+    >>> optimizer = torch.optim.SGD([{"params": [p], "route": "forget"}], lr=0.1)
+    >>> rest(optimizer, {"forget"}); p.grad is None
+    True
+    """
+    for group in optimizer.param_groups:
+        if group["route"] in idle:
+            for p in group["params"]:
+                p.grad = None
+
+
+def clip_by_group(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Clip the gradient norm of every routing group to ``max_norm`` on its own; return the norm over all before clipping."""
+    routes: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        routes.setdefault(group["route"], []).extend(group["params"])
+    norms = [nn.utils.clip_grad_norm_(parameters, max_norm) for parameters in routes.values()]
+    return torch.stack([norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]).norm()

@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
+from families import tiny
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from routed_peft import GradientRouting, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, load_routed, presets
+from routed_peft.data import RoutedCollator, train_tokenizer
+from routed_peft.routes import Route
+
+LABELS = ["forget", "retain", "unlabeled"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a"], vocab_size=258)
+
+
+def model_of(family: str = "llama", adapters: dict[str, object] | None = None, **overrides) -> nn.Module:
+    torch.manual_seed(0)
+    base: PreTrainedModel = tiny(family, vocab_size=300, **overrides)
+    adapters = adapters or {"forget": RoutedConfig(size=4, init="model", task_type="CAUSAL_LM")}
+    (name, config), *others = adapters.items()
+    model = get_peft_model(base, config, adapter_name=name)
+    for name, config in others:
+        model.add_adapter(name, config)
+    return model
+
+
+def rows(count: int = 24, labels: list[str] = LABELS, length: int | None = None, seed: int = 0) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [length or 4 + i % 5 for i in range(count)]
+    return Dataset.from_dict(
+        {
+            "input_ids": [torch.randint(3, 250, (n,), generator=generator).tolist() for n in lengths],
+            "route_label": [labels[i % len(labels)] for i in range(count)],
+        }
+    )
+
+
+def arguments(out: Path, **options) -> RoutedTrainingArguments:
+    defaults = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    defaults |= {
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "train_base": True,
+        "max_grad_norm": 0.0,
+    }
+    return RoutedTrainingArguments(str(out), **(defaults | options))
+
+
+def train(out, tokenizer, model=None, routes=None, dataset=None, resume=None, **options) -> RoutedTrainer:
+    trainer = RoutedTrainer(
+        model or model_of(),
+        arguments(out, **options),
+        routes=routes or presets.sgtm("forget"),
+        train_dataset=dataset or rows(),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=0, atol=atol), f"{name}: {(a[name] - b[name]).abs().max()}"
+
+
+def test_all_ones_routes_train_bit_identically_to_trainer(tmp_path, tokenizer):
+    routed = train(tmp_path / "a", tokenizer, routes=presets.control(), max_grad_norm=1.0, weight_decay=0.1)
+    routed.routing.detach()
+    model = model_of()
+    for p in model.parameters():
+        p.requires_grad_(True)
+    args = arguments(tmp_path / "b", max_grad_norm=1.0, weight_decay=0.1).to_dict()
+    plain = Trainer(
+        model, TrainingArguments(**{k: v for k, v in args.items() if k in PLAIN}), train_dataset=rows().remove_columns("route_label"),
+        data_collator=RoutedCollator(tokenizer, None),
+    )  # fmt: skip
+    plain.train()
+    assert_same(weights(routed.model), weights(model))
+
+
+PLAIN = (
+    "output_dir",
+    "max_steps",
+    "per_device_train_batch_size",
+    "learning_rate",
+    "report_to",
+    "use_cpu",
+    "save_strategy",
+    "disable_tqdm",
+    "max_grad_norm",
+    "weight_decay",
+)
+
+
+def test_checkpointing_on_equals_off(tmp_path, tokenizer):
+    runs = [weights(train(tmp_path, tokenizer).model)]
+    for reentrant in (False, True):
+        model = model_of()
+        model.enable_input_require_grads()
+        runs.append(
+            weights(
+                train(
+                    tmp_path, tokenizer, model, gradient_checkpointing=True,
+                    gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+                ).model
+            )
+        )  # fmt: skip
+    assert_same(runs[0], runs[1])
+    assert_same(runs[0], runs[2])
+
+
+def test_accumulation_of_4_by_2_equals_8(tmp_path, tokenizer):
+    model = model_of().double()
+    once = train(tmp_path, tokenizer, model, per_device_train_batch_size=8, clip_per_group=True, max_grad_norm=0.5)
+    model = model_of().double()
+    twice = train(
+        tmp_path, tokenizer, model, per_device_train_batch_size=2, gradient_accumulation_steps=4, clip_per_group=True,
+        max_grad_norm=0.5,
+    )  # fmt: skip
+    assert_same(weights(once.model), weights(twice.model), atol=1e-5)
+    assert once.tokens_per_route == twice.tokens_per_route
+
+
+def test_idle_groups_do_not_move(tmp_path, tokenizer):
+    """Three steps of all labels give momentum; then only forget rows come, and the base must stand still."""
+    data = rows(12, LABELS).to_list() + rows(12, ["forget"]).to_list()
+    options = dict(train_sampling_strategy="sequential", weight_decay=0.1, dataset=Dataset.from_list(data))
+    half = weights(train(tmp_path, tokenizer, max_steps=3, lr_scheduler_type="constant", **options).model)
+    full = weights(train(tmp_path, tokenizer, max_steps=6, lr_scheduler_type="constant", **options).model)
+    moved = {name for name in full if not torch.equal(full[name], half[name])}
+    assert moved and all(".forget." in name for name in moved)
+
+
+def test_region_rate_and_decay(tmp_path, tokenizer):
+    trainer = train(
+        tmp_path,
+        tokenizer,
+        max_steps=1,
+        region_learning_rate=0.5,
+        weight_decay=0.1,
+        region_weight_decay=0.3,
+        warmup_steps=0,
+    )
+    groups = {(g["route"], g["weight_decay"]): g["initial_lr"] for g in trainer.optimizer.param_groups}
+    assert groups == {("base", 0.1): 1e-2, ("base", 0.0): 1e-2, ("forget", 0.3): 0.5}
+
+
+def test_clip_per_group_leaves_the_base_alone(tmp_path, tokenizer):
+    """With SGD, a huge region gradient shrinks the base's update only where clipping is global."""
+    steps = {}
+    for per_group in (False, True):
+        for boost in (1.0, 100.0):
+            routes = {"x": Route(weights={"forget": boost})}
+            trainer = train(
+                tmp_path, tokenizer, routes=routes, dataset=rows(4, ["x"]), max_steps=1, optim="sgd", max_grad_norm=0.1,
+                clip_per_group=per_group,
+            )  # fmt: skip
+            steps[per_group, boost] = weights(trainer.model)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.weight"
+    assert torch.allclose(steps[True, 1.0][name], steps[True, 100.0][name])
+    assert not torch.allclose(steps[False, 1.0][name], steps[False, 100.0][name])
+
+
+@pytest.mark.parametrize("kind", ["trained base", "retain adapter", "two regions"])
+def test_resumed_equals_uninterrupted(tmp_path, tokenizer, kind):
+    lora = LoraConfig(r=2, target_modules=["up_proj"])
+    adapters = {
+        "trained base": None,
+        "retain adapter": {"retain": lora, "forget": LoraConfig(r=3, target_modules=["q_proj"])},
+        "two regions": {
+            "forget": RoutedConfig(size=3, task_type="CAUSAL_LM"),
+            "bio": RoutedConfig(size=2, task_type="CAUSAL_LM"),
+        },
+    }[kind]
+    options = dict(save_strategy="steps", save_steps=3, seed=4)
+    if kind == "retain adapter":
+        options |= dict(train_base=False, base_adapters=["retain"])
+    whole = train(tmp_path / "whole", tokenizer, model_of(adapters=adapters), **options)
+    resumed = train(
+        tmp_path / "resumed",
+        tokenizer,
+        model_of(adapters=adapters),
+        resume=str(tmp_path / "whole" / "checkpoint-3"),
+        **options,
+    )
+    assert_same(weights(whole.model), weights(resumed.model))
+    assert whole.tokens_per_route == resumed.tokens_per_route and sum(whole.tokens_per_route.values()) > 0
+    assert [h["loss"] for h in whole.state.log_history if "loss" in h][3:] == [
+        h["loss"] for h in resumed.state.log_history if "loss" in h
+    ][3:]
+
+
+def test_best_model_with_two_regions_and_a_trained_base(tmp_path, tokenizer):
+    adapters = {"forget": RoutedConfig(size=3, task_type="CAUSAL_LM"), "bio": LoraConfig(r=2)}
+    adapters["bio"] = RoutedConfig(size=2, task_type="CAUSAL_LM")
+    trainer = RoutedTrainer(
+        model_of(adapters=adapters),
+        arguments(
+            tmp_path, learning_rate=0.5, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+            load_best_model_at_end=True, metric_for_best_model="eval_ablated_loss", greater_is_better=False, max_steps=4,
+        ),
+        routes=presets.sgtm("forget"), train_dataset=rows(), eval_dataset=rows(5).remove_columns("route_label"),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    losses = [h["eval_ablated_loss"] for h in trainer.state.log_history if "eval_ablated_loss" in h]
+    assert trainer.state.best_metric == min(losses)
+    assert trainer.evaluate()["eval_ablated_loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_saved_run_loads_bit_equal(tmp_path, tokenizer):
+    trainer = train(tmp_path, tokenizer)
+    trainer.save_model()
+    ids = torch.arange(3, 13).reshape(2, 5)
+    trainer.routing.detach()
+    model = trainer.model.eval()
+    with torch.no_grad():
+        on = model(input_ids=ids).logits
+        with model.disable_adapter():
+            off = model(input_ids=ids).logits
+        assert torch.equal(load_routed(tmp_path, regions=["forget"])(input_ids=ids).logits, on)
+        assert torch.equal(load_routed(tmp_path)(input_ids=ids).logits, off)
+    saved = json.loads((tmp_path / "routing.json").read_text())
+    assert saved["tokens_per_route"] == dict(trainer.tokens_per_route)
+    assert not list(tmp_path.glob("**/*.bin"))
+
+
+def test_continuing_from_load_routed(tmp_path, tokenizer):
+    train(tmp_path / "a", tokenizer).save_model()
+    model = load_routed(tmp_path / "a", regions=["forget"], is_trainable=True)
+    before = weights(model)
+    trainer = train(tmp_path / "b", tokenizer, model)
+    after = weights(trainer.model)
+    assert all(not torch.equal(before[name], after[name]) for name in before if "q_proj" in name or ".forget." in name)
+
+
+def test_evaluation_is_token_weighted_and_repeated_ablated(tmp_path, tokenizer):
+    trainer = RoutedTrainer(
+        model_of(), arguments(tmp_path, per_device_eval_batch_size=2), routes=presets.sgtm("forget"), train_dataset=rows(),
+        eval_dataset={"forget": rows(5, seed=7), "retain": rows(3, seed=8).remove_columns("route_label")},
+        processing_class=tokenizer,
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    assert {
+        "eval_forget_loss",
+        "eval_retain_loss",
+        "eval_ablated_forget_loss",
+        "eval_ablated_retain_loss",
+    } <= metrics.keys()
+    total = tokens = 0
+    trainer.model.eval()
+    for row in rows(5, seed=7):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad(), trainer.model.disable_adapter():
+            total += float(trainer.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert metrics["eval_ablated_forget_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert metrics["eval_ablated_forget_loss"] != metrics["eval_forget_loss"]
+
+
+def test_token_labels_classlabels_and_streams(tmp_path, tokenizer):
+    base = rows(12, length=6)
+    names = ["retain", "unlabeled", "forget"]  # not the order of the routes
+    features = Features({"input_ids": List(Value("int64")), "route_label": ClassLabel(names=names)})
+    encoded = Dataset.from_dict(
+        base.to_dict() | {"route_label": [names.index(x) for x in base["route_label"]]}, features=features
+    )
+    tokens = base.remove_columns("route_label").add_column("route_labels", [[x] * 6 for x in base["route_label"]])
+    stream = IterableDataset.from_generator(lambda: iter(base.to_list()))
+    runs = [
+        weights(train(tmp_path, tokenizer, dataset=ds, max_steps=3, train_sampling_strategy="sequential").model)
+        for ds in (base, encoded, tokens, stream)
+    ]
+    assert_same(runs[0], runs[1])
+    assert_same(runs[0], runs[2], atol=1e-5)  # the same routes as a sum over positions
+    assert_same(runs[0], runs[3])
+
+
+def test_bf16_autocast_trains(tmp_path, tokenizer):
+    trainer = train(tmp_path, tokenizer, bf16=True)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_activation_penalty_is_part_of_the_loss(tmp_path, tokenizer):
+    plain = train(tmp_path, tokenizer, max_steps=1, edges="activations", routes=presets.era())
+    penal = train(tmp_path, tokenizer, max_steps=1, edges="activations", routes=presets.era(), activation_l1=0.5)
+    loss = [t.state.log_history[0]["loss"] for t in (plain, penal)]
+    assert loss[1] > loss[0] + 0.01
+    accumulated = train(
+        tmp_path, tokenizer, max_steps=1, edges="activations", routes=presets.era(), activation_l1=0.5,
+        per_device_train_batch_size=1, gradient_accumulation_steps=4, dataset=rows(4, length=6),
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    at_once = train(
+        tmp_path, tokenizer, max_steps=1, edges="activations", routes=presets.era(), activation_l1=0.5,
+        dataset=rows(4, length=6), train_sampling_strategy="sequential",
+    )  # fmt: skip
+    assert accumulated.state.log_history[0]["loss"] == pytest.approx(at_once.state.log_history[0]["loss"], rel=1e-4)
+
+
+def test_quantised_like_frozen_modules_stay_unswapped(tmp_path, tokenizer):
+    model = model_of(
+        adapters={
+            "retain": LoraConfig(r=2, target_modules=["up_proj"]),
+            "forget": LoraConfig(r=2, target_modules=["up_proj"]),
+        }
+    )
+    trainer = train(tmp_path, tokenizer, model, train_base=False, base_adapters=["retain"], max_steps=2)
+    assert type(trainer.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")) is nn.Linear
+
+
+def refused(tmp_path, tokenizer, message: str, dataset=None, **options):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, tokenizer, dataset=dataset, **options)
+
+
+def test_bad_input(tmp_path, tokenizer):
+    refused(tmp_path, tokenizer, "no column `route_label`", rows().remove_columns("route_label"))
+    refused(
+        tmp_path, tokenizer, "null", Dataset.from_list([*rows(4).to_list(), {"input_ids": [3, 4], "route_label": None}])
+    )
+    refused(tmp_path, tokenizer, "did you mean 'retain'", rows(labels=["retian", "forget"]))
+    refused(tmp_path, tokenizer, "no row is routed: only .'unlabeled'. occurs", rows(labels=["unlabeled"]))
+    refused(tmp_path, tokenizer, "no row trains the region 'forget'", rows(labels=["retain"]))
+    refused(tmp_path, tokenizer, "`use_liger_kernel`", use_liger_kernel=True)
+    with pytest.raises(ValueError, match="needs `processing_class`"):
+        RoutedTrainer(model_of(), arguments(tmp_path), routes=presets.sgtm())
+    short = rows(4).remove_columns("route_label").add_column("route_labels", [["forget"]] * 4)
+    refused(tmp_path, tokenizer, "one.*per token", short)
+
+
+def test_a_nan_loss_stops_the_run(tmp_path, tokenizer):
+    model = model_of()
+    model.base_model.model.model.norm.weight.data.fill_(float("nan"))
+    refused(tmp_path, tokenizer, "the loss is nan at step 0", model=model, self_check=False)
+
+
+def test_a_failing_self_check_stops_the_run(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        "routed_peft.functional.PositionWeights.of", classmethod(lambda cls, m, gather=True: cls(m, None, None))
+    )
+    refused(tmp_path, tokenizer, "must not train 'base'")
+
+
+def test_own_optimizer_needs_tags(tmp_path, tokenizer):
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = RoutedTrainer(
+        model, arguments(tmp_path), routes=presets.sgtm(), train_dataset=rows(), processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match='needs a "route" key'):
+        trainer.train()
+
+
+def test_routing_is_what_a_trained_model_says(tmp_path, tokenizer):
+    trainer = train(tmp_path, tokenizer, max_steps=1)
+    assert isinstance(trainer.routing, GradientRouting) and trainer.model._routed_train_base is True
