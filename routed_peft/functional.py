@@ -56,9 +56,8 @@ class PositionWeights:
 
     def to(self, device: torch.device) -> PositionWeights:
         """Return a copy on ``device``."""
-        return PositionWeights(
-            *(t if t is None else t.to(device, non_blocking=True) for t in (self.m, self.index, self.kept))
-        )
+        index, kept = (t if t is None else t.to(device, non_blocking=True) for t in (self.index, self.kept))
+        return PositionWeights(self.m.to(device, non_blocking=True), index, kept)
 
 
 def _rows(x: Tensor, index: Tensor | None, lead: int) -> Tensor:

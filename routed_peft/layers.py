@@ -47,7 +47,7 @@ class Slot:
         """Return the step's weights, having checked that they line up with the input ``x``."""
         step = self.state.group(self.group)
         if step is not None:
-            for m in (step.weights and step.weights.m, step.gate):
+            for m in (step.weights.m if step.weights else None, step.gate):
                 if m is not None and x.shape[: m.dim()] != m.shape:
                     raise ValueError(
                         f"labels of shape {tuple(m.shape)} do not line up with the input of {self.name!r}, "
@@ -69,7 +69,7 @@ class Routed:
 
 class _RoutedLinearBase(Routed):
     def _weight(self) -> Tensor:
-        return self.weight  # type: ignore[attr-defined, no-any-return]
+        return self.weight  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         step = self._slot.read(x)
@@ -107,7 +107,7 @@ class _RoutedModule(Routed):
     def forward(self, x: Tensor) -> Tensor:
         step = self._slot.state.group(self._slot.group)
         if step is None or step.weights is None:
-            return super().forward(x)  # type: ignore[misc, no-any-return]
+            return super().forward(x)  # type: ignore[misc]
         view = self._slot.view
         assert view is not None
         return routed_module(view, x, align(step.weights.m, x, self._slot.name))
@@ -118,11 +118,11 @@ class _RoutedRMSNorm(Routed):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         step = self._slot.state.group(self._slot.group)
         if step is None or step.weights is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         m = align(step.weights.m, x, self._slot.name)
         self.__dict__["_m"] = m.reshape(m.shape + (1,) * (x.dim() - m.dim()))
         try:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         finally:
             del self.__dict__["_m"]
 

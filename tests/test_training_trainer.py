@@ -91,11 +91,13 @@ def test_all_ones_routes_train_bit_identically_to_trainer(tmp_path, tokenizer):
     model = model_of()
     for p in model.parameters():
         p.requires_grad_(True)
-    args = arguments(tmp_path / "b", max_grad_norm=1.0, weight_decay=0.1).to_dict()
+    options = arguments(tmp_path / "b", max_grad_norm=1.0, weight_decay=0.1)
     plain = Trainer(
-        model, TrainingArguments(**{k: v for k, v in args.items() if k in PLAIN}), train_dataset=rows().remove_columns("route_label"),
+        model,
+        TrainingArguments(**{name: getattr(options, name) for name in PLAIN}),
+        train_dataset=rows().remove_columns("route_label"),
         data_collator=RoutedCollator(tokenizer, None),
-    )  # fmt: skip
+    )
     plain.train()
     assert_same(weights(routed.model), weights(model))
 
