@@ -22,6 +22,7 @@ from routed_peft.data.labels import (
 from routed_peft.data.loading import load_training_file
 from routed_peft.data.noise import label_statistics, simulate_labels
 from routed_peft.data.packing import pack
+from routed_peft.data.schedule import schedule
 from routed_peft.data.tokenizer import train_tokenizer
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "load_training_file",
     "pack",
     "route_column",
+    "schedule",
     "shift",
     "simulate_labels",
     "token_frequency_weights",

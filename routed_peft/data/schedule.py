@@ -1,0 +1,88 @@
+"""Packed rows -> the rows of a whole run, in the order in which they are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from datasets import Dataset
+
+from routed_peft.data.columns import ROUTE_LABEL, column_values
+from routed_peft.data.labels import FORGET, UNLABELED
+
+
+def schedule(
+    ds: Dataset,
+    rows: int,
+    labeled_first: float = 0.0,
+    forget_share: float | None = None,
+    seed: int = 0,
+) -> Dataset:
+    r"""Lay out a run of exactly ``rows`` rows, for ``train_sampling_strategy="sequential"``.
+
+    The first ``labeled_first`` of the run takes labelled rows only, half of them forget, so that the region knows its side
+    before unlabelled rows come and are absorbed by whoever knows them already. The rest takes all labels in the shares
+    that they have in ``ds``, but for ``forget_share``: labelled forget rows teach the base nothing, so a smaller share of
+    them leaves more of the budget to the others.
+
+    Any stretch of the run has its phase's shares to within one row (largest remainder), so batches are alike. A label's
+    rows are shuffled, and shuffled anew each time they are used up.
+
+    Args:
+        ds: rows with ``route_label``.
+        rows: length of the run: steps times rows per step.
+        labeled_first: share of the run, in [0, 1].
+        forget_share: share of labelled forget rows after that, in [0, 1); None for the share in ``ds``.
+        seed: same seed, same run.
+
+    Raises:
+        ValueError: if a share is out of range, or ``labeled_first`` is asked of data without labelled rows of both kinds.
+
+    Example:
+        >>> ds = Dataset.from_dict({"route_label": ["forget", "retain", "unlabeled", "unlabeled"]})
+        >>> schedule(ds, 8, labeled_first=0.5, forget_share=0.0)["route_label"][:4]
+        ['forget', 'retain', 'forget', 'retain']
+    """
+    if rows < 1 or not 0 <= labeled_first <= 1:
+        raise ValueError(f"`rows` must be positive and `labeled_first` in [0, 1], got {rows} and {labeled_first}")
+    if forget_share is not None and not 0 <= forget_share < 1:
+        raise ValueError(f"`forget_share` must be in [0, 1) or None, got {forget_share}")
+    labels = np.array(column_values(ds, ROUTE_LABEL))
+    pools = {str(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
+    first = round(labeled_first * rows)
+    shares = {label: len(pool) / len(labels) for label, pool in pools.items()}
+    if forget_share is not None:
+        rest = {label: share for label, share in shares.items() if label != FORGET}
+        if not rest or (forget_share and FORGET not in shares):
+            raise ValueError(f"`forget_share` is {forget_share}, but the data has only the labels {list(shares)}")
+        shares = {label: share / sum(rest.values()) * (1 - forget_share) for label, share in rest.items()}
+        shares[FORGET] = forget_share
+    order = _mixed(shares, rows - first)
+    if first:
+        others = {label: share for label, share in shares.items() if label not in (FORGET, UNLABELED)}
+        if FORGET not in pools or not others:
+            raise ValueError(
+                f"`labeled_first` needs rows labelled forget and rows labelled otherwise, got {list(pools)}"
+            )
+        total = 2 * sum(others.values())
+        order = _mixed({FORGET: 0.5} | {label: share / total for label, share in others.items()}, first) + order
+    draws = {label: _draw(pool, np.random.default_rng([seed, i])) for i, (label, pool) in enumerate(pools.items())}
+    return ds.select([next(draws[label]) for label in order])
+
+
+def _mixed(shares: Mapping[str, float], count: int) -> list[str]:
+    """Lay out ``count`` labels so that every stretch has the shares: the label that lags most comes next."""
+    owed = dict.fromkeys(shares, 0.0)
+    order = []
+    for _ in range(count):
+        for label, share in shares.items():
+            owed[label] += share
+        label = max(owed, key=owed.__getitem__)
+        owed[label] -= 1
+        order.append(label)
+    return order
+
+
+def _draw(pool: Sequence[int] | np.ndarray, rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from rng.permutation(pool)
