@@ -2,6 +2,15 @@
 
 from routed_peft.training.arguments import RoutedArguments, RoutedTrainingArguments
 from routed_peft.training.optimizer import tag_groups
+from routed_peft.training.records import RunDirectory, RunRecorder
 from routed_peft.training.trainer import RoutedTrainer, RoutingMixin
 
-__all__ = ["RoutedArguments", "RoutedTrainer", "RoutedTrainingArguments", "RoutingMixin", "tag_groups"]
+__all__ = [
+    "RoutedArguments",
+    "RoutedTrainer",
+    "RoutedTrainingArguments",
+    "RoutingMixin",
+    "RunDirectory",
+    "RunRecorder",
+    "tag_groups",
+]

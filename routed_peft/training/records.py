@@ -1,0 +1,210 @@
+"""What a run leaves to read: ``run.json`` (how), ``metrics.jsonl`` (what happened), ``summary.json`` (what came of it)."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from routed_peft.checkpoint.save import versions
+
+RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
+_LIBRARIES = ("accelerate", "datasets", "tokenizers", "numpy")  # beside those that a checkpoint names
+
+
+class RunDirectory:
+    """The records of one run, in a directory that may hold other files too.
+
+    ``run.json`` and ``summary.json`` are written aside and renamed; ``metrics.jsonl`` grows by whole lines, so that what
+    was measured before an interruption stays readable. Numbers that are not finite are written as null.
+
+    Args:
+        path: directory; made by the first write.
+
+    Example:
+        >>> import tempfile
+        >>> run = RunDirectory(tempfile.mkdtemp())
+        >>> run.start({"method": "sgtm"}, seeds={"seed": 0})
+        >>> run.log(arm="routed", split="forget", step=10, loss=2.5)
+        >>> run.finish({"forget": 2.5})
+        >>> run.points()
+        [{'arm': 'routed', 'split': 'forget', 'step': 10, 'loss': 2.5}]
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser().resolve()
+
+    def start(
+        self,
+        config: Mapping[str, Any],
+        seeds: Mapping[str, int],
+        command: Sequence[str] | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Write ``run.json``, and begin the points anew unless the run resumes.
+
+        Args:
+            config: everything that was set; what JSON cannot say is written as its string.
+            seeds: by name.
+            command: arguments that started the run; those of this process by default.
+            resume: keep the points there are.
+
+        Raises:
+            ValueError: if the directory holds the records of a run that has finished.
+        """
+        if (self.path / SUMMARY).exists() and not resume:
+            raise ValueError(
+                f"{self.path} holds a finished run ({SUMMARY}): name another directory, resume it, or move it away"
+            )
+        about = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.orig_argv if command is None else command),
+            "config": dict(config),
+            "seeds": dict(seeds),
+            "versions": {
+                "python": platform.python_version(),
+                **versions(),
+                **{name: version(name) for name in _LIBRARIES},
+            },
+            "hardware": hardware(),
+        }
+        _write(self.path / RUN, json.dumps(_plain(about), indent=2) + "\n")
+        if resume:
+            self.keep(lambda point: True)  # mends a line that was cut short
+        else:
+            (self.path / METRICS).unlink(missing_ok=True)
+
+    def log(self, **point: Any) -> None:
+        """Append one point to ``metrics.jsonl``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(point)) + "\n")
+
+    def points(self) -> list[dict[str, Any]]:
+        """Read the points back; a last line that an interruption cut short is left out."""
+        if not (self.path / METRICS).exists():
+            return []
+        lines = (self.path / METRICS).read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is no whole line
+
+    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop the points that are not ``wanted``: those after the checkpoint from which a run resumes, say."""
+        kept = [point for point in self.points() if wanted(point)]
+        _write(self.path / METRICS, "".join(json.dumps(point) + "\n" for point in kept))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``."""
+        _write(self.path / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
+
+
+class RunRecorder(TrainerCallback):
+    """Appends what a Trainer logs to ``metrics.jsonl``: one point per training log and per evaluated split.
+
+    A point has ``split`` ("train", or the name of the evaluation set), ``ablated`` (whether regions were off), ``step``,
+    ``tokens`` (where ``include_num_input_tokens_seen`` is on), the metrics without their prefix, and ``names``.
+
+    Args:
+        run: where to.
+        **names: what every point of this run says of itself, such as ``method="sgtm", arm="routed"``.
+
+    Example:
+        >>> import tempfile
+        >>> recorder = RunRecorder(RunDirectory(tempfile.mkdtemp()), arm="routed")
+        >>> state = TrainerState(global_step=5, is_world_process_zero=True)
+        >>> recorder.on_log(TrainingArguments(), state, TrainerControl(), {"eval_ablated_forget_loss": 4.0, "epoch": 1})
+        >>> recorder.run.points()
+        [{'arm': 'routed', 'split': 'forget', 'ablated': True, 'step': 5, 'loss': 4.0, 'epoch': 1}]
+    """
+
+    def __init__(self, run: RunDirectory, **names: Any) -> None:
+        self.run, self.names = run, names
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the points that come after the step at which training resumes."""
+        if state.is_world_process_zero and state.global_step:
+            self.run.keep(lambda point: point.get("step", 0) <= state.global_step or not self._ours(point))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a point."""
+        if not state.is_world_process_zero or not logs or "train_loss" in logs:  # the last is a mean over the run
+            return
+        split, ablated, prefix = _split(logs)
+        metrics = {key.removeprefix(prefix): value for key, value in logs.items() if key != "num_input_tokens_seen"}
+        tokens = {} if args.include_num_input_tokens_seen == "no" else {"tokens": state.num_input_tokens_seen}
+        self.run.log(**self.names, split=split, ablated=ablated, step=state.global_step, **tokens, **metrics)
+
+    def _ours(self, point: Mapping[str, Any]) -> bool:
+        return all(point.get(name) == value for name, value in self.names.items())
+
+
+def hardware() -> dict[str, Any]:
+    """Return what this process runs on.
+
+    >>> sorted(hardware())
+    ['cores', 'gpus', 'machine', 'memory_gb', 'processes', 'processor', 'threads']
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "machine": platform.platform(),
+        "processor": next(names, platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(memory / 1e9, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+def _split(logs: Mapping[str, Any]) -> tuple[str, bool, str]:
+    """Return the split that logs are of, whether regions were ablated, and the prefix of its metrics."""
+    key = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), None)
+    if key is None:
+        return "train", False, ""
+    prefix = key.removesuffix("loss")
+    name = prefix.removeprefix("eval_")
+    ablated = name.startswith("ablated_")
+    return name.removeprefix("ablated_").rstrip("_") or "eval", ablated, prefix
+
+
+def _plain(value: Any) -> Any:
+    """Make plain data of ``value``: JSON knows no NaN, no tuples and no paths."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return _plain(value.item())
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+def _write(file: Path, content: str) -> None:
+    """Write aside, then rename: an interrupted write leaves the file that was there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_text(content, encoding="utf-8")
+    os.replace(aside, file)
