@@ -6,7 +6,7 @@ were; `unswap` gives the old class back. A swapped module reads its step's weigh
 
 from __future__ import annotations
 
-import copy
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +82,13 @@ class RoutedLinear(_RoutedLinearBase, nn.Linear):
     """A linear layer whose parameter gradients are weighed by position."""
 
 
-class RoutedConv1D(_RoutedLinearBase, Conv1D):
-    """GPT-2's transposed linear layer, likewise."""
-
+class _RoutedConv1DBase(_RoutedLinearBase):
     def _weight(self) -> Tensor:
-        return self.weight.t()
+        return self.weight.t()  # type: ignore[attr-defined]
+
+
+class RoutedConv1D(_RoutedConv1DBase, Conv1D):
+    """GPT-2's transposed linear layer, likewise."""
 
 
 class _RoutedEmbedding(Routed):
@@ -148,6 +150,7 @@ def align(m: Tensor, x: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: where the axes do not fit, or the position axis cannot be told from the head axis.
 
+    >>> import torch
     >>> align(torch.ones(2, 5), torch.ones(2, 3, 5, 8), "q_norm").shape
     torch.Size([2, 1, 5])
     """
@@ -193,6 +196,8 @@ def routed_class(module: nn.Module) -> type[nn.Module] | None:
         return RoutedConv1D
     if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
         return _swapped_class(cls, _RoutedLinearBase)
+    if isinstance(module, Conv1D) and cls.forward is Conv1D.forward:
+        return _swapped_class(cls, _RoutedConv1DBase)
     if isinstance(module, nn.Embedding):
         return _swapped_class(cls, _RoutedEmbedding)
     shapes = [p.dim() for p in module._parameters.values() if p is not None]
@@ -206,9 +211,17 @@ def routed_class(module: nn.Module) -> type[nn.Module] | None:
 def swap(module: nn.Module, cls: type[nn.Module], slot: Slot) -> None:
     """Give ``module`` the class ``cls`` and its ``slot``."""
     if issubclass(cls, _RoutedModule):
-        slot.view = copy.copy(module)  # shares the dictionary of parameters, whatever FSDP puts there later
+        slot.view = _view(module)
     module.__dict__["_slot"] = slot
     module.__class__ = cls
+
+
+def _view(module: nn.Module) -> nn.Module:
+    """Return a module that shares the attributes and the dictionary of parameters, whatever FSDP puts there, but no hooks."""
+    view: nn.Module = object.__new__(type(module))  # copy.copy trips over the constructor of FSDP's classes
+    hooks = {name: OrderedDict[int, Any]() for name in vars(module) if name.endswith("_hooks")}
+    vars(view).update({**vars(module), **hooks})
+    return view
 
 
 def swap_input(module: nn.Module, slot: Slot) -> None:

@@ -84,7 +84,7 @@ class GradientRouting:
         self._swapped: list[nn.Module] = []
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._active: list[str] = next((layer.active_adapters for _, layer in tuner_layers(model)), [])
-        self._groups: dict[str, list[nn.Parameter]] = {}
+        self._owners: dict[str, list[nn.Module]] = {}  # not the parameters, which FSDP replaces
         try:
             self._unfreeze(members)
             self._swap(members)
@@ -124,7 +124,7 @@ class GradientRouting:
                         f"{member.name!r} shares a weight with a module of the group {owners[p]!r} but is in "
                         f"{member.group!r} (tied embeddings?): put both or neither into `joint`"
                     )
-            self._groups.setdefault(member.group, []).extend(parameters)
+            self._owners.setdefault(member.group, []).append(member.module)
             if not parameters or member.group == JOINT:
                 continue
             check_member(member)
@@ -213,12 +213,13 @@ class GradientRouting:
 
     def parameters(self, group: str) -> list[nn.Parameter]:
         """Return the trained parameters of ``"base"``, a region or ``"joint"``; shared ones once."""
-        return list(dict.fromkeys(self._groups.get(group, [])))
+        owners = self._owners.get(group, [])
+        return list(dict.fromkeys(p for m in owners for p in m.parameters(recurse=False) if p.requires_grad))
 
     @property
     def groups(self) -> list[str]:
         """The groups that have trained parameters: ``"base"`` and ``"joint"`` where there are any, then the regions."""
-        return [group for group in (BASE, JOINT, *self.regions) if self._groups.get(group)]
+        return [group for group in (BASE, JOINT, *self.regions) if self.parameters(group)]
 
     def learning(self, labels: Labels, reached: Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, int]:
         """Count, by group, the positions that teach it: effective weight not zero, and reached by a loss.
