@@ -1,0 +1,244 @@
+"""What routing adds to a Trainer: labels in every step, groups that rest, evaluation with regions ablated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from routed_peft.ablation import ablated
+from routed_peft.data import RoutedCollator, check_route_columns
+from routed_peft.data.columns import ROUTE_COLUMNS
+from routed_peft.routes import IGNORED, Route, Routes
+from routed_peft.routing import GradientRouting
+from routed_peft.training.optimizer import clip_by_group, rest, tag_groups
+from routed_peft.training.penalty import activation_l1
+from routed_peft.training.saving import SavingMixin
+
+
+class _Rest(TrainerCallback):
+    """Lets groups rest that nothing has taught since the last step; runs between clipping and the optimizer."""
+
+    def __init__(self, trainer: RoutingMixin) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._rest_idle_groups()
+
+
+class RoutingMixin(SavingMixin):
+    """What routing adds to a Trainer; `RoutedTrainer` and TRL's trainers share it."""
+
+    optimizer: torch.optim.Optimizer
+
+    # Setting up
+
+    def _attach(self, routes: Routes) -> None:
+        """Attach the routing; called once the Trainer around it is built."""
+        self._refuse_unsupported()
+        args = self.args
+        self.routing = GradientRouting(
+            self.model,
+            routes,
+            train_base=args.train_base,
+            base_adapters=args.base_adapters,
+            edges=args.edges,  # type: ignore[arg-type]
+            layers=args.route_layers,
+            joint=args.joint,
+            gather=args.gather and not args.torch_compile,
+        )
+        self._checked = not args.self_check
+        self._loss_sums = torch.zeros(2, dtype=torch.float64)
+        self.tokens_per_route: Counter[str] = Counter()  # over the run and all processes
+        self._taught: Counter[tuple[str, str]] = Counter()  # since the last optimizer step, in this process
+        self.add_callback(_Rest(self))
+
+    def _refuse_unsupported(self) -> None:
+        args = self.args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process means DataParallel, which cannot be routed: start one process per GPU "
+                "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one"
+            )
+        if args.use_liger_kernel:
+            raise ValueError(
+                "`use_liger_kernel` reads weights outside their modules, past the routing: set it to False"
+            )
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed keeps gradients where idle groups cannot be dropped: use DDP or FSDP2")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 1 and not plugin.use_orig_params:
+            raise ValueError(
+                "FSDP1 flattens parameters of different groups together: set `use_orig_params` or use FSDP2"
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns = [*columns, *(column for column in ROUTE_COLUMNS if column not in columns)]  # type: ignore[assignment]
+
+    def _check_labels_occur(self, labels: Mapping[str, int]) -> None:
+        """Raise where the labels that occur would route nothing, or leave a region without data."""
+        routes = self.routing.routes
+        seen = {label: routes[label] for label, count in labels.items() if count}
+        if all(route == Route() for route in seen.values()) and any(route != Route() for route in routes.values()):
+            raise ValueError(
+                f"no row is routed: only {sorted(seen)} occurs, which trains everything. Is the label column right? "
+                "(for a run without routing on purpose, use `presets.control()`)"
+            )
+        for region in self.routing.regions:
+            if not any(route.weight(region) for route in seen.values()):
+                raise ValueError(f"no row trains the region {region!r}: only {sorted(seen)} occurs in `train_dataset`")
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        dataset = self.train_dataset
+        if isinstance(dataset, Dataset):
+            self._check_labels_occur(check_route_columns(dataset, self.routing.routes))
+        output = super()._inner_training_loop(*args, **kwargs)
+        if not isinstance(dataset, Dataset):
+            self._check_labels_occur(self.tokens_per_route)
+        return output
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer as `Trainer` does, then split its groups by routing group."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            groups = {p: group for group in self.routing.groups for p in self.routing.parameters(group)}
+            tag_groups(optimizer, groups, self.args.region_learning_rate, self.args.region_weight_decay)
+        elif not all("route" in group for group in optimizer.param_groups):
+            raise ValueError(
+                '`optimizers`: every parameter group needs a "route" key; see routed_peft.training.tag_groups'
+            )
+        self.optimizer = optimizer
+        return optimizer
+
+    # Steps
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Do one forward and backward pass under the routes of the batch."""
+        labels, weights = _pop_routes(inputs)
+        if labels is None:
+            raise ValueError(
+                "a training batch came without `route_label` or `route_labels`: is the column in the dataset, and does the "
+                "collator keep it? (`packing=True` drops it; `routed_peft.data.pack` does not)"
+            )
+        if not self._checked:
+            self._checked = True
+            self._check_routing(model, inputs)
+        self._count(labels, weights, inputs)
+        with self.routing(labels, weights):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {float(loss)} at step {self.state.global_step}: nothing was saved since the last checkpoint. "
+                "Lower the learning rate, add warm-up steps or clip (`max_grad_norm`)"
+            )
+        return loss
+
+    def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        prepared = self._prepare_inputs(dict(inputs))
+
+        def loss(_: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(batch))
+
+        model.train()
+        self.routing.self_check(prepared, loss)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as `Trainer` does, plus the activation penalty where one is asked for."""
+        if not self.args.activation_l1 or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with activation_l1(self.model) as norms:
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        scaled = kwargs.get("num_items_in_batch") is not None  # then Trainer does not divide by the accumulation steps
+        penalty = self.args.activation_l1 * torch.stack(norms).sum()
+        penalty = penalty / self.current_gradient_accumulation_steps if scaled else penalty
+        return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
+
+    def _count(self, labels: Tensor, weights: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]) -> None:
+        targets = (inputs["labels"][:, 1:] != IGNORED).cpu()
+        has_loss = torch.nn.functional.pad(targets, (0, 1))  # position i predicts token i + 1
+        reached = has_loss.flip(1).cummax(1).values.flip(1)
+        for group, count in self.routing.learning(labels, reached, weights).items():
+            self._taught["group", group] += count
+        per_position = labels.cpu() if labels.dim() == 2 else labels.cpu().unsqueeze(1).expand_as(has_loss)
+        for index, label in enumerate(self.routing.routes):
+            self._taught["label", label] += int((has_loss & (per_position == index)).sum())
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not self.args.clip_per_group:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients(self.optimizer)
+        return clip_by_group(self.optimizer, self.args.max_grad_norm)
+
+    def _rest_idle_groups(self) -> None:
+        """Sum up over all processes what has been taught since the last step, and rest the groups that nothing taught."""
+        groups, labels = self.routing.groups, list(self.routing.routes)
+        keys = [("group", group) for group in groups] + [("label", label) for label in labels]
+        counts = torch.tensor([self._taught[key] for key in keys], device=self.args.device)
+        self._taught.clear()
+        taught = self.accelerator.reduce(counts, "sum").tolist()
+        self.tokens_per_route.update(dict(zip(labels, taught[len(groups) :], strict=True)))
+        rest(self.optimizer, {group for group, count in zip(groups, taught, strict=False) if not count})
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return the evaluation loader; its rows need no route columns."""
+        collator = self.data_collator
+        if isinstance(collator, RoutedCollator):
+            self.data_collator = replace(collator, routes=None)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as `Trainer` does, then again with all regions ablated (``eval_ablated_…``)."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.evaluate_ablated and not isinstance(datasets, dict):  # a dict comes back here one by one
+            prefix = metric_key_prefix.replace("eval", "eval_ablated", 1)
+            with ablated(self.model, *self.routing.regions):
+                metrics |= super().evaluate(eval_dataset, ignore_keys, prefix)
+        return metrics
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch; labels play no part."""
+        _pop_routes(inputs)
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if result[0] is not None and "labels" in inputs:
+            tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            self._loss_sums += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run the loop; the loss is the mean over *tokens*, where `Trainer` takes a mean over batches."""
+        self._loss_sums = torch.zeros(2, dtype=torch.float64)
+        output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
+        total, tokens = self.accelerator.reduce(self._loss_sums.float().to(self.args.device), "sum").tolist()
+        key = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if tokens and output.metrics is not None and key in output.metrics:
+            output.metrics[key] = total / tokens
+        return output
+
+
+def _pop_routes(inputs: dict[str, Any]) -> tuple[Tensor | None, Mapping[str, Tensor] | None]:
+    example, token = inputs.pop("route_label", None), inputs.pop("route_labels", None)
+    return (example if token is None else token), inputs.pop("route_weights", None)

@@ -1,0 +1,96 @@
+"""How a routed Trainer saves, resumes and publishes: in the layout of `routed_peft.checkpoint`, base weights included."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from routed_peft.checkpoint import load_weights, push_to_hub, save_routed
+from routed_peft.routing import GradientRouting
+from routed_peft.training.arguments import RoutedTrainingArguments
+
+if TYPE_CHECKING:
+    _Host = Trainer
+else:  # TRL's trainers, too, can come after the mix-in
+    _Host = object
+
+
+class SavingMixin(_Host):
+    """Overrides of Trainer's saving: stock Trainer drops trained base weights and cannot resume several adapters."""
+
+    routing: GradientRouting
+    args: RoutedTrainingArguments
+    model: nn.Module
+    tokens_per_route: Counter[str]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            save_routed(
+                self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
+                output_dir or str(self.args.output_dir),
+                routes=self.routing.routes,
+                tokenizer=self.processing_class,
+                train_base=self.args.train_base,
+                base_adapters=self.args.base_adapters,
+                tokens_per_route=dict(self.tokens_per_route),
+                state_dict=state_dict,
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the routed layout (`save_routed`); sharded models are gathered first."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state_dict = self.accelerator.get_state_dict(self.model)
+        self._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
+        saved = json.loads(Path(resume_from_checkpoint, "routing.json").read_text())
+        self.tokens_per_route = Counter(saved["tokens_per_route"])
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, str(self.state.best_model_checkpoint))
+
+    # The Hub
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Push the base, without regions, to ``args.hub_model_id`` (see `routed_peft.push_to_hub`).
+
+        Pass ``regions_repo`` to push the regions to a repository of their own.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.args.hub_model_id is None:
+            raise ValueError("`hub_model_id` is not set: name the repository to push the base to")
+        return push_to_hub(
+            str(self.args.output_dir),
+            self.args.hub_model_id,
+            regions_repo=kwargs.pop("regions_repo", None),
+            private=self.args.hub_private_repo,
+            token=token or self.args.hub_token,
+            revision=kwargs.pop("revision", None) or self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
+            self.push_to_hub()
