@@ -1,0 +1,329 @@
+"""Train a small language model with a region, from scratch or from a checkpoint, and ablate the region at the end.
+
+    accelerate launch recipes/pretrain.py --config recipes/configs/sgtm.yaml
+    accelerate launch recipes/pretrain.py --config recipes/configs/sgtm.yaml --labeled 0.25 --seed 1 --output_dir runs/s1
+    accelerate launch recipes/pretrain.py --config recipes/configs/sgtm.yaml --arm filter --output_dir runs/filter
+
+A YAML holds the fields of `Recipe` and of `RoutedTrainingArguments`; flags of the same names override it. A method is a
+YAML: take one of the presets with ``method``, or write its routes out under ``routes``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, set_seed
+from trl import TrlParser
+
+from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, ablate, presets
+from routed_peft.corpora import load_pair
+from routed_peft.data import (
+    add_frequency_weights,
+    labels_from_column,
+    labels_from_keywords,
+    load_training_file,
+    pack,
+    schedule,
+    simulate_labels,
+    token_frequency_weights,
+    train_tokenizer,
+)
+from routed_peft.evaluation import load_source
+from routed_peft.routes import routes_from_dict
+from routed_peft.training import RunDirectory, RunRecorder
+
+
+@dataclass
+class Recipe:
+    """What this recipe is told beside the training arguments."""
+
+    method: str = field(default="sgtm", metadata={"help": "A preset: sgtm, era, classic, exclusive or control."})
+    routes: dict | str | None = field(
+        default=None, metadata={"help": "Routes written out, in place of `method`: {label: {weights, ablated}}."}
+    )
+    base_weight: float | None = field(
+        default=None, metadata={"help": "Gradient weight of the base on labelled forget data; the method's by default."}
+    )
+    arm: str = field(
+        default="routed",
+        metadata={
+            "help": "routed; or the same budget without routing on: all rows (none), rows not labelled forget (filter), "
+            "true retain rows (perfect_filter). Rows of arms without routing come in their natural shares.",
+            "choices": ["routed", "none", "filter", "perfect_filter"],
+        },
+    )
+    region: str = field(default="forget", metadata={"help": "Name of the region."})
+    size: int = field(default=256, metadata={"help": "Extra hidden units beside every MLP."})
+
+    pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish or entangled."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text and route_label."}
+    )
+    eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
+    length: int = field(default=128, metadata={"help": "Tokens per row."})
+    vocab_size: int = field(default=2048, metadata={"help": "Of the tokenizer trained on the text, without a model."})
+
+    labeled: float = field(default=1.0, metadata={"help": "Share of documents that carry a label at all."})
+    labeled_forget: float | None = field(default=None, metadata={"help": "The same, for the forget side alone."})
+    labeled_retain: float | None = field(default=None, metadata={"help": "The same, for the retain side alone."})
+    recall: float = field(default=1.0, metadata={"help": "Share of labelled forget documents labelled forget."})
+    precision: float = field(default=1.0, metadata={"help": "Share of documents labelled forget that are."})
+    label_seed: int = field(
+        default=0, metadata={"help": "Decides which documents lose their label, or get a wrong one."}
+    )
+    label_keywords: list[str] = field(
+        default_factory=list, metadata={"help": "Label documents with one of these words forget, all others retain."}
+    )
+    labeled_first: float = field(default=0.0, metadata={"help": "Share of the run that takes labelled rows only."})
+    forget_share: float | None = field(default=None, metadata={"help": "Share of labelled forget rows after that."})
+    frequency_weights: bool = field(
+        default=False, metadata={"help": "ERA: let tokens pass that are no commoner on the forget side."}
+    )
+    frequency_bias: float = field(default=4.0, metadata={"help": "ERA: how much commoner a routed token must be."})
+    frequency_count: float = field(default=20.0, metadata={"help": "ERA: made-up retain occurrences of every token."})
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint, run or Hub id to go on from; by default a Llama from scratch:"}
+    )
+    num_hidden_layers: int = 4
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_attention_heads: int = 4
+    attn_implementation: str = field(
+        default="auto", metadata={"help": "auto: eager on a CPU, where it is the fastest for short rows."}
+    )
+
+    ablate_to: str | None = field(
+        default=None, metadata={"help": "Where the ablated model goes; OUTPUT_DIR-ablated by default; `no`: nowhere."}
+    )
+    coherence_steps: int = field(
+        default=0, metadata={"help": "ERA: at most so many steps on 64 retain rows after ablation, into …-coherent."}
+    )
+
+
+def main() -> None:
+    recipe, args = TrlParser((Recipe, RoutedTrainingArguments)).parse_args_and_config()
+    args.train_sampling_strategy = "sequential"  # `schedule` is in order already
+    args.include_num_input_tokens_seen = "all"
+    args.dataloader_pin_memory = args.device.type != "cpu"
+    run, target = RunDirectory(args.output_dir), ablation_target(recipe, args)
+    if args.process_index == 0:
+        seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
+        config = {"recipe": asdict(recipe), "training": args.to_dict()}
+        run.start(config, seeds, resume=bool(args.resume_from_checkpoint))
+    set_seed(args.seed)
+    disable_progress_bars()  # of the preparation of data
+
+    documents = labeled_documents(recipe)
+    model, tokenizer = build(recipe, args, documents)
+    routes = make_routes(recipe)
+    rows, train_dataset = training_rows(recipe, args, documents, tokenizer, routes)
+    trainer = RoutedTrainer(
+        model,
+        args,
+        routes=routes,
+        train_dataset=train_dataset,
+        eval_dataset=evaluation_rows(recipe, tokenizer),
+        processing_class=tokenizer,
+        callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
+    )
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    losses = final_losses(trainer)
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    summary = {
+        "method": recipe.method,
+        "arm": recipe.arm,
+        "steps": result.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "tokens_per_route": dict(trainer.tokens_per_route),
+        "seconds": result.metrics["train_runtime"],
+        "losses": losses,
+    }
+    if target:
+        ablate(args.output_dir, target)
+        summary["ablated"] = str(target)
+        if recipe.coherence_steps:
+            summary["coherence"] = restore_coherence(rows, target, recipe.coherence_steps, args)
+    run.finish(summary)
+    print(json.dumps(summary, indent=2))
+
+
+# Data
+
+
+def labeled_documents(recipe: Recipe) -> Dataset:
+    """Return documents with their label (``route_label``) and, where it is known, their true ``side``."""
+    ds = load_training_file(recipe.train_file, columns=["text"]) if recipe.train_file else load_pair(recipe.pair)
+    truth = "side" if "side" in ds.column_names else "route_label"
+    if recipe.label_keywords:
+        ds, truth = labels_from_keywords(ds, {"forget": recipe.label_keywords}, default="retain"), "route_label"
+    elif "route_label" not in ds.column_names:
+        ds = labels_from_column(ds, "side", {"forget": "forget", "retain": "retain"})
+    both = recipe.labeled
+    labeled = {
+        "forget": both if recipe.labeled_forget is None else recipe.labeled_forget,
+        "retain": both if recipe.labeled_retain is None else recipe.labeled_retain,
+    }
+    if {*labeled.values(), recipe.recall, recipe.precision} != {1.0}:
+        ds = simulate_labels(ds, truth, labeled, recipe.recall, recipe.precision, recipe.label_seed)
+    if recipe.arm == "filter":
+        return ds.filter(lambda label: label != "forget", input_columns="route_label")
+    if recipe.arm == "perfect_filter":
+        if "side" not in ds.column_names:
+            raise ValueError("`arm: perfect_filter` needs to know what documents truly are: a column `side`")
+        return ds.filter(lambda side: side != "forget", input_columns="side")
+    return ds
+
+
+def training_rows(
+    recipe: Recipe,
+    args: RoutedTrainingArguments,
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    routes: dict[str, Route],
+) -> tuple[Dataset, Dataset]:
+    """Return all packed rows, and those of this run in their order: the same number of tokens in every arm."""
+    rows = pack(documents, tokenizer, recipe.length, seed=args.seed)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
+    first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)
+    run = schedule(rows, count, first, share, args.seed)
+    if recipe.frequency_weights and recipe.arm == "routed" and routes["forget"] != Route():
+        forget = documents.filter(lambda label: label == "forget", input_columns="route_label")
+        others = documents.filter(lambda label: label != "forget", input_columns="route_label")
+        bias, prior = recipe.frequency_bias, recipe.frequency_count
+        w = token_frequency_weights(tokenizer, forget["text"], others["text"], bias=bias, retain_count=prior)
+        run = add_frequency_weights(run, w, routes["forget"].weight("base"))
+    return rows, run
+
+
+def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset] | None:
+    """Return held-out rows by side."""
+    if recipe.train_file:
+        pairs = (entry.split("=", 1) for entry in recipe.eval_files)
+        sides = {name: load_training_file(file, columns=["text"]) for name, file in pairs}
+    else:
+        ds = load_pair(recipe.pair, "validation")
+        sides = {name: ds.filter(lambda side, n=name: side == n, input_columns="side") for name in ("forget", "retain")}
+    return {name: pack(ds, tokenizer, recipe.length, by=[]) for name, ds in sides.items()} or None
+
+
+# Model and method
+
+
+def build(
+    recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Return a model with its region, and its tokenizer."""
+    attention = recipe.attn_implementation
+    if attention == "auto":
+        attention = "eager" if args.device.type == "cpu" else "sdpa"
+    if recipe.model_name_or_path:
+        kwargs = {"is_trainable": True} if Path(recipe.model_name_or_path, "routing.json").is_file() else {}
+        model, tokenizer = load_source(recipe.model_name_or_path, attn_implementation=attention, **kwargs)
+    else:
+        # of all documents in every arm, so that losses are comparable
+        unfiltered = labeled_documents(replace(recipe, arm="none"))
+        tokenizer = train_tokenizer(unfiltered["text"], recipe.vocab_size)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.num_hidden_layers,
+            num_attention_heads=recipe.num_attention_heads,
+            max_position_embeddings=recipe.length,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    if not getattr(model, "peft_config", None):
+        region = RoutedConfig(size=recipe.size, task_type="CAUSAL_LM")
+        model = get_peft_model(model, region, adapter_name=recipe.region)
+    return model, tokenizer
+
+
+def make_routes(recipe: Recipe) -> dict[str, Route]:
+    """Return the routes of the method, or all ones where this arm does not route."""
+    if recipe.routes:
+        given = json.loads(recipe.routes) if isinstance(recipe.routes, str) else recipe.routes
+        routes = routes_from_dict(given)
+    elif recipe.method == "control":
+        routes = presets.control()
+    elif recipe.method in ("sgtm", "era", "classic", "exclusive"):
+        routes = getattr(presets, recipe.method)(recipe.region)
+    else:
+        raise ValueError(
+            f"`method` must be sgtm, era, classic, exclusive or control, got {recipe.method!r}; for another, write its "
+            "`routes` out"
+        )
+    if recipe.base_weight is not None and recipe.method != "control":
+        routes["forget"] = replace(routes["forget"], weights={**routes["forget"].weights, "base": recipe.base_weight})
+    return routes if recipe.arm == "routed" else presets.control(list(routes))
+
+
+# After training
+
+
+def final_losses(trainer: RoutedTrainer) -> dict[str, float]:
+    """Return the loss of every side, with the region and ablated, in nats per token; evaluate where that is not done."""
+    last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
+    done = [entry for entry in last if any(key.startswith("eval_") for key in entry)]
+    if trainer.eval_dataset and not done:
+        done = [trainer.evaluate()]
+    return {key[5:-5]: loss for entry in done for key, loss in entry.items() if key.endswith("_loss")}
+
+
+def ablation_target(recipe: Recipe, args: RoutedTrainingArguments) -> Path | None:
+    """Return where the ablated model goes, and fail now rather than after training where that is not free."""
+    if recipe.ablate_to == "no" or recipe.arm != "routed":  # the others keep their extra units
+        return None
+    target = Path(recipe.ablate_to or f"{str(args.output_dir).rstrip('/')}-ablated")
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"`ablate_to` {target} is not empty: name another directory, or `no`")
+    return target
+
+
+def restore_coherence(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArguments) -> dict[str, object]:
+    """Fine-tune the ablated model on 64 retain rows as one batch, and keep the step that is best on other retain rows.
+
+    Gradient routing, arXiv 2410.04332, appendix on ERA; usually the first or second step is the best.
+    """
+    known = rows.filter(lambda label: label == "retain", input_columns="route_label")
+    known = known if len(known) else rows.filter(lambda label: label != "forget", input_columns="route_label")
+    ids = torch.tensor(known[: min(len(known), 64 + 256)]["input_ids"], dtype=torch.long, device=args.device)
+    batch, held_out = ids[: min(64, len(ids) // 2)], ids[min(64, len(ids) // 2) :]
+    model = AutoModelForCausalLM.from_pretrained(src).to(args.device).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.1)
+
+    @torch.no_grad()
+    def validation() -> float:
+        parts = held_out.split(64)
+        return sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in parts) / len(held_out)
+
+    losses, best = [validation()], {name: p.clone() for name, p in model.state_dict().items()}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        losses.append(validation())
+        if losses[-1] == min(losses):
+            best = {name: p.clone() for name, p in model.state_dict().items()}
+    model.load_state_dict(best)
+    target = src.with_name(src.name + "-coherent")
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(src).save_pretrained(target)
+    return {"model": str(target), "best_step": losses.index(min(losses)), "retain_losses": losses}
+
+
+if __name__ == "__main__":
+    main()
