@@ -141,6 +141,8 @@ def check_model(
     Raises:
         ValueError: names the module or adapter, and what to do.
     """
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("DataParallel shares one step's labels between threads: use one process per device (torchrun)")
     names = adapter_names(model)
     for adapter in base_adapters:
         if adapter not in names:
@@ -160,8 +162,6 @@ def check_model(
             "`train_base=True` on a quantised model: its weights cannot be trained. Route into LoRA regions, with "
             "`base_adapters` for what stays"
         )
-    if isinstance(model, nn.DataParallel):
-        raise ValueError("DataParallel shares one step's labels between threads: use one process per device (torchrun)")
     for name, module in model.named_modules():
         if isinstance(module, Routed):
             raise ValueError(

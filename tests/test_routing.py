@@ -381,6 +381,18 @@ def test_refusals():
     refuse("cannot be routed", model, train_base=True)
 
 
+def test_refusals_of_wrapped_merged_and_quantised_models():
+    with pytest.raises(ValueError, match="DataParallel shares one step's labels"):
+        GradientRouting(nn.DataParallel(lora()), presets.sgtm("forget"), train_base=True)
+    model = lora()
+    model.merge_adapter()
+    refuse("adapters are merged into", model, train_base=True)
+    model = lora()
+    model.base_model.model.is_quantized = True
+    refuse("on a quantised model", model, train_base=True)
+    refuse("blocks everything", model)  # a frozen one needs `base_adapters`, no more
+
+
 def test_an_adapter_added_afterwards_raises():
     model = two_regions("llama")
     routing = GradientRouting(model, ROUTES, train_base=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -351,6 +352,24 @@ def test_bad_input(tmp_path, tokenizer):
         RoutedTrainer(model_of(), arguments(tmp_path), routes=presets.sgtm())
     short = rows(4).remove_columns("route_label").add_column("route_labels", [["forget"]] * 4)
     refused(tmp_path, tokenizer, "one.*per token", short)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"), [("deepspeed", "DeepSpeed keeps"), ("fsdp", "`use_orig_params` or use FSDP2")]
+)
+def test_sharding_that_hides_gradients_is_refused(tmp_path, tokenizer, monkeypatch, attribute, message):
+    build = Trainer.create_accelerator_and_postprocess
+
+    def sharded(trainer):  # what accelerate would have set up; neither runs on a CPU
+        build(trainer)
+        if attribute == "deepspeed":
+            trainer.is_deepspeed_enabled = True
+        else:
+            plugin = SimpleNamespace(fsdp_version=1, use_orig_params=False)
+            monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", plugin)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    refused(tmp_path, tokenizer, message)
 
 
 def test_a_nan_loss_stops_the_run(tmp_path, tokenizer):
