@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_parts import byte_tokenizer, tiny_llama, write_jsonl
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from routed_peft import Route, RoutedConfig, presets, save_routed
+from routed_peft.cli import app
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A saved run with the regions `forget` and `bio`."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    model = get_peft_model(tiny_llama(), RoutedConfig(size=3, init="model"), adapter_name="forget")
+    model.add_adapter("bio", RoutedConfig(size=4, init="model"))
+    routes = {**presets.sgtm("forget"), "bio": Route(weights={"base": 0.5})}
+    return save_routed(model, path, routes, byte_tokenizer(), train_base=True, tokens_per_route={"forget": 12000})
+
+
+def call(*arguments: object):
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def test_inspect_shows_regions_and_routes(run):
+    result = call("inspect", run)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert any("trained base" in line for line in lines)
+    assert any("forget 12,000" in line for line in lines)
+    bio = next(line for line in lines if "│ bio " in line and "ROUTED" in line)
+    assert [cell.strip() for cell in bio.strip("│").split("│")][3:5] == ["4", "384"]  # 2 layers x 3 x 4 x 16
+    assert any("base 0.5" in line for line in lines) and any("all 1" in line for line in lines)
+
+
+def test_inspect_as_json_and_of_a_single_region(run):
+    assert [entry["name"] for entry in json.loads(call("inspect", run, "--json").stdout)["regions"]] == [
+        "forget",
+        "bio",
+    ]
+    result = call("inspect", run / "bio")
+    assert result.exit_code == 0 and "ROUTED" in result.output and "384" in result.output
+
+
+def test_inspect_fails_where_a_file_is_missing(run, tmp_path):
+    damaged = tmp_path / "run"
+    for file in run.rglob("*"):
+        if file.is_file() and file.relative_to(run).as_posix() != "bio/adapter_model.safetensors":
+            copy = damaged / file.relative_to(run)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    result = call("inspect", damaged)
+    assert result.exit_code == 1
+    assert "problem:" in result.stderr and "bio" in result.stderr
+
+
+def test_ablate_writes_a_plain_checkpoint(run, tmp_path):
+    result = call("ablate", run, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "forget, bio" in result.output and str(tmp_path / "out") in result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not [name for name, _ in model.named_parameters() if "routed" in name]
+    inspected = call("inspect", tmp_path / "out")
+    assert inspected.exit_code == 0 and "plain checkpoint" in inspected.output
+
+
+def test_ablate_keeps_a_region_on_request(run, tmp_path):
+    result = call("ablate", run, tmp_path / "out", "--keep", "bio")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out/ablation.json").read_text())
+    assert (record["regions_removed"], record["regions_kept"]) == (["forget"], ["bio"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "./no-such-run"], "'./no-such-run' is no directory"),
+        (["ablate", "RUN", "RUN"], "is the source itself"),
+        (["ablate", "RUN", "OUT", "--keep", "boi"], "'boi'"),
+        (["evaluate", "RUN", "--regions", "boi"], "boi"),
+        (["evaluate", "RUN", "--metadata", "pair"], "KEY=VALUE"),
+        (["inspect", "no-such-org/no-such-model"], "taken for the id of a repository on the Hub"),
+    ],
+)
+def test_a_users_mistake_is_one_line(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    places = {"RUN": str(run), "OUT": str(tmp_path / "out")}
+    result = call(*(places.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("routed-peft:")]
+    assert len(lines) == 1 and message in lines[0]
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_lets_the_error_through(run):
+    result = call("--debug", "ablate", run, run)
+    assert isinstance(result.exception, ValueError)
+
+
+def test_a_wrong_option_is_a_usage_error(run):
+    assert call("ablate", run).exit_code == 2
+    assert call("evaluate", run, "--batch-size", 0).exit_code == 2
+
+
+def test_evaluate_measures_every_set_of_regions(run, tmp_path):
+    torch.manual_seed(0)
+    forget = write_jsonl(tmp_path / "forget.jsonl", [{"text": "cell wall"}, {"text": "a gene"}])
+    retain = write_jsonl(tmp_path / "retain.jsonl", [{"text": "a cat"}])
+    out = tmp_path / "results/out.json"
+    files = ["--forget-file", forget, "--retain-file", retain, "--out", out, "--batch-size", 2]
+    result = call("evaluate", run, "--tasks", "routed_forget_loss,routed_retain_loss", "--regions", "bio", *files)
+    assert result.exit_code == 0, result.output
+    for word in ("routed_forget_loss", "all regions", "ablated", "bio", str(out)):
+        assert word in result.output
+    report = json.loads(out.read_text())
+    assert list(report["results"]) == ["all regions", "ablated", "bio"]
+    scores = [report["results"][name]["routed_forget_loss/token_ce"] for name in report["results"]]
+    assert len(set(scores)) == 3, "three different models were measured"
+    assert report["metadata"]["forget_file"] == forget
+
+
+def test_tasks_path_holds_the_tasks():
+    result = call("tasks-path")
+    assert (Path(result.output.strip()) / "routed_forget_loss.yaml").is_file()
+
+
+@pytest.mark.parametrize("command", ["inspect", "ablate", "evaluate", "demo", "tasks-path"])
+def test_help_has_an_example(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0 and "Example" in result.output
+
+
+def test_the_installed_command_works_as_a_process():
+    command = [sys.executable, "-m", "routed_peft.cli", "inspect", "./no-such-run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("routed-peft: './no-such-run' is no directory") and result.stderr.count("\n") == 1
