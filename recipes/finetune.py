@@ -64,7 +64,8 @@ class Recipe:
 
     pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish or entangled."})
     train_file: str | None = field(
-        default=None, metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text and route_label."}
+        default=None,
+        metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text, and route_label or side."},
     )
     eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
     length: int = field(default=128, metadata={"help": "Tokens per row."})
@@ -171,25 +172,26 @@ def labeled_documents(recipe: Recipe) -> Dataset:
         ds, truth = labels_from_keywords(ds, {"forget": recipe.label_keywords}, default="retain"), "route_label"
     elif "route_label" not in ds.column_names:
         ds = labels_from_column(ds, "side", {"forget": "forget", "retain": "retain"})
-    both = recipe.labeled
-    labeled = {
-        "forget": both if recipe.labeled_forget is None else recipe.labeled_forget,
-        "retain": both if recipe.labeled_retain is None else recipe.labeled_retain,
-    }
+    sides = {"forget": recipe.labeled_forget, "retain": recipe.labeled_retain}
+    labeled = {side: recipe.labeled if share is None else share for side, share in sides.items()}
     if {*labeled.values(), recipe.recall, recipe.precision} != {1.0}:
         ds = simulate_labels(ds, truth, labeled, recipe.recall, recipe.precision, recipe.label_seed)
-    if recipe.arm == "filter":
-        return ds.filter(lambda label: label != "forget", input_columns="route_label")
-    if recipe.arm == "perfect_filter":
-        if "side" not in ds.column_names:
-            raise ValueError("`arm: perfect_filter` needs to know what documents truly are: a column `side`")
-        return ds.filter(lambda side: side != "forget", input_columns="side")
     return ds
+
+
+def of_arm(ds: Dataset, arm: str) -> Dataset:
+    """Return the rows or documents that an arm trains on."""
+    column = {"filter": "route_label", "perfect_filter": "side"}.get(arm)
+    if column is None:
+        return ds
+    if column not in ds.column_names:
+        raise ValueError(f"`arm: {arm}` needs the column `{column}`, what documents truly are; got {ds.column_names}")
+    return ds.filter(lambda value: value != "forget", input_columns=column)
 
 
 def training_rows(recipe: Recipe, args: RoutedTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return the rows of this run in their order: the same number of tokens in every arm."""
-    rows = pack(labeled_documents(recipe), tokenizer, recipe.length, seed=args.seed)
+    rows = pack(of_arm(labeled_documents(recipe), recipe.arm), tokenizer, recipe.length, seed=args.seed)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
     first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)
@@ -211,7 +213,7 @@ def ablation_target(recipe: Recipe, args: RoutedTrainingArguments) -> Path | Non
     """Return where the ablated model goes, and fail now rather than after training where that is not free."""
     if recipe.ablate_to == "no" or recipe.arm != "routed":  # the others keep both adapters
         return None
-    target = Path(recipe.ablate_to or f"{str(args.output_dir).rstrip('/')}-ablated")
+    target = Path(recipe.ablate_to or f"{Path(args.output_dir)}-ablated")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"`ablate_to` {target} is not empty: name another directory, or `no`")
     return target

@@ -18,7 +18,8 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_seed
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, ablate, presets
@@ -43,7 +44,10 @@ from routed_peft.training import RunDirectory, RunRecorder
 class Recipe:
     """What this recipe is told beside the training arguments."""
 
-    method: str = field(default="sgtm", metadata={"help": "A preset: sgtm, era, classic, exclusive or control."})
+    method: str = field(
+        default="sgtm",
+        metadata={"help": "Whose routes; control is the placebo.", "choices": ["sgtm", "era", "control"]},
+    )
     routes: dict | str | None = field(
         default=None, metadata={"help": "Routes written out, in place of `method`: {label: {weights, ablated}}."}
     )
@@ -63,7 +67,8 @@ class Recipe:
 
     pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish or entangled."})
     train_file: str | None = field(
-        default=None, metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text and route_label."}
+        default=None,
+        metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text, and route_label or side."},
     )
     eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
     length: int = field(default=128, metadata={"help": "Tokens per row."})
@@ -123,12 +128,12 @@ def main() -> None:
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args, documents)
     routes = make_routes(recipe)
-    rows, train_dataset = training_rows(recipe, args, documents, tokenizer, routes)
+    rows = pack(of_arm(documents, recipe.arm), tokenizer, recipe.length, seed=args.seed)
     trainer = RoutedTrainer(
         model,
         args,
         routes=routes,
-        train_dataset=train_dataset,
+        train_dataset=in_order(recipe, args, rows, documents, tokenizer),
         eval_dataset=evaluation_rows(recipe, tokenizer),
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
@@ -167,45 +172,42 @@ def labeled_documents(recipe: Recipe) -> Dataset:
         ds, truth = labels_from_keywords(ds, {"forget": recipe.label_keywords}, default="retain"), "route_label"
     elif "route_label" not in ds.column_names:
         ds = labels_from_column(ds, "side", {"forget": "forget", "retain": "retain"})
-    both = recipe.labeled
-    labeled = {
-        "forget": both if recipe.labeled_forget is None else recipe.labeled_forget,
-        "retain": both if recipe.labeled_retain is None else recipe.labeled_retain,
-    }
+    sides = {"forget": recipe.labeled_forget, "retain": recipe.labeled_retain}
+    labeled = {side: recipe.labeled if share is None else share for side, share in sides.items()}
     if {*labeled.values(), recipe.recall, recipe.precision} != {1.0}:
         ds = simulate_labels(ds, truth, labeled, recipe.recall, recipe.precision, recipe.label_seed)
-    if recipe.arm == "filter":
-        return ds.filter(lambda label: label != "forget", input_columns="route_label")
-    if recipe.arm == "perfect_filter":
-        if "side" not in ds.column_names:
-            raise ValueError("`arm: perfect_filter` needs to know what documents truly are: a column `side`")
-        return ds.filter(lambda side: side != "forget", input_columns="side")
     return ds
 
 
-def training_rows(
-    recipe: Recipe,
-    args: RoutedTrainingArguments,
-    documents: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    routes: dict[str, Route],
-) -> tuple[Dataset, Dataset]:
-    """Return all packed rows, and those of this run in their order: the same number of tokens in every arm."""
-    rows = pack(documents, tokenizer, recipe.length, seed=args.seed)
+def of_arm(ds: Dataset, arm: str) -> Dataset:
+    """Return the rows or documents that an arm trains on."""
+    column = {"filter": "route_label", "perfect_filter": "side"}.get(arm)
+    if column is None:
+        return ds
+    if column not in ds.column_names:
+        raise ValueError(f"`arm: {arm}` needs the column `{column}`, what documents truly are; got {ds.column_names}")
+    return ds.filter(lambda value: value != "forget", input_columns=column)
+
+
+def in_order(
+    recipe: Recipe, args: RoutedTrainingArguments, rows: Dataset, documents: Dataset, tokenizer: Tokenizer
+) -> Dataset:
+    """Return the rows of this run in their order: the same number of tokens in every arm."""
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
-    first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)
-    run = schedule(rows, count, first, share, args.seed)
-    if recipe.frequency_weights and recipe.arm == "routed" and routes["forget"] != Route():
-        forget = documents.filter(lambda label: label == "forget", input_columns="route_label")
-        others = documents.filter(lambda label: label != "forget", input_columns="route_label")
-        bias, prior = recipe.frequency_bias, recipe.frequency_count
-        w = token_frequency_weights(tokenizer, forget["text"], others["text"], bias=bias, retain_count=prior)
-        run = add_frequency_weights(run, w, routes["forget"].weight("base"))
-    return rows, run
+    if recipe.arm != "routed":
+        return schedule(rows, count, seed=args.seed)
+    run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed)
+    if not recipe.frequency_weights or recipe.method == "control":
+        return run
+    forget = documents.filter(lambda label: label == "forget", input_columns="route_label")
+    others = of_arm(documents, "filter")
+    knobs = {"bias": recipe.frequency_bias, "retain_count": recipe.frequency_count}
+    w = token_frequency_weights(tokenizer, forget["text"], others["text"], **knobs)
+    return add_frequency_weights(run, w, make_routes(recipe)["forget"].weight("base"))
 
 
-def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset] | None:
+def evaluation_rows(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Dataset] | None:
     """Return held-out rows by side."""
     if recipe.train_file:
         pairs = (entry.split("=", 1) for entry in recipe.eval_files)
@@ -219,9 +221,7 @@ def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[
 # Model and method
 
 
-def build(
-    recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> tuple[nn.Module, Tokenizer]:
     """Return a model with its region, and its tokenizer."""
     attention = recipe.attn_implementation
     if attention == "auto":
@@ -230,9 +230,7 @@ def build(
         kwargs = {"is_trainable": True} if Path(recipe.model_name_or_path, "routing.json").is_file() else {}
         model, tokenizer = load_source(recipe.model_name_or_path, attn_implementation=attention, **kwargs)
     else:
-        # of all documents in every arm, so that losses are comparable
-        unfiltered = labeled_documents(replace(recipe, arm="none"))
-        tokenizer = train_tokenizer(unfiltered["text"], recipe.vocab_size)
+        tokenizer = train_tokenizer(documents["text"], recipe.vocab_size)  # of all, so that arms can be compared
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=recipe.hidden_size,
@@ -255,17 +253,11 @@ def build(
 def make_routes(recipe: Recipe) -> dict[str, Route]:
     """Return the routes of the method, or all ones where this arm does not route."""
     if recipe.routes:
-        given = json.loads(recipe.routes) if isinstance(recipe.routes, str) else recipe.routes
-        routes = routes_from_dict(given)
+        routes = routes_from_dict(json.loads(recipe.routes) if isinstance(recipe.routes, str) else recipe.routes)
     elif recipe.method == "control":
         routes = presets.control()
-    elif recipe.method in ("sgtm", "era", "classic", "exclusive"):
-        routes = getattr(presets, recipe.method)(recipe.region)
     else:
-        raise ValueError(
-            f"`method` must be sgtm, era, classic, exclusive or control, got {recipe.method!r}; for another, write its "
-            "`routes` out"
-        )
+        routes = {"sgtm": presets.sgtm, "era": presets.era}[recipe.method](recipe.region)
     if recipe.base_weight is not None and recipe.method != "control":
         routes["forget"] = replace(routes["forget"], weights={**routes["forget"].weights, "base": recipe.base_weight})
     return routes if recipe.arm == "routed" else presets.control(list(routes))
@@ -287,7 +279,7 @@ def ablation_target(recipe: Recipe, args: RoutedTrainingArguments) -> Path | Non
     """Return where the ablated model goes, and fail now rather than after training where that is not free."""
     if recipe.ablate_to == "no" or recipe.arm != "routed":  # the others keep their extra units
         return None
-    target = Path(recipe.ablate_to or f"{str(args.output_dir).rstrip('/')}-ablated")
+    target = Path(recipe.ablate_to or f"{Path(args.output_dir)}-ablated")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"`ablate_to` {target} is not empty: name another directory, or `no`")
     return target
@@ -299,7 +291,7 @@ def restore_coherence(rows: Dataset, src: Path, steps: int, args: RoutedTraining
     Gradient routing, arXiv 2410.04332, appendix on ERA; usually the first or second step is the best.
     """
     known = rows.filter(lambda label: label == "retain", input_columns="route_label")
-    known = known if len(known) else rows.filter(lambda label: label != "forget", input_columns="route_label")
+    known = known if len(known) else of_arm(rows, "filter")
     ids = torch.tensor(known[: min(len(known), 64 + 256)]["input_ids"], dtype=torch.long, device=args.device)
     batch, held_out = ids[: min(64, len(ids) // 2)], ids[min(64, len(ids) // 2) :]
     model = AutoModelForCausalLM.from_pretrained(src).to(args.device).eval()

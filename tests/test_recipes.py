@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from routed_peft.checkpoint import inspect_checkpoint
+from routed_peft.training import RunDirectory
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {file.stem: file for file in sorted((ROOT / "recipes/configs").glob("*.yaml"))}
+WORDS = {"forget": ["cell", "gene", "virus", "enzyme"], "retain": ["table", "chair", "river", "music"]}
+SHORT = ["--max_steps", "4", "--warmup_steps", "1", "--logging_steps", "2", "--length", "16", "--disable_tqdm", "true"]
+SMALL = ["--hidden_size", "16", "--intermediate_size", "32", "--num_hidden_layers", "2", "--vocab_size", "300"]
+RUNS: dict[str, list[str]] = {
+    "sgtm": [*SMALL, "--size", "8", "--recall", "0.9", "--labeled_retain", "0.8"],
+    "sgtm_spanish": [*SMALL, "--size", "8", "--routes", '{"forget": {"weights": {"base": 0.25}}, "retain": {}, '
+                     '"unlabeled": {}}', "--ablate_to", "no", "--eval_strategy", "no"],
+    "control": [*SMALL, "--size", "8", "--train_base", "true"],
+    "era": [*SMALL, "--size", "8", "--route_layers", "0", "--coherence_steps", "2", "--frequency_count", "1",
+            "--frequency_bias", "1"],
+    "filter": [*SMALL, "--size", "8", "--label_keywords", "cell", "gene", "virus", "enzyme", "--labeled", "1"],
+    "two_lora": ["--rank", "2"],
+}  # fmt: skip
+
+
+def document(side: str, rng: random.Random) -> str:
+    return " ".join(rng.choice([*WORDS[side], "the", "of"]) for _ in range(12))
+
+
+def write(file: Path, rows: list[dict[str, str]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    train = [{"text": document(side, rng), "side": side} for _ in range(100) for side in WORDS]
+    held = {side: [{"text": document(side, rng)} for _ in range(20)] for side in WORDS}
+    sides = [f"{side}={write(folder / f'{side}.jsonl', rows)}" for side, rows in held.items()]
+    return ["--train_file", write(folder / "train.jsonl", train), "--eval_files", *sides]
+
+
+def start(name: str, out: Path, files: list[str], *more: str) -> subprocess.Popen[str]:
+    """Start a recipe as a user would; a warning of ours, of torch or of transformers is an error."""
+    recipe = "finetune" if name == "two_lora" else "pretrain"
+    launcher = [sys.executable, "-W", "error::UserWarning"]
+    if name == "sgtm":
+        launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
+    config = CONFIGS["sgtm" if name == "filter" else name]
+    command = [*launcher, f"recipes/{recipe}.py", "--config", str(config), "--output_dir", str(out / name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*command, *SHORT, *files, *RUNS[name], *more],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, files) -> Path:
+    """Every recipe, run once; two at a time, since starting Python is most of the time."""
+    out = tmp_path_factory.mktemp("runs")
+    more = {"filter": ["--arm", "filter"], "two_lora": ["--model_name_or_path", str(out / "sgtm-ablated")]}
+    for pair in (("sgtm", "sgtm_spanish"), ("era", "control"), ("filter", "two_lora")):
+        started = [start(name, out, files, *more.get(name, [])) for name in pair]
+        for process in started:
+            finish(process)
+    return out
+
+
+def test_every_config_is_run():
+    assert set(RUNS) - {"filter"} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_short_and_commented(name):
+    lines = CONFIGS[name].read_text().splitlines()
+    assert len(lines) < 40 and lines[0].startswith("# ")
+    settings = yaml.safe_load("\n".join(lines))
+    assert settings["output_dir"] == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_leaves_its_records(runs, name):
+    run = RunDirectory(runs / name)
+    about = json.loads((runs / name / "run.json").read_text())
+    summary = json.loads((runs / name / "summary.json").read_text())
+    assert about["config"]["training"]["max_steps"] == 4 and "--max_steps 4" in about["command"]
+    assert summary["steps"] == 4 and summary["tokens"] == 4 * 16 * 16
+    points = run.points()
+    train = [point for point in points if point["split"] == "train"]
+    assert [(point["step"], point["tokens"]) for point in train] == [(2, 512), (4, 1024)]
+    assert all(point["arm"] == summary["arm"] and point["loss"] > 0 for point in points)
+    measured = {(point["split"], point["ablated"]): point["loss"] for point in points if point["split"] != "train"}
+    assert set(measured) == {(side, ablated) for side in WORDS for ablated in (False, True)}, "once each, at the end"
+    assert len(measured) + len(train) == len(points)
+    assert summary["losses"] == {f"{'ablated_' * off}{side}": loss for (side, off), loss in measured.items()}
+
+
+@pytest.mark.parametrize("name", ["sgtm", "control", "era", "two_lora"])
+def test_the_ablated_model_is_plain(runs, name):
+    assert not inspect_checkpoint(runs / name)["problems"]
+    about = inspect_checkpoint(runs / f"{name}-ablated")
+    assert about["kind"] == "plain checkpoint" and about["ablation"]["regions_removed"] == ["forget"]
+    model = AutoModelForCausalLM.from_pretrained(runs / f"{name}-ablated")
+    assert model.config.intermediate_size == 32 and model.config.num_hidden_layers == 2
+    assert not [key for key in model.state_dict() if "routed" in key or "lora" in key]
+    assert len(AutoTokenizer.from_pretrained(runs / f"{name}-ablated")) <= 300
+
+
+def test_labels_are_those_asked_for(runs):
+    tokens = {name: inspect_checkpoint(runs / name)["tokens_per_route"] for name in RUNS}
+    total = 4 * 16 * 15  # the first token of a row is predicted by nothing
+    assert all(sum(counts.values()) == total for counts in tokens.values())
+    assert tokens["filter"] == {"forget": 0, "retain": total, "unlabeled": 0}
+    assert tokens["sgtm"]["retain"] > tokens["sgtm"]["forget"] > 0
+    routes = {name: inspect_checkpoint(runs / name)["routes"] for name in RUNS}
+    assert routes["sgtm_spanish"]["forget"]["weights"] == {"base": 0.25}
+    assert routes["era"]["forget"]["weights"] == {"base": -0.75}
+    assert routes["control"] == routes["filter"]
+    assert routes["sgtm"] == routes["two_lora"]
+
+
+def test_only_the_routed_arm_is_ablated(runs):
+    ablated = {folder.name.removesuffix("-ablated") for folder in runs.glob("*-ablated")}
+    assert ablated == {"sgtm", "control", "era", "two_lora"}
+
+
+def test_era_is_made_coherent_again(runs):
+    summary = json.loads((runs / "era/summary.json").read_text())
+    losses = summary["coherence"]["retain_losses"]
+    assert len(losses) == 3 and summary["coherence"]["best_step"] == losses.index(min(losses))
+    AutoModelForCausalLM.from_pretrained(summary["coherence"]["model"])
+
+
+def test_the_base_of_a_fine_tuned_model_is_frozen(runs):
+    about = inspect_checkpoint(runs / "two_lora")
+    assert about["kind"] == "frozen base" and about["base"]["id"] == str(runs / "sgtm-ablated")
+    assert [entry["name"] for entry in about["base_adapters"]] == ["retain"]
+
+
+def test_a_finished_run_is_not_overwritten(runs, files):
+    process = start("control", runs, files)
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode != 0 and "is not empty" in stderr
