@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from datasets import enable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routed_peft.checkpoint import inspect_checkpoint
@@ -49,35 +51,51 @@ def files(tmp_path_factory) -> list[str]:
     return ["--train_file", write(folder / "train.jsonl", train), "--eval_files", *sides]
 
 
-def start(name: str, out: Path, files: list[str], *more: str) -> subprocess.Popen[str]:
-    """Start a recipe as a user would; a warning of ours, of torch or of transformers is an error."""
+def arguments(name: str, out: Path, files: list[str]) -> list[str]:
     recipe = "finetune" if name == "two_lora" else "pretrain"
-    launcher = [sys.executable, "-W", "error::UserWarning"]
-    if name == "sgtm":
-        launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
     config = CONFIGS["sgtm" if name == "filter" else name]
-    command = [*launcher, f"recipes/{recipe}.py", "--config", str(config), "--output_dir", str(out / name)]
+    more = {"filter": ["--arm", "filter"], "two_lora": ["--model_name_or_path", str(out / "sgtm-ablated")]}
+    command = [f"recipes/{recipe}.py", "--config", str(config), "--output_dir", str(out / name), *more.get(name, [])]
+    return [*command, *SHORT, *files, *RUNS[name]]
+
+
+def start(launcher: list[str], command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [*command, *SHORT, *files, *RUNS[name], *more],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*launcher, *command], cwd=ROOT, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    stdout, stderr = process.communicate(timeout=240)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr[-4000:]
+
+
+def here(command: list[str]) -> None:
+    """Run a recipe in this process, which spares the seconds of starting one; its warnings are errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "orig_argv", ["python", *command])
+        try:
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        finally:
+            enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, files) -> Path:
-    """Every recipe, run once; two at a time, since starting Python is most of the time."""
+    """Every configuration, run once: by `accelerate launch`, by `python`, and here."""
     out = tmp_path_factory.mktemp("runs")
-    more = {"filter": ["--arm", "filter"], "two_lora": ["--model_name_or_path", str(out / "sgtm-ablated")]}
-    for pair in (("sgtm", "sgtm_spanish"), ("era", "control"), ("filter", "two_lora")):
-        started = [start(name, out, files, *more.get(name, [])) for name in pair]
-        for process in started:
-            finish(process)
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    launchers = {
+        "sgtm": [accelerate, "launch", "--cpu", "--num_processes", "1"],
+        "era": [sys.executable, "-W", "error::UserWarning"],
+    }
+    processes = [start(launcher, arguments(name, out, files)) for name, launcher in launchers.items()]
+    for process in processes:
+        finish(process)
+    for name in RUNS:
+        if name not in launchers:
+            here(arguments(name, out, files))
     return out
 
 
@@ -152,7 +170,19 @@ def test_the_base_of_a_fine_tuned_model_is_frozen(runs):
     assert [entry["name"] for entry in about["base_adapters"]] == ["retain"]
 
 
-def test_a_finished_run_is_not_overwritten(runs, files):
-    process = start("control", runs, files)
-    _, stderr = process.communicate(timeout=240)
-    assert process.returncode != 0 and "is not empty" in stderr
+def test_nothing_is_overwritten(runs, files, tmp_path):
+    command = arguments("control", runs, files)
+    with pytest.raises(ValueError, match="`ablate_to` .*control-ablated is not empty"):
+        here(command)
+    with pytest.raises(ValueError, match="holds a finished run"):
+        here([*command, "--ablate_to", "no"])
+
+
+def test_mistakes_are_explained(files, tmp_path):
+    command = arguments("two_lora", tmp_path, files)
+    place = command.index("--model_name_or_path")
+    with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
+        here([*command[:place], *command[place + 2 :]])
+    unlabeled = write(tmp_path / "plain.jsonl", [{"text": "a cell", "route_label": "forget"}])
+    with pytest.raises(ValueError, match="`arm: perfect_filter` needs the column `side`"):
+        here([*arguments("control", tmp_path, []), "--train_file", unlabeled, "--arm", "perfect_filter"])
