@@ -323,6 +323,36 @@ def test_activation_penalty_is_part_of_the_loss(tmp_path, tokenizer):
     assert accumulated.state.log_history[0]["loss"] == pytest.approx(at_once.state.log_history[0]["loss"], rel=1e-4)
 
 
+def test_self_labels_resume_and_agree_with_the_truth(tmp_path, tokenizer):
+    """Two alphabets: once the region knows one of them, it finds the unlabelled rows written in it."""
+    letters = {"forget": (3, 9), "retain": (120, 126)}
+    generator = torch.Generator().manual_seed(0)
+    data, truth = [], []
+    for i in range(160):
+        side = ("forget", "retain")[i % 2]
+        ids = torch.randint(*letters[side], (8,), generator=generator).tolist()
+        unlabeled = i >= 80 and i % 4 < 2
+        data.append({"input_ids": ids, "route_label": "unlabeled" if unlabeled else side})
+        truth.append(side)
+    options = dict(
+        dataset=Dataset.from_list(data), train_sampling_strategy="sequential", per_device_train_batch_size=8, max_steps=20,
+        self_labels="both", save_strategy="steps", save_steps=14, learning_rate=5e-2, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = train(tmp_path / "a", tokenizer, **options)
+    tokens = trainer.tokens_per_route
+    assert tokens["unlabeled"] == 0 and tokens["forget"] == tokens["retain"] == 80 * 7
+    forget, retain = trainer._self_labels.means
+    assert forget > retain + 0.1
+    again = train(tmp_path / "b", tokenizer, resume=str(tmp_path / "a" / "checkpoint-14"), **options)
+    assert_same(weights(trainer.model), weights(again.model))
+    assert again._self_labels.means == trainer._self_labels.means
+    with pytest.raises(ValueError, match="by `route_label`, not by token"):
+        per_token = rows(8, length=6).remove_columns("route_label").add_column("route_labels", [["forget"] * 6] * 8)
+        train(tmp_path / "c", tokenizer, dataset=per_token, self_labels="both")
+    with pytest.raises(ValueError, match="have none"):
+        train(tmp_path / "c", tokenizer, routes=presets.classic(), self_labels="both")
+
+
 def test_quantised_like_frozen_modules_stay_unswapped(tmp_path, tokenizer):
     model = model_of(
         adapters={
