@@ -1,0 +1,121 @@
+"""What the demo shows while it works: one bar overall and one per arm; other libraries keep quiet meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from routed_peft.demo.settings import ARMS, Arm, DemoSettings
+
+
+class Display:
+    """Progress bars; a context manager. The unit is about the time of one training step.
+
+    Args:
+        console: where to.
+        settings: tell how much there is to do.
+    """
+
+    def __init__(self, console: Console, settings: DemoSettings) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description:<19}"),
+            BarColumn(bar_width=14),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+        )
+        self.measuring, self.attacking = max(1, settings.steps // 8), max(1, settings.steps // 30)
+        each = settings.steps + self.measuring + self.attacking * len(settings.relearn_learning_rates)
+        self.overall = self.progress.add_task("[bold]all", total=each * len(ARMS), status="")
+        self.tasks: dict[str, TaskID] = {
+            arm.key: self.progress.add_task(arm.name, total=each, start=False, status="waiting") for arm in ARMS
+        }
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+
+    def overall_status(self, status: str) -> None:
+        """Say what is going on, where that is not about one arm."""
+        self.progress.update(self.overall, status=status)
+
+    def start(self, arm: Arm) -> None:
+        """Start the clock of an arm."""
+        self.progress.start_task(self.tasks[arm.key])
+        self.overall_status("left")
+
+    def status(self, arm: Arm, status: str, advance: float = 0) -> None:
+        """Say what an arm is doing, and move its bar and the overall one."""
+        self.progress.update(self.tasks[arm.key], status=status, advance=advance)
+        self.progress.update(self.overall, advance=advance)
+
+    def finish(self, arm: Arm, result: str) -> None:
+        """Fill the bar of an arm; where there are no live bars, print a line."""
+        self.status(arm, result)
+        if not self.console.is_terminal:
+            self.console.print(f"{arm.name}: {result}")
+
+
+class Watcher(TrainerCallback):
+    """Moves the bar of an arm with every training step.
+
+    Args:
+        display: holds the bar.
+        arm: whose it is.
+    """
+
+    def __init__(self, display: Display, arm: Arm) -> None:
+        self.display, self.arm, self.text = display, arm, "training"
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move on by one."""
+        self.display.status(self.arm, self.text, advance=1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss."""
+        if logs and "loss" in logs:
+            self.text = f"training, loss {float(logs['loss']):.2f}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back progress bars, logs below errors, and warnings of the libraries underneath; put all back afterwards."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    dataset_bars, lm_eval = datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval")
+    lm_eval_level = lm_eval.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    lm_eval.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if not dataset_bars:
+            datasets.enable_progress_bars()
+        lm_eval.setLevel(lm_eval_level)

@@ -1,0 +1,133 @@
+"""The demo itself: prepare, four arms one after the other, report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from routed_peft.demo.display import Display, Watcher, quiet
+from routed_peft.demo.material import Material, tokens_by_side
+from routed_peft.demo.measuring import attack, measure_model, open_model
+from routed_peft.demo.report import write_report
+from routed_peft.demo.settings import ARMS, Arm, DemoSettings
+from routed_peft.demo.summary import derive, terminal_table, verdict
+from routed_peft.demo.training import bf16_helps, train_arm
+from routed_peft.training import RunDirectory
+from routed_peft.training.records import SUMMARY
+
+REPORT = "report.html"
+
+
+def run_demo(
+    out: str | Path = "demo-out",
+    quick: bool = False,
+    settings: DemoSettings | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train four arms on real text, ablate the routed one, measure and attack all, and write a report.
+
+    An illustration: one seed, one small model, one pair of corpora. Under ``out``: ``report.html``, ``curves.png``,
+    ``summary.json``, ``metrics.jsonl``, ``run.json``, ``data/`` and one directory per arm, with its run and its plain
+    checkpoint (``routed/ablated`` is the one to look at). The report is written last, aside, and renamed.
+
+    Args:
+        out: directory that does not exist or is empty.
+        quick: fewer steps and measurements, for a look in three minutes; ignored where ``settings`` are given.
+        settings: what to train; by default `DemoSettings`.
+        console: where progress and results are shown; by default the terminal.
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: ``out`` is a file, or a directory with something in it.
+
+    Example:
+        >>> run_demo(__file__)
+        Traceback (most recent call last):
+        ...
+        ValueError: `out` ... must be absent or an empty directory: ...
+    """
+    out = Path(out).expanduser().resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"`out` {out} must be absent or an empty directory: name another with `--out`, or remove it (it is left as it "
+            "is where a demo was interrupted)"
+        )
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ImportError('the demo measures with lm-eval, which is not there: pip install "routed_peft[eval]"')
+    settings = settings or (DemoSettings.quick() if quick else DemoSettings())
+    console = console or Console()
+    console.print(
+        f"Four arms, {settings.tokens / 1e6:.2f} million tokens each, one seed: an illustration, not a result."
+    )
+    began = time.monotonic()
+    records = RunDirectory(out)
+    records.start(asdict(settings) | {"bf16": bf16_helps()}, seeds={"seed": settings.seed})
+    with quiet(), Display(console, settings) as display:
+        display.overall_status("preparing the data")
+        material = Material.prepare(settings, out / "data")
+        arms: dict[str, Any] = {}
+        models: dict[str, dict[str, Any]] = {}
+        for arm in ARMS:
+            arms[arm.key], measured = _run_arm(arm, settings, material, out / arm.key, records, display)
+            models |= measured
+        display.overall_status("writing the report")
+        derived = derive(models)
+        summary = {
+            "verdict": verdict(derived),
+            **derived,
+            "models": models,
+            "arms": arms,
+            "seconds": round(time.monotonic() - began, 1),
+            "illustration": "one seed, one small model, one pair of corpora",
+        }
+        records.finish(summary)
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        write_report(records, summary, settings, out / REPORT)
+        display.overall_status("done")
+    console.print(terminal_table(models), verdict(derived), "An illustration: one seed.", sep="\n")
+    console.print(f"Report: {out / REPORT}", soft_wrap=True)
+    return summary
+
+
+def _run_arm(
+    arm: Arm, settings: DemoSettings, material: Material, folder: Path, records: RunDirectory, display: Display
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return facts about the arm's training, and its measured models by their keys."""
+    display.start(arm)
+    run = material.run_of(arm, settings)
+    began = time.monotonic()
+    seen = train_arm(arm, settings, material, run, folder, records, Watcher(display, arm))
+    facts = {
+        "name": arm.name,
+        "about": arm.about,
+        "tokens": settings.tokens,
+        "tokens_by_side": tokens_by_side(run, settings.length),
+        "targets_by_label": seen,
+        "seconds_training": round(time.monotonic() - began, 1),
+    }
+    display.status(arm, "measuring")
+    models: dict[str, dict[str, Any]] = {
+        arm.key: dict(measure_model(open_model(folder / arm.plain), settings, material))
+    }
+    if arm.routed:
+        models["routed_on"] = dict(measure_model(open_model(folder / "run", region=True), settings, material))
+    elif arm.drop is None:
+        models["placebo"] = dict(measure_model(open_model(folder / "run"), settings, material))
+    display.status(arm, "relearning", advance=display.measuring)
+
+    def tick() -> None:
+        display.status(arm, "relearning", advance=display.attacking)
+
+    models[arm.key]["relearned"] = attack(folder / arm.plain, arm.key, settings, material, records, tick)
+    result = models[arm.key]
+    display.finish(arm, f"biology {result['forget_loss']:.2f}, other text {result['retain_loss']:.2f}")
+    return facts, models

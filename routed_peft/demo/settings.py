@@ -1,0 +1,106 @@
+"""What the demo trains: the four arms, and the numbers that they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """All that can be set. Every arm gets the same, but for `labeled_first` and `forget_share`, which only routing has.
+
+    Attributes:
+        documents: how many of each side are trained on; None for all.
+        labeled: share of the documents of each side that carry their label.
+        labeled_first: share of the run in which the routed arm sees labelled rows only (`routed_peft.data.schedule`).
+        forget_share: share of labelled forget rows in the rest of the routed arm's run; None for their share in the data.
+        evaluations: how often the validation losses are taken during training.
+        validation_rows: packed rows per side for that.
+        limit: documents per side and questions per task, in the final measurements.
+        relearn_documents: forget documents that the attacker has.
+        relearn_steps: steps at which the attacker's model is measured; the last one ends the attack.
+        relearn_learning_rates: all are tried, and the worst case counts.
+        relearn_limit: test documents for that.
+    """
+
+    steps: int = 800
+    batch_size: int = 16
+    length: int = 128
+    documents: int | None = None
+    vocab_size: int = 2048
+    layers: int = 4
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    heads: int = 4
+    region_size: int = 256
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    labeled: float = 0.5
+    labeled_first: float = 0.25
+    forget_share: float | None = None
+    seed: int = 0
+    evaluations: int = 10
+    validation_rows: int = 32
+    limit: int = 200
+    relearn_documents: int = 16
+    relearn_steps: tuple[int, ...] = (0, 5, 10, 20)
+    relearn_learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    relearn_limit: int = 100
+
+    @classmethod
+    def quick(cls) -> DemoSettings:
+        """Return the settings of ``--quick``: fewer documents, tokens and questions, the same model and attack.
+
+        >>> DemoSettings.quick().steps < DemoSettings().steps
+        True
+        """
+        return cls(
+            steps=300,
+            batch_size=8,
+            documents=8000,
+            warmup_steps=30,
+            evaluations=5,
+            validation_rows=16,
+            limit=80,
+            relearn_steps=(0, 5, 20),
+            relearn_limit=50,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens per arm."""
+        return self.steps * self.batch_size * self.length
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        key: name of its directory, and in files.
+        name: name for readers.
+        about: what it does with forget data.
+        drop: column in which the value "forget" keeps a row out of training.
+        routed: whether gradients are routed; otherwise the region's units are ordinary parameters.
+    """
+
+    key: str
+    name: str
+    about: str
+    drop: str | None = None
+    routed: bool = False
+
+    @property
+    def plain(self) -> str:
+        """Name of the directory of its plain checkpoint."""
+        return "ablated" if self.routed else "plain"
+
+
+ARMS = (
+    Arm("no_routing", "no routing", "trains on everything, and removes nothing"),
+    Arm("filter", "filter, same labels", "leaves out what is labelled forget", drop="route_label"),
+    Arm("routed", "routed", "sends what is labelled forget to the region, then ablates the region", routed=True),
+    Arm("perfect_filter", "perfect filter", "leaves out all true forget data: the ideal, out of reach", drop="side"),
+)
+"""The arms, in the order in which they are trained and shown."""

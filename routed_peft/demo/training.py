@@ -1,0 +1,113 @@
+"""One arm: a small Llama from scratch, trained by `RoutedTrainer`, saved, and exported as a plain checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftMixedModel, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
+
+from routed_peft import presets
+from routed_peft.ablation import ablate, export
+from routed_peft.demo.material import Material
+from routed_peft.demo.settings import Arm, DemoSettings
+from routed_peft.regions import RoutedConfig
+from routed_peft.training import RoutedTrainer, RoutedTrainingArguments, RunDirectory, RunRecorder
+
+REGION = "forget"
+
+
+def bf16_helps() -> bool:
+    """Return whether this machine computes in bfloat16: a GPU, or a processor with AMX or AVX512-BF16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def build_model(settings: DemoSettings, material: Material) -> PeftModel | PeftMixedModel:
+    """Return a fresh model with its region; the same weights for every arm."""
+    set_seed(settings.seed)
+    tokenizer = material.tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=max(settings.length, 128),  # room for a question and a choice
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # on the processor and at this length plain matmuls are faster by a third
+    config._attn_implementation = "sdpa" if torch.cuda.is_available() else "eager"
+    region = RoutedConfig(kind="mlp", size=settings.region_size, init="model", task_type="CAUSAL_LM")
+    return get_peft_model(LlamaForCausalLM(config), region, adapter_name=REGION)
+
+
+def arguments(arm: Arm, settings: DemoSettings, folder: Path) -> RoutedTrainingArguments:
+    """Return the training arguments of an arm."""
+    return RoutedTrainingArguments(
+        str(folder),
+        train_base=True,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=bf16_helps(),
+        eval_strategy="steps",
+        eval_steps=max(1, settings.steps // settings.evaluations),
+        evaluate_ablated=arm.routed,
+        include_num_input_tokens_seen="all",
+        logging_steps=max(1, min(10, settings.steps // 10)),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=settings.seed,
+    )
+
+
+def train_arm(
+    arm: Arm,
+    settings: DemoSettings,
+    material: Material,
+    run: Dataset,
+    folder: Path,
+    records: RunDirectory,
+    watcher: TrainerCallback,
+) -> dict[str, int]:
+    """Train an arm, save it to ``folder/run``, and export its plain checkpoint beside that.
+
+    Returns:
+        Tokens seen per label.
+    """
+    trainer = RoutedTrainer(
+        build_model(settings, material),
+        arguments(arm, settings, folder / "run"),
+        routes=presets.sgtm(REGION) if arm.routed else presets.control(),
+        train_dataset=run,
+        eval_dataset=material.validation,
+        processing_class=material.tokenizer,
+        callbacks=[RunRecorder(records, arm=arm.key, phase="training"), watcher],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+    if arm.routed:
+        ablate(folder / "run", folder / arm.plain)
+    else:
+        export(folder / "run", folder / arm.plain, keep=[REGION])
+    return dict(trainer.tokens_per_route)
