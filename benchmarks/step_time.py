@@ -133,7 +133,9 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     for size, result in report["sizes"].items():
         for share, limit in TIME_LIMITS.items():
             worst = max(row["ratio"] for row in result["time"] if row["zero"] == share)
-            found.append({"name": f"{size}: time, {share:.0%} zero weights, worst kind", "limit": limit, "value": worst})
+            found.append(
+                {"name": f"{size}: time, {share:.0%} zero weights, worst kind", "limit": limit, "value": worst}
+            )
         memory = max(row["ratio"] for row in result["memory"])
         found.append({"name": f"{size}: peak memory, worst share", "limit": MEMORY_LIMIT, "value": memory})
     for name, limit, value in (

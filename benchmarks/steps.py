@@ -89,7 +89,11 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[s
 
 
 def routed_step(
-    routing: GradientRouting, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], labels: Tensor
+    routing: GradientRouting,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    labels: Tensor,
 ) -> None:
     """Run the same step, under ``labels``."""
     with routing(labels):

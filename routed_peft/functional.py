@@ -26,13 +26,17 @@ def spread(m: Tensor, like: Tensor) -> Tensor:
     return m.reshape(m.shape + (1,) * (like.dim() - m.dim())).to(like.dtype)
 
 
+_GATHER_FROM = 0.25
+"""Share of zero weights from which copying the other positions costs less than multiplying them all."""
+
+
 @dataclass(frozen=True, slots=True)
 class PositionWeights:
     """Weights ``m`` made ready for many layers: which positions are kept, and by how much each is weighed.
 
     Attributes:
         m: ``(B,)`` or ``(B, T)``.
-        index: flat indices of the positions whose weight is not zero, or None to keep them all.
+        index: flat indices of the positions whose weight is not zero, or None to keep all positions.
         kept: the weights of the positions kept, flat, or None where all of these are one.
     """
 
@@ -42,14 +46,14 @@ class PositionWeights:
 
     @classmethod
     def of(cls, m: Tensor, gather: bool = True) -> PositionWeights:
-        """Prepare ``m``. With ``gather``, positions of weight zero are left out of weight-gradient matmuls.
+        """Prepare ``m``. With ``gather``, positions of weight zero are left out of weight-gradient matmuls if they are many.
 
         >>> PositionWeights.of(torch.tensor([1.0, 0.0, 1.0])).index
         tensor([0, 2])
         """
         flat = m.reshape(-1)
         index = flat.nonzero().squeeze(1) if gather else None
-        if index is not None and len(index) == len(flat):
+        if index is not None and len(index) > (1 - _GATHER_FROM) * len(flat):
             index = None
         kept = flat if index is None else flat[index]
         return cls(m, index, None if bool((kept == 1).all()) else kept)
@@ -88,12 +92,16 @@ class _RoutedLinear(torch.autograd.Function):
         grad_x = grad @ weight if needs_x else None
         grad_weight = grad_bias = None
         if needs_weight or needs_bias:
-            weighed = _rows(grad, index, ctx.lead)
-            weighed = weighed if kept is None else weighed * spread(kept, weighed)
-            weighed = weighed.reshape(-1, grad.shape[-1])  # (N, O)
-            grad_bias = weighed.sum(0) if needs_bias else None
-            if needs_weight:
-                grad_weight = weighed.t() @ _rows(x, index, ctx.lead).reshape(-1, x.shape[-1])
+            rows_grad, rows_x = _rows(grad, index, ctx.lead), _rows(x, index, ctx.lead) if needs_weight else None
+            if kept is not None:  # one of the two factors is weighed, the narrower if it may be either
+                if needs_bias or rows_x is None or rows_x.shape[-1] > rows_grad.shape[-1]:
+                    rows_grad = rows_grad * spread(kept, rows_grad)
+                else:
+                    rows_x = rows_x * spread(kept, rows_x)
+            rows_grad = rows_grad.reshape(-1, grad.shape[-1])  # (N, O)
+            grad_bias = rows_grad.sum(0) if needs_bias else None
+            if rows_x is not None:
+                grad_weight = rows_grad.t() @ rows_x.reshape(-1, rows_x.shape[-1])
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -183,7 +191,8 @@ class _RoutedParameter(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (m,) = ctx.saved_tensors
-        return (grad * m.to(grad.dtype)).flatten(0, -2).sum(0), None
+        m = m.expand(*grad.shape[:-1], 1).flatten().to(grad.dtype)
+        return m @ grad.flatten(0, -2), None
 
 
 def routed_parameter(weight: Tensor, m: Tensor) -> Tensor:
