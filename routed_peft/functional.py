@@ -29,6 +29,11 @@ def spread(m: Tensor, like: Tensor) -> Tensor:
 _GATHER_FROM = 0.25
 """Share of zero weights from which copying the other positions costs less than multiplying them all."""
 
+_MOST_RUNS = 8
+"""With more runs than this, adding up their products costs more than copying."""
+
+Runs = tuple[tuple[int, int, float], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class PositionWeights:
@@ -38,11 +43,13 @@ class PositionWeights:
         m: ``(B,)`` or ``(B, T)``.
         index: flat indices of the positions whose weight is not zero, or None to keep all positions.
         kept: the weights of the positions kept, flat, or None where all of these are one.
+        runs: runs of one weight other than zero, as flat (start, stop, weight), where they are few: no copy is needed then.
     """
 
     m: Tensor
     index: Tensor | None
     kept: Tensor | None
+    runs: Runs | None = None
 
     @classmethod
     def of(cls, m: Tensor, gather: bool = True) -> PositionWeights:
@@ -56,12 +63,21 @@ class PositionWeights:
         if index is not None and len(index) > (1 - _GATHER_FROM) * len(flat):
             index = None
         kept = flat if index is None else flat[index]
-        return cls(m, index, None if bool((kept == 1).all()) else kept)
+        return cls(m, index, None if bool((kept == 1).all()) else kept, _runs(flat) if gather else None)
 
     def to(self, device: torch.device) -> PositionWeights:
         """Return a copy on ``device``."""
         index, kept = (t if t is None else t.to(device, non_blocking=True) for t in (self.index, self.kept))
-        return PositionWeights(self.m.to(device, non_blocking=True), index, kept)
+        return PositionWeights(self.m.to(device, non_blocking=True), index, kept, self.runs)
+
+
+def _runs(flat: Tensor) -> Runs | None:
+    values, counts = torch.unique_consecutive(flat, return_counts=True)
+    if int(values.count_nonzero()) > _MOST_RUNS:
+        return None
+    stops = counts.cumsum(0)
+    runs = zip((stops - counts).tolist(), stops.tolist(), values.tolist(), strict=True)
+    return tuple(run for run in runs if run[2])
 
 
 def _rows(x: Tensor, index: Tensor | None, lead: int) -> Tensor:
@@ -70,17 +86,52 @@ def _rows(x: Tensor, index: Tensor | None, lead: int) -> Tensor:
     return rows if index is None else rows.index_select(0, index)
 
 
+def _sum_over_runs(grad: Tensor, x: Tensor, runs: Runs) -> Tensor:
+    """Return the sum over runs of ``weight * grad[run].T @ x[run]``, for rows ``(N, O)`` and ``(N, D)``."""
+    total = grad.new_empty(grad.shape[1], x.shape[1]) if runs else grad.new_zeros(grad.shape[1], x.shape[1])
+    for i, (start, stop, weight) in enumerate(runs):
+        total.addmm_(grad[start:stop].t(), x[start:stop], beta=float(i > 0), alpha=weight)
+    return total
+
+
+def _parameter_gradients(
+    grad: Tensor, x: Tensor | None, index: Tensor | None, kept: Tensor | None, runs: Runs | None, lead: int, bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of weight and bias; ``x`` None leaves out the former, ``bias`` False the latter."""
+    if (
+        runs is not None and x is not None and not bias and grad.element_size() > 2
+    ):  # bfloat16 would round every run's sum
+        inner = grad.shape[lead:-1].numel()
+        runs = tuple((start * inner, stop * inner, weight) for start, stop, weight in runs)
+        return _sum_over_runs(grad.flatten(0, -2), x.flatten(0, -2), runs), None
+    rows_grad, rows_x = _rows(grad, index, lead), None if x is None else _rows(x, index, lead)
+    if kept is not None:  # one of the two factors is weighed, the narrower if it may be either
+        if bias or rows_x is None or rows_x.shape[-1] > rows_grad.shape[-1]:
+            rows_grad = rows_grad * spread(kept, rows_grad)
+        else:
+            rows_x = rows_x * spread(kept, rows_x)
+    rows_grad = rows_grad.reshape(-1, grad.shape[-1])  # (N, O)
+    weight_grad = None if rows_x is None else rows_grad.t() @ rows_x.reshape(-1, rows_x.shape[-1])
+    return weight_grad, rows_grad.sum(0) if bias else None
+
+
 class _RoutedLinear(torch.autograd.Function):
     # Plain tensors as arguments rather than one PositionWeights: torch.compile can trace these.
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, kept: Tensor | None, lead: int
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor | None,
+        kept: Tensor | None,
+        runs: Runs | None,
+        lead: int,
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, index, kept, ctx.lead = inputs
+        x, weight, _, index, kept, ctx.runs, ctx.lead = inputs
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index, kept)
 
@@ -92,17 +143,8 @@ class _RoutedLinear(torch.autograd.Function):
         grad_x = grad @ weight if needs_x else None
         grad_weight = grad_bias = None
         if needs_weight or needs_bias:
-            rows_grad, rows_x = _rows(grad, index, ctx.lead), _rows(x, index, ctx.lead) if needs_weight else None
-            if kept is not None:  # one of the two factors is weighed, the narrower if it may be either
-                if needs_bias or rows_x is None or rows_x.shape[-1] > rows_grad.shape[-1]:
-                    rows_grad = rows_grad * spread(kept, rows_grad)
-                else:
-                    rows_x = rows_x * spread(kept, rows_x)
-            rows_grad = rows_grad.reshape(-1, grad.shape[-1])  # (N, O)
-            grad_bias = rows_grad.sum(0) if needs_bias else None
-            if rows_x is not None:
-                grad_weight = rows_grad.t() @ rows_x.reshape(-1, rows_x.shape[-1])
-        return grad_x, grad_weight, grad_bias, None, None, None
+            grad_weight, grad_bias = _parameter_gradients(grad, x, index, kept, ctx.runs, ctx.lead, needs_bias)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | PositionWeights) -> Tensor:
@@ -136,7 +178,7 @@ def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | Po
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     weights = m if isinstance(m, PositionWeights) else PositionWeights.of(m)
-    return _RoutedLinear.apply(x, weight, bias, weights.index, weights.kept, weights.m.dim())
+    return _RoutedLinear.apply(x, weight, bias, weights.index, weights.kept, weights.runs, weights.m.dim())
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -58,7 +58,7 @@ LIGHT = Theme(
     "#ffffff",
     "#24292f",
     "#d8dee4",
-    {"no_routing": "#6e7781", "filter": _ORANGE, "routed": _BLUE, "routed_on": "#7fb0ea", "perfect_filter": _GREEN},
+    {"no_routing": "#6e7781", "filter": _ORANGE, "routed": _BLUE, "routed_on": "#5a94da", "perfect_filter": _GREEN},
 )
 DARK = Theme(
     "#161b22",

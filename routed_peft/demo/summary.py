@@ -64,6 +64,11 @@ def verdict(derived: Mapping[str, Any]) -> str:
     """
     cost = derived["tax"]
     price = f"cost {cost:.2f}" if cost >= 0 else f"gained {-cost:.2f}"
+    if math.isnan(derived["way"]):
+        return (
+            "Too little was learnt to tell: the perfect filter's loss on biology is not above that without routing, so "
+            f"there is no way to measure. Routing and ablating {price} nats per token of other text."
+        )
     return (
         f"With half of the labels missing, routing and ablating went {percent(derived['way'])} of the way from a model "
         f"that knows biology to one that never saw it (filtering by the same labels: {percent(derived['way_filter'])}), "

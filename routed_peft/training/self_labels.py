@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +82,6 @@ def row_losses(logits: Callable[[], Tensor], targets: Tensor) -> Tensor:
         logits: computes ``(B, T, V)``.
         targets: ``(B, T)``, -100 where there is no loss.
     """
-    losses: Any = F.cross_entropy(
-        logits()[:, :-1].float().transpose(1, 2), targets[:, 1:], ignore_index=IGNORED, reduction="none"
-    )
-    return losses.sum(1) / (targets[:, 1:] != IGNORED).sum(1).clamp(min=1)
+    predicted, wanted = logits()[:, :-1].float(), targets[:, 1:]
+    losses = F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(wanted).sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
