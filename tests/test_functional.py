@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routed_peft.functional import PositionWeights, routed_linear
+
+WEIGHTS = st.lists(st.sampled_from([0.0, 1.0, -0.75, 2.0]), min_size=24, max_size=24)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    weights=WEIGHTS, per_token=st.booleans(), gather=st.booleans(), bias=st.booleans(), outputs=st.sampled_from([2, 7])
+)
+def test_parameter_gradients_weigh_positions(weights, per_token, gather, bias, outputs):
+    """However they are computed (runs, gathered, multiplied): the sum over positions of weight times gradient."""
+    generator = torch.Generator().manual_seed(0)
+    m = torch.tensor(weights, dtype=torch.float64)
+    m = m.reshape(4, 6) if per_token else m[:4]
+    x = torch.randn(4, 6, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    w = torch.randn(outputs, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    b = torch.randn(outputs, dtype=torch.float64, generator=generator, requires_grad=True) if bias else None
+    g = torch.randn(4, 6, outputs, dtype=torch.float64, generator=generator)
+    routed_linear(x, w, b, PositionWeights.of(m, gather)).backward(g)
+    weighed = g * (m.unsqueeze(-1) if per_token else m[:, None, None])
+    assert torch.allclose(w.grad, torch.einsum("bto,btd->od", weighed, x), atol=1e-12)
+    assert torch.allclose(x.grad, g @ w, atol=1e-12)
+    assert b is None or torch.allclose(b.grad, weighed.sum((0, 1)), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("m", "runs", "gathered"),
+    [
+        ([0.0, 1.0, 1.0, 0.5, 0.0], ((1, 3, 1.0), (3, 4, 0.5)), True),
+        ([0.0] * 4, (), True),
+        ([1.0] * 9 + [0.0], ((0, 9, 1.0),), False),
+        ([1.0, 2.0] * 9, None, False),
+    ],
+)
+def test_how_positions_are_left_out(m, runs, gathered):
+    weights = PositionWeights.of(torch.tensor(m))
+    assert weights.runs == runs and (weights.index is not None) == gathered
+    assert PositionWeights.of(torch.tensor(m), gather=False).runs is None
