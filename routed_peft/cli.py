@@ -110,7 +110,7 @@ def ablate(
 
         routed-peft ablate runs/two-regions bio-only --keep bio
     """
-    from routed_peft import export
+    from routed_peft.ablation import export
 
     place = export(src, out, keep or [], revision=revision)
     record = json.loads((place / "ablation.json").read_text(encoding="utf-8"))

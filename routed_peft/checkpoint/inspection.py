@@ -46,7 +46,7 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
         return about | _describe_run(Layout.read(root, str(src)), commit, hub)
     if (root / CONFIG).is_file():
         problems = _problems(lambda: verify_adapter(root, str(src)))
-        return about | {"kind": "region", **_describe_adapter(root), "problems": problems}
+        return about | _describe_adapter(root) | {"kind": "region", "problems": problems}
     if (root / "config.json").is_file():
         record = root / "ablation.json"
         ablation = read_json(record) if record.is_file() else None

@@ -16,7 +16,6 @@ from routed_peft.corpora import load_pair
 from routed_peft.data import FORGET, RETAIN, pack, schedule, simulate_labels, train_tokenizer
 from routed_peft.demo.settings import Arm, DemoSettings
 
-PAIR = "biology"
 SIDES = (FORGET, RETAIN)
 
 
@@ -41,15 +40,15 @@ class Material:
     @classmethod
     def prepare(cls, settings: DemoSettings, folder: Path) -> Material:
         """Load the pair, train the tokenizer, label, pack, and write held-out text to ``folder``."""
-        train = _per_side(load_pair(PAIR, "train"), settings.documents)
+        train = _per_side(load_pair(settings.pair, "train"), settings.documents)
         tokenizer = train_tokenizer(train["text"][:], settings.vocab_size)
         labeled = simulate_labels(train, labeled=settings.labeled, seed=settings.seed)
         rows = pack(labeled, tokenizer, settings.length, seed=settings.seed)
-        held_out = load_pair(PAIR, "validation")
+        held_out = load_pair(settings.pair, "validation")
         packed = pack(held_out, tokenizer, settings.length, by=["side"], seed=settings.seed)
         validation = {side: _first(packed, side, settings.validation_rows) for side in SIDES}
         attacker = _first(held_out, FORGET, settings.relearn_documents)["text"][:]
-        test = load_pair(PAIR, "test")
+        test = load_pair(settings.pair, "test")
         folder.mkdir(parents=True)
         files = {}
         for side in SIDES:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """All that can be set. Every arm gets the same, but for `labeled_first` and `forget_share`, which only routing has.
+    """All that can be set. Every arm gets the same, but for `labeled_first`, `forget_share` and `self_labels`, which only routing
+    has.
 
     Attributes:
+        pair: which texts, a key of `routed_peft.corpora.PAIRS`.
         documents: how many of each side are trained on; None for all.
         labeled: share of the documents of each side that carry their label.
         labeled_first: share of the run in which the routed arm sees labelled rows only (`routed_peft.data.schedule`).
         forget_share: share of labelled forget rows in the rest of the routed arm's run; None for their share in the data.
+        self_labels: whether the region labels unlabelled rows itself, in the routed arm (`RoutedTrainingArguments`).
         evaluations: how often the validation losses are taken during training.
         validation_rows: packed rows per side for that.
         limit: documents per side and questions per task, in the final measurements.
@@ -23,6 +26,7 @@ class DemoSettings:
         relearn_limit: test documents for that.
     """
 
+    pair: str = "biology"
     steps: int = 800
     batch_size: int = 16
     length: int = 128
@@ -39,6 +43,7 @@ class DemoSettings:
     labeled: float = 0.5
     labeled_first: float = 0.25
     forget_share: float | None = None
+    self_labels: str = "none"
     seed: int = 0
     evaluations: int = 10
     validation_rows: int = 32

@@ -70,6 +70,7 @@ def arguments(arm: Arm, settings: DemoSettings, folder: Path) -> RoutedTrainingA
         eval_strategy="steps",
         eval_steps=max(1, settings.steps // settings.evaluations),
         evaluate_ablated=arm.routed,
+        self_labels=settings.self_labels if arm.routed else "none",
         include_num_input_tokens_seen="all",
         logging_steps=max(1, min(10, settings.steps // 10)),
         save_strategy="no",

@@ -78,3 +78,8 @@ class RoutedTrainingArguments(RoutedArguments, TrainingArguments):
         >>> args.output_dir, args.edges
         ('out', 'parameters')
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # routing leaves gradients of zero, never of None
