@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from routed_peft.routes import BASE, Route
 
 
-def sgtm(region: str = "forget") -> dict[str, Route]:
+def sgtm(region: str = "forget", base_weight: float = 0.0) -> dict[str, Route]:
     """Selective gradient masking (SGTM, arXiv 2512.05648, section 3).
 
     Labelled forget data trains only the region; labelled retain data is seen without the region; the rest trains both,
-    and is absorbed by whichever side already knows it.
+    and is absorbed by whichever side already knows it. As published, ``base_weight`` is 0; a little more lets forget data
+    teach the base what both sides share, at the price of a little of what they do not.
 
     >>> sgtm("bio")["forget"]
     Route(weights={'base': 0.0}, ablated=())
     """
     return {
-        "forget": Route(weights={BASE: 0.0}),
+        "forget": Route(weights={BASE: base_weight}),
         "retain": Route(ablated=(region,)),
         "unlabeled": Route(),
     }

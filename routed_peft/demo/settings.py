@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """All that can be set. Every arm gets the same, but for `labeled_first`, `forget_share` and `self_labels`, which only routing
-    has.
+    """All that can be set. Every arm gets the same, but for what only routing has, from `labeled_first` to `base_weight`.
 
     Attributes:
         pair: which texts, a key of `routed_peft.corpora.PAIRS`.
@@ -17,6 +16,8 @@ class DemoSettings:
         labeled_first: share of the run in which the routed arm sees labelled rows only (`routed_peft.data.schedule`).
         forget_share: share of labelled forget rows in the rest of the routed arm's run; None for their share in the data.
         self_labels: whether the region labels unlabelled rows itself, in the routed arm (`RoutedTrainingArguments`).
+        base_weight: gradient weight of forget rows on the base, in the routed arm. A little above 0 lets them teach it what
+            both sides share, at the price of a little of what they do not.
         evaluations: how often the validation losses are taken during training.
         validation_rows: packed rows per side for that.
         limit: documents per side and questions per task, in the final measurements.
@@ -41,9 +42,10 @@ class DemoSettings:
     warmup_steps: int = 50
     weight_decay: float = 0.1
     labeled: float = 0.5
-    labeled_first: float = 0.25
-    forget_share: float | None = None
-    self_labels: str = "none"
+    labeled_first: float = 0.15
+    forget_share: float | None = 0.1
+    self_labels: str = "both"
+    base_weight: float = 0.05
     seed: int = 0
     evaluations: int = 10
     validation_rows: int = 32

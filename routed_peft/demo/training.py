@@ -98,7 +98,7 @@ def train_arm(
     trainer = RoutedTrainer(
         build_model(settings, material),
         arguments(arm, settings, folder / "run"),
-        routes=presets.sgtm(REGION) if arm.routed else presets.control(),
+        routes=presets.sgtm(REGION, settings.base_weight) if arm.routed else presets.control(),
         train_dataset=run,
         eval_dataset=material.validation,
         processing_class=material.tokenizer,
