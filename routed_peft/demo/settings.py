@@ -43,7 +43,7 @@ class DemoSettings:
     weight_decay: float = 0.1
     labeled: float = 0.5
     labeled_first: float = 0.15
-    forget_share: float | None = 0.1
+    forget_share: float | None = 0.025
     self_labels: str = "both"
     base_weight: float = 0.05
     seed: int = 0
