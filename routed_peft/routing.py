@@ -91,6 +91,8 @@ class GradientRouting:
         except BaseException:
             self.detach()
             raise
+        self.groups = [group for group in (BASE, JOINT, *self.regions) if self.parameters(group)]
+        """The groups that have trained parameters: ``"base"`` and ``"joint"`` where there are any, then the regions."""
         dtype = next(model.parameters()).dtype
         self._compiler = RouteCompiler(
             self.routes, self.regions, gather, torch.float64 if dtype == torch.float64 else torch.float32
@@ -215,11 +217,6 @@ class GradientRouting:
         """Return the trained parameters of ``"base"``, a region or ``"joint"``; shared ones once."""
         owners = self._owners.get(group, [])
         return list(dict.fromkeys(p for m in owners for p in m.parameters(recurse=False) if p.requires_grad))
-
-    @property
-    def groups(self) -> list[str]:
-        """The groups that have trained parameters: ``"base"`` and ``"joint"`` where there are any, then the regions."""
-        return [group for group in (BASE, JOINT, *self.regions) if self.parameters(group)]
 
     def learning(self, labels: Labels, reached: Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, int]:
         """Count, by group, the positions that teach it: effective weight not zero, and reached by a loss.
