@@ -40,6 +40,7 @@ TINY = DemoSettings(
     heads=2,
     region_size=8,
     warmup_steps=2,
+    labeled_first=0.25,
     evaluations=2,
     validation_rows=3,
     limit=4,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from routed_peft import RoutedConfig, RoutedTrainer, RoutedTrainingArguments, presets
 from routed_peft.ablation import ablated
-from routed_peft.data import train_tokenizer
+from routed_peft.data import schedule, train_tokenizer
 
 LENGTH, WORDS, ROWS = 24, 30, 1280
 
@@ -38,14 +38,15 @@ def trained(tmp_path, labels: dict[str, list[str]], routes) -> tuple[dict[str, f
         for side, start in (("forget", 4), ("retain", 40))
         for ids, label in zip(language(start, ROWS, 1).tolist(), labels[side] * ROWS, strict=False)
     ]
+    steps, batch = 200, 32
+    data = schedule(Dataset.from_list(rows), steps * batch, labeled_first=0.25, seed=1)
     args = RoutedTrainingArguments(
-        str(tmp_path), train_base=True, max_steps=160, per_device_train_batch_size=32, learning_rate=1e-2, use_cpu=True,
-        report_to="none", save_strategy="no", disable_tqdm=True, warmup_steps=20, seed=1,
+        str(tmp_path), train_base=True, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-2,
+        train_sampling_strategy="sequential", use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        warmup_steps=20, seed=1,
     )  # fmt: skip
     tokenizer = train_tokenizer(["a"], vocab_size=258)
-    trainer = RoutedTrainer(
-        model, args, routes=routes, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    trainer = RoutedTrainer(model, args, routes=routes, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     trainer.routing.detach()
     model.eval()
@@ -63,12 +64,12 @@ def trained(tmp_path, labels: dict[str, list[str]], routes) -> tuple[dict[str, f
 
 
 def test_the_region_takes_the_forget_side_with_it(tmp_path):
-    """Half of either side is labelled; the other half has to be absorbed."""
+    """Half of either side is labelled, and comes first; the other half has to be absorbed."""
     labels = {"forget": ["forget", "unlabeled"], "retain": ["retain", "unlabeled"]}
     on, off = trained(tmp_path, labels, presets.sgtm("forget"))
     _, placebo = trained(tmp_path, labels, presets.control())
     # Three equally likely successors: ln 3 = 1.10 nats is the floor, ln 30 = 3.40 is guessing within the language.
     assert on["forget"] < 1.8 and on["retain"] < 1.8
     assert off["retain"] < 1.8
-    assert off["forget"] > 2.2
-    assert off["forget"] > placebo["forget"] + 0.5
+    assert off["forget"] > 3.4
+    assert off["forget"] > placebo["forget"] + 1.0

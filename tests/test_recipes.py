@@ -100,7 +100,8 @@ def runs(tmp_path_factory, files) -> Path:
 
 
 def test_every_config_is_run():
-    assert set(RUNS) - {"filter"} == set(CONFIGS)
+    compared = {name for name in CONFIGS if name.startswith("compare_")}  # by `test_compare_…`
+    assert (set(RUNS) - {"filter"}) | compared == set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -186,3 +187,25 @@ def test_mistakes_are_explained(files, tmp_path):
     unlabeled = write(tmp_path / "plain.jsonl", [{"text": "a cell", "route_label": "forget"}])
     with pytest.raises(ValueError, match="`arm: perfect_filter` needs the column `side`"):
         here([*arguments("control", tmp_path, []), "--train_file", unlabeled, "--arm", "perfect_filter"])
+
+
+def test_compare_sums_up_seeds_and_trains_no_arm_twice(tmp_path):
+    pytest.importorskip("lm_eval")
+    small = ["--steps", "4", "--batch_size", "4", "--length", "32", "--documents", "300", "--vocab_size", "300"]
+    small += ["--layers", "1", "--hidden_size", "16", "--intermediate_size", "16", "--heads", "2", "--region_size", "8"]
+    small += ["--warmup_steps", "1", "--evaluations", "1", "--validation_rows", "2", "--limit", "4", "--seeds", "0"]
+    out, summary = tmp_path / "arms", tmp_path / "results" / "summary.json"
+    command = ["recipes/compare.py", "--config", str(CONFIGS["compare_biology"]), *small]
+    command += ["--output_dir", str(out), "--summary_file", str(summary)]
+    here(command)
+    files = sorted(file.name for file in out.iterdir())
+    arms = ("filter", "no_routing", "perfect_filter", "routed")
+    assert files == [f"biology-{arm}-0.json" for arm in arms]
+    numbers = json.loads(summary.read_text())["numbers"]
+    assert numbers["way"]["n"] == 1 and {f"{arm}/forget_loss" for arm in arms} <= numbers.keys()
+    assert "routed/region_on_retain_loss" in numbers
+    made = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    here(command)
+    assert made == {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    with pytest.raises(ValueError, match="other settings"):
+        here([*command, "--learning_rate", "0.5"])
