@@ -61,7 +61,8 @@ def step_time() -> str:
     lines.append(
         f"\nTime of a routed training step over the same step of the same model without routing, median of interleaved pairs "
         f"({report['hardware']['device']}, {report['threads']} thread). At the middle size, half of the rows of weight zero: "
-        f"{others}. Targets missed: {'; '.join(missed) or 'none'}. From `./run bench --out results/step_time.json`."
+        f"{others}. Targets missed: {'; '.join(missed) or 'none'}. From `./run bench --sizes {' '.join(report['sizes'])} "
+        f"--repeats {report['repeats']} --out results/step_time.json`."
     )
     return "\n".join(lines)
 

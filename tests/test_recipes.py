@@ -109,7 +109,7 @@ def test_configs_are_short_and_commented(name):
     lines = CONFIGS[name].read_text().splitlines()
     assert len(lines) < 40 and lines[0].startswith("# ")
     settings = yaml.safe_load("\n".join(lines))
-    assert settings["output_dir"] == f"runs/{name}"
+    assert settings["output_dir"] == f"{'results' if name.startswith('compare_') else 'runs'}/{name}"
 
 
 @pytest.mark.parametrize("name", RUNS)
