@@ -28,7 +28,7 @@ class DemoSettings:
     """
 
     pair: str = "biology"
-    steps: int = 800
+    steps: int = 500
     batch_size: int = 16
     length: int = 128
     documents: int | None = None
@@ -63,15 +63,16 @@ class DemoSettings:
         True
         """
         return cls(
-            steps=300,
+            steps=160,
             batch_size=8,
             documents=8000,
-            warmup_steps=30,
-            evaluations=5,
+            warmup_steps=20,
+            evaluations=4,
             validation_rows=16,
-            limit=80,
+            limit=50,
             relearn_steps=(0, 5, 20),
-            relearn_limit=50,
+            relearn_learning_rates=(1e-3, 3e-3),
+            relearn_limit=30,
         )
 
     @property
