@@ -71,7 +71,7 @@ class DemoSettings:
             validation_rows=16,
             limit=50,
             relearn_steps=(0, 5, 20),
-            relearn_learning_rates=(1e-3, 3e-3),
+            relearn_learning_rates=(3e-4, 1e-3),
             relearn_limit=30,
         )
 
