@@ -252,9 +252,7 @@ class GradientRouting:
         size = next(len(v) for v in batch.values() if isinstance(v, Tensor))
         groups = {group: self.parameters(group) for group in self.groups if group != JOINT}
         if self.edges == "activations":
-            groups = {
-                group: [p for p in ps if any(p is q for q in self._upstream(group))] for group, ps in groups.items()
-            }
+            groups = {BASE: self._upstream()}
         compute = loss or (lambda model, inputs: model(**inputs).loss)
         received = {}
         for label, route in self.routes.items():
@@ -262,17 +260,17 @@ class GradientRouting:
                 received[label] = check_gradients(lambda: compute(self.model, batch), label, route, groups)
         return received
 
-    def _upstream(self, group: str) -> list[nn.Parameter]:
-        """Return the parameters that activation edges protect: those of the MLPs but the out-projections."""
-        outputs = {id(m) for m in self._swapped}
+    def _upstream(self) -> list[nn.Parameter]:
+        """Return the base parameters that activation edges protect: those of the MLPs but the out-projections."""
+        outputs, base = {id(m) for m in self._swapped}, {id(p) for p in self.parameters(BASE)}
         return [
             p
             for mlp in find_mlps(self.model).values()
-            if group == BASE and id(getattr(mlp, mlp_layout(mlp).down)) in outputs
-            for name, m in mlp.named_modules()
+            if id(getattr(mlp, mlp_layout(mlp).down)) in outputs
+            for m in mlp.modules()
             if id(m) not in outputs
             for p in m.parameters(recurse=False)
-            if p.requires_grad
+            if id(p) in base
         ]
 
 
