@@ -256,8 +256,12 @@ class GradientRouting:
         compute = loss or (lambda model, inputs: model(**inputs).loss)
         received = {}
         for label, route in self.routes.items():
-            with self([label] * size):
-                received[label] = check_gradients(lambda: compute(self.model, batch), label, route, groups)
+            try:
+                with self([label] * size):
+                    received[label] = check_gradients(lambda: compute(self.model, batch), label, route, groups)
+            finally:  # of joint and unlooked-at parameters too, or the first step would start from them
+                for p in self.model.parameters():
+                    p.grad = None
         return received
 
     def _upstream(self) -> list[nn.Parameter]:

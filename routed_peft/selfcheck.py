@@ -22,7 +22,7 @@ def check_gradients(
         groups: parameters by group; an empty group is not looked at.
 
     Returns:
-        group -> whether it received gradient. Gradients are cleared, and the random state is left as it was.
+        group -> whether it received gradient. The random state is left as it was; gradients are the caller's to clear.
 
     Raises:
         ValueError: where the two differ.
@@ -31,9 +31,6 @@ def check_gradients(
     with torch.random.fork_rng(devices), torch.enable_grad():
         loss().backward()
     received = {group: _received(parameters) for group, parameters in groups.items() if parameters}
-    for parameters in groups.values():
-        for p in parameters:
-            p.grad = None
     for group, got in received.items():
         if got and not route.weight(group):
             raise ValueError(

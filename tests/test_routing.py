@@ -299,6 +299,14 @@ def test_self_check_passes_and_reports():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("options", [{"joint": ["norms"]}, {"edges": "activations"}])
+def test_self_check_leaves_no_gradient_behind(options):
+    model, batch = two_regions("llama"), batch_of(2)
+    routing = GradientRouting(model, presets.era() | {"b": Route()}, train_base=True, **options)
+    routing.self_check(batch)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_self_check_finds_a_weight_read_from_outside():
     model, batch = two_regions("llama"), batch_of(2)
     routing = GradientRouting(model, presets.sgtm("forget"), train_base=True)
