@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the files in results/: `python docs/tables.py`, or `--check` to see that they agree."""
+"""Write the tables of the README and docs/rl.md from results/: `python docs/tables.py`; `--check` only compares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from routed_peft.evaluation.report.aggregate import aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md")
 MARK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
 
 
@@ -91,7 +91,27 @@ def reward_hack() -> str:
     return "\n".join(lines)
 
 
+def grpo_step() -> str:
+    """Ratios of a routed GRPO step to TRL's."""
+    file = ROOT / "results" / "grpo_step.json"
+    if not file.exists():
+        return "Not run yet: `python benchmarks/grpo_step.py --out results/grpo_step.json`."
+    report = json.loads(file.read_text())
+    lines = ["| size | routing | ratio | limit | |", "|---|---|---|---|---|"]
+    for target in report["targets"]:
+        met = "" if target["met"] else "missed"
+        lines.append(f"| {target['size']} | {target['kind']} | {target['value']:.2f} | {target['limit']:.2f} | {met} |")
+    lines.append(
+        f"\nTime of a routed GRPO step, generation included, over TRL's, median of {report['repeats']} interleaved pairs "
+        f"({report['hardware']['device']}, {report['threads']} thread): with the same two LoRAs; the subspace region over two "
+        f"LoRAs of the same ranks. From `python benchmarks/grpo_step.py --sizes {' '.join(report['sizes'])} --repeats "
+        f"{report['repeats']} --out results/grpo_step.json`."
+    )
+    return "\n".join(lines)
+
+
 TABLES = {
+    "grpo_step": grpo_step,
     "experiment_biology": lambda: experiment("biology"),
     "experiment_spanish": lambda: experiment("spanish"),
     "step_time": step_time,
@@ -100,15 +120,18 @@ TABLES = {
 
 
 def render(text: str) -> str:
-    """Return the README with every marked table made anew."""
+    """Return a page with every marked table made anew."""
     return MARK.sub(
         lambda match: f"<!-- {match['name']} -->\n{TABLES[match['name']]()}\n<!-- /{match['name']} -->", text
     )
 
 
 if __name__ == "__main__":
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if before == after else "README.md differs from results/: run `python docs/tables.py`")
-    README.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = render(before)
+        if "--check" in sys.argv[1:]:
+            if before != after:
+                sys.exit(f"{page.name} differs from results/: run `python docs/tables.py`")
+        else:
+            page.write_text(after, encoding="utf-8")

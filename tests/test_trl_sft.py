@@ -244,6 +244,21 @@ def test_refuses_data_without_labels_and_unknown_ones(tmp_path):
         trainer_of(tmp_path, dataset=rows(labels=["forgte"])).train()
 
 
+def test_adapters_on_a_quantised_base_keep_their_precision(tmp_path):
+    model = two_loras()
+    model.get_base_model().is_loaded_in_4bit = True
+    trainer_of(tmp_path, model, max_steps=1)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
+def test_the_page_about_rl_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "rl.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(page.split("```python\n")[1].split("```")[0], "rl.md", "exec"), {})
+    assert (tmp_path / "run" / "hack").is_dir() and (tmp_path / "out" / "ablation.json").exists()
+
+
 def test_class_labels_need_no_strings(tmp_path):
     features = Features({"text": Value("string"), "route_label": ClassLabel(names=LABELS)})
     data = Dataset.from_dict({"text": ["a + b"] * 6, "route_label": [0, 1, 2] * 2}, features=features)

@@ -29,6 +29,9 @@ class TRLMixin(RoutingMixin):
     _evaluates_ablated = False
 
     def _attach(self, routes: Routes) -> None:
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            for p in self.model.parameters():  # TRL has made the adapters bfloat16, too coarse for small updates
+                p.data = p.data.float() if p.requires_grad else p.data
         super()._attach(routes)
         self._freeze_head()
 
