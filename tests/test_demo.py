@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo_parts import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import escape
@@ -20,35 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from routed_peft.checkpoint import load_routed
-from routed_peft.demo import ARMS, DemoSettings, run_demo
+from routed_peft.demo import ARMS, run_demo
 from routed_peft.demo.material import Material, tokens_by_side
 from routed_peft.demo.summary import derive, verdict
 from routed_peft.evaluation.measures import tax, way
 from routed_peft.evaluation.report.drawing import spread
 from routed_peft.evaluation.report.page import number, share
-
-TINY = DemoSettings(
-    steps=20,
-    learning_rate=0.02,
-    batch_size=4,
-    length=32,
-    documents=300,
-    vocab_size=300,
-    layers=1,
-    hidden_size=16,
-    intermediate_size=16,
-    heads=2,
-    region_size=8,
-    warmup_steps=2,
-    labeled_first=0.3,
-    evaluations=2,
-    validation_rows=3,
-    limit=4,
-    relearn_documents=2,
-    relearn_steps=(0, 1, 3),
-    relearn_learning_rates=(1e-3, 1e-2),
-    relearn_limit=3,
-)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,9 @@ from routed_peft.experiment.cells import LABELS, Cell, Experiment, all_cells
 from routed_peft.experiment.making import attack, make
 from routed_peft.training.records import RUN
 
+NUMBERS = "numbers.json"
+ATTACK_SETTINGS = ("attack_rates", "attack_steps", "extensions")
+
 
 class Bar(TrainerCallback):
     """Shows the steps of one training run."""
@@ -46,37 +49,90 @@ class Bar(TrainerCallback):
         self.progress.remove_task(self.task)
 
 
-def finish(cell: Cell, cells: Path, experiment: Experiment, progress: Progress) -> bool:
-    """Make and attack a cell as far as that is not done; return False where another process is at it, or at its parent."""
+def finish(cell: Cell, cells: Path, experiment: Experiment, progress: Progress, kept: bool = False) -> bool:
+    """Make and attack a cell as far as that is not done; return False where another process is at it, or at its parent.
+
+    Args:
+        cell: which one.
+        cells: directory of all cells.
+        experiment: its attacks.
+        progress: where bars are shown.
+        kept: whether its model must be there as well, for a cell that is made from it.
+    """
     folder, began = cells / cell.key, time.monotonic()
-    parent = cell.method.parent
-    if parent and not finish(Cell.of(parent, cell.settings), cells, replace(experiment, attacks=[]), progress):
+    if is_done(cell, folder, experiment) and not (kept and not has_model(cell, folder)):
+        return True
+    parent = cell.method.parent and Cell.of(cell.method.parent, cell.settings)
+    if parent and not finish(parent, cells, replace(experiment, attacks=[]), progress, kept=True):
         return False
-    source = cells / Cell.of(parent, cell.settings).key if parent else folder
-    jobs: dict[Path, Callable[[], Any]] = {folder / "numbers.json": partial(make, cell, folder, source, Bar(progress))}
+    source = cells / parent.key if parent else folder
+    jobs: dict[Path, Callable[[], Any]] = {folder / NUMBERS: partial(make, cell, folder, source, Bar(progress))}
     for name in experiment.attacks:
         jobs[attack_file(folder, name, experiment)] = partial(attack, cell, folder, name, experiment)
     try:
         with FileLock(cells / f"{cell.key}.lock", timeout=0):
+            if not has_model(cell, folder):
+                shutil.rmtree(folder, ignore_errors=True)  # what an interruption left, or a summary without its model
             for file, job in jobs.items():
                 if file.exists():
                     continue
-                if file.name == "numbers.json":
-                    shutil.rmtree(folder, ignore_errors=True)  # what an interruption left
+                if file.name == NUMBERS:
+                    shutil.rmtree(folder, ignore_errors=True)
                 with quiet():
                     result = job()
-                aside = file.with_suffix(".tmp")
-                aside.write_text(json.dumps(result, indent=1))
-                aside.rename(file)
+                write_json(file, result)
                 progress.console.print(f"{cell.key}: {file.stem}, {time.monotonic() - began:.0f} s")
     except Timeout:
         return False
     return True
 
 
+def is_done(cell: Cell, folder: Path, experiment: Experiment) -> bool:
+    """Return whether a cell was measured, and attacked as the experiment asks."""
+    return all(
+        file.exists()
+        for file in (folder / NUMBERS, *(attack_file(folder, name, experiment) for name in experiment.attacks))
+    )
+
+
+def has_model(cell: Cell, folder: Path) -> bool:
+    """Return whether a cell's finished model lies in its directory, and not its numbers alone."""
+    return (folder / NUMBERS).exists() and (folder / cell.method.plain).is_dir()
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write ``content`` aside, then rename."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.rename(file)
+
+
+def restore(experiment: Experiment, cells: list[Cell], place: Path) -> None:
+    """Take the numbers of finished cells from the summary, where ``place`` lacks them: on another machine, say.
+
+    A cell is taken whose key, that is all it depends on, is in the summary. Attacks are taken if they were made as the
+    experiment asks; where one is missing, the cell's model is needed and the cell is made again.
+    """
+    file = Path(experiment.summary_file)
+    summary = json.loads(file.read_text()) if file.exists() else {"cells": [], "experiment": {}}
+    rows = {row["key"]: row for row in summary["cells"] if "key" in row}
+    then = {name: summary["experiment"].get(name) for name in ATTACK_SETTINGS}
+    same = then == {name: getattr(experiment, name) for name in ATTACK_SETTINGS}
+    for cell in cells:
+        row, folder = rows.get(cell.key), place / cell.key
+        if row is None or (folder / NUMBERS).exists():
+            continue
+        about = ("method", "seed", *LABELS, "key", "attacks")
+        write_json(folder / RUN, {"versions": summary["versions"]})
+        write_json(folder / NUMBERS, {key: value for key, value in row.items() if key not in about})
+        for name, curves in row["attacks"].items() if same else ():
+            write_json(attack_file(folder, name, experiment), curves)
+
+
 def attack_file(folder: Path, name: str, experiment: Experiment) -> Path:
     """Return where the curves of an attack on a cell are kept."""
-    about = json.dumps([name, experiment.attack_rates, experiment.attack_steps, experiment.extensions])
+    about = json.dumps([name, *(getattr(experiment, setting) for setting in ATTACK_SETTINGS)])
     return folder / f"attack-{name}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.json"
 
 
@@ -84,15 +140,14 @@ def write_summary(experiment: Experiment, settings: DemoSettings, cells: list[Ce
     """Write the numbers of all finished cells."""
     rows = []
     for cell in cells:
-        file = place / cell.key / "numbers.json"
+        file = place / cell.key / NUMBERS
         if file.exists():
             labels = {name: getattr(cell.settings, name) if cell.method.labels else None for name in LABELS}
             numbers = json.loads(file.read_text())
             files = {name: attack_file(file.parent, name, experiment) for name in experiment.attacks}
             attacks = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
-            rows.append({"method": cell.name, "seed": cell.settings.seed, **labels, **numbers, "attacks": attacks})
-    target = Path(experiment.summary_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
+            about = {"method": cell.name, "seed": cell.settings.seed, **labels}
+            rows.append(about | numbers | {"key": cell.key, "attacks": attacks})
     summary = {
         "format": EXPERIMENT_FORMAT,
         "command": shlex.join(["python", *sys.argv]),
@@ -101,9 +156,7 @@ def write_summary(experiment: Experiment, settings: DemoSettings, cells: list[Ce
         "settings": asdict(settings),
         "cells": rows,
     }
-    aside = target.with_suffix(".tmp")
-    aside.write_text(json.dumps(summary, indent=1) + "\n")
-    aside.rename(target)
+    write_json(Path(experiment.summary_file), summary)
 
 
 def versions_of(folders: Iterable[Path]) -> dict[str, str]:
@@ -118,7 +171,7 @@ def versions_of(folders: Iterable[Path]) -> dict[str, str]:
 def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
     """Make and attack all cells that are not there yet, and write the summary after each.
 
-    Start it in as many processes as there is room for: a cell that one of them is at is left to it.
+    Cells whose numbers stand in the summary already are not made again, even if their directories are gone. Start it in as many processes as there is room for: a cell that one of them is at is left to it.
 
     Args:
         experiment: methods, shares of labels, seeds and attacks.
@@ -129,6 +182,7 @@ def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
     """
     cells, place = all_cells(experiment, settings), Path(experiment.cells_dir)
     place.mkdir(parents=True, exist_ok=True)
+    restore(experiment, cells, place)
     with Progress(console=Console()) as progress:
         task = progress.add_task(f"{settings.pair}: {len(cells)} cells", total=len(cells))
         todo = cells

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from demo_parts import TINY
+
+from routed_peft.evaluation.report.reading import read_sources
+from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, run, run_experiment
+
+
+def experiment_of(place, **changes):
+    settings = {
+        "methods": ["routed", "control"],
+        "seeds": [0],
+        "attacks": ["few-shot-4"],
+        "attack_rates": [1e-2],
+        "attack_steps": [0, 1],
+        "extensions": 0,
+    }
+    return Experiment(str(place / "summary.json"), str(place / "cells"), **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("experiment")
+    run_experiment(experiment_of(place), TINY)
+    return place
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Cells that are made and attacked, in order; the real work is done as well."""
+    found: list[str] = []
+    for name in ("make", "attack"):
+        real = getattr(run, name)
+
+        def spy(cell, *args, name=name, real=real):
+            found.append(f"{name} {cell.name}")
+            return real(cell, *args)
+
+        monkeypatch.setattr(run, name, spy)
+    return found
+
+
+def test_the_summary_has_every_cell_and_can_be_reported(finished):
+    (source,) = read_sources([finished / "summary.json"])
+    cells = {cell["method"]: cell for cell in source.summary["cells"]}
+    assert list(cells) == ["routed", "control"], "a parent that was not asked for is made, and not shown"
+    assert cells["routed"]["labeled"] == 0.5 and cells["control"]["labeled"] is None
+    assert {"found_precision", "region_on_forget_loss", "validation_forget_loss"} <= cells["routed"].keys()
+    for cell in cells.values():
+        (curve,) = cell["attacks"]["few-shot-4"]
+        assert curve["steps"] == [0, 1] and len(curve["forget_losses"]) == 2
+
+
+def test_a_finished_experiment_makes_nothing_again(finished, calls):
+    before = (finished / "summary.json").read_bytes()
+    run_experiment(experiment_of(finished), TINY)
+    assert not calls
+    command = json.loads(before)["command"]
+    assert json.loads((finished / "summary.json").read_bytes()) == {**json.loads(before), "command": command}
+
+
+def test_without_the_cells_it_goes_on_from_the_summary(finished, tmp_path, calls):
+    shutil.copy(finished / "summary.json", tmp_path)
+    run_experiment(experiment_of(tmp_path), TINY)
+    assert not calls
+    then, now = (json.loads((place / "summary.json").read_text()) for place in (finished, tmp_path))
+    assert now["cells"] == then["cells"] and now["versions"] == then["versions"]
+
+
+def test_a_new_attack_needs_the_model_again(finished, tmp_path, calls):
+    shutil.copy(finished / "summary.json", tmp_path)
+    run_experiment(experiment_of(tmp_path, attack_rates=[2e-2], methods=["routed"]), TINY)
+    assert calls == ["make routed", "attack routed"]
+    then, now = (json.loads((place / "summary.json").read_text()) for place in (finished, tmp_path))
+    assert now["cells"][0]["forget_loss"] == then["cells"][0]["forget_loss"], "the same numbers, made anew"
+    assert now["cells"][0]["attacks"]["few-shot-4"][0]["learning_rate"] == 2e-2
+
+
+def test_a_child_makes_the_model_of_its_parent_again(finished, tmp_path, calls):
+    shutil.copy(finished / "summary.json", tmp_path)
+    experiment = experiment_of(tmp_path, methods=["routed", "control", "random_units"], attacks=[])
+    run_experiment(experiment, TINY)
+    assert calls == ["make no_routing", "make random_units"]
+
+
+def test_keys_hold_what_a_cell_depends_on():
+    routed = Cell.of("routed", TINY)
+    assert Cell.of("routed", replace(TINY, robust_share=0.2)).key != routed.key
+    assert Cell.of("routed", replace(TINY, relearn_steps=(0, 9))).key == routed.key, (
+        "the demo's own attack is no part of it"
+    )
+    plain = Cell.of("no_routing", TINY)
+    assert Cell.of("no_routing", replace(TINY, labeled=0.1, robust_share=0.2)).key == plain.key, "it looks at no labels"
+    cells = all_cells(Experiment("unused", methods=["no_routing", "filter"], labeled_shares=[0.1, 0.5]), TINY)
+    assert len(cells) == 3 * (1 + 2), "what ignores labels is made once a seed"
+
+
+def test_refuses_methods_that_do_not_exist():
+    with pytest.raises(ValueError, match=r"`methods` has \['route'\]"):
+        all_cells(Experiment("unused", methods=["route"]), TINY)
+    assert set(METHODS) >= {"routed", "sgtm", "era", "control", "rmu"}
