@@ -171,7 +171,8 @@ def versions_of(folders: Iterable[Path]) -> dict[str, str]:
 def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
     """Make and attack all cells that are not there yet, and write the summary after each.
 
-    Cells whose numbers stand in the summary already are not made again, even if their directories are gone. Start it in as many processes as there is room for: a cell that one of them is at is left to it.
+    Cells whose numbers stand in the summary already are not made again, even if their directories are gone. Start it in as
+    many processes as there is room for: a cell that one of them is at is left to it.
 
     Args:
         experiment: methods, shares of labels, seeds and attacks.
