@@ -31,6 +31,7 @@ class Size:
     units: int
     length: int
     regions: int = 1
+    pairs: int = 1  # of steps for each repeat: the shorter a step, the noisier
 
     def model(self, device: str) -> nn.Module:
         """Build the model with its regions, everything trainable, nothing routed."""
@@ -55,8 +56,8 @@ class Size:
 
 SIZES = {
     "tiny": Size(hidden=32, layers=1, vocabulary=64, units=8, length=8),
-    "small": Size(hidden=128, layers=4, vocabulary=2048, units=64, length=128),
-    "medium": Size(hidden=256, layers=4, vocabulary=2048, units=64, length=128),
+    "small": Size(hidden=128, layers=4, vocabulary=2048, units=64, length=128, pairs=4),
+    "medium": Size(hidden=256, layers=4, vocabulary=2048, units=64, length=128, pairs=2),
     "large": Size(hidden=512, layers=4, vocabulary=2048, units=64, length=128),
 }
 

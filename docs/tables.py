@@ -58,12 +58,13 @@ def step_time() -> str:
         for kind in dict.fromkeys(row["kind"] for row in result["time"]):
             ratios = [row["ratio"] for row in result["time"] if row["kind"] == kind]
             lines.append(f"| {size} | {kind} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    pairs = " / ".join(str(report["repeats"] * result.get("pairs", 1)) for result in report["sizes"].values())
     missed = [f"{t['name']} {t['value']:.3f} (limit {t['limit']:.2f})" for t in report["targets"] if not t["met"]]
     others = ", ".join(f"{name} {numbers['ratio']:.2f}" for name, numbers in report["today"].items())
     lines.append(
-        f"\nTime of a routed training step over the same step of the same model without routing, median of interleaved pairs "
-        f"({report['hardware']['device']}, {report['threads']} thread). At the middle size, half of the rows of weight zero: "
-        f"{others}. Targets missed: {'; '.join(missed) or 'none'}. From `./run bench --sizes {' '.join(report['sizes'])} "
+        f"\nTime of a routed training step over the same step of the same model without routing, median of {pairs} interleaved "
+        f"pairs ({report['hardware']['device']}, {report['threads']} thread). At the middle size, half of the rows of weight "
+        f"zero: {others}. Targets missed: {'; '.join(missed) or 'none'}. From `./run bench --sizes {' '.join(report['sizes'])} "
         f"--repeats {report['repeats']} --out results/step_time.json`."
     )
     return "\n".join(lines)
