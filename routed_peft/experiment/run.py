@@ -124,7 +124,7 @@ def restore(experiment: Experiment, cells: list[Cell], place: Path) -> None:
         if row is None or (folder / NUMBERS).exists():
             continue
         about = ("method", "seed", *LABELS, "key", "attacks")
-        write_json(folder / RUN, {"versions": summary["versions"]})
+        write_json(folder / RUN, {"versions": summary.get("versions", {})})
         write_json(folder / NUMBERS, {key: value for key, value in row.items() if key not in about})
         for name, curves in row["attacks"].items() if same else ():
             write_json(attack_file(folder, name, experiment), curves)
