@@ -26,16 +26,24 @@ def experiment(name: str, labeled: float = 0.5) -> str:
     if not seeds:
         return f"Not run yet: `{command}`."
     found = aggregate([cell for cell in cells if cell["seed"] in seeds])
-    lines = ["| method | forget loss | retain loss | way | tax |", "|---|---|---|---|---|"]
-    for method in in_order(found.methods):
-        result, title = found.get(method, labeled, (1.0, 1.0)), card(method, report["settings"]).name
-        title = f"**{title}**" if method == "routed" else title
-        lines.append(f"| {title} | {result.forget} | {result.retain} | {percent(result.way)} | {result.tax} |")
+    results = {method: found.get(method, labeled, (1.0, 1.0)) for method in in_order(found.methods)}
+    results = {method: result for method, result in results.items() if len(result.cells) == len(seeds)}
+    attacked = any(result.attacks for result in results.values())
+    columns = ["method", "forget loss", *(["… relearned"] if attacked else []), "retain loss", "way", "tax"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for method, result in results.items():
+        title, worst = card(method, report["settings"]).name, result.worst
+        cells = [f"**{title}**" if method == "routed" else title, result.forget]
+        if attacked:
+            whole = worst and worst.forget[-1].n == len(seeds)
+            cells.append(worst.forget[-1] if whole else "–")
+        lines.append(f"| {' | '.join(map(str, [*cells, result.retain, percent(result.way), result.tax]))} |")
     settings = report["settings"]
     tokens = settings["steps"] * settings["batch_size"] * settings["length"] / 1e6
     lines.append(
         f"\nMean (range) over {len(seeds)} seeds, {tokens:.2f} million training tokens each, nats per token on test text. "
-        f"From `{command}`."
+        + ("Relearned: after the worst of all attacks, learning rates and steps. " if attacked else "")
+        + f"From `{command}`."
     )
     return "\n".join(lines)
 
