@@ -21,14 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import TrlParser
 
 from routed_peft import Route, RoutedTrainer, RoutedTrainingArguments, ablate, presets
-from routed_peft.corpora import load_pair
 from routed_peft.data import (
-    labels_from_column,
-    labels_from_keywords,
-    load_training_file,
+    DocumentArguments,
+    evaluation_rows,
+    labeled_documents,
+    of_arm,
     pack,
     schedule,
-    simulate_labels,
 )
 from routed_peft.training import RunDirectory, RunRecorder
 
@@ -36,7 +35,7 @@ BASE_ADAPTER, REGION = "retain", "forget"
 
 
 @dataclass
-class Recipe:
+class Recipe(DocumentArguments):
     """What this recipe is told beside the training arguments."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint or Hub id. Required."})
@@ -62,25 +61,6 @@ class Recipe:
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of linear layers, or all-linear."}
     )
 
-    pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish or entangled."})
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text, and route_label or side."},
-    )
-    eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
-    length: int = field(default=128, metadata={"help": "Tokens per row."})
-
-    labeled: float = field(default=1.0, metadata={"help": "Share of documents that carry a label at all."})
-    labeled_forget: float | None = field(default=None, metadata={"help": "The same, for the forget side alone."})
-    labeled_retain: float | None = field(default=None, metadata={"help": "The same, for the retain side alone."})
-    recall: float = field(default=1.0, metadata={"help": "Share of labelled forget documents labelled forget."})
-    precision: float = field(default=1.0, metadata={"help": "Share of documents labelled forget that are."})
-    label_seed: int = field(
-        default=0, metadata={"help": "Decides which documents lose their label, or get a wrong one."}
-    )
-    label_keywords: list[str] = field(
-        default_factory=list, metadata={"help": "Label documents with one of these words forget, all others retain."}
-    )
     labeled_first: float = field(default=0.0, metadata={"help": "Share of the run that takes labelled rows only."})
     forget_share: float | None = field(default=None, metadata={"help": "Share of labelled forget rows after that."})
 
@@ -114,7 +94,7 @@ def main() -> None:
         args,
         routes=make_routes(recipe),
         train_dataset=training_rows(recipe, args, tokenizer),
-        eval_dataset=evaluation_rows(recipe, tokenizer),
+        eval_dataset=evaluation_rows(recipe, tokenizer) or None,
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
@@ -164,31 +144,6 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
     return {"forget": flagged["flagged"], "retain": flagged["unflagged"], "unlabeled": flagged["unflagged"]}
 
 
-def labeled_documents(recipe: Recipe) -> Dataset:
-    """Return documents with their label (``route_label``) and, where it is known, their true ``side``."""
-    ds = load_training_file(recipe.train_file, columns=["text"]) if recipe.train_file else load_pair(recipe.pair)
-    truth = "side" if "side" in ds.column_names else "route_label"
-    if recipe.label_keywords:
-        ds, truth = labels_from_keywords(ds, {"forget": recipe.label_keywords}, default="retain"), "route_label"
-    elif "route_label" not in ds.column_names:
-        ds = labels_from_column(ds, "side", {"forget": "forget", "retain": "retain"})
-    sides = {"forget": recipe.labeled_forget, "retain": recipe.labeled_retain}
-    labeled = {side: recipe.labeled if share is None else share for side, share in sides.items()}
-    if {*labeled.values(), recipe.recall, recipe.precision} != {1.0}:
-        ds = simulate_labels(ds, truth, labeled, recipe.recall, recipe.precision, recipe.label_seed)
-    return ds
-
-
-def of_arm(ds: Dataset, arm: str) -> Dataset:
-    """Return the rows or documents that an arm trains on."""
-    column = {"filter": "route_label", "perfect_filter": "side"}.get(arm)
-    if column is None:
-        return ds
-    if column not in ds.column_names:
-        raise ValueError(f"`arm: {arm}` needs the column `{column}`, what documents truly are; got {ds.column_names}")
-    return ds.filter(lambda value: value != "forget", input_columns=column)
-
-
 def training_rows(recipe: Recipe, args: RoutedTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return the rows of this run in their order: the same number of tokens in every arm."""
     rows = pack(of_arm(labeled_documents(recipe), recipe.arm), tokenizer, recipe.length, seed=args.seed)
@@ -196,17 +151,6 @@ def training_rows(recipe: Recipe, args: RoutedTrainingArguments, tokenizer: PreT
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
     first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)
     return schedule(rows, count, first, share, args.seed)
-
-
-def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset] | None:
-    """Return held-out rows by side."""
-    if recipe.train_file:
-        pairs = (entry.split("=", 1) for entry in recipe.eval_files)
-        sides = {name: load_training_file(file, columns=["text"]) for name, file in pairs}
-    else:
-        ds = load_pair(recipe.pair, "validation")
-        sides = {name: ds.filter(lambda side, n=name: side == n, input_columns="side") for name in ("forget", "retain")}
-    return {name: pack(ds, tokenizer, recipe.length, by=[]) for name, ds in sides.items()} or None
 
 
 def ablation_target(recipe: Recipe, args: RoutedTrainingArguments) -> Path | None:

@@ -23,15 +23,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
-from routed_peft.corpora import load_pair
 from routed_peft.data import (
+    DocumentArguments,
     add_frequency_weights,
-    labels_from_column,
-    labels_from_keywords,
-    load_training_file,
+    evaluation_rows,
+    labeled_documents,
+    of_arm,
     pack,
     schedule,
-    simulate_labels,
     token_frequency_weights,
     train_tokenizer,
 )
@@ -41,7 +40,7 @@ from routed_peft.training import RunDirectory, RunRecorder, SelfLabeledRows
 
 
 @dataclass
-class Recipe:
+class Recipe(DocumentArguments):
     """What this recipe is told beside the training arguments."""
 
     method: str = field(
@@ -65,26 +64,7 @@ class Recipe:
     region: str = field(default="forget", metadata={"help": "Name of the region."})
     size: int = field(default=256, metadata={"help": "Extra hidden units beside every MLP."})
 
-    pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish or entangled."})
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text, and route_label or side."},
-    )
-    eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
-    length: int = field(default=128, metadata={"help": "Tokens per row."})
     vocab_size: int = field(default=2048, metadata={"help": "Of the tokenizer trained on the text, without a model."})
-
-    labeled: float = field(default=1.0, metadata={"help": "Share of documents that carry a label at all."})
-    labeled_forget: float | None = field(default=None, metadata={"help": "The same, for the forget side alone."})
-    labeled_retain: float | None = field(default=None, metadata={"help": "The same, for the retain side alone."})
-    recall: float = field(default=1.0, metadata={"help": "Share of labelled forget documents labelled forget."})
-    precision: float = field(default=1.0, metadata={"help": "Share of documents labelled forget that are."})
-    label_seed: int = field(
-        default=0, metadata={"help": "Decides which documents lose their label, or get a wrong one."}
-    )
-    label_keywords: list[str] = field(
-        default_factory=list, metadata={"help": "Label documents with one of these words forget, all others retain."}
-    )
     labeled_first: float = field(default=0.0, metadata={"help": "Share of the run that takes labelled rows only."})
     forget_share: float | None = field(default=None, metadata={"help": "Share of labelled forget rows after that."})
     self_labels: bool = field(
@@ -140,7 +120,7 @@ def main() -> None:
         args,
         routes=routes,
         train_dataset=in_order(recipe, args, rows, documents, tokenizer),
-        eval_dataset=evaluation_rows(recipe, tokenizer),
+        eval_dataset=evaluation_rows(recipe, tokenizer) or None,
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
@@ -170,31 +150,6 @@ def main() -> None:
 # Data
 
 
-def labeled_documents(recipe: Recipe) -> Dataset:
-    """Return documents with their label (``route_label``) and, where it is known, their true ``side``."""
-    ds = load_training_file(recipe.train_file, columns=["text"]) if recipe.train_file else load_pair(recipe.pair)
-    truth = "side" if "side" in ds.column_names else "route_label"
-    if recipe.label_keywords:
-        ds, truth = labels_from_keywords(ds, {"forget": recipe.label_keywords}, default="retain"), "route_label"
-    elif "route_label" not in ds.column_names:
-        ds = labels_from_column(ds, "side", {"forget": "forget", "retain": "retain"})
-    sides = {"forget": recipe.labeled_forget, "retain": recipe.labeled_retain}
-    labeled = {side: recipe.labeled if share is None else share for side, share in sides.items()}
-    if {*labeled.values(), recipe.recall, recipe.precision} != {1.0}:
-        ds = simulate_labels(ds, truth, labeled, recipe.recall, recipe.precision, recipe.label_seed)
-    return ds
-
-
-def of_arm(ds: Dataset, arm: str) -> Dataset:
-    """Return the rows or documents that an arm trains on."""
-    column = {"filter": "route_label", "perfect_filter": "side"}.get(arm)
-    if column is None:
-        return ds
-    if column not in ds.column_names:
-        raise ValueError(f"`arm: {arm}` needs the column `{column}`, what documents truly are; got {ds.column_names}")
-    return ds.filter(lambda value: value != "forget", input_columns=column)
-
-
 def in_order(
     recipe: Recipe, args: RoutedTrainingArguments, rows: Dataset, documents: Dataset, tokenizer: Tokenizer
 ) -> Dataset | SelfLabeledRows:
@@ -214,17 +169,6 @@ def in_order(
     knobs = {"bias": recipe.frequency_bias, "retain_count": recipe.frequency_count}
     w = token_frequency_weights(tokenizer, forget["text"], others["text"], **knobs)
     return add_frequency_weights(run, w, make_routes(recipe)["forget"].weight("base"))
-
-
-def evaluation_rows(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Dataset] | None:
-    """Return held-out rows by side."""
-    if recipe.train_file:
-        pairs = (entry.split("=", 1) for entry in recipe.eval_files)
-        sides = {name: load_training_file(file, columns=["text"]) for name, file in pairs}
-    else:
-        ds = load_pair(recipe.pair, "validation")
-        sides = {name: ds.filter(lambda side, n=name: side == n, input_columns="side") for name in ("forget", "retain")}
-    return {name: pack(ds, tokenizer, recipe.length, by=[]) for name, ds in sides.items()} or None
 
 
 # Model and method

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "routing": {"functional", "routes", "architectures"},
     "regions": {"routes", "architectures", "subspaces"},
     "subspaces": {"architectures"},
-    "data": {"routes"},
+    "data": {"routes", "corpora"},
     "checkpoint": {"routes", "regions"},
     "ablation": {"routes", "regions", "checkpoint"},
     "training": {

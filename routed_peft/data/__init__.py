@@ -9,6 +9,7 @@ from routed_peft.data.columns import (
     class_names,
     route_column,
 )
+from routed_peft.data.documents import DocumentArguments, evaluation_rows, labeled_documents, of_arm
 from routed_peft.data.frequencies import add_frequency_weights, token_frequency_weights, tokens_of_words
 from routed_peft.data.labels import (
     FORGET,
@@ -32,16 +33,20 @@ __all__ = [
     "ROUTE_LABELS",
     "ROUTE_WEIGHTS",
     "UNLABELED",
+    "DocumentArguments",
     "RoutedCollator",
     "add_frequency_weights",
     "check_route_columns",
     "class_names",
+    "evaluation_rows",
     "label_statistics",
+    "labeled_documents",
     "labels_from_classifier",
     "labels_from_column",
     "labels_from_keywords",
     "labels_from_tokens",
     "load_training_file",
+    "of_arm",
     "pack",
     "route_column",
     "schedule",

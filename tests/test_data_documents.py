@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from routed_peft.data import DocumentArguments, evaluation_rows, labeled_documents, of_arm, train_tokenizer
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = [{"text": f"a {word} grows", "side": side} for word, side in [("tree", "forget"), ("child", "retain")] * 20]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_sides_become_labels_and_some_are_lost(file):
+    ds = labeled_documents(DocumentArguments(train_file=file, labeled_forget=0.5))
+    assert sum(label == "unlabeled" for label in ds["route_label"]) == 10
+    assert set(ds.filter(lambda side: side == "retain", input_columns="side")["route_label"]) == {"retain"}
+
+
+def test_labels_that_are_there_are_kept(tmp_path):
+    path = tmp_path / "labelled.jsonl"
+    path.write_text('{"text": "a", "route_label": "forget"}\n{"text": "b", "route_label": "unlabeled"}\n')
+    assert labeled_documents(DocumentArguments(train_file=str(path)))["route_label"][:] == ["forget", "unlabeled"]
+
+
+def test_keywords_replace_them(file):
+    ds = labeled_documents(DocumentArguments(train_file=file, label_keywords=["child"]))
+    assert {(row["side"], row["route_label"]) for row in ds} == {("retain", "forget"), ("forget", "retain")}
+
+
+def test_arms_that_filter():
+    ds = Dataset.from_dict({"route_label": ["forget", "unlabeled", "retain"], "side": ["forget", "forget", "retain"]})
+    assert [len(of_arm(ds, arm)) for arm in ("routed", "none", "filter", "perfect_filter")] == [3, 3, 2, 1]
+    with pytest.raises(ValueError, match="`arm: perfect_filter` needs the column `side`"):
+        of_arm(ds.remove_columns("side"), "perfect_filter")
+
+
+def test_evaluation_rows_by_side(file):
+    tokenizer = train_tokenizer(["a tree grows", "a child grows"], vocab_size=260)
+    args = DocumentArguments(train_file=file, length=8, eval_files=[f"forget={file}", f"other={file}"])
+    assert set(evaluation_rows(args, tokenizer)) == {"forget", "other"}
+    assert evaluation_rows(DocumentArguments(train_file=file), tokenizer) == {}
+    assert set(evaluation_rows(DocumentArguments(pair="spanish"), tokenizer)) == {"forget", "retain"}
+    with pytest.raises(ValueError, match=r"`eval_files` has 'x.jsonl': write name=FILE"):
+        evaluation_rows(DocumentArguments(train_file=file, eval_files=["x.jsonl"]), tokenizer)
