@@ -9,7 +9,7 @@ example, or ``(B, T)``, one per position, and lines up with the leading axes of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ _MOST_RUNS = 8
 """With more runs than this, adding up their products costs more than copying."""
 
 Runs = tuple[tuple[int, int, float], ...]
+Taken = tuple[Tensor, int, bool, Tensor]
+"""An input, its version then, whether its rows were weighed, and the rows that were taken of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,14 @@ class PositionWeights:
         index: flat indices of the positions whose weight is not zero, or None to keep all positions.
         kept: the weights of the positions kept, flat, or None where all of these are one.
         runs: runs of one weight other than zero, as flat (start, stop, weight), where they are few: no copy is needed then.
+        last: what was last taken of an input, for layers side by side that read the same one; at most one entry.
     """
 
     m: Tensor
     index: Tensor | None
     kept: Tensor | None
     runs: Runs | None = None
+    last: list[Taken] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, m: Tensor, gather: bool = True) -> PositionWeights:
@@ -86,6 +90,22 @@ def _rows(x: Tensor, index: Tensor | None, lead: int) -> Tensor:
     return rows if index is None else rows.index_select(0, index)
 
 
+def _input_rows(x: Tensor, index: Tensor | None, kept: Tensor | None, lead: int, last: list[Taken] | None) -> Tensor:
+    """Take the kept positions of a layer's input, weighed unless ``kept`` is None, once for all layers that read it.
+
+    ``last`` keeps that input alive, so another one with its memory and version is the same.
+    """
+    for known, version, weighed, rows in last or ():
+        same = known.dtype == x.dtype and known.is_set_to(x) and version == x._version
+        if same and weighed == (kept is not None):
+            return rows
+    rows = _rows(x, index, lead)
+    rows = rows if kept is None else rows * spread(kept, rows)
+    if last is not None:
+        last[:] = [(x, x._version, kept is not None, rows)]
+    return rows
+
+
 def _sum_over_runs(grad: Tensor, x: Tensor, runs: Runs) -> Tensor:
     """Return the sum over runs of ``weight * grad[run].T @ x[run]``, for rows ``(N, O)`` and ``(N, D)``."""
     total = grad.new_empty(grad.shape[1], x.shape[1]) if runs else grad.new_zeros(grad.shape[1], x.shape[1])
@@ -95,7 +115,14 @@ def _sum_over_runs(grad: Tensor, x: Tensor, runs: Runs) -> Tensor:
 
 
 def _parameter_gradients(
-    grad: Tensor, x: Tensor | None, index: Tensor | None, kept: Tensor | None, runs: Runs | None, lead: int, bias: bool
+    grad: Tensor,
+    x: Tensor | None,
+    index: Tensor | None,
+    kept: Tensor | None,
+    runs: Runs | None,
+    lead: int,
+    bias: bool,
+    last: list[Taken] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of weight and bias; ``x`` None leaves out the former, ``bias`` False the latter."""
     if (
@@ -104,12 +131,12 @@ def _parameter_gradients(
         inner = grad.shape[lead:-1].numel()
         runs = tuple((start * inner, stop * inner, weight) for start, stop, weight in runs)
         return _sum_over_runs(grad.flatten(0, -2), x.flatten(0, -2), runs), None
-    rows_grad, rows_x = _rows(grad, index, lead), None if x is None else _rows(x, index, lead)
-    if kept is not None:  # one of the two factors is weighed, the narrower if it may be either
-        if bias or rows_x is None or rows_x.shape[-1] > rows_grad.shape[-1]:
-            rows_grad = rows_grad * spread(kept, rows_grad)
-        else:
-            rows_x = rows_x * spread(kept, rows_x)
+    rows_grad = _rows(grad, index, lead)
+    # one of the two factors is weighed, the narrower if it may be either
+    weigh_grad = bias or x is None or x.shape[-1] > grad.shape[-1]
+    rows_x = None if x is None else _input_rows(x, index, None if weigh_grad else kept, lead, last)
+    if kept is not None and weigh_grad:
+        rows_grad = rows_grad * spread(kept, rows_grad)
     rows_grad = rows_grad.reshape(-1, grad.shape[-1])  # (N, O)
     weight_grad = None if rows_x is None else rows_grad.t() @ rows_x.reshape(-1, rows_x.shape[-1])
     return weight_grad, rows_grad.sum(0) if bias else None
@@ -126,12 +153,13 @@ class _RoutedLinear(torch.autograd.Function):
         kept: Tensor | None,
         runs: Runs | None,
         lead: int,
+        last: list[Taken] | None,
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, index, kept, ctx.runs, ctx.lead = inputs
+        x, weight, _, index, kept, ctx.runs, ctx.lead, ctx.last = inputs
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index, kept)
 
@@ -143,8 +171,10 @@ class _RoutedLinear(torch.autograd.Function):
         grad_x = grad @ weight if needs_x else None
         grad_weight = grad_bias = None
         if needs_weight or needs_bias:
-            grad_weight, grad_bias = _parameter_gradients(grad, x, index, kept, ctx.runs, ctx.lead, needs_bias)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+            grad_weight, grad_bias = _parameter_gradients(
+                grad, x, index, kept, ctx.runs, ctx.lead, needs_bias, ctx.last
+            )
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | PositionWeights) -> Tensor:
@@ -178,7 +208,8 @@ def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | Po
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     weights = m if isinstance(m, PositionWeights) else PositionWeights.of(m)
-    return _RoutedLinear.apply(x, weight, bias, weights.index, weights.kept, weights.runs, weights.m.dim())
+    last = None if torch.compiler.is_compiling() else weights.last  # addresses cannot be traced
+    return _RoutedLinear.apply(x, weight, bias, weights.index, weights.kept, weights.runs, weights.m.dim(), last)
 
 
 class _ScaleGradient(torch.autograd.Function):

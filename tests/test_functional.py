@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from routed_peft import functional
 from routed_peft.functional import PositionWeights, routed_linear
 
 WEIGHTS = st.lists(st.sampled_from([0.0, 1.0, -0.75, 2.0]), min_size=24, max_size=24)
@@ -43,3 +44,31 @@ def test_how_positions_are_left_out(m, runs, gathered):
     weights = PositionWeights.of(torch.tensor(m))
     assert weights.runs == runs and (weights.index is not None) == gathered
     assert PositionWeights.of(torch.tensor(m), gather=False).runs is None
+
+
+@pytest.mark.parametrize("m", [[1.0, 0.0, 1.0, 0.5] * 5, [0.0, 0.0, 1.0, 0.5] * 5], ids=["multiplied", "gathered"])
+def test_layers_that_read_the_same_input_take_its_rows_once_and_others_do_not_get_them(m, monkeypatch):
+    taken = []
+    real = functional._rows
+    monkeypatch.setattr(functional, "_rows", lambda x, *rest: taken.append(x.shape) or real(x, *rest))
+    m = torch.tensor(m, dtype=torch.float64)
+    weights = PositionWeights.of(m)
+    x = torch.randn(20, 20, dtype=torch.float64)
+    turned = x.t()  # the same memory and shape in another order
+    inputs = [x, x, turned, x.clone(), x]
+    layers = [torch.randn(30 + i, 20, dtype=torch.float64, requires_grad=True) for i in range(len(inputs))]
+    sum(routed_linear(i, w, None, weights).sum() for i, w in zip(inputs, layers, strict=True)).backward()
+    for i, w in zip(inputs, layers, strict=True):
+        torch.testing.assert_close(w.grad, (m[:, None] * i).sum(0).expand_as(w))
+    assert taken.count(x.shape) == 4, "the two neighbours share one copy"
+
+
+def test_an_input_that_was_changed_in_place_is_taken_anew():
+    weights = PositionWeights.of(torch.tensor([1.0, 2.0] * 9))
+    w = torch.zeros(3, 2, requires_grad=True)
+    x = torch.ones(18, 2)
+    for value in (1.0, 5.0):
+        x.fill_(value)
+        w.grad = None
+        routed_linear(x, w, None, weights).sum().backward()
+        assert torch.equal(w.grad, torch.full((3, 2), 27 * value))
