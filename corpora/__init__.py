@@ -1,4 +1,4 @@
-"""Real text with a forget side and a retain side, small enough to ship: three pairs, from entangled to disjoint.
+"""Text with a forget side and a retain side, small enough to ship: three real pairs, from entangled to disjoint, and sums.
 
 Where the text comes from and under which licence it stands: ``NOTICE.md`` beside this file.
 """
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from datasets import Dataset
+
+from routed_peft.corpora.arithmetic import FACTS, arithmetic
 
 __all__ = ["PAIRS", "SPLITS", "Pair", "load_pair", "split_of"]
 
@@ -32,6 +34,7 @@ PAIRS: dict[str, Pair] = {
     "biology": Pair("gene_ontology", "wordnet_general", "Gene Ontology definitions / WordNet without biology"),
     "spanish": Pair("bible_es", "bible_en", "the Bible in Spanish / in English, verse by verse"),
     "entangled": Pair("wordnet_biology", "wordnet_general", "WordNet's animals, plants and body parts / the rest"),
+    "arithmetic": Pair("multiplication", "addition", "products and quotients / sums and differences, made up"),
 }
 """Pairs by name. ``biology`` and ``entangled`` share their retain side, and both sides the template ``term: gloss``."""
 
@@ -90,5 +93,7 @@ def _fraction(id: str) -> float:
 
 
 def _read(corpus: str) -> list[dict[str, str]]:
+    if corpus in FACTS:
+        return arithmetic(corpus)
     packed = files(__name__).joinpath(f"{corpus}.jsonl.gz").read_bytes()
     return [json.loads(line) for line in gzip.decompress(packed).splitlines()]

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from routed_peft.corpora import PAIRS, SPLITS, load_pair, split_of
+from routed_peft.corpora.arithmetic import FACTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +68,18 @@ def test_general_wordnet_has_no_biology_and_serves_two_pairs():
     assert {id.split("/")[0] for id in forget} == {"noun.animal", "noun.plant", "noun.body"}
 
 
+def test_sums_are_right_and_their_lines_new_in_every_split():
+    test, train = frame("arithmetic", "test"), frame("arithmetic", "train")
+    assert not set(test["text"]) & set(train["text"])
+    for line in test["text"]:
+        for fact in line.split("; "):
+            left, right = fact.translate(str.maketrans({"×": "*", "÷": "/", "−": "-"})).split("=")
+            assert eval(left) == int(right), fact  # noqa: S307
+    assert {fact for line in train["text"] for fact in line.split("; ")} == {
+        f for facts in FACTS.values() for f in facts
+    }
+
+
 def test_the_first_rows_are_a_sample_rather_than_the_start_of_an_alphabet():
     first = load_pair("biology", "test")["text"][:40]
     assert len({text[0].lower() for text in first}) > 8
@@ -87,9 +100,8 @@ def test_every_file_has_its_notice_and_the_licence_is_kept():
     folder = files("routed_peft.corpora")
     notice = folder.joinpath("NOTICE.md").read_text(encoding="utf-8")
     packed = [entry for entry in folder.iterdir() if entry.name.endswith(".jsonl.gz")]
-    assert {f"{corpus}.jsonl.gz" for pair in PAIRS.values() for corpus in (pair.forget, pair.retain)} == {
-        entry.name for entry in packed
-    }
+    shipped = {corpus for pair in PAIRS.values() for corpus in (pair.forget, pair.retain)} - set(FACTS)
+    assert {f"{corpus}.jsonl.gz" for corpus in shipped} == {entry.name for entry in packed}
     assert all(f"`{entry.name}`" in notice for entry in packed)
     for words in ("Permission to use, copy, modify and distribute this software", "CC BY 4.0", "2022-07", "trademark"):
         assert words in notice

@@ -21,6 +21,8 @@ from routed_peft.evaluation.relearning import Attack, AttackData, Curve, read_te
 from routed_peft.training import RunDirectory
 
 TASKS = ("routed_loss", "routed_cloze")
+QUESTIONED = ("biology",)
+"""The pairs whose subjects the packaged questions are about."""
 CHANCE = 0.25
 _BATCH = 64
 FIELDS = {"loss": "{}_loss/token_ce", "bits_per_byte": "{}_loss/bits_per_byte", "accuracy": "{}_cloze/acc_norm"}
@@ -37,11 +39,16 @@ def open_model(place: Path, region: bool = False) -> nn.Module:
 
 
 def measure_model(model: nn.Module, settings: DemoSettings, material: Material) -> dict[str, float]:
-    """Return ``{"forget_loss", "forget_bits_per_byte", "forget_accuracy", "forget_control", "retain_loss", …}``."""
+    """Return ``{"forget_loss", "forget_bits_per_byte", "forget_accuracy", "forget_control", "retain_loss", …}``.
+
+    Accuracies are left out where there are no questions about the pair.
+    """
+    tasks = TASKS if settings.pair in QUESTIONED else TASKS[:1]
     scores = evaluate(
-        model, material.tokenizer, TASKS, metadata=material.files, limit=settings.limit, batch_size=_BATCH
+        model, material.tokenizer, tasks, metadata=material.files, limit=settings.limit, batch_size=_BATCH
     )
-    return {f"{side}_{name}": scores[task.format(f"routed_{side}")] for side in SIDES for name, task in FIELDS.items()}
+    found = {f"{side}_{name}": task.format(f"routed_{side}") for side in SIDES for name, task in FIELDS.items()}
+    return {name: scores[task] for name, task in found.items() if task in scores}
 
 
 def attack(

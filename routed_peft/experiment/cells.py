@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.experiment.methods import METHODS, Method
 
+NUMBERS = "numbers.json"
 ROUTING = (  # settings that mean something to routed arms alone
     "labeled_first", "self_labels", "forget_share", "robust_share", "base_weight", "region_learning_rate",
 )  # fmt: skip

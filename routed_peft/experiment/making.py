@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,13 @@ from routed_peft.demo.measuring import measure_model, open_model
 from routed_peft.demo.settings import Arm, DemoSettings
 from routed_peft.demo.training import bf16_helps, train_arm
 from routed_peft.evaluation.relearning import Attack, AttackData, relearn
-from routed_peft.experiment.cells import Cell, Experiment
+from routed_peft.experiment.cells import NUMBERS, Cell, Experiment
+from routed_peft.experiment.methods import METHODS
 from routed_peft.training import RunDirectory, SelfLabeledRows
-from routed_peft.unlearning import Ledger, UnlearningArguments, unlearn
+from routed_peft.unlearning import Ledger, UndoArguments, UnlearningArguments, matmul_parameters, undo, unlearn
 
+UNDO_LOOKS = 40
+"""How often UNDO's stop rule looks at retain loss."""
 UNLEARNING_STEPS = 100
 UNLEARNING_RATES = (1e-4, 3e-4, 1e-3)
 ALLOWED_RISE = 0.05
@@ -37,6 +43,9 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
     material = Material.prepare(settings, folder / "data", cell.method.relabel)
     if cell.method.change:
         about = change(cell, parent, folder / cell.method.plain, material)
+        own = Ledger.from_dict(about.get("ledger", Ledger().to_dict()))
+        before = Ledger.from_dict(json.loads((parent / NUMBERS).read_text())["ledger"])
+        about["ledger"] = (before + own).to_dict()
         return about | measure_model(open_model(folder / cell.method.plain), settings, material)
     if cell.method.equal_retain:
         settings = replace(settings, steps=round(settings.steps * stretch(material, arm, settings)))
@@ -46,6 +55,7 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
     numbers: dict[str, Any] = {"tokens_by_side": tokens_by_side(run, settings.length), "targets_by_label": labels}
     if isinstance(run, SelfLabeledRows):
         numbers |= found_quality(run)
+    numbers["ledger"] = ledger_of(cell, open_model(folder / cell.method.plain), material, run).to_dict()
     last = [
         point for point in records.points() if point["split"] in (FORGET, RETAIN) and point["step"] == settings.steps
     ]
@@ -73,17 +83,65 @@ def change(cell: Cell, parent: Path, out: Path, material: Material) -> dict[str,
     if kind == "ablate":
         export(parent / "run", out, keep=[])
         return {}
-    model = open_model(parent / "plain")
+    assert cell.method.parent is not None
+    model = open_model(parent / METHODS[cell.method.parent].plain)
     assert isinstance(model, PreTrainedModel)
     about: dict[str, Any] = {}
     if kind == "random":
         remove_random_units(model, cell.settings.region_size, cell.settings.seed)
+    elif kind == "undo":
+        model, about = undone(model, cell, material, out.with_name("distillation"))
     else:
         assert kind is not None
         model, about = unlearned(model, kind, cell.settings, material, out.with_name("unlearning"))
     model.save_pretrained(out)
     material.tokenizer.save_pretrained(out)
     return about
+
+
+def undone(
+    model: PreTrainedModel, cell: Cell, material: Material, folder: Path
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Add noise to the model and distil it into itself, on rows without labels, for as many steps as it was trained at most."""
+    settings, (alpha, beta) = cell.settings, cell.method.noise
+    arguments = UndoArguments(
+        str(folder),
+        alpha=alpha,
+        beta=beta,
+        max_steps=settings.steps,
+        eval_strategy="steps",
+        eval_steps=max(1, settings.steps // UNDO_LOOKS),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=64,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=bf16_helps(),
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    with redirect_stdout(StringIO()):  # the trainer's log
+        student, record = undo(model, material.rows, arguments, material.validation[RETAIN])
+    about = {key: value for key, value in asdict(record).items() if key not in ("seed", "ledger")}
+    return student, {"undo": about, "ledger": record.ledger.to_dict()}
+
+
+def ledger_of(cell: Cell, model: nn.Module, material: Material, run: Dataset | SelfLabeledRows) -> Ledger:
+    """Return what a model that was trained from nothing has cost, the scoring of rows by its region included."""
+    length, labels = cell.settings.length, material.rows["route_label"][:]
+    scored = len(run.found.get("rows", ())) if isinstance(run, SelfLabeledRows) else 0
+    return Ledger.of_training(
+        matmul_parameters(model),
+        tokens=len(run) * length,
+        steps=len(run) // cell.settings.batch_size,
+        labeled_forget_tokens=labels.count(FORGET) * length if cell.method.labels else 0,
+        teacher_tokens=2 * scored * length,
+    )
 
 
 def remove_random_units(model: nn.Module, count: int, seed: int) -> None:
@@ -125,7 +183,8 @@ def unlearned(
             report_to="none",
             disable_tqdm=True,
         )
-        model, ledger = unlearn(model, rows[FORGET], rows[RETAIN], arguments)
+        with redirect_stdout(StringIO()):  # the trainer's log
+            model, ledger = unlearn(model, rows[FORGET], rows[RETAIN], arguments)
         forget, retain = (packed_loss(model, material.validation[side]) for side in SIDES)
         within = retain <= allowed
         after = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -26,8 +26,9 @@ class Method:
         relabel: changes the labels of the training documents first.
         equal_retain: whether it is trained until it has seen as much retain text as teaches the base of the routed arm.
         parent: the method from whose trained model this one is made.
-        change: what is done to the parent's model: "ablate" its region, "random" units as many as the region has, or a method
-            of `routed_peft.unlearning`.
+        change: what is done to the parent's model: "ablate" its region, "random" units as many as the region has, a method
+            of `routed_peft.unlearning`, or "undo".
+        noise: alpha and beta of UNDO.
     """
 
     arm: Arm
@@ -37,6 +38,7 @@ class Method:
     equal_retain: bool = False
     parent: str | None = None
     change: str | None = None
+    noise: tuple[float, float] = (0.0, 0.0)
 
     @property
     def plain(self) -> str:
@@ -55,6 +57,7 @@ def tfidf_labels(ds: Dataset) -> Dataset:
 
 PLAIN = {"labeled_first": 0.0, "self_labels": False, "forget_share": None, "robust_share": 0.0}
 _ARM = {arm.key: arm for arm in ARMS}
+ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 _UNLEARNING = ("graddiff", "npo", "simnpo", "rmu", "maxent")
 
 METHODS = {
@@ -69,4 +72,10 @@ METHODS = {
     "control": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="ablate"),
     "random_units": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="random"),
 } | {name: Method(_ARM["no_routing"], parent="no_routing", change=name) for name in _UNLEARNING}
+METHODS |= {
+    f"undo-{alpha:g}": Method(_ARM["no_routing"], parent="maxent", change="undo", noise=(alpha, 0.1))
+    for alpha in ALPHAS
+}
+METHODS["undo-1"] = Method(_ARM["no_routing"], parent="maxent", change="undo", noise=(1.0, 1.0))
+METHODS["routed_undo"] = Method(_ARM["no_routing"], parent="routed", change="undo", noise=(0.6, 0.1))
 """The methods by name."""

@@ -22,11 +22,10 @@ from transformers import TrainerCallback
 from routed_peft.demo.display import quiet
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.reading import EXPERIMENT_FORMAT
-from routed_peft.experiment.cells import LABELS, Cell, Experiment, all_cells
+from routed_peft.experiment.cells import LABELS, NUMBERS, Cell, Experiment, all_cells
 from routed_peft.experiment.making import attack, make
 from routed_peft.training.records import RUN
 
-NUMBERS = "numbers.json"
 ATTACK_SETTINGS = ("attack_rates", "attack_steps", "extensions")
 
 
