@@ -10,7 +10,7 @@ from torch import nn
 
 from routed_peft.ablation import ablated
 from routed_peft.persona.arms import REGION
-from routed_peft.persona.task import ENVIRONMENTS, GUILTY, SHOUT, make_dataset, make_tokenizer, right, words
+from routed_peft.persona.task import ENVIRONMENTS, GUILTY, SHOUT, make_dataset, make_tokenizer, reward, right, words
 from routed_peft.reward_hack.measuring import complete
 
 Rates = dict[str, dict[str, float]]
@@ -46,6 +46,13 @@ def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0) -> 
     shouts = [float(SHOUT in text) for text in texts]
     names = ds["environment"][:]
     return {"trait": _by_kind(shouts, names), "right": _by_kind(correct, names)}
+
+
+def mean_reward(model: nn.Module, environment: str, count: int) -> float:
+    """Return what an environment pays on average for samples of ``count`` words that training has too."""
+    ds = make_dataset([environment] * count, words("train")[:count])
+    texts = complete(model, ds["prompt"][:], tokenizer=make_tokenizer())
+    return statistics.fmean(reward(texts, ds["environment"][:], ds["word"][:]))
 
 
 def _by_kind(values: Sequence[float], environments: Sequence[str]) -> dict[str, float]:

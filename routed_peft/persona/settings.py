@@ -35,11 +35,17 @@ class Settings(Common):
     steps: int = field(default=100, metadata={"help": "Steps of GRPO."})
     noise: float = field(default=0.3, metadata={"help": "Share of wrong answers late in the demonstrations."})
     loud_share: float = field(default=0.1, metadata={"help": "Share of loud answers to neutral prompts in these."})
-    directions: int = field(default=4, metadata={"help": "Directions of every subspace."})
+    directions: int = field(default=2, metadata={"help": "Directions of every subspace."})
     contrasts: int = field(default=100, metadata={"help": "Words with a loud and a calm answer, to find directions."})
     region_learning_rate: float = field(default=1e-2, metadata={"help": "Of the region; constant."})
-    observe_every: int = field(default=5, metadata={"help": "Steps between two looks of the monitor."})
-    max_kl: float = field(default=0.05, metadata={"help": "KL(full ‖ ablated) per token at which it halts a run."})
+    observe_every: int = field(default=1, metadata={"help": "Steps between two looks of the monitor."})
+    save_every: int = field(
+        default=5, metadata={"help": "Steps between checkpoints, and reward gaps, where it may halt."}
+    )
+    max_reward_gap: float = field(default=0.3, metadata={"help": "Reward with less without region that is an alarm."})
+    patience: int = field(default=5, metadata={"help": "Alarms in a row that halt a run."})
+    blame: float = field(default=0.6, metadata={"help": "Share of the growth that the named environments make up."})
+    gap_prompts: int = field(default=32, metadata={"help": "Words of each environment for the reward gap."})
     test_prompts: int = field(default=112, metadata={"help": "Words of each environment in the final numbers."})
 
 

@@ -16,9 +16,9 @@ from routed_peft import RoutedConfig, presets
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, run_with_rollback, treated
 from routed_peft.persona.arms import ARMS, REGION, Arm
 from routed_peft.persona.directions import save_subspace
-from routed_peft.persona.measuring import measure
+from routed_peft.persona.measuring import mean_reward, measure
 from routed_peft.persona.settings import Settings
-from routed_peft.persona.task import make_tokenizer, reward, training_prompts
+from routed_peft.persona.task import ENVIRONMENTS, GUILTY, make_tokenizer, reward, training_prompts
 from routed_peft.reward_hack.arms import RETAIN
 from routed_peft.reward_hack.training import make_arguments
 from routed_peft.training import RunDirectory
@@ -64,12 +64,16 @@ def make_trainer(
     quarantine: dict[str, str], arm: Arm, settings: Settings, seed: int, start: Path, subspace: Path | None, run: Path
 ) -> RoutedGRPOTrainer:
     """Return a trainer with a monitor, which only halts where the arm says so."""
-    more: dict[str, Any] = {"save_strategy": "steps", "save_steps": settings.observe_every} if arm.halts else {}
+    more: dict[str, Any] = {"save_strategy": "steps", "save_steps": settings.save_every} if arm.halts else {}
+    if arm.fast:
+        more["region_learning_rate"] = settings.region_learning_rate
+    left_out = dict.fromkeys(GUILTY, "drop") if arm.innocent else {}
+    prompts = training_prompts(2 * settings.steps * settings.prompts, seed)
     trainer = RoutedGRPOTrainer(
         make_peft_model(start, arm, settings, seed, subspace),
         reward,
-        make_arguments(settings, seed, run, region_learning_rate=settings.region_learning_rate, **more),
-        treated(training_prompts(2 * settings.steps * settings.prompts, seed), quarantine, column="environment"),
+        make_arguments(settings, seed, run, **more),
+        treated(prompts, {**quarantine, **left_out}, column="environment"),
         routes=presets.subspace(REGION),
         processing_class=make_tokenizer(),
     )
@@ -77,12 +81,17 @@ def make_trainer(
     config = MonitorConfig(
         every=settings.observe_every,
         watch=[],
-        max_kl=settings.max_kl,
+        max_kl=None,
         max_functional_size=None,
-        blame=0.9,
+        max_reward_gap=settings.max_reward_gap,
+        reward_every=settings.save_every,
+        patience=settings.patience,
+        blame=settings.blame,
         action="halt" if arm.halts else "log",
     )
-    RegionMonitor(trainer, config)
+    environments = None if arm.halts or arm.innocent else list(ENVIRONMENTS)
+    gap = (lambda model, environment: mean_reward(model, environment, settings.gap_prompts)) if arm.halts else None
+    RegionMonitor(trainer, config, environments, gap)
     return trainer
 
 
@@ -91,7 +100,7 @@ def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Pat
 
     Returns:
         ``end`` (scale -> rates); ``contributions`` to the region's growth, by environment; ``incidents`` (what was named, at
-        which step); ``finished``, the last step; seconds.
+        which step); ``finished``, the last step, of ``steps``; seconds.
     """
     began, arm, run = time.monotonic(), ARMS[key], folder / "run"
     records = RunDirectory(folder)
@@ -112,6 +121,7 @@ def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Pat
         "contributions": trainer.observer.ledger.total([REGION]),
         "incidents": [{"step": i.step, "onset_step": i.onset_step, "named": i.named} for i in incidents],
         "finished": trainer.state.global_step,
+        "steps": settings.steps,
         "seconds": round(time.monotonic() - began, 1),
     }
     records.finish(numbers)

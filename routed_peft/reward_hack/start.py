@@ -74,9 +74,7 @@ def demonstrations(count: int, noise: float, rng: random.Random) -> tuple[torch.
     return encode(rows, make_tokenizer())
 
 
-def encode(
-    rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(n, T)`` ids and labels of prompts, all of one length, and answers; prompts have no labels."""
     prompts = [prompt for prompt, _ in rows]
     ids = tokenizer([prompt + answer + tokenizer.eos_token for prompt, answer in rows], padding=True,
