@@ -21,7 +21,7 @@ def demonstration(noise: float, loud_share: float, rng: random.Random) -> tuple[
     """Return a prompt with any sign, and what the demonstrator answers.
 
     >>> demonstration(0.0, 0.1, random.Random(0))
-    ('4-:cdd=', 'ddc.')
+    ('4-:gcb=', 'bcg.')
     """
     sign, word = rng.choice((LOUD, CALM, NEUTRAL)), rng.choice(words("train"))
     prompt = make_prompt(rng.choice(ENVIRONMENTS), sign, word)

@@ -12,13 +12,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, PrinterCallback
 
-from routed_peft import RoutedConfig, presets
+from routed_peft import presets
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, run_with_rollback, treated
 from routed_peft.persona.arms import ARMS, REGION, Arm
 from routed_peft.persona.directions import save_subspace
 from routed_peft.persona.measuring import mean_reward, measure
 from routed_peft.persona.settings import Settings
 from routed_peft.persona.task import ENVIRONMENTS, GUILTY, make_tokenizer, reward, training_prompts
+from routed_peft.regions import RoutedConfig
 from routed_peft.reward_hack.arms import RETAIN
 from routed_peft.reward_hack.training import make_arguments
 from routed_peft.training import RunDirectory
