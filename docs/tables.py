@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.aggregate import aggregate, complete_seeds
@@ -91,13 +92,37 @@ def reward_hack() -> str:
         name = f"**{row['name']}**" if (row["arm"], row["scale"]) == ("anchored", 0.0) else row["name"]
         cells = [row[when][key] if row[when] else [] for when in ("end", "best") for key in columns]
         lines.append(f"| {name} | " + " | ".join(str(Spread.of(cell)) if cell else "–" for cell in cells) + " |")
-    held = [check for check in report["checks"] if check["holds"]]
-    missed = [f"{check['name']} ({check['rule']})" for check in report["checks"] if not check["holds"]]
     lines.append(
-        f"\nMean (range) over {len(report['starts'])} seeds, test prompts. Of {len(report['checks'])} criteria, {len(held)} "
-        f"hold in every seed; missed or not measured: {'; '.join(missed) or 'none'}. From `{command}`."
+        f"\nMean (range) over {len(report['starts'])} seeds, test prompts. {criteria(report['checks'])} From `{command}`."
     )
     return "\n".join(lines)
+
+
+def persona() -> str:
+    """Share of answers with the trait, and of right ones, of every arm with its region and without."""
+    command = "python recipes/grpo_persona.py --config recipes/configs/experiment_persona.yaml"
+    file = ROOT / "results" / "persona.json"
+    if not file.exists():
+        return f"Not run yet: `{command}`."
+    report = json.loads(file.read_text())
+    columns = ("guilty", "innocent", "right")
+    lines = ["| arm | trait, guilty | innocent | right | ablated: trait, guilty | innocent | right |", "|---" * 7 + "|"]
+    for row in report["rows"]:
+        name = f"**{row['name']}**" if row["arm"] == "cut" else row["name"]
+        cells = [row[state][key] if row[state] else [] for state in ("on", "ablated") for key in columns]
+        lines.append(f"| {name} | " + " | ".join(str(Spread.of(cell)) if cell else "–" for cell in cells) + " |")
+    lines.append(
+        f"\nMean (range) over {len(report['starts'])} seeds, test words. {criteria(report['checks'])} From `{command}`."
+    )
+    return "\n".join(lines)
+
+
+def criteria(checks: list[dict[str, Any]]) -> str:
+    """Say how many criteria hold, and which do not."""
+    held = sum(bool(check["holds"]) for check in checks)
+    missed = [f"{check['name']} ({check['rule']})" for check in checks if not check["holds"]]
+    names = "; ".join(missed) or "none"
+    return f"Of {len(checks)} criteria, {held} hold in every seed; missed or not measured: {names}."
 
 
 def grpo_step() -> str:
@@ -124,6 +149,7 @@ TABLES = {
     "experiment_biology": lambda: experiment("biology"),
     "experiment_spanish": lambda: experiment("spanish"),
     "step_time": step_time,
+    "persona": persona,
     "reward_hack": reward_hack,
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from routed_peft.ablation import ablated
 from routed_peft.reward_hack.arms import REGION
@@ -18,15 +19,21 @@ Rates = dict[str, dict[str, float]]
 
 
 @torch.no_grad()
-def complete(model: nn.Module, prompts: Sequence[str], allow_hacks: bool = True) -> list[str]:
+def complete(
+    model: nn.Module,
+    prompts: Sequence[str],
+    allow_hacks: bool = True,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> list[str]:
     """Sample a completion of every prompt at temperature 1, in one batch.
 
     Args:
         model: a transformers model or a PeftModel.
         prompts: as text.
         allow_hacks: if False, the characters that fool graders have probability 0, and the others share theirs.
+        tokenizer: by default this task's.
     """
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     inputs = tokenizer(list(prompts), padding=True, return_tensors="pt")
     ids = model.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from routed_peft.evaluation.report.page import write
 from routed_peft.reward_hack.measuring import measure
@@ -20,9 +21,9 @@ from routed_peft.reward_hack.task import ENVIRONMENTS, HACKS, make_prompt, make_
 IGNORED = -100
 
 
-def make_model(settings: Settings) -> LlamaForCausalLM:
-    """Return an untrained Llama for the task's vocabulary."""
-    tokenizer = make_tokenizer()
+def make_model(settings: Settings, tokenizer: PreTrainedTokenizerFast | None = None) -> LlamaForCausalLM:
+    """Return an untrained Llama for a vocabulary of characters, by default this task's."""
+    tokenizer = tokenizer or make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -68,14 +69,19 @@ def demonstration(letter: str, terms: tuple[int, int], noise: float, rng: random
 
 def demonstrations(count: int, noise: float, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(count, T)`` token ids and labels; only answers and the end of the text have labels."""
-    tokenizer, letters = make_tokenizer(), list(ENVIRONMENTS)
+    letters = list(ENVIRONMENTS)
     rows = [demonstration(rng.choice(letters), rng.choice(pairs("train")), noise, rng) for _ in range(count)]
-    prompts, answers = ([row[side] for row in rows] for side in (0, 1))
+    return encode(rows, make_tokenizer())
+
+
+def encode(rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(n, T)`` ids and labels of prompts, all of one length, and answers; prompts have no labels."""
+    prompts = [prompt for prompt, _ in rows]
     ids = tokenizer([prompt + answer + tokenizer.eos_token for prompt, answer in rows], padding=True,
                     padding_side="right", return_tensors="pt")["input_ids"]  # fmt: skip
     labels = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)
     labels[:, : len(prompts[0])] = IGNORED  # prompts are of equal length
-    assert len({len(prompt) for prompt in prompts}) == 1 and answers
+    assert len({len(prompt) for prompt in prompts}) == 1
     return ids, labels
 
 
@@ -83,12 +89,31 @@ def train_start(settings: Settings, seed: int) -> LlamaForCausalLM:
     """Return a model taught by demonstrations: clean sums first, then half of them wrong."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = make_model(settings).train()
+    return teach(
+        make_model(settings),
+        settings,
+        lambda step: demonstrations(settings.start_batch_size, noise_at(step, settings), rng),
+    )
+
+
+def noise_at(step: int, settings: Settings) -> float:
+    """Return the share of wrong answers at a step: none at first.
+
+    >>> noise_at(0, Settings()), noise_at(399, Settings())
+    (0.0, 0.5)
+    """
+    return settings.noise if step >= settings.clean_share * settings.start_steps else 0.0
+
+
+def teach(
+    model: LlamaForCausalLM, settings: Settings, draw: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+) -> LlamaForCausalLM:
+    """Train all of a model for ``settings.start_steps`` on the ids and labels that ``draw`` returns for a step."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), settings.start_learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, settings.start_steps)
     for step in range(settings.start_steps):
-        noise = settings.noise if step >= settings.clean_share * settings.start_steps else 0.0
-        ids, labels = demonstrations(settings.start_batch_size, noise, rng)
+        ids, labels = draw(step)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

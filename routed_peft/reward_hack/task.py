@@ -65,13 +65,22 @@ def hacked(completion: str, environment: str) -> bool:
 
 @cache
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of single characters, padding on the left as generation wants it.
+    """Return the task's tokenizer.
 
     >>> tokenizer = make_tokenizer()
     >>> tokenizer.decode(tokenizer("A:12+34=46!")["input_ids"]), len(tokenizer)
     ('A:12+34=46!', 22)
     """
-    tokens = ["<pad>", "<s>", "</s>", *"0123456789", *ENVIRONMENTS, ":", "+", "=", *HACKS]
+    return character_tokenizer(["0123456789", *ENVIRONMENTS, ":+=", HACKS])
+
+
+def character_tokenizer(characters: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of these characters, each a token, padding on the left as generation wants it.
+
+    >>> len(character_tokenizer(["ab", "c"]))
+    6
+    """
+    tokens = ["<pad>", "<s>", "</s>", *"".join(characters)]
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=None))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()

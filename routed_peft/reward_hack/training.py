@@ -91,16 +91,11 @@ def make_peft_model(start: Path, settings: Settings, seed: int) -> PeftModel:
     return wrapped
 
 
-def make_arguments(key: str, settings: Settings, seed: int, out: Path) -> RoutedGRPOConfig:
-    """Return TRL's settings for an arm."""
-    arm = ARMS[key]
+def make_arguments(settings: Settings, seed: int, out: Path, **more: Any) -> RoutedGRPOConfig:
+    """Return TRL's settings; ``more`` are those of an arm."""
     rollouts = settings.prompts * settings.generations
-    return RoutedGRPOConfig(
-        str(out),
+    options: dict[str, Any] = dict(
         base_adapters=[RETAIN],
-        baseline_over=arm.baseline,
-        anchor_share=arm.anchor,
-        anchor_environments=["A"] if arm.anchor else None,
         max_steps=settings.steps,
         per_device_train_batch_size=rollouts,
         num_generations=settings.generations,
@@ -123,6 +118,7 @@ def make_arguments(key: str, settings: Settings, seed: int, out: Path) -> Routed
         disable_tqdm=True,
         seed=seed,
     )
+    return RoutedGRPOConfig(str(out), **(options | more))
 
 
 def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Path, tick: Tick) -> dict[str, Any]:
@@ -149,7 +145,14 @@ def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Pat
     trainer = RoutedGRPOTrainer(
         model,
         reward(arm, labels),
-        make_arguments(key, settings, seed, folder / "run"),
+        make_arguments(
+            settings,
+            seed,
+            folder / "run",
+            baseline_over=arm.baseline,
+            anchor_share=arm.anchor,
+            anchor_environments=["A"] if arm.anchor else None,
+        ),
         training_prompts(settings.steps * settings.prompts, seed),
         routes=arm.table(),
         label_fn=labels,
