@@ -9,7 +9,7 @@ import torch
 from demo_parts import TINY
 
 from routed_peft.evaluation.report.reading import read_sources
-from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, run, run_experiment
+from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, making, run, run_experiment
 
 
 def experiment_of(place, **changes):
@@ -88,6 +88,25 @@ def test_a_child_makes_the_model_of_its_parent_again(finished, tmp_path, calls):
     experiment = experiment_of(tmp_path, methods=["routed", "control", "random_units"], attacks=[])
     run_experiment(experiment, TINY)
     assert calls == ["make no_routing", "make random_units"]
+
+
+def test_undo_is_made_from_what_was_unlearnt_and_costs_add_up(finished):
+    tiny = replace(TINY, pair="arithmetic", vocab_size=300)
+    experiment = Experiment(
+        str(finished / "undo.json"), str(finished / "undo"), ["maxent", "undo-0.4", "routed_undo"], [0], [1.0]
+    )
+    run_experiment(experiment, tiny)
+    cells = {cell["method"]: cell for cell in json.loads((finished / "undo.json").read_text())["cells"]}
+    assert "forget_accuracy" not in cells["maxent"], "there are no questions about sums"
+    made = cells["undo-0.4"]["undo"]
+    assert made["alpha"] == 0.4 and made["beta"] == 0.1 and 0 < made["steps"] <= tiny.steps
+    steps = {name: cell["ledger"]["serial_steps"] for name, cell in cells.items()}
+    assert steps["maxent"] == tiny.steps + making.UNLEARNING_STEPS
+    assert steps["undo-0.4"] == steps["maxent"] + made["steps"]
+    assert steps["routed_undo"] == tiny.steps + cells["routed_undo"]["undo"]["steps"]
+    assert (
+        cells["undo-0.4"]["ledger"]["labeled_forget_tokens"] == cells["maxent"]["ledger"]["labeled_forget_tokens"] > 0
+    )
 
 
 def test_keys_hold_what_a_cell_depends_on():

@@ -92,6 +92,21 @@ CARDS: dict[str, Card] = {
         "Makes predictions on forget rows uniform; ordinary training on retain rows." + _BY_OUTPUTS,
         "the usual teacher of UNDO, arXiv 2506.06278",
     ),
+    "undo": Card(
+        "UNDO",
+        "output",
+        "Starts from the model unlearnt by MaxEnt. Every weight moves the share alpha of the way to its initialisation; then "
+        "the model learns to put out what it put out before, on all training text and without labels, until its retain loss "
+        "is within 5 % of the teacher's. Alpha 1 distils into a fresh model.",
+        "arXiv 2506.06278",
+    ),
+    "routed_undo": Card(
+        "routed, ablated, then UNDO",
+        "routing",
+        "The ablated model is the teacher of UNDO at alpha 0.6.",
+        "this library; UNDO, arXiv 2506.06278",
+        "routed + UNDO",
+    ),
     "filter": Card(
         "filter, same labels",
         "filter",
@@ -147,6 +162,10 @@ CARDS: dict[str, Card] = {
 """By the key that summaries use, in the order of tables."""
 
 
+UNDO = "undo-"
+"""What the keys of UNDO's methods begin with; then comes alpha."""
+
+
 def card(method: str, settings: Mapping[str, Any] | None = None) -> Card:
     """Return the card of a method; one that says so where the method is not known.
 
@@ -155,22 +174,31 @@ def card(method: str, settings: Mapping[str, Any] | None = None) -> Card:
         settings: of the experiment: they tell whether what is routed finds labels by itself.
 
     Example:
-        >>> card("rmu").name, card("mine").name, card("routed", {"self_labels": False}).name
-        ('RMU', 'mine', 'routed, ablated')
+        >>> card("rmu").name, card("undo-0.6").name, card("mine").name, card("routed", {"self_labels": False}).name
+        ('RMU', 'UNDO, alpha 0.6', 'mine', 'routed, ablated')
     """
     if method == "routed" and settings is not None and not settings.get("self_labels", True):
         about = "SGTM's routes, with a share of labelled rows as the settings say; the region is ablated."
         return replace(
             CARDS["routed"], name="routed, ablated", short="routed", about=about, source=CARDS["sgtm"].source
         )
+    if method.startswith(UNDO):
+        undo, alpha = CARDS["undo"], method.removeprefix(UNDO)
+        return replace(undo, name=f"{undo.name}, alpha {alpha}", short=f"UNDO {alpha}")
     return CARDS.get(method) or Card(method, "output", "No description is known of this method.")
 
 
 def in_order(methods: list[str]) -> list[str]:
     """Sort methods as tables show them: known ones first, the others as they came.
 
-    >>> in_order(["mine", "rmu", "no_routing"])
-    ['no_routing', 'rmu', 'mine']
+    >>> in_order(["mine", "filter", "undo-1", "undo-0", "no_routing"])
+    ['no_routing', 'undo-0', 'undo-1', 'filter', 'mine']
     """
     known = list(CARDS)
-    return sorted(methods, key=lambda method: known.index(method) if method in known else len(known))
+
+    def place(method: str) -> tuple[int, str]:
+        undo = method.startswith(UNDO)
+        key = "undo" if undo else method
+        return (known.index(key) if key in known else len(known), method if undo else "")
+
+    return sorted(methods, key=place)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.attacks import Relearning
+from routed_peft.evaluation.report.cards import UNDO
 from routed_peft.evaluation.report.drawing import Draw, Line, Style, Theme, draw_lines
 
 LOSS = "loss (nats per token)"
@@ -22,12 +23,14 @@ STYLES = {
     "era": Style("sky", ":", "^"),
     "sgtm": Style("sky", "--", "s"),
     "routed": Style("blue", width=2.8),
+    "routed_undo": Style("blue", "--", "v"),
     "perfect_filter": Style("green"),
     "graddiff": Style("purple"),
     "npo": Style("purple", "--", "s"),
     "simnpo": Style("purple", ":", "^"),
     "rmu": Style("purple", "-.", "D"),
     "maxent": Style("purple", "-", "v", 1.2),
+    "undo": Style("sky"),
 }
 OTHERS = tuple(
     Style(color, dashes) for dashes in ("-", "--", ":") for color in ("blue", "orange", "green", "purple", "grey")
@@ -37,7 +40,7 @@ OTHERS = tuple(
 
 def style(method: str) -> Style:
     """Return how a method is drawn; those that are not known look alike, and are told apart by their names."""
-    return STYLES.get(method, Style("purple", "--", "X"))
+    return STYLES.get("undo" if method.startswith(UNDO) else method, Style("purple", "--", "X"))
 
 
 def line(name: str, points: Iterable[tuple[float, Spread | None]], look: Style) -> Line:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from routed_peft.evaluation.measures import Crossing, Spread
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
-from routed_peft.evaluation.report.cards import card, in_order
+from routed_peft.evaluation.report.cards import UNDO, card, in_order
 from routed_peft.evaluation.report.page import number, place, share
 
 ROUTED = "routed"
 WAY = {0.5: 0.95, 0.1: 0.9}
 """Share of labels -> how far the routed model should come."""
-TAX, ON, ROBUST, PLACEBO, STEPS, RMU, SEEDS = 0.05, 0.10, 0.95, 0.10, 0.8, 3.0, 3
+TAX, ON, ROBUST, PLACEBO, STEPS, RMU, FRESH, SEEDS = 0.05, 0.10, 0.95, 0.10, 0.8, 3.0, 0.7, 3
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def targets(found: Comparison) -> list[Target]:
         routed = found.get(ROUTED, labeled, found.best_quality)
         if routed is not None:
             result += _of_share(found, routed, labeled)
-    return result + list(_of_placebos(found)) + list(_of_steps(found))
+    return [*result, *_of_placebos(found), *_of_steps(found), *_of_undo(found)]
 
 
 def _of_share(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]:
@@ -171,6 +171,31 @@ def _of_placebos(found: Comparison) -> Iterator[Target]:
             part = (placebo.forget.mean - base.forget.mean) / (routed.forget.mean - base.forget.mean)
             wanted = f"{card(method).name}: removes less than {share(PLACEBO)} of what routing removes"
             yield Target(wanted, share(part), part < PLACEBO, min(placebo.forget.n, routed.forget.n))
+
+
+def _of_undo(found: Comparison) -> Iterator[Target]:
+    labeled = max(found.shares, default=None)
+    sweep = [found.get(name, labeled, found.best_quality) for name in in_order(found.methods) if name.startswith(UNDO)]
+    results = [result for result in sweep if result is not None]
+    oracle = found.get(ORACLE)
+    for attack in found.attacks:
+        after = [r.attacks[attack].forget[-1] for r in results if attack in r.attacks]
+        if len(after) > 1:
+            means = [one.mean for one in after]
+            wanted = f"attack “{attack}”: forget loss afterwards rises with UNDO’s alpha"
+            yield Target(
+                wanted, " ".join(number(mean) for mean in means), means == sorted(means), min(a.n for a in after)
+            )
+        fresh = found.get(f"{UNDO}1", labeled, found.best_quality)
+        if oracle is None or fresh is None or not {attack} <= fresh.attacks.keys() & oracle.attacks.keys():
+            continue
+        own, its = fresh.attacks[attack].recovery, oracle.attacks[attack].recovery
+        if own is not None and its is not None:
+            wanted = (
+                f"attack “{attack}”: distilled afresh at least {FRESH:g} × the steps to recover of the perfect filter"
+            )
+            seeds = min(fresh.attacks[attack].forget[-1].n, oracle.attacks[attack].forget[-1].n)
+            yield Target(wanted, f"{place(own)} against {place(its)}", at_least(own, FRESH, its), seeds)
 
 
 def _of_steps(found: Comparison) -> Iterator[Target]:
