@@ -30,7 +30,10 @@ def experiment(name: str, labeled: float = 0.5) -> str:
     results = {method: found.get(method, labeled, (1.0, 1.0)) for method in in_order(found.methods)}
     results = {method: result for method, result in results.items() if len(result.cells) == len(seeds)}
     attacked = any(result.attacks for result in results.values())
+    base = results["no_routing"].over("ledger")
+    costs = {m: r.over("ledger") for m, r in results.items()} if base else {}
     columns = ["method", "forget loss", *(["… relearned"] if attacked else []), "retain loss", "way", "tax"]
+    columns += ["cost"] if costs else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method, result in results.items():
         title, worst = card(method, report["settings"]).name, result.worst
@@ -38,12 +41,15 @@ def experiment(name: str, labeled: float = 0.5) -> str:
         if attacked:
             whole = worst and worst.forget[-1].n == len(seeds)
             cells.append(worst.forget[-1] if whole else "–")
-        lines.append(f"| {' | '.join(map(str, [*cells, result.retain, percent(result.way), result.tax]))} |")
+        cells += [result.retain, percent(result.way), "–" if result.tax is None else result.tax]
+        cells += [f"{costs[method]['flops'] / base['flops']:.2f}" if costs[method] else "–"] if costs else []
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     settings = report["settings"]
     tokens = settings["steps"] * settings["batch_size"] * settings["length"] / 1e6
     lines.append(
         f"\nMean (range) over {len(seeds)} seeds, {tokens:.2f} million training tokens each, nats per token on test text. "
         + ("Relearned: after the worst of all attacks, learning rates and steps. " if attacked else "")
+        + ("Cost: floating-point operations over those of no routing. " if costs else "")
         + f"From `{command}`."
     )
     return "\n".join(lines)
@@ -146,6 +152,7 @@ def grpo_step() -> str:
 
 TABLES = {
     "grpo_step": grpo_step,
+    "experiment_arithmetic": lambda: experiment("arithmetic", labeled=1.0),
     "experiment_biology": lambda: experiment("biology"),
     "experiment_spanish": lambda: experiment("spanish"),
     "step_time": step_time,

@@ -119,6 +119,10 @@ def test_keys_hold_what_a_cell_depends_on():
     assert Cell.of("no_routing", replace(TINY, labeled=0.1, robust_share=0.2)).key == plain.key, "it looks at no labels"
     cells = all_cells(Experiment("unused", methods=["no_routing", "filter"], labeled_shares=[0.1, 0.5]), TINY)
     assert len(cells) == 3 * (1 + 2), "what ignores labels is made once a seed"
+    whole = replace(TINY, labeled=1.0)
+    assert Cell.of("filter", whole).key == Cell.of("perfect_filter", TINY).key, "one directory for two rows"
+    assert Cell.of("filter", replace(whole, recall=0.9)).key != Cell.of("perfect_filter", TINY).key
+    assert len(all_cells(Experiment("unused", methods=["perfect_filter", "filter"], labeled_shares=[1.0]), TINY)) == 6
 
 
 def test_refuses_methods_that_do_not_exist():

@@ -67,7 +67,9 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Name of its directory."""
+        """Name of its directory: where all labels are there and right, the filter by labels is the perfect filter."""
+        if self.name == "filter" and all(getattr(self.settings, name) == 1 for name in LABELS):
+            return Cell.of("perfect_filter", self.settings).key
         relevant = {key: value for key, value in asdict(self.settings).items() if key not in irrelevant(self.method)}
         about = json.dumps([self.name, relevant], sort_keys=True)
         share = f"-{self.settings.labeled:g}" if self.method.labels else ""
@@ -88,7 +90,7 @@ def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
     """Return the cells of an experiment, those of a seed together, each once."""
     if unknown := [name for name in experiment.methods if name not in METHODS]:
         raise ValueError(f"`methods` has {unknown}; the methods are {list(METHODS)}")
-    cells: dict[str, Cell] = {}
+    cells: dict[tuple[str, str], Cell] = {}
     for seed in experiment.seeds:
         for quality in experiment.label_quality:
             recall, precision = (float(number) for number in quality.split("/"))
@@ -96,5 +98,5 @@ def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
                 here = replace(settings, seed=seed, labeled=labeled, recall=recall, precision=precision)
                 for name in experiment.methods:
                     cell = Cell.of(name, here)
-                    cells.setdefault(cell.key, cell)
+                    cells.setdefault((cell.key, name), cell)
     return list(cells.values())
