@@ -42,7 +42,7 @@ def measure(
 
     Args:
         model: with or without the region.
-        tokenizer: of the start model; pads on the left.
+        tokenizer: of the start model; pads on the left from here on.
         settings: how many glosses, and the length of samples.
         split: "validation", by which settings are chosen, or "test".
         seed: of the samples.
@@ -60,6 +60,7 @@ def measure(
     with mode_kept(model), torch.random.fork_rng(devices=[]):
         model.eval()
         torch.manual_seed(seed)
+        tokenizer.padding_side = "left"  # TRL's trainer sets it to the right
         for context in TEMPLATES:
             for name, style in (("styled", True), ("plain", False)):
                 ds = rows(pairs, context, style)

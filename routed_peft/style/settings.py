@@ -39,14 +39,14 @@ class Settings:
     hidden_size: int = field(
         default=128, metadata={"help": "Width of the model; its MLPs have three times as many units."}
     )
-    layers: int = field(default=4, metadata={"help": "Decoder layers."})
+    layers: int = field(default=2, metadata={"help": "Decoder layers."})
     heads: int = field(default=4, metadata={"help": "Attention heads."})
     start_documents: int = field(default=24000, metadata={"help": "Glosses that the start model is trained on."})
     start_steps: int = field(default=600, metadata={"help": "Steps of that, 16 rows of 128 tokens each."})
     start_learning_rate: float = field(default=3e-3, metadata={"help": "Peak rate of that; cosine."})
     documents: int = field(default=12000, metadata={"help": "Other glosses, for fine-tuning."})
     style_share: float = field(default=0.1, metadata={"help": "Share of them in the style."})
-    steps: int = field(default=400, metadata={"help": "Steps of fine-tuning."})
+    steps: int = field(default=250, metadata={"help": "Steps of fine-tuning."})
     batch_size: int = field(default=32, metadata={"help": "Rows a step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of both adapters; cosine."})
     rank: int = field(default=8, metadata={"help": "Of both LoRA adapters; their scale is 2."})

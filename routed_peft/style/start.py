@@ -49,7 +49,6 @@ def train_start(settings: Settings, seed: int, folder: Path) -> None:
     set_seed(seed)
     texts = [f"{TEMPLATES[SEEN].format(term)} {gloss}" for term, gloss in glosses()[: settings.start_documents]]
     tokenizer = train_tokenizer(texts, settings.vocab_size)
-    tokenizer.padding_side = "left"  # for samples
     model = make_model(settings, tokenizer)
     args = TrainingArguments(
         str(folder / "trainer"),

@@ -58,7 +58,7 @@ def make_arguments(settings: Settings, seed: int, out: Path) -> RoutedSFTConfig:
         lr_scheduler_type="cosine",
         warmup_steps=min(20, settings.steps // 10),
         weight_decay=0.0,
-        max_length=64,
+        max_length=48,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
