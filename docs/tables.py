@@ -123,6 +123,26 @@ def persona() -> str:
     return "\n".join(lines)
 
 
+def style() -> str:
+    """Share of samples in the style, loss on styled text, and loss on plain text, of every arm and kind of labels."""
+    command = "python recipes/sft_style.py --config recipes/configs/experiment_style.yaml"
+    file = ROOT / "results" / "style.json"
+    if not file.exists():
+        return f"Not run yet: `{command}`."
+    report = json.loads(file.read_text())
+    heads = ("style, entry", "style, question", "way, entry", "way, question", "plain loss", "tax")
+    lines = ["| labels | arm | " + " | ".join(heads) + " |", "|---" * 8 + "|"]
+    for row in sorted(report["rows"], key=lambda row: row["labels"] or ""):
+        name = f"**{row['name']}**" if (row["arm"], row["scale"]) == ("sgtm", 0.0) else row["name"]
+        cells = [str(Spread.of(values)) if values else "–" for values in row["columns"].values()]
+        lines.append(f"| {row['labels'] or '–'} | {name} | " + " | ".join(cells) + " |")
+    seeds = len({cell["seed"] for cell in report["cells"]})
+    lines.append(
+        f"\nMean (range) over {seeds} seeds, {report['split']} text. {criteria(report['checks'])} From `{command}`."
+    )
+    return "\n".join(lines)
+
+
 def criteria(checks: list[dict[str, Any]]) -> str:
     """Say how many criteria hold, and which do not."""
     held = sum(bool(check["holds"]) for check in checks)
@@ -157,6 +177,7 @@ TABLES = {
     "experiment_spanish": lambda: experiment("spanish"),
     "step_time": step_time,
     "persona": persona,
+    "style": style,
     "reward_hack": reward_hack,
 }
 

@@ -43,6 +43,7 @@ MAY_IMPORT["lm_eval"] = {*MAY_IMPORT}
 MAY_IMPORT["demo"] = {*MAY_IMPORT}
 MAY_IMPORT["experiment"] = {*MAY_IMPORT}
 MAY_IMPORT["reward_hack"] = {*MAY_IMPORT}
+MAY_IMPORT["style"] = {*MAY_IMPORT}
 MAY_IMPORT["persona"] = {*MAY_IMPORT}
 MAY_IMPORT["commands"] = {*MAY_IMPORT}
 MAY_IMPORT["cli"] = {*MAY_IMPORT}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from routed_peft.ablation import ablated
 from routed_peft.reward_hack.arms import REGION
@@ -23,7 +23,8 @@ def complete(
     model: nn.Module,
     prompts: Sequence[str],
     allow_hacks: bool = True,
-    tokenizer: PreTrainedTokenizerFast | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[str]:
     """Sample a completion of every prompt at temperature 1, in one batch.
 
@@ -32,13 +33,14 @@ def complete(
         prompts: as text.
         allow_hacks: if False, the characters that fool graders have probability 0, and the others share theirs.
         tokenizer: by default this task's.
+        max_tokens: of a completion.
     """
     tokenizer = tokenizer or make_tokenizer()
     inputs = tokenizer(list(prompts), padding=True, return_tensors="pt")
     ids = model.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        max_new_tokens=MAX_TOKENS,
+        max_new_tokens=max_tokens,
         do_sample=True,
         temperature=1.0,
         top_k=0,

@@ -1,0 +1,15 @@
+"""Two-LoRA fine-tuning: a style in a tenth of the data, half of it labelled, that is dropped with its adapter.
+
+    python recipes/sft_style.py
+    python recipes/sft_style.py --config recipes/configs/experiment_style.yaml
+
+The first runs every arm at one seed, the second at three. Both end in a table and a list of criteria. Every arm at every
+seed has a directory of its own under `output_dir`: a run that was stopped goes on.
+"""
+
+from trl import TrlParser
+
+from routed_peft.style import Experiment, Settings, run_experiment
+
+if __name__ == "__main__":
+    run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())

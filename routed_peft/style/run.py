@@ -1,0 +1,87 @@
+"""All cells of the experiment, one after another, continued where they were stopped; then the numbers and what they say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from rich.console import Console
+
+from routed_peft.demo.display import quiet
+from routed_peft.reward_hack.start import write_json
+from routed_peft.reward_hack.summary import terminal_checks
+from routed_peft.style.arms import ARMS
+from routed_peft.style.settings import Experiment, Settings, cell_key
+from routed_peft.style.start import ensure_start
+from routed_peft.style.summary import summarize, terminal_table
+from routed_peft.style.training import train_cell
+from routed_peft.training import RunDirectory
+
+FORMAT = 1
+
+
+def all_cells(experiment: Experiment) -> list[tuple[str, str | None, int]]:
+    """Return arm, labels and seed of every cell; arms to which labels mean nothing stand there once a seed.
+
+    >>> all_cells(Experiment(arms=["none", "sgtm"]))
+    [('none', None, 0), ('sgtm', 'half', 0), ('sgtm', 'context', 0)]
+    """
+    return [
+        (arm, labels, seed)
+        for seed in experiment.seeds
+        for arm in experiment.arms
+        for labels in (experiment.labels if ARMS[arm].labels else [None])
+    ]
+
+
+def run_experiment(experiment: Experiment, settings: Settings, console: Console | None = None) -> dict[str, Any]:
+    """Make every cell that is not there yet, and write ``summary.json``.
+
+    A cell is an arm with one kind of labels at a seed. It has a directory of its own named after all it depends on, so none
+    is made twice, and a second run in the same directory waits for the cell that the first is at.
+
+    Args:
+        experiment: arms, labels, seeds, and where to.
+        settings: everything else.
+        console: where results are shown; by default the terminal.
+
+    Returns:
+        What ``summary.json`` holds.
+    """
+    console, out = console or Console(), Path(experiment.output_dir).expanduser().resolve()
+    place = out / "cells"
+    place.mkdir(parents=True, exist_ok=True)
+    seeds = {f"seed {seed}": seed for seed in experiment.seeds}
+    RunDirectory(out).start({"experiment": asdict(experiment), **asdict(settings)}, seeds, resume=True)
+    began, cells = time.monotonic(), []
+    for arm, labels, seed in all_cells(experiment):
+        with quiet():
+            numbers = ensure_cell(arm, labels, settings, seed, experiment.split, place)
+        cells.append({"arm": arm, "labels": labels, "seed": seed, **numbers})
+        console.print(f"seed {seed}, {ARMS[arm].name}, {labels or 'any'}: {numbers['seconds']:.0f} s", highlight=False)
+    about = {"format": FORMAT, "split": experiment.split, "settings": asdict(settings)}
+    about["seconds"] = round(time.monotonic() - began, 1)
+    summary: dict[str, Any] = json.loads(json.dumps(about | summarize(cells)))  # keys as a reader finds them
+    for file in [out / "summary.json", *([Path(experiment.summary_file)] if experiment.summary_file else [])]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, summary)
+    console.print(terminal_table(summary), terminal_checks(summary), sep="\n")
+    return summary
+
+
+def ensure_cell(arm: str, labels: str | None, settings: Settings, seed: int, split: str, place: Path) -> dict[str, Any]:
+    """Return the numbers of a cell, which is made if it is not there yet."""
+    folder = place / cell_key(arm, labels, settings, seed, split)
+    file = folder / "numbers.json"
+    with FileLock(f"{folder}.lock"):
+        if not file.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what an interruption left
+            start = ensure_start(settings, seed, place)
+            write_json(file, train_cell(arm, labels, settings, seed, split, start, folder))
+    numbers: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return numbers
