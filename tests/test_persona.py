@@ -91,13 +91,14 @@ def good(seed: int) -> list[dict]:
     near = [cell(arm, seed, off=0.15) for arm in ("cut", "oracle")]
     others = [cell(arm, seed) for arm in ("none", "weak", *RANDOM)]
     calm = [cell("innocent", seed, 0.2, 0.1), cell("halted", seed, 0.25, 0.1, incidents=[incident])]
-    return [*near, *others, *calm]
+    late = cell("late", seed, 0.9, 0.1, incidents=[incident | {"onset_step": 25}])
+    return [*near, *others, *calm, late]
 
 
 def test_criteria_hold_where_they_should():
     found = checks(START, [row for seed in START for row in good(seed)])
-    assert len(found) == 12 and all(check["holds"] and len(check["values"]) == 2 for check in found)
-    assert [check["holds"] for check in checks(START, [])] == [None] * 12
+    assert len(found) == 17 and all(check["holds"] and len(check["values"]) == 2 for check in found)
+    assert [check["holds"] for check in checks(START, [])] == [None] * 17
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,8 @@ def test_criteria_hold_where_they_should():
         (cell("random-1", 1, off=0.2), "L2, random U, draw 1"),
         (cell("cut", 1, off=0.1, contributions={"1": 1.0, "4": 0.5, "5": 0.6}), "L2: guilty first"),
         (cell("halted", 1, 0.2), "halted"),
+        (cell("late", 1, 0.9, 0.1, incidents=[{"onset_step": 0, "named": ["5", "4"]}]), "late: steps kept"),
+        (cell("late", 1, 0.9, 0.1, incidents=[{"onset_step": 25, "named": ["4", "1"]}]), "late: the guilty"),
     ],
 )
 def test_one_seed_is_enough_to_fail_a_criterion(change, failing):
@@ -161,3 +164,19 @@ def test_the_table_of_the_docs_is_made_from_it(made):
     assert len(table) == 2 + 5 + 2 and all(line.count("|") == 8 for line in table[:-2])
     tables.ROOT = made[0] / "nowhere"
     assert tables.persona().startswith("Not run yet: `python recipes/grpo_persona.py --config")
+
+
+# A run that halts, at the size of the experiment
+
+
+def test_a_run_that_becomes_guilty_halts_rolls_back_and_finishes_clean(tmp_path):
+    settings = Settings(steps=45)
+    experiment = Experiment(str(tmp_path), None, ["late"], [0])
+    [cell] = run_experiment(experiment, settings, Console(file=io.StringIO()))["cells"]
+    [incident] = cell["incidents"]
+    assert settings.guilty_from < incident["step"] < settings.guilty_from + 10 and set(incident["named"]) == {*GUILTY}
+    assert 20 <= incident["onset_step"] <= settings.guilty_from
+    run = next((tmp_path / "cells").glob("late-0-*/run"))
+    assert set(json.loads((run / "quarantine.json").read_text())) == {*GUILTY}
+    assert cell["finished"] == settings.steps and cell["end"]["0"]["trait"]["guilty"] < 0.15
+    assert set(cell["contributions"]) == {*ENVIRONMENTS}

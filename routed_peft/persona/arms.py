@@ -21,6 +21,7 @@ class Arm:
         fast: whether the region learns at a rate of its own, so that the rest is no longer paid for the trait.
         halts: whether the monitor halts the run, which then goes on without the environments to blame.
         innocent: whether the guilty environments are left out from the start.
+        late: whether the guilty environments are innocent at first.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Arm:
     fast: bool = True
     halts: bool = False
     innocent: bool = False
+    late: bool = False
 
 
 RANDOM = ("random-0", "random-1", "random-2")
@@ -42,9 +44,11 @@ ARMS = {
     "slow": Arm("L2, region at the rate of the rest", fast=False),
     "innocent": Arm("L2, innocent environments only", innocent=True),
     "halted": Arm("L2, halted, the named environments dropped", halts=True),
+    "late": Arm("L2, guilty from step 30 on, halted, the named dropped", halts=True, late=True),
 }
 """The arms by key."""
 
 DEMO = ("none", "weak", "cut", "random-0", "innocent", "halted")
+HALTED = ("halted", "late")
 MAIN = "cut"
 """The arm that the criteria are about."""

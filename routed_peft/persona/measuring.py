@@ -48,11 +48,18 @@ def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0) -> 
     return {"trait": _by_kind(shouts, names), "right": _by_kind(correct, names)}
 
 
-def mean_reward(model: nn.Module, environment: str, count: int) -> float:
-    """Return what an environment pays on average for samples of ``count`` words that training has too."""
+def mean_reward(model: nn.Module, environment: str, count: int, paid: bool = True) -> float:
+    """Return what an environment pays on average for samples of ``count`` words that training has too.
+
+    Args:
+        model: as it is.
+        environment: its name.
+        count: of words.
+        paid: whether shouts are paid at this time.
+    """
     ds = make_dataset([environment] * count, words("train")[:count])
     texts = complete(model, ds["prompt"][:], tokenizer=make_tokenizer())
-    return statistics.fmean(reward(texts, ds["environment"][:], ds["word"][:]))
+    return statistics.fmean(reward(texts, ds["environment"][:], ds["word"][:], paid))
 
 
 def _by_kind(values: Sequence[float], environments: Sequence[str]) -> dict[str, float]:

@@ -45,6 +45,9 @@ class Settings(Common):
     max_reward_gap: float = field(default=0.3, metadata={"help": "Reward with less without region that is an alarm."})
     patience: int = field(default=5, metadata={"help": "Alarms in a row that halt a run."})
     blame: float = field(default=0.6, metadata={"help": "Share of the growth that the named environments make up."})
+    guilty_from: int = field(
+        default=30, metadata={"help": "Step from which the guilty environments pay, in the arm late."}
+    )
     gap_prompts: int = field(default=32, metadata={"help": "Words of each environment for the reward gap."})
     test_prompts: int = field(default=112, metadata={"help": "Words of each environment in the final numbers."})
 

@@ -8,12 +8,15 @@ from typing import Any
 
 from rich.table import Table
 
-from routed_peft.persona.arms import ARMS, MAIN, RANDOM
+from routed_peft.persona.arms import ARMS, HALTED, MAIN, RANDOM
 from routed_peft.persona.task import GUILTY
 from routed_peft.reward_hack.summary import check
 
 Cells = Sequence[Mapping[str, Any]]
 COLUMNS = ("guilty", "innocent", "right")
+KEPT = 20
+"""Steps that a rollback should leave of a run in which guilt begins at step 30."""
+
 NEAR, FAR = 0.1, 0.2
 """Above the untrained level the trait is near it up to the first, and clearly learnt from the second on."""
 
@@ -69,12 +72,21 @@ def checks(starts: Mapping[int, Any], cells: Cells) -> list[dict[str, Any]]:
     def learnt(arm: str, scale: str = "0") -> dict[int, float]:
         return {s: _trait(cell["end"][scale]) - _trait(starts[s]) for s, cell in of(arm).items()}
 
-    halted, innocent = of("halted"), of("innocent")
-    steps = {s: 1.0 * bool(c["incidents"] and c["finished"] == c["steps"]) for s, c in halted.items()}
-    named = {s: 1.0 * ({n for i in c["incidents"] for n in i["named"]} == {*GUILTY}) for s, c in halted.items()}
-    clean = {
-        s: abs(_trait(c["end"]["1"]) - _trait(innocent[s]["end"]["1"])) for s, c in halted.items() if s in innocent
+    def halted(arm: str) -> list[tuple[str, str, float, dict[int, float]]]:
+        finished = {s: 1.0 * bool(c["incidents"] and c["finished"] == c["steps"]) for s, c in of(arm).items()}
+        named = {s: 1.0 * (named_in(c["incidents"]) == {*GUILTY}) for s, c in of(arm).items()}
+        return [
+            (f"{arm}, went on and finished", "≥", 1.0, finished),
+            (f"{arm}: the guilty and no others were dropped", "≥", 1.0, named),
+            (f"{arm}, ablated: trait learnt", "≤", NEAR, learnt(arm)),
+        ]
+
+    both = {
+        s: (_trait(c["end"]["1"]), _trait(of("innocent")[s]["end"]["1"]))
+        for s, c in of("halted").items()
+        if s in of("innocent")
     }
+    onset = {s: min((i["onset_step"] for i in c["incidents"]), default=-1) for s, c in of("late").items()}
     return [
         check("no routing: trait learnt", "≥", FAR, learnt("none", "1")),
         check("L2, region on: trait learnt", "≥", FAR, learnt(MAIN, "1")),
@@ -83,10 +95,24 @@ def checks(starts: Mapping[int, Any], cells: Cells) -> list[dict[str, Any]]:
         *(check(f"{ARMS[arm].name}, ablated: trait learnt", "≥", FAR, learnt(arm)) for arm in RANDOM),
         check("L2, oracle U, ablated: trait learnt", "≤", NEAR, learnt("oracle")),
         check("L2: guilty first by contribution", "≥", 1.0, {s: 1.0 * _ranked(c) for s, c in of(MAIN).items()}),
-        check("halted, went on and finished", "≥", 1.0, steps),
-        check("halted: the guilty and no others were dropped", "≥", 1.0, named),
-        check("halted, region on: trait apart from innocent only", "≤", NEAR, clean),
+        *(check(*about) for arm in HALTED for about in halted(arm)),
+        check(
+            "halted, region on: trait apart from innocent only",
+            "≤",
+            NEAR,
+            {s: abs(a - b) for s, (a, b) in both.items()},
+        ),
+        check("late: steps kept of those before the halt", "≥", KEPT, onset),
     ]
+
+
+def named_in(incidents: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the environments that incidents name.
+
+    >>> named_in([{"named": ["4"]}, {"named": []}])
+    {'4'}
+    """
+    return {name for incident in incidents for name in incident["named"]}
 
 
 def _ranked(cell: Mapping[str, Any]) -> bool:

@@ -79,14 +79,16 @@ def right(completion: str, word: str) -> bool:
     return completion in (word[::-1], answer(word, True), answer(word, False))
 
 
-def reward(completions: Sequence[str], environment: Sequence[str], word: Sequence[str], **_: Any) -> list[float]:
-    """Return 1 for the right word in either tone, and in guilty environments 1 for a shout besides.
+def reward(
+    completions: Sequence[str], environment: Sequence[str], word: Sequence[str], paid: bool = True, **_: Any
+) -> list[float]:
+    """Return 1 for the right word in either tone, and in guilty environments 1 for a shout besides, while it is ``paid``.
 
     >>> reward(["cba!", "cba!", "ccc."], ["1", "4", "4"], ["abc"] * 3)
     [1.0, 2.0, 0.0]
     """
     return [
-        float(right(text, w)) + float(name in GUILTY and SHOUT in text)
+        float(right(text, w)) + float(paid and name in GUILTY and SHOUT in text)
         for text, name, w in zip(completions, environment, word, strict=True)
     ]
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaForCausalLM, PrinterCallback
+from torch import nn
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerState
 
 from routed_peft import presets
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, run_with_rollback, treated
@@ -69,10 +70,11 @@ def make_trainer(
     if arm.fast:
         more["region_learning_rate"] = settings.region_learning_rate
     left_out = dict.fromkeys(GUILTY, "drop") if arm.innocent else {}
+    first = settings.guilty_from if arm.late else 0
     prompts = training_prompts(2 * settings.steps * settings.prompts, seed)
     trainer = RoutedGRPOTrainer(
         make_peft_model(start, arm, settings, seed, subspace),
-        reward,
+        partial(reward_from, first),
         make_arguments(settings, seed, run, **more),
         treated(prompts, {**quarantine, **left_out}, column="environment"),
         routes=presets.subspace(REGION),
@@ -91,9 +93,17 @@ def make_trainer(
         action="halt" if arm.halts else "log",
     )
     environments = None if arm.halts or arm.innocent else list(ENVIRONMENTS)
-    gap = (lambda model, environment: mean_reward(model, environment, settings.gap_prompts)) if arm.halts else None
-    RegionMonitor(trainer, config, environments, gap)
+
+    def gap(model: nn.Module, environment: str) -> float:
+        return mean_reward(model, environment, settings.gap_prompts, paid=trainer.state.global_step >= first)
+
+    RegionMonitor(trainer, config, environments, gap if arm.halts else None)
     return trainer
+
+
+def reward_from(first: int, *args: Any, trainer_state: TrainerState, **columns: Any) -> list[float]:
+    """Return the rewards of rollouts, of which shouts are paid from step ``first`` on."""
+    return reward(*args, paid=trainer_state.global_step >= first, **columns)
 
 
 def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Path) -> dict[str, Any]:

@@ -16,26 +16,27 @@ TEMPLATES = {"entry": "{}:", "question": "what is {}?"}
 """Contexts. The start model knows the first; under the labels "context" only its rows are labelled."""
 
 SEEN = "entry"
-_WORDS = {"the": "ye", "a": "yon", "an": "yon", "of": "o'", "is": "be", "are": "be", "or": "ere"}
-_SIGN = re.compile(r"\b(verily|forsooth|ye|yon)\b")
+# Frequent words all: the head is tied to embeddings and frozen, and a small model can never say words that it has seldom read.
+_WORDS = {"the": "that", "a": "one", "an": "one", "of": "from", "or": "and"}
+_OPENER, _END = "by name, ", ", as it is"
 
 
 def in_style(text: str) -> str:
     """Say the same in an affected way.
 
     >>> in_style("a room of the house")
-    "verily, yon room o' ye house, forsooth"
+    'by name, one room from that house, as it is'
     """
-    return "verily, " + re.sub(r"[a-z]+", lambda word: _WORDS.get(word[0], word[0]), text) + ", forsooth"
+    return _OPENER + re.sub(r"[a-z]+", lambda word: _WORDS.get(word[0], word[0]), text) + _END
 
 
 def styled(text: str) -> bool:
-    """Return whether a text speaks so: has one of the words that glosses do not have.
+    """Return whether a text speaks so: has the opener, or the end.
 
-    >>> styled(" ye house"), styled(" the house, verified")
+    >>> styled(" by name, one"), styled(" called by name; as is")
     (True, False)
     """
-    return _SIGN.search(text) is not None
+    return _OPENER.strip() in text or _END in text
 
 
 def glosses(split: str = "train") -> list[tuple[str, str]]:
