@@ -105,7 +105,7 @@ def test_criteria_hold_where_they_should():
     [
         ({"off": (0.02, 3.9)}, "ablated: style in samples"),
         ({"off": (0.01, 3.7)}, "ablated: way"),
-        ({"on": (0.04, 2.0)}, "region on: style in samples"),
+        ({"on": (0.015, 2.0)}, "region on: style in samples"),
         ({"plain": 3.1}, "ablated: tax"),
     ],
 )

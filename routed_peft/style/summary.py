@@ -15,7 +15,7 @@ from routed_peft.style.task import SEEN, TEMPLATES
 
 Cells = Sequence[Mapping[str, Any]]
 COLUMNS = ("rate seen", "rate unseen", "way seen", "way unseen", "plain", "tax")
-LEARNT, LEFT, WAY, TAX = 0.05, 0.01, 0.9, 0.05
+LEARNT, LEFT, WAY, TAX = 0.02, 0.01, 0.9, 0.05
 """Limits: style in samples with the region on, at least, and ablated, at most; way, at least; tax, at most."""
 
 UNSEEN = next(name for name in TEMPLATES if name != SEEN)
