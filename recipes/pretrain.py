@@ -164,8 +164,11 @@ def in_order(
     run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed)
     if not recipe.frequency_weights or recipe.method == "control":
         return run
-    forget = documents.filter(lambda label: label == "forget", input_columns="route_label")
-    others = of_arm(documents, "filter")
+    forget, retain = (
+        documents.filter(lambda found, label=label: found == label, input_columns="route_label")
+        for label in ("forget", "retain")
+    )
+    others = retain if len(retain) else of_arm(documents, "filter")  # unlabelled text has forget text in it
     knobs = {"bias": recipe.frequency_bias, "retain_count": recipe.frequency_count}
     w = token_frequency_weights(tokenizer, forget["text"], others["text"], **knobs)
     return add_frequency_weights(run, w, make_routes(recipe)["forget"].weight("base"))

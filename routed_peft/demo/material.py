@@ -103,11 +103,11 @@ class Material:
 
     def _frequency_weights(self) -> Tensor:
         labels, texts = self.documents["route_label"][:], self.documents["text"][:]
-        forget, others = (
-            [text for text, label in zip(texts, labels, strict=True) if (label == FORGET) is wanted]
-            for wanted in (True, False)
+        # unlabelled text has forget text in it, and would make its words look common on either side
+        forget, retain = (
+            [text for text, label in zip(texts, labels, strict=True) if label == side] for side in (FORGET, RETAIN)
         )
-        return token_frequency_weights(self.tokenizer, forget, others)
+        return token_frequency_weights(self.tokenizer, forget, retain)
 
 
 def tokens_by_side(run: Dataset | SelfLabeledRows, length: int) -> dict[str, int]:
