@@ -1,4 +1,4 @@
-"""Write the tables of the README and docs/rl.md from results/: `python docs/tables.py`; `--check` only compares."""
+"""Write the tables of the README, docs/rl.md and docs/recipes.md from results/: `python docs/tables.py`; `--check` only compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from routed_peft.evaluation.report.aggregate import aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md")
 MARK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
 
 
@@ -143,6 +143,29 @@ def style() -> str:
     return "\n".join(lines)
 
 
+def gemma() -> str:
+    """Losses and accuracies of Gemma 3 270M, before and after."""
+    file = ROOT / "results" / "gemma.json"
+    command = "python recipes/experiment_gemma.py --out results/gemma.json"
+    if not file.exists():
+        return f"Not run yet: `{command}`."
+    report = json.loads(file.read_text())
+    columns = {
+        "forget loss": "routed_forget_loss/token_ce",
+        "retain loss": "routed_retain_loss/token_ce",
+        "forget questions": "routed_forget_mc/acc",
+        "adjacent": "routed_adjacent_mc/acc",
+        "retain questions": "routed_retain_mc/acc",
+    }
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, scores in report["rows"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{scores[key]:.2f}" for key in columns.values()) + " |")
+    lines.append(
+        f"\nOne seed, {report['recipe']['limit']} documents of a side and questions of a task. From `{command}`."
+    )
+    return "\n".join(lines)
+
+
 def criteria(checks: list[dict[str, Any]]) -> str:
     """Say how many criteria hold, and which do not."""
     held = sum(bool(check["holds"]) for check in checks)
@@ -178,6 +201,7 @@ TABLES = {
     "step_time": step_time,
     "persona": persona,
     "style": style,
+    "gemma": gemma,
     "reward_hack": reward_hack,
 }
 

@@ -46,5 +46,7 @@ def test_evaluation_rows_by_side(file):
     assert set(evaluation_rows(args, tokenizer)) == {"forget", "other"}
     assert evaluation_rows(DocumentArguments(train_file=file), tokenizer) == {}
     assert set(evaluation_rows(DocumentArguments(pair="spanish"), tokenizer)) == {"forget", "retain"}
+    few, fewer = (evaluation_rows(DocumentArguments(pair="spanish", eval_documents=n), tokenizer) for n in (40, 20))
+    assert 0 < len(fewer["forget"]) < len(few["forget"]) < 100
     with pytest.raises(ValueError, match=r"`eval_files` has 'x.jsonl': write name=FILE"):
         evaluation_rows(DocumentArguments(train_file=file, eval_files=["x.jsonl"]), tokenizer)

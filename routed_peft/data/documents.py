@@ -29,6 +29,7 @@ class DocumentArguments:
         metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text, and route_label or side."},
     )
     eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
+    eval_documents: int | None = field(default=None, metadata={"help": "At most so many held-out ones of each side."})
     length: int = field(default=128, metadata={"help": "Tokens per row."})
     labeled: float = field(default=1.0, metadata={"help": "Share of documents that carry a label at all."})
     labeled_forget: float | None = field(default=None, metadata={"help": "The same, for the forget side alone."})
@@ -95,4 +96,6 @@ def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase)
     else:
         ds = load_pair(args.pair, "validation")
         sides = {name: ds.filter(lambda side, n=name: side == n, input_columns=SIDE) for name in (FORGET, RETAIN)}
+    if args.eval_documents is not None:
+        sides = {name: part.select(range(min(args.eval_documents, len(part)))) for name, part in sides.items()}
     return {name: pack(part, tokenizer, args.length, by=[]) for name, part in sides.items()}

