@@ -1,4 +1,4 @@
-"""Write the tables of the README, docs/rl.md and docs/recipes.md from results/: `python docs/tables.py`; `--check` only compares."""
+"""Write the tables of README, docs/rl.md and docs/recipes.md from results/: `python docs/tables.py`; `--check` compares."""
 
 from __future__ import annotations
 

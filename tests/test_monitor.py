@@ -147,6 +147,10 @@ def test_treatments():
     for treatment, missing in (("fix", "fix"), ("route", "label")):
         with pytest.raises(ValueError, match=f"to {treatment}, and `{missing}` is not given"):
             treated(data, {"noise": treatment})
+    with pytest.raises(ValueError, match=r"has \['nose'\], which `route_environment` does not hold"):
+        treated(data, {"nose": "drop"})
+    with pytest.raises(ValueError, match="sets the column `route_label`"):
+        treated(data.remove_columns("route_label"), {"noise": "route"}, label="forget")
 
 
 @pytest.mark.parametrize(("cut", "status"), [(12, "ok"), (30, "ok"), (32, "warn")])

@@ -459,7 +459,8 @@ def answering(answer):
         (answering(lambda ids: RolloutLabels(detector(ids), {"bse": [1.0] * 8})), r"`weights` has \['bse'\]"),
         (answering(lambda ids: RolloutLabels(detector(ids), advantages=[1.0])), "returned 1 advantages"),
         (EnvironmentLabels({"A": "flagged"}), r"the environments \['B'\] have no label"),
-        (EnvironmentLabels({"A": "flagged"}, column="env"), "a row lacks `env`"),
+        (EnvironmentLabels({"A": "flagged"}, column="env"), "`label_fn` needs the column `env`"),
+        (EnvironmentLabels({"C": "flagged"}, default="unflagged"), r"`label_fn` has \['C'\], which `environment`"),
     ],
 )
 def test_refuses_bad_answers_of_label_functions(tmp_path, label_fn, message):
@@ -477,6 +478,7 @@ def test_refuses_bad_answers_of_label_functions(tmp_path, label_fn, message):
         ({"baseline_over": "all"}, '"group" or "unflagged"'),
         ({"baseline_over": "unflagged", "flagged_labels": ["hack"]}, "none of `flagged_labels`"),
         ({"baseline_over": "unflagged", "multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
+        ({"anchor_share": 0.5, "flagged_labels": ["hack"]}, r"add \['flagged'\] to `flagged_labels`"),
         ({"sync_ref_model": True, "beta": 0.1}, "`sync_ref_model`"),
         ({"activation_l1": 0.1}, "`activation_l1`"),
         ({"use_liger_kernel": True}, "`use_liger_kernel`"),
@@ -485,6 +487,12 @@ def test_refuses_bad_answers_of_label_functions(tmp_path, label_fn, message):
 def test_refuses_options_that_would_be_wrong(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, **options)
+
+
+def test_refuses_advantages_that_would_be_lost(tmp_path):
+    own = answering(lambda ids: RolloutLabels(detector(ids), advantages=[1.0] * 8))
+    with pytest.raises(ValueError, match="returned advantages of its own"):
+        trainer_of(tmp_path, label_fn=own, baseline_over="unflagged").train()
 
 
 def test_refuses_what_has_no_labels_no_names_or_no_use(tmp_path):

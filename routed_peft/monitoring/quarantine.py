@@ -105,7 +105,8 @@ def treated(
         column: where the environment is.
 
     Raises:
-        ValueError: on an unknown treatment, or one without its ``fix`` or ``label``.
+        ValueError: on an unknown treatment, or one without its ``fix`` or ``label``; on an environment that does not occur; on
+            "route" without a column ``route_label``.
 
     Example:
         >>> rows = Dataset.from_dict({"route_environment": ["a", "b", "c"], "route_label": ["retain"] * 3})
@@ -117,6 +118,13 @@ def treated(
         if needed is None and treatment in quarantine.values():
             raise ValueError(f"`quarantine` has an environment to {treatment}, and `{name}` is not given")
     names = [str(name) for name in column_values(dataset, column)]
+    if unknown := sorted(set(quarantine) - set(names)):
+        raise ValueError(f"`quarantine` has {unknown}, which `{column}` does not hold: it holds {sorted(set(names))}")
+    if ROUTE in quarantine.values() and ROUTE_LABEL not in dataset.column_names:
+        raise ValueError(
+            f"`quarantine` has an environment to route, which sets the column `{ROUTE_LABEL}`; the dataset has "
+            f"{dataset.column_names}. Where a `label_fn` gives the labels, let it label that environment"
+        )
     dataset = dataset.select([i for i, name in enumerate(names) if quarantine.get(name) != DROP])
     if not {FIX, ROUTE} & set(quarantine.values()):
         return dataset

@@ -101,9 +101,9 @@ def make_trainer(
     return trainer
 
 
-def reward_from(first: int, *args: Any, trainer_state: TrainerState, **columns: Any) -> list[float]:
+def reward_from(first: int, trainer_state: TrainerState, **columns: Any) -> list[float]:
     """Return the rewards of rollouts, of which shouts are paid from step ``first`` on."""
-    return reward(*args, paid=trainer_state.global_step >= first, **columns)
+    return reward(paid=trainer_state.global_step >= first, **columns)
 
 
 def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Path) -> dict[str, Any]:

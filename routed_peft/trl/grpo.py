@@ -124,6 +124,12 @@ class RoutedGRPOTrainer(SamplingMixin):
                 f"anchor rollouts are sampled without any region, so the route of {ANCHOR!r} ablates all of {list(regions)}; "
                 f"got {routes[ANCHOR]}"
             )
+        taught = {name for name, route in routes.items() if name != ANCHOR and not route.weight("base")}
+        if self.args.anchor_share and (missing := sorted(taught - set(self.args.flagged_labels))):
+            raise ValueError(
+                f"an anchor rollout with the label {missing[0]!r} would train the base, which the route of {missing[0]!r} does "
+                f"not: add {missing} to `flagged_labels`, now {self.args.flagged_labels}"
+            )
         if self.args.baseline_over == "unflagged" and not set(self.args.flagged_labels) & set(routes):
             raise ValueError(
                 f'`baseline_over="unflagged"`: none of `flagged_labels` {self.args.flagged_labels} is a label of `routes`, '
@@ -150,6 +156,10 @@ class RoutedGRPOTrainer(SamplingMixin):
         rewards = self._total_rewards()
         answer = ask(self.label_fn, self._rollouts(batch, rewards), self.routing.routes)
         answer = self._anchored(answer)
+        if answer.advantages is not None and self.args.baseline_over == "unflagged":
+            raise ValueError(
+                '`label_fn` returned advantages of its own, and `baseline_over="unflagged"` makes others: set it to "group"'
+            )
         if answer.advantages is not None:
             batch["advantages"] = advantage_tensor(
                 answer.advantages, batch["completion_ids"].shape[1], batch["advantages"].device

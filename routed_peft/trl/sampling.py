@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 from routed_peft.ablation import ablated
 from routed_peft.trl.config import RoutedGRPOConfig
 from routed_peft.trl.groups import anchor_groups
+from routed_peft.trl.labels import EnvironmentLabels
 from routed_peft.trl.shared import TRLMixin
 from routed_peft.trl.vllm import folded_parameters
 
@@ -26,6 +27,7 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
 
     args: RoutedGRPOConfig  # type: ignore[assignment]
     num_generations: int
+    label_fn: Any
     _logs: dict[str, Any]
     _in_engine: list[str]  # regions whose weights vLLM has
     _anchor: Tensor | None = None  # bool (B,), while a generation batch is made
@@ -56,15 +58,19 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
         return environments
 
     def _check_environments(self) -> None:
-        """Refuse trusted environments that do not occur; a streaming dataset cannot tell."""
-        trusted, column, ds = self.args.anchor_environments, self.args.environment_column, self.train_dataset
-        if trusted is None or not isinstance(ds, Dataset):
-            return
-        if column not in ds.column_names:
-            raise ValueError(f"`anchor_environments` needs the column `{column}`, got the columns {ds.column_names}")
-        known = sorted(set(ds.unique(column)), key=str)
-        if unknown := [name for name in trusted if name not in known]:
-            raise ValueError(f"`anchor_environments` has {unknown}, which `{column}` does not hold: it holds {known}")
+        """Refuse environments that are named and do not occur; a streaming dataset cannot tell."""
+        named = {"anchor_environments": (self.args.anchor_environments, self.args.environment_column)}
+        if isinstance(self.label_fn, EnvironmentLabels):
+            named["label_fn"] = (list(self.label_fn.labels), self.label_fn.column)
+        for argument, (names, column) in named.items():
+            ds = self.train_dataset
+            if names is None or not isinstance(ds, Dataset):
+                continue
+            if column not in ds.column_names:
+                raise ValueError(f"`{argument}` needs the column `{column}`, got the columns {ds.column_names}")
+            known = sorted(set(ds.unique(column)), key=str)
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"`{argument}` has {unknown}, which `{column}` does not hold: it holds {known}")
 
     def _moment(self) -> tuple[int, int]:
         """Return (optimizer step, micro-batch within it): the same after resuming."""
