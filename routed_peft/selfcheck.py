@@ -29,7 +29,13 @@ def check_gradients(
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), torch.enable_grad():
-        loss().backward()
+        value = loss()
+        if not bool(torch.isfinite(value.detach()).all()):
+            raise ValueError(
+                f"self-check: the loss of the first batch is {value.detach()}, so gradients say nothing. Look for bad rows, "
+                "too high a learning rate (in what this model comes from), or too low a precision"
+            )
+        value.backward()
     received = {group: _received(parameters) for group, parameters in groups.items() if parameters}
     for group, got in received.items():
         if got and not route.weight(group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,9 @@ def test_trl_is_imported_in_one_place_only():
     assert not [
         path for path in FILES if "trl" not in path.parts and any(n.split(".")[0] == "trl" for n in imports(path))
     ]
+
+
+def test_every_package_is_in_the_wheel():
+    listed = set(tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(file.parent.relative_to(PACKAGE.parent).parts) for file in PACKAGE.rglob("__init__.py")}
+    assert listed - {"routed_peft.tasks", "routed_peft.corpora"} == found

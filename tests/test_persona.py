@@ -170,12 +170,13 @@ def test_the_table_of_the_docs_is_made_from_it(made):
 
 
 def test_a_run_that_becomes_guilty_halts_rolls_back_and_finishes_clean(tmp_path):
-    settings = Settings(steps=45)
+    settings = Settings(steps=60)
     experiment = Experiment(str(tmp_path), None, ["late"], [0])
     [cell] = run_experiment(experiment, settings, Console(file=io.StringIO()))["cells"]
-    [incident] = cell["incidents"]
-    assert settings.guilty_from < incident["step"] < settings.guilty_from + 10 and set(incident["named"]) == {*GUILTY}
-    assert 20 <= incident["onset_step"] <= settings.guilty_from
+    first, *_ = cell["incidents"]  # the second of the guilty may need another
+    assert settings.guilty_from < first["step"] < settings.guilty_from + 20
+    assert 20 <= first["onset_step"] <= settings.guilty_from + 10
+    assert {name for incident in cell["incidents"] for name in incident["named"]} == {*GUILTY}
     run = next((tmp_path / "cells").glob("late-0-*/run"))
     assert set(json.loads((run / "quarantine.json").read_text())) == {*GUILTY}
     assert cell["finished"] == settings.steps and cell["end"]["0"]["trait"]["guilty"] < 0.15

@@ -49,7 +49,7 @@ def test_half_of_the_style_is_labelled_and_where(labels):
     assert all(row["route_label"] in (row["side"], "unlabeled") for row in ds)
     where = {row["context"] for row in ds if row["route_label"] != "unlabeled"}
     assert where == ({SEEN} if labels == "context" else set(TEMPLATES))
-    assert not {row["prompt"] for row in ds} & {TEMPLATES[SEEN].format(term) for term, _ in glosses("test")}
+    assert not {*glosses()} & {*glosses("test")}  # a word may be in both, in another sense
 
 
 def test_every_arm_trains_on_equally_many_rows_and_filters_drop_what_they_should():

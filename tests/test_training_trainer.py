@@ -233,6 +233,7 @@ def test_best_model_with_two_regions_and_a_trained_base(tmp_path, tokenizer):
     losses = [h["eval_ablated_loss"] for h in trainer.state.log_history if "eval_ablated_loss" in h]
     assert trainer.state.best_metric == min(losses)
     assert trainer.evaluate()["eval_ablated_loss"] == pytest.approx(min(losses), abs=1e-6)
+    assert {"test_loss", "test_ablated_loss"} <= set(trainer.evaluate(metric_key_prefix="test"))
 
 
 def test_saved_run_loads_bit_equal(tmp_path, tokenizer):
@@ -424,10 +425,14 @@ def test_sharding_that_hides_gradients_is_refused(tmp_path, tokenizer, monkeypat
     refused(tmp_path, tokenizer, message)
 
 
-def test_a_nan_loss_stops_the_run(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    ("self_check", "message"),
+    [(False, "the loss is nan at step 0"), (True, "self-check: the loss of the first batch is nan")],
+)
+def test_a_nan_loss_stops_the_run(tmp_path, tokenizer, self_check, message):
     model = model_of()
     model.base_model.model.model.norm.weight.data.fill_(float("nan"))
-    refused(tmp_path, tokenizer, "the loss is nan at step 0", model=model, self_check=False)
+    refused(tmp_path, tokenizer, message, model=model, self_check=self_check)
 
 
 def test_a_failing_self_check_stops_the_run(tmp_path, tokenizer, monkeypatch):

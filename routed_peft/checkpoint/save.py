@@ -132,15 +132,13 @@ def _home(inner: PreTrainedModel, revision: str | None) -> dict[str, str | None]
 
 
 def _moves_base(configs: Mapping[str, PeftConfig]) -> bool:
-    """Whether an adapter's initialisation (PiSSA, OLoRA …) changed the base, so that its name no longer describes "
-    "it."""
+    """Whether an adapter's initialisation (PiSSA, OLoRA …) changed the base, so that its name no longer fits."""
     inits = [getattr(config, "init_lora_weights", True) for config in configs.values()]
     return any(isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal") for init in inits)
 
 
 def _former_files(path: Path, folders: Iterable[str]) -> list[str]:
-    """Return the files of an earlier save at ``path``; ValueError where strange ones there would be mistaken for "
-    "ours."""
+    """Return the files of an earlier save at ``path``; ValueError where strange ones would pass for ours."""
     if not path.exists():
         return []
     if not path.is_dir():

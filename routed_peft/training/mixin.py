@@ -255,7 +255,8 @@ class RoutingMixin(SavingMixin):
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.args.evaluate_ablated and not isinstance(datasets, dict):  # a dict comes back here one by one
-            prefix = metric_key_prefix.replace("eval", "eval_ablated", 1)
+            first, *rest = metric_key_prefix.split("_", 1)  # "eval_forget" -> "eval_ablated_forget"
+            prefix = "_".join([first, "ablated", *rest])
             with ablated(self.model, *self.routing.regions):
                 metrics |= super().evaluate(eval_dataset, ignore_keys, prefix)
         return metrics
