@@ -49,7 +49,11 @@ def experiment(name: str, labeled: float = 0.5) -> str:
     lines.append(
         f"\nMean (range) over {len(seeds)} seeds, {tokens:.2f} million training tokens each, nats per token on test text. "
         + ("Relearned: after the worst of all attacks, learning rates and steps. " if attacked else "")
-        + ("Cost: floating-point operations over those of no routing. " if costs else "")
+        + (
+            "Cost: floating-point operations over those of no routing; a routed arm's region is not counted, so its cost is too low. "
+            if costs
+            else ""
+        )
         + f"From `{command}`."
     )
     return "\n".join(lines)
