@@ -50,7 +50,7 @@ def experiment(name: str, labeled: float = 0.5) -> str:
         f"\nMean (range) over {len(seeds)} seeds, {tokens:.2f} million training tokens each, nats per token on test text. "
         + ("Relearned: after the worst of all attacks, learning rates and steps. " if attacked else "")
         + (
-            "Cost: floating-point operations over those of no routing; a routed arm's region is not counted, so its cost is too low. "
+            "Cost: floating-point operations over those of no routing; without a routed arm's region: too low there. "
             if costs
             else ""
         )
