@@ -17,11 +17,21 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.m
 MARK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
 
 
+def load(name: str) -> Any:
+    """Return what ``results/NAME.json`` holds, or None where there is none yet."""
+    file = ROOT / "results" / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def mean_range(values: list[float]) -> str:
+    """Return mean and range over seeds; a dash where nothing was measured."""
+    return str(Spread.of(values)) if values else "–"
+
+
 def experiment(name: str, labeled: float = 0.5) -> str:
     """Losses, way and tax of every method at one share of labels that are right, over seeds."""
     command = f"python recipes/experiment.py --config recipes/configs/experiment_{name}.yaml"
-    file = ROOT / "results" / f"{name}.json"
-    report = json.loads(file.read_text()) if file.exists() else {"cells": []}
+    report = load(name) or {"cells": []}
     cells = [cell for cell in report["cells"] if cell["labeled"] in (None, labeled) and cell["recall"] in (None, 1.0)]
     seeds = complete_seeds(cells)
     if not seeds:
@@ -66,10 +76,9 @@ def percent(value: Spread | None) -> str:
 
 def step_time() -> str:
     """Ratios of a routed step to an unrouted one."""
-    file = ROOT / "results" / "step_time.json"
-    if not file.exists():
+    report = load("step_time")
+    if report is None:
         return "Not run yet: `./run bench --out results/step_time.json`."
-    report = json.loads(file.read_text())
     shares = sorted({row["zero"] for row in next(iter(report["sizes"].values()))["time"]})
     lines = ["| size | labels | " + " | ".join(f"{share:.0%} of weight zero" for share in shares) + " |"]
     lines.append("|---" * (2 + len(shares)) + "|")
@@ -92,16 +101,15 @@ def step_time() -> str:
 def reward_hack() -> str:
     """Hack rates by environment and honest accuracy of every arm, at the end and at the best checkpoint."""
     command = "python recipes/grpo_reward_hack.py --config recipes/configs/experiment_reward_hack.yaml"
-    file = ROOT / "results" / "reward_hack.json"
-    if not file.exists():
+    report = load("reward_hack")
+    if report is None:
         return f"Not run yet: `{command}`."
-    report = json.loads(file.read_text())
     columns = ("B", "C", "D", "honest")
     lines = ["| arm | B | C | D | honest | best checkpoint: B | C | D | honest |", "|---" * 9 + "|"]
     for row in report["rows"]:
         name = f"**{row['name']}**" if (row["arm"], row["scale"]) == ("anchored", 0.0) else row["name"]
         cells = [row[when][key] if row[when] else [] for when in ("end", "best") for key in columns]
-        lines.append(f"| {name} | " + " | ".join(str(Spread.of(cell)) if cell else "–" for cell in cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(map(mean_range, cells)) + " |")
     lines.append(
         f"\nMean (range) over {len(report['starts'])} seeds, test prompts. {criteria(report['checks'])} From `{command}`."
     )
@@ -111,16 +119,15 @@ def reward_hack() -> str:
 def persona() -> str:
     """Share of answers with the trait, and of right ones, of every arm with its region and without."""
     command = "python recipes/grpo_persona.py --config recipes/configs/experiment_persona.yaml"
-    file = ROOT / "results" / "persona.json"
-    if not file.exists():
+    report = load("persona")
+    if report is None:
         return f"Not run yet: `{command}`."
-    report = json.loads(file.read_text())
     columns = ("guilty", "innocent", "right")
     lines = ["| arm | trait, guilty | innocent | right | ablated: trait, guilty | innocent | right |", "|---" * 7 + "|"]
     for row in report["rows"]:
         name = f"**{row['name']}**" if row["arm"] == "cut" else row["name"]
         cells = [row[state][key] if row[state] else [] for state in ("on", "ablated") for key in columns]
-        lines.append(f"| {name} | " + " | ".join(str(Spread.of(cell)) if cell else "–" for cell in cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(map(mean_range, cells)) + " |")
     lines.append(
         f"\nMean (range) over {len(report['starts'])} seeds, test words. {criteria(report['checks'])} From `{command}`."
     )
@@ -130,15 +137,14 @@ def persona() -> str:
 def style() -> str:
     """Share of samples in the style, loss on styled text, and loss on plain text, of every arm and kind of labels."""
     command = "python recipes/sft_style.py --config recipes/configs/experiment_style.yaml"
-    file = ROOT / "results" / "style.json"
-    if not file.exists():
+    report = load("style")
+    if report is None:
         return f"Not run yet: `{command}`."
-    report = json.loads(file.read_text())
     heads = ("style, entry", "style, question", "way, entry", "way, question", "plain loss", "tax")
     lines = ["| labels | arm | " + " | ".join(heads) + " |", "|---" * 8 + "|"]
     for row in sorted(report["rows"], key=lambda row: row["labels"] or ""):
         name = f"**{row['name']}**" if (row["arm"], row["scale"]) == ("sgtm", 0.0) else row["name"]
-        cells = [str(Spread.of(values)) if values else "–" for values in row["columns"].values()]
+        cells = map(mean_range, row["columns"].values())
         lines.append(f"| {row['labels'] or '–'} | {name} | " + " | ".join(cells) + " |")
     seeds = len({cell["seed"] for cell in report["cells"]})
     lines.append(
@@ -149,11 +155,10 @@ def style() -> str:
 
 def gemma() -> str:
     """Losses and accuracies of Gemma 3 270M, before and after."""
-    file = ROOT / "results" / "gemma.json"
     command = "python recipes/experiment_gemma.py --out results/gemma.json"
-    if not file.exists():
+    report = load("gemma")
+    if report is None:
         return f"Not run yet: `{command}`."
-    report = json.loads(file.read_text())
     columns = {
         "forget loss": "routed_forget_loss/token_ce",
         "retain loss": "routed_retain_loss/token_ce",
@@ -180,10 +185,9 @@ def criteria(checks: list[dict[str, Any]]) -> str:
 
 def grpo_step() -> str:
     """Ratios of a routed GRPO step to TRL's."""
-    file = ROOT / "results" / "grpo_step.json"
-    if not file.exists():
+    report = load("grpo_step")
+    if report is None:
         return "Not run yet: `python benchmarks/grpo_step.py --out results/grpo_step.json`."
-    report = json.loads(file.read_text())
     lines = ["| size | routing | ratio | limit | |", "|---|---|---|---|---|"]
     for target in report["targets"]:
         met = "" if target["met"] else "missed"

@@ -81,11 +81,8 @@ def checks(starts: Mapping[int, Any], cells: Cells) -> list[dict[str, Any]]:
             (f"{arm}, ablated: trait learnt", "≤", NEAR, learnt(arm)),
         ]
 
-    both = {
-        s: (_trait(c["end"]["1"]), _trait(of("innocent")[s]["end"]["1"]))
-        for s, c in of("halted").items()
-        if s in of("innocent")
-    }
+    kept, innocent = learnt("halted", "1"), learnt("innocent", "1")
+    apart = {s: abs(kept[s] - innocent[s]) for s in kept if s in innocent}
     onset = {s: min((i["onset_step"] for i in c["incidents"]), default=-1) for s, c in of("late").items()}
     return [
         check("no routing: trait learnt", "≥", FAR, learnt("none", "1")),
@@ -96,12 +93,7 @@ def checks(starts: Mapping[int, Any], cells: Cells) -> list[dict[str, Any]]:
         check("L2, oracle U, ablated: trait learnt", "≤", NEAR, learnt("oracle")),
         check("L2: guilty first by contribution", "≥", 1.0, {s: 1.0 * _ranked(c) for s, c in of(MAIN).items()}),
         *(check(*about) for arm in HALTED for about in halted(arm)),
-        check(
-            "halted, region on: trait apart from innocent only",
-            "≤",
-            NEAR,
-            {s: abs(a - b) for s, (a, b) in both.items()},
-        ),
+        check("halted, region on: trait apart from innocent only", "≤", NEAR, apart),
         check("late: steps kept of those before the halt", "≥", KEPT, onset),
     ]
 
