@@ -9,7 +9,7 @@ import torch
 from demo_parts import TINY
 
 from routed_peft.evaluation.report.reading import read_sources
-from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, making, run, run_experiment
+from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, changing, run, run_experiment
 
 
 def experiment_of(place, **changes):
@@ -21,7 +21,8 @@ def experiment_of(place, **changes):
         "attack_steps": [0, 1],
         "extensions": 0,
     }
-    return Experiment(str(place / "summary.json"), str(place / "cells"), **{**settings, **changes})
+    about = {"summary_file": str(place / "summary.json"), "cells_dir": str(place / "cells")}
+    return Experiment(**{**about, **settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,26 @@ def test_the_summary_has_every_cell_and_can_be_reported(finished):
     for cell in cells.values():
         (curve,) = cell["attacks"]["few-shot-4"]
         assert curve["steps"] == [0, 1] and len(curve["forget_losses"]) == 2
+
+
+def test_what_a_cell_says_of_its_documents_and_its_region(finished):
+    cell = json.loads((finished / "summary.json").read_text())["cells"][0]
+    for side in ("forget", "retain"):
+        low, high = cell[f"{side}_loss_interval"]
+        assert low < cell[f"{side}_loss"] < high
+    assert len(cell["region_activity_ratio"]) == TINY.layers and all(
+        ratio > 0 for ratio in cell["region_activity_ratio"]
+    )
+
+
+def test_attacks_on_facts_score_the_other_half_and_those_on_logits_have_rates_of_their_own(finished):
+    attacks = ["facts", "bias+few-shot-4"]
+    run_experiment(experiment_of(finished, summary_file=str(finished / "more.json"), attacks=attacks), TINY)
+    cell = json.loads((finished / "more.json").read_text())["cells"][0]
+    (facts,) = cell["attacks"]["facts"]
+    assert facts["learning_rate"] == 1e-2 and facts["forget_losses"][0] != pytest.approx(cell["forget_loss"], abs=1e-6)
+    assert facts["forget_losses"][0] == pytest.approx(cell["forget_loss"], rel=0.1), "other documents of the same kind"
+    assert {curve["learning_rate"] for curve in cell["attacks"]["bias+few-shot-4"]} >= {1e-2, 1e-1}
 
 
 def test_a_finished_experiment_makes_nothing_again(finished, calls):
@@ -101,7 +122,7 @@ def test_undo_is_made_from_what_was_unlearnt_and_costs_add_up(finished):
     made = cells["undo-0.4"]["undo"]
     assert made["alpha"] == 0.4 and made["beta"] == 0.1 and 0 < made["steps"] <= tiny.steps
     steps = {name: cell["ledger"]["serial_steps"] for name, cell in cells.items()}
-    assert steps["maxent"] == tiny.steps + making.UNLEARNING_STEPS
+    assert steps["maxent"] == tiny.steps + changing.UNLEARNING_STEPS
     assert steps["undo-0.4"] == steps["maxent"] + made["steps"]
     assert steps["routed_undo"] == tiny.steps + cells["routed_undo"]["undo"]["steps"]
     assert (
@@ -121,6 +142,11 @@ def test_keys_hold_what_a_cell_depends_on():
     assert len(cells) == 3 * (1 + 2), "what ignores labels is made once a seed"
     whole = replace(TINY, labeled=1.0)
     assert Cell.of("filter", whole).key == Cell.of("perfect_filter", TINY).key, "one directory for two rows"
+    none = replace(TINY, labeled=0.0)
+    assert Cell.of("filter", none).key == Cell.of("npo", none).key == plain.key, "nothing to filter or unlearn"
+    assert Cell.of("routed", none).key == Cell.of("control", TINY).key != plain.key
+    with pytest.raises(ValueError, match=r"`methods` has 'undo-0.4' and `labeled_shares` has 0"):
+        Cell.of("undo-0.4", none)
     assert Cell.of("filter", replace(whole, recall=0.9)).key != Cell.of("perfect_filter", TINY).key
     assert len(all_cells(Experiment("unused", methods=["perfect_filter", "filter"], labeled_shares=[1.0]), TINY)) == 6
 
@@ -129,3 +155,25 @@ def test_refuses_methods_that_do_not_exist():
     with pytest.raises(ValueError, match=r"`methods` has \['route'\]"):
         all_cells(Experiment("unused", methods=["route"]), TINY)
     assert set(METHODS) >= {"routed", "sgtm", "era", "control", "rmu"}
+
+
+def test_a_region_that_leaves_was_paid_for_and_labels_are_those_that_somebody_gave(finished):
+    methods = ["no_routing", "sgtm", "perfect_filter", "filter", "classifier_filter"]
+    run_experiment(
+        experiment_of(finished, summary_file=str(finished / "costs.json"), methods=methods, attacks=[]), TINY
+    )
+    ledgers = {cell["method"]: cell["ledger"] for cell in json.loads((finished / "costs.json").read_text())["cells"]}
+    assert len({ledger["flops"] for ledger in ledgers.values()}) == 1, "same steps of models of the same size"
+    labeled = {method: ledger["labeled_forget_tokens"] for method, ledger in ledgers.items()}
+    assert labeled["filter"] == labeled["classifier_filter"] == labeled["sgtm"] > 0 == labeled["no_routing"]
+    assert labeled["perfect_filter"] == pytest.approx(2 * labeled["filter"], rel=0.2), "TINY labels half"
+    routed = json.loads((finished / "summary.json").read_text())["cells"][0]["ledger"]
+    assert routed["flops"] > ledgers["sgtm"]["flops"], "scoring by the region costs, too"
+
+
+def test_rates_of_unlearning_are_said_to_be_best_within_their_grid_or_at_its_edge(finished):
+    run_experiment(experiment_of(finished, summary_file=str(finished / "npo.json"), methods=["npo"], attacks=[]), TINY)
+    (cell,) = json.loads((finished / "npo.json").read_text())["cells"]
+    rates = METHODS["npo"].rates
+    assert cell["learning_rate"] in rates and isinstance(cell["within_limit"], bool)
+    assert cell["rate_interior"] == (min(rates) < cell["learning_rate"] < max(rates))

@@ -39,7 +39,7 @@ class Material:
 
     Attributes:
         tokenizer: trained on the training text of both sides.
-        documents: training documents, with their text and ``route_label``.
+        documents: training documents, with their text and the ``route_label`` that they came with.
         rows: packed training rows, with ``side`` (the truth) and ``route_label`` (what is known of it).
         validation: side -> packed rows for the curves.
         files: what the lm-eval tasks read: ``forget_file``, ``retain_file``.
@@ -66,11 +66,10 @@ class Material:
         """
         train = _per_side(load_pair(settings.pair, "train"), settings.documents)
         tokenizer = train_tokenizer(train["text"][:], settings.vocab_size)
-        labeled = simulate_labels(
+        documents = simulate_labels(
             train, labeled=settings.labeled, recall=settings.recall, precision=settings.precision, seed=settings.seed
         )
-        if relabel is not None:
-            labeled = relabel(labeled)
+        labeled = documents if relabel is None else relabel(documents)
         rows = pack(labeled, tokenizer, settings.length, seed=settings.seed)
         held_out = load_pair(settings.pair, "validation")
         packed = pack(held_out, tokenizer, settings.length, by=["side"], seed=settings.seed)
@@ -84,7 +83,7 @@ class Material:
             _write_texts(file, _first(test, side, settings.limit)["text"][:])
             files[f"{side}_file"] = str(file)
         _write_texts(folder / "attacker.jsonl", attacker)
-        return cls(tokenizer, labeled, rows, validation, files, attacker)
+        return cls(tokenizer, documents, rows, validation, files, attacker)
 
     def run_of(self, arm: Arm, settings: DemoSettings) -> Dataset | SelfLabeledRows:
         """Return the rows of a whole run in training order: equally many for every arm."""

@@ -52,29 +52,66 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one share of labels and one seed; `settings` has what it depends on."""
+    """One method at one share of labels and one seed; `settings` has what it depends on.
 
+    Attributes:
+        shown: the method that was asked for.
+        name: the method by which it is made: another where none or all of the labels are there, see `twin`.
+        method: that one.
+        settings: the experiment's, with neutral values where the method does not look.
+        labels: share, recall and precision of the labels that were asked for; nothing where ``shown`` looks at none.
+    """
+
+    shown: str
     name: str
     method: Method
     settings: DemoSettings
+    labels: dict[str, float]
 
     @classmethod
-    def of(cls, name: str, settings: DemoSettings) -> Cell:
+    def of(cls, shown: str, settings: DemoSettings) -> Cell:
         """Return the cell of a method under an experiment's settings."""
-        method, plain = METHODS[name], DemoSettings()
+        name, plain = twin(shown, settings), DemoSettings()
+        method = METHODS[name]
         neutral = {key: getattr(plain, key) for key in irrelevant(method)}
-        return cls(name, method, replace(settings, **(neutral | method.settings)))
+        labels = {key: getattr(settings, key) for key in LABELS} if METHODS[shown].labels else {}
+        return cls(shown, name, method, replace(settings, **(neutral | method.settings)), labels)
 
     @property
     def key(self) -> str:
-        """Name of its directory: where all labels are there and right, the filter by labels is the perfect filter."""
-        if self.name == "filter" and all(getattr(self.settings, name) == 1 for name in LABELS):
-            return Cell.of("perfect_filter", self.settings).key
+        """Name of its directory: what it depends on, in short."""
         relevant = {key: value for key, value in asdict(self.settings).items() if key not in irrelevant(self.method)}
-        about = json.dumps([self.name, relevant], sort_keys=True)
+        unlearning = [self.method.unlearning, self.method.rates] if self.method.unlearning else []
+        about = json.dumps([self.name, relevant, *unlearning], sort_keys=True)
         share = f"-{self.settings.labeled:g}" if self.method.labels else ""
         digest = hashlib.sha256(about.encode()).hexdigest()[:8]
         return f"{self.settings.pair}-{self.name}{share}-{self.settings.seed}-{digest}"
+
+
+def twin(name: str, settings: DemoSettings) -> str:
+    """Return the method that makes the same model without looking at labels, where there is one.
+
+    With all labels, and right ones, filtering by them is the perfect filter. Without any, there is nothing to filter or to
+    unlearn, and all rows train base and region alike, whichever way labelled ones would have been routed.
+
+    Raises:
+        ValueError: for UNDO without labels, which has nothing to start from.
+
+    Example:
+        >>> none, all = DemoSettings(labeled=0.0), DemoSettings(labeled=1.0)
+        >>> twin("filter", none), twin("routed", none), twin("npo", none), twin("filter", all), twin("routed", all)
+        ('no_routing', 'control', 'no_routing', 'perfect_filter', 'routed')
+    """
+    method = METHODS[name]
+    if name == "filter" and all(getattr(settings, label) == 1 for label in LABELS):
+        return "perfect_filter"
+    if not method.labels or settings.labeled > 0:
+        return name
+    if method.change == "undo":
+        raise ValueError(
+            f"`methods` has {name!r} and `labeled_shares` has 0: without labels nothing was unlearnt before"
+        )
+    return "control" if method.arm.routed else "no_routing"
 
 
 def irrelevant(method: Method) -> list[str]:

@@ -28,6 +28,8 @@ class Method:
         parent: the method from whose trained model this one is made.
         change: what is done to the parent's model: "ablate" its region, "random" units as many as the region has, a method
             of `routed_peft.unlearning`, or "undo".
+        unlearning: what its `routed_peft.unlearning.UnlearningArguments` say besides the method.
+        rates: learning rates of unlearning that are tried.
         noise: alpha and beta of UNDO.
     """
 
@@ -38,6 +40,8 @@ class Method:
     equal_retain: bool = False
     parent: str | None = None
     change: str | None = None
+    unlearning: dict[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     noise: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -58,7 +62,16 @@ def tfidf_labels(ds: Dataset) -> Dataset:
 PLAIN = {"labeled_first": 0.0, "self_labels": False, "forget_share": None, "robust_share": 0.0}
 _ARM = {arm.key: arm for arm in ARMS}
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)
-_UNLEARNING = ("graddiff", "npo", "simnpo", "rmu", "maxent")
+_UNLEARNING: dict[
+    str, tuple[dict[str, Any], tuple[float, ...]]
+] = {  # name -> weights, as in recipes/configs/unlearn_*.yaml, and rates up to what harms retain text too much
+    "graddiff": ({"alpha": 5.0}, (3e-5, 1e-4, 3e-4, 1e-3)),
+    "gradient_ascent": ({}, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "npo": ({"beta": 0.02, "retain_loss": "kl"}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "simnpo": ({"beta": 0.5}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "rmu": ({"alpha": 10.0}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "maxent": ({}, (1e-4, 3e-4, 1e-3)),
+}
 
 METHODS = {
     "no_routing": Method(_ARM["no_routing"], labels=False),
@@ -71,7 +84,10 @@ METHODS = {
     "era": Method(replace(_ARM["routed"], era=True), PLAIN),
     "control": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="ablate"),
     "random_units": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="random"),
-} | {name: Method(_ARM["no_routing"], parent="no_routing", change=name) for name in _UNLEARNING}
+} | {
+    name: Method(_ARM["no_routing"], parent="no_routing", change=name, unlearning=weights, rates=rates)
+    for name, (weights, rates) in _UNLEARNING.items()
+}
 METHODS |= {
     f"undo-{alpha:g}": Method(_ARM["no_routing"], parent="maxent", change="undo", noise=(alpha, 0.1))
     for alpha in ALPHAS

@@ -141,11 +141,11 @@ def write_summary(experiment: Experiment, settings: DemoSettings, cells: list[Ce
     for cell in cells:
         file = place / cell.key / NUMBERS
         if file.exists():
-            labels = {name: getattr(cell.settings, name) if cell.method.labels else None for name in LABELS}
+            labels = {name: cell.labels.get(name) for name in LABELS}
             numbers = json.loads(file.read_text())
             files = {name: attack_file(file.parent, name, experiment) for name in experiment.attacks}
             attacks = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
-            about = {"method": cell.name, "seed": cell.settings.seed, **labels}
+            about = {"method": cell.shown, "seed": cell.settings.seed, **labels}
             rows.append(about | numbers | {"key": cell.key, "attacks": attacks})
     summary = {
         "format": EXPERIMENT_FORMAT,
