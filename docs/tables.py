@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from routed_peft.evaluation.measures import Spread
-from routed_peft.evaluation.report.aggregate import aggregate, complete_seeds
+from routed_peft.evaluation.report.aggregate import Comparison, aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
+from routed_peft.evaluation.report.verdicts import targets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md")
@@ -50,7 +51,7 @@ def experiment(name: str, labeled: float = 0.5) -> str:
         cells = [f"**{title}**" if method == "routed" else title, result.forget]
         if attacked:
             whole = worst and worst.forget[-1].n == len(seeds)
-            cells.append(worst.forget[-1] if whole else "–")
+            cells.append("–" if not whole else worst.forget[-1] if worst.attacked else worst.verdict)
         cells += [result.retain, percent(result.way), "–" if result.tax is None else result.tax]
         cells += [f"{costs[method]['flops'] / base['flops']:.2f}" if costs[method] else "–"] if costs else []
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -59,12 +60,35 @@ def experiment(name: str, labeled: float = 0.5) -> str:
     lines.append(
         f"\nMean (range) over {len(seeds)} seeds, {tokens:.2f} million training tokens each, nats per token on test text. "
         + ("Relearned: after the worst of all attacks, learning rates and steps. " if attacked else "")
-        + (
-            "Cost: floating-point operations over those of no routing; without a routed arm's region: too low there. "
-            if costs
-            else ""
-        )
-        + f"From `{command}`."
+        + ("Cost: floating-point operations of training over those of no routing. " if costs else "")
+        + f"Targets missed: {missed(found, labeled)}. From `{command}`."
+    )
+    return "\n".join(lines)
+
+
+def missed(found: Comparison, labeled: float) -> str:
+    """Name the targets that are missed at a share of labels, with what came out instead."""
+    here = [target for target in targets(found, [labeled]) if target.met is False]
+    return "; ".join(f"{target.wanted}: {target.measured}" for target in here) or "none"
+
+
+def wrong_labels() -> str:
+    """Losses by recall and precision of the labels."""
+    command = "python recipes/experiment.py --config recipes/configs/experiment_wrong_labels.yaml"
+    report = load("wrong_labels")
+    if report is None:
+        return f"Not run yet: `{command}`."
+    found = aggregate(report["cells"])
+    methods = [method for method in in_order(found.methods) if any(c.method == method for c in found.results)]
+    lines = [f"| recall / precision | {' | '.join(card(m, report['settings']).name for m in methods)} |"]
+    lines.append("|---" * (len(methods) + 1) + "|")
+    for quality in found.qualities:
+        row = [found.get(method, 0.5, quality) for method in methods]
+        cells = [f"{r.forget} / {r.retain.mean:.2f}" if r else "–" for r in row]
+        lines.append(f"| {quality[0]:g} / {quality[1]:g} | {' | '.join(cells)} |")
+    lines.append(
+        f"\nForget loss, mean (range) over {len(found.seeds)} seeds, and mean retain loss; half of the documents are labelled. "
+        f"From `{command}`."
     )
     return "\n".join(lines)
 
@@ -206,6 +230,8 @@ TABLES = {
     "experiment_arithmetic": lambda: experiment("arithmetic", labeled=1.0),
     "experiment_biology": lambda: experiment("biology"),
     "experiment_spanish": lambda: experiment("spanish"),
+    "experiment_entangled": lambda: experiment("entangled"),
+    "experiment_wrong_labels": wrong_labels,
     "step_time": step_time,
     "persona": persona,
     "style": style,

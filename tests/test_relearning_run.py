@@ -117,7 +117,10 @@ def test_two_processes_share_the_grid_and_one_writes(places, tmp_path):
         "relearn", places / "run", *files(places), "--learning-rate", "1e-3,1e-2", "--seeds", 2, "--steps", "0,1,3",
         "--extensions", 1, "--out",
     ]  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the two processes: sums over several are rounded otherwise
     assert call(*arguments, tmp_path / "one").exit_code == 0
+    torch.set_num_threads(threads)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "routed_peft.cli", *map(str, arguments), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -149,7 +152,10 @@ def test_the_command_shows_every_attack(places, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = {line.split("│")[1].strip(): line for line in result.output.splitlines() if line.count("│") > 5}
-    assert {"mixed", "int4", "forget"} <= set(rows) and "no attack" in rows["forget"] and "> 3" in rows["forget"]
+    assert {"mixed", "int4", "forget"} <= set(rows)
+    assert "no attack" in rows["forget"] and "> 3" not in rows["forget"], (
+        "what does not attack tells nothing of recovery"
+    )
     assert f"written to {tmp_path / 'out'}" in result.output.replace("\n", "")
     summary = read_summary(tmp_path / "out" / "summary.json")
     assert summary["steps"] == [0, 1, 2, 3] and summary["attacks"]["forget"]["verdict"] == "no attack"

@@ -18,6 +18,7 @@ from routed_peft.evaluation.report import write_report
 from routed_peft.evaluation.report.aggregate import aggregate
 from routed_peft.evaluation.report.cards import CARDS
 from routed_peft.evaluation.report.caveats import caveats
+from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.drawing import DARK, LIGHT
 from routed_peft.evaluation.report.figures import figures
 from routed_peft.evaluation.report.lines import STYLES
@@ -163,6 +164,39 @@ def test_caveats_follow_from_what_is_missing():
     assert "seed;" not in " ".join(caveats(aggregate(whole)))
     assert "1 of 5 rows have fewer seeds" in " ".join(caveats(aggregate(whole[:-1])))
     assert "Nothing was attacked" in " ".join(caveats(aggregate([cell("filter", 3.0, 3.0, 0.5)])))
+
+
+def test_costs_are_read_off_the_filters_of_the_experiment():
+    def row(method, forget, retain, sides, flops, labeled=None, **more):
+        ledger = {"flops": flops, "serial_steps": 10, "tokens": 100, "labeled_forget_tokens": 7}
+        tokens = dict(zip(("forget", "retain"), sides, strict=True))
+        return cell(method, forget, retain, labeled, tokens_by_side=tokens, ledger=ledger, **more)
+
+    rows = [
+        row("no_routing", 3.0, 3.6, (400, 100), 100),
+        row("filter", 4.0, 3.4, (200, 200), 100, 0.5),
+        row("filter", 5.0, 3.3, (100, 300), 100, 0.75),
+        row("perfect_filter", 6.0, 3.2, (0, 400), 100),
+        row("routed", 4.5, 3.5, (200, 200), 125, 0.5, region_activity_ratio=[2.0, 4.0]),
+        row("sgtm", 5.5, 3.1, (200, 200), 100, 0.5),
+        row("era", 4.5, 3.5, (200, 200), 100, 0.9),
+    ]
+    found = aggregate(rows)
+    routed_costs, sgtm, era = (
+        costs(found, found.get(m, s, (1.0, 1.0))) for m, s in [("routed", 0.5), ("sgtm", 0.5), ("era", 0.9)]
+    )
+    assert routed_costs.compute.mean == 1.25 and routed_costs.serial_steps == 10 and routed_costs.labeled == 7
+    assert routed_costs.activity.mean == 3.0
+    assert routed_costs.penalty.at == pytest.approx(1 - 2**0.5 / 2), (
+        "the retain loss of plain training on 141 tokens, not 200"
+    )
+    assert routed_costs.leakage.at == pytest.approx(100 * 2**0.5 / 200), (
+        "as if 141 of the 200 tokens had been let through"
+    )
+    assert routed_costs.absorption.mean == pytest.approx(0.0) and routed_costs.told
+    assert str(sgtm.leakage) == "< 0.5" and sgtm.penalty.relation == "<", "beyond what filters tell: a bound"
+    assert era.leakage is None, "no filter has these labels"
+    assert not costs(aggregate(cells()[:1]), aggregate(cells()[:1]).get("no_routing")).told
 
 
 def test_only_figures_with_data_are_drawn():
@@ -365,3 +399,7 @@ def test_undo_must_hold_out_longer_with_more_noise_and_like_the_oracle_when_dist
     rows = [*cells(), undone("0.2", 3.0), undone("0.8", 2.9), undone("1", 2.9, between=2.95)]
     rises, fresh = (t for t in targets(aggregate(rows)) if "UNDO" in t.wanted or "afresh" in t.wanted)
     assert rises.met is False and fresh.met is False, "it recovers before the oracle would"
+    none = {"forget": [curve(1e-3, [5.0, 5.1, 5.2], status="diverged")]}
+    rows = [*cells(), undone("0.2", 3.0), cell("undo-1", 5.0, 3.6, 0.5, attacks=none)]
+    rises, fresh = (t for t in targets(aggregate(rows)) if "UNDO" in t.wanted or "afresh" in t.wanted)
+    assert rises.met is None and fresh.met is None, "an attack that diverged says nothing of robustness"

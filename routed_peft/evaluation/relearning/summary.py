@@ -149,7 +149,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             ]
         else:
             cells = [result["verdict"], "", "", ""]
-        steps = (result.get("recovery") or {}).get("steps")
+        steps = (result.get("recovery") or {}).get("steps") if result["verdict"] == "attack" else None
         when = "–" if steps is None else ("> " if steps["censored"] else "") + f"{steps['at']:.4g}"
         table.add_row(name, f"{result['start'][result['target']]:.3f}", *cells, when)
     return table

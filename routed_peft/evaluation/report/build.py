@@ -81,8 +81,8 @@ def verdict_tables(section: Section) -> Iterator[Table]:
                 number(result.retain.mean),
                 share(result.way.mean) if result.way else "–",
                 number(result.tax.mean) if result.tax else "–",
-                number(after.mean) if after else "–",
-                place(worst.recovery if worst else None),
+                number(after.mean) if after else worst.verdict if worst else "–",
+                place(worst.recovery if worst and worst.attacked else None),
                 str(len(result.cells)),
                 style="bold" if result.condition.method == "routed" else None,
             )

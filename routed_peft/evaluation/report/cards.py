@@ -60,6 +60,12 @@ CARDS: dict[str, Card] = {
         "special only as far as it beats this.",
         short="placebo: random units",
     ),
+    "gradient_ascent": Card(
+        "gradient ascent",
+        "output",
+        "Gradient ascent on forget rows alone." + _BY_OUTPUTS,
+        "Jang et al., arXiv 2210.01504",
+    ),
     "graddiff": Card(
         "GradDiff",
         "output",

@@ -14,6 +14,7 @@ from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.aggregate import BASE, ORACLE, Comparison, Quality, Result
 from routed_peft.evaluation.report.attacks import Relearning
 from routed_peft.evaluation.report.cards import card, in_order
+from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.drawing import Draw, Line, Theme
 from routed_peft.evaluation.report.lines import LOSS, OTHERS, curve, line, plot, style
 from routed_peft.evaluation.report.page import share
@@ -49,7 +50,7 @@ def figures(found: Comparison, settings: Mapping[str, Any]) -> list[Figure]:
         found: the experiment.
         settings: of it; they name the methods.
     """
-    made = (_tradeoff, _by_labels, _relearning, _wrong_labels)
+    made = (_tradeoff, _by_labels, _relearning, _compute, _wrong_labels)
     return [figure for make in made if (figure := make(found, settings)).panels]
 
 
@@ -85,15 +86,15 @@ def _tradeoff(found: Comparison, settings: Mapping[str, Any]) -> Figure:
             Mark(card(r.condition.method, settings).label, r.retain, r.forget, style(r.condition.method))
             for r in found.at(labeled, found.best_quality)
         ]
-        draw = partial(_draw_plane, marks, "Both losses" + _at(labeled), x_limits, y_limits)
+        draw = partial(_draw_plane, marks, "Both losses" + _at(labeled), f"retain {LOSS}", x_limits, y_limits)
         panels.append(Panel(draw, f"Losses on both sides{_with(labeled)}. Crosses: lowest to highest seed."))
     about = "Forget loss against retain loss, after the removal and before any attack: up and to the left is the aim."
     return Figure("tradeoff", "What is removed, and what it costs", about, panels)
 
 
-def _draw_plane(marks: Sequence[Mark], title: str, x: Limits, y: Limits, axes: Axes, theme: Theme) -> None:
+def _draw_plane(marks: Sequence[Mark], title: str, label: str, x: Limits, y: Limits, axes: Axes, theme: Theme) -> None:
     draw_marks(axes, theme, marks, x, y)
-    axes.set(title=title, xlabel=f"retain {LOSS}", ylabel=f"forget {LOSS}")
+    axes.set(title=title, xlabel=label, ylabel=f"forget {LOSS}")
 
 
 def _by_labels(found: Comparison, settings: Mapping[str, Any]) -> Figure:
@@ -132,6 +133,29 @@ def _relearning(found: Comparison, settings: Mapping[str, Any]) -> Figure:
                 level = base.forget.mean if base else None
                 panels += _attack_panel(lines, own, attack, labeled, level, folded=labeled != shares[0])
     return Figure("relearning", "Relearning", _ENVELOPE, panels)
+
+
+def _compute(found: Comparison, settings: Mapping[str, Any]) -> Figure:
+    panels = []
+    shares: list[float | None] = [*sorted(found.shares, key=lambda labeled: abs(labeled - 0.5))] or [None]
+    for labeled in shares:
+        rows = [(r, costs(found, r).compute, after_worst(r)) for r in found.at(labeled, found.best_quality)]
+        marks = [
+            Mark(card(r.condition.method, settings).label, x, y, style(r.condition.method))
+            for r, x, y in rows
+            if x and y
+        ]
+        if len({mark.x.mean for mark in marks}) < 2:
+            continue
+        xs, ys = [mark.x for mark in marks], [mark.y for mark in marks]
+        title = "Robustness and its cost" + _at(labeled)
+        draw = partial(_draw_plane, marks, title, "compute, × no routing", _limits(xs, xs), _limits(ys, ys))
+        panels.append(Panel(draw, f"Robustness and its cost{_with(labeled)}.", folded=labeled != shares[0]))
+    about = (
+        "Forget loss after the worst attack, against the floating-point operations of training over those of no routing: up "
+        "and to the left is the aim. Crosses: lowest to highest seed."
+    )
+    return Figure("compute", "Robustness against compute", about, panels)
 
 
 def _wrong_labels(found: Comparison, settings: Mapping[str, Any]) -> Figure:

@@ -25,6 +25,7 @@ STYLES = {
     "routed": Style("blue", width=2.8),
     "routed_undo": Style("blue", "--", "v"),
     "perfect_filter": Style("green"),
+    "gradient_ascent": Style("purple", ":", "o"),
     "graddiff": Style("purple"),
     "npo": Style("purple", "--", "s"),
     "simnpo": Style("purple", ":", "^"),

@@ -12,6 +12,7 @@ from routed_peft.evaluation.report.aggregate import Comparison, Condition, Quali
 from routed_peft.evaluation.report.attacks import Relearning, of_summary
 from routed_peft.evaluation.report.cards import Card, card, in_order
 from routed_peft.evaluation.report.caveats import caveats, caveats_of_attacks
+from routed_peft.evaluation.report.costs import Costs, costs
 from routed_peft.evaluation.report.figures import Figure, figures
 from routed_peft.evaluation.report.page import share
 from routed_peft.evaluation.report.reading import Source
@@ -90,6 +91,12 @@ class Section:
     def caveats(self) -> list[str]:
         """What it leaves open."""
         return list(caveats(self.found))
+
+    @cached_property
+    def costs(self) -> list[tuple[Result, Costs]]:
+        """What every row has cost, as far as that is told."""
+        rows = sorted(self.found.results.values(), key=lambda r: in_order(self.found.methods).index(r.condition.method))
+        return [(row, cost) for row in rows if (cost := costs(self.found, row)).told]
 
     def card(self, result: Result) -> Card:
         """Return the card of a result's method."""

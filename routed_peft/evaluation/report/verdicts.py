@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from routed_peft.evaluation.measures import Crossing, Spread
@@ -118,10 +118,15 @@ def _way(result: Result) -> str:
     return f"{ranged(result.way, True)} of the way from no routing to the perfect filter"
 
 
-def targets(found: Comparison) -> list[Target]:
-    """Compare an experiment with what was aimed at, as far as it has the numbers; of labels that are least wrong."""
+def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Target]:
+    """Compare an experiment with what was aimed at, as far as it has the numbers; of labels that are least wrong.
+
+    Args:
+        found: the experiment.
+        shares: of labels that are looked at; all by default.
+    """
     result: list[Target] = []
-    for labeled in found.shares:
+    for labeled in found.shares if shares is None else shares:
         routed = found.get(ROUTED, labeled, found.best_quality)
         if routed is not None:
             result += _of_share(found, routed, labeled)
@@ -179,23 +184,23 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
     results = [result for result in sweep if result is not None]
     oracle = found.get(ORACLE)
     for attack in found.attacks:
-        after = [r.attacks[attack].forget[-1] for r in results if attack in r.attacks]
-        if len(after) > 1:
-            means = [one.mean for one in after]
+        swept = [r.attacks[attack] for r in results if attack in r.attacks]
+        if len(swept) > 1:
+            means = [one.forget[-1].mean for one in swept]
             wanted = f"attack “{attack}”: forget loss afterwards rises with UNDO’s alpha"
-            yield Target(
-                wanted, " ".join(number(mean) for mean in means), means == sorted(means), min(a.n for a in after)
-            )
+            met = means == sorted(means) if all(one.attacked for one in swept) else None
+            yield Target(wanted, " ".join(map(number, means)), met, min(one.forget[-1].n for one in swept))
         fresh = found.get(f"{UNDO}1", labeled, found.best_quality)
         if oracle is None or fresh is None or not {attack} <= fresh.attacks.keys() & oracle.attacks.keys():
             continue
-        own, its = fresh.attacks[attack].recovery, oracle.attacks[attack].recovery
-        if own is not None and its is not None:
+        own, its = fresh.attacks[attack], oracle.attacks[attack]
+        if own.recovery is not None and its.recovery is not None:
             wanted = (
                 f"attack “{attack}”: distilled afresh at least {FRESH:g} × the steps to recover of the perfect filter"
             )
-            seeds = min(fresh.attacks[attack].forget[-1].n, oracle.attacks[attack].forget[-1].n)
-            yield Target(wanted, f"{place(own)} against {place(its)}", at_least(own, FRESH, its), seeds)
+            met = at_least(own.recovery, FRESH, its.recovery) if own.attacked and its.attacked else None
+            measured = f"{place(own.recovery)} against {place(its.recovery)}"
+            yield Target(wanted, measured, met, min(own.forget[-1].n, its.forget[-1].n))
 
 
 def _of_steps(found: Comparison) -> Iterator[Target]:
