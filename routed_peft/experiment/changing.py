@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from io import StringIO
@@ -27,6 +28,8 @@ from routed_peft.unlearning import Ledger, UndoArguments, UnlearningArguments, u
 UNDO_LOOKS = 40
 """How often UNDO's stop rule looks at retain loss."""
 UNLEARNING_STEPS = 100
+EXTENSIONS = 4
+"""How many learning rates are tried beyond those that a method has to begin with."""
 ALLOWED_RISE = 0.05
 """Share by which unlearning may raise the validation loss on retain text; its learning rate is chosen under that limit."""
 
@@ -100,52 +103,76 @@ def unlearned(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Unlearn by outputs, with the rows that are labelled, at the rate that does most within the limit on retain loss.
 
-    Rates are compared by validation losses; where none keeps the limit, the one that harms retain text least is taken.
-    What is said of it: the ``learning_rate``, whether it lies within the grid of rates (``rate_interior``) and keeps the limit
-    (``within_limit``), and the ledger.
+    Rates are compared by validation losses; where none keeps the limit, the one that harms retain text least is taken. While
+    the best lies at an edge, rates beyond it are tried. What is said of it: the ``learning_rate``, all ``rates_tried``, whether
+    the best is one of those in between (``rate_interior``) and keeps the limit (``within_limit``), and the ledger.
+
+    Raises:
+        ValueError: where all rates diverge.
     """
-    method, settings = cell.method, cell.settings
+    method = cell.method
     labels = np.array(material.rows["route_label"][:])
     rows = {side: material.rows.select(np.flatnonzero(labels == side)) for side in SIDES}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     allowed = (1 + ALLOWED_RISE) * packed_loss(model, material.validation[RETAIN])
-    found: list[tuple[tuple[bool, float], float, dict[str, Tensor], Ledger]] = []
-    for rate in method.rates:
-        model.load_state_dict(before)
-        arguments = UnlearningArguments(
-            str(folder),
-            method=cell.name,
-            **method.unlearning,
-            max_steps=UNLEARNING_STEPS,
-            learning_rate=rate,
-            warmup_steps=UNLEARNING_STEPS // 10,
-            per_device_train_batch_size=8,
-            max_grad_norm=1.0,
-            bf16=bf16_helps(),
-            use_cpu=not torch.cuda.is_available(),
-            seed=settings.seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        with redirect_stdout(StringIO()):  # the trainer's log
+    tried, wanted = [], list(method.rates)
+    best: tuple[tuple[bool, float], float, dict[str, Tensor], Ledger] | None = None
+    while wanted:
+        for rate in wanted:
+            model.load_state_dict(before)
+            tried.append(rate)
             try:
-                model, ledger = unlearn(model, rows[FORGET], rows[RETAIN], arguments)
-            except ValueError as error:  # the loss is not finite any more: a rate too high, which the limit excludes
-                if "loss" not in str(error):
+                with redirect_stdout(StringIO()):  # the trainer's log
+                    model, ledger = unlearn(model, rows[FORGET], rows[RETAIN], unlearning_arguments(cell, rate, folder))
+            except ValueError as error:
+                if "the loss is" not in str(error):
                     raise
-                continue
-        forget, retain = (packed_loss(model, material.validation[side]) for side in SIDES)
-        within = retain <= allowed
-        after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        found.append(((within, forget if within else -retain), rate, after, ledger))
-    if not found:
-        raise ValueError(f"{cell.name} diverged at every learning rate of {method.rates}")
-    (within, _), rate, weights, ledger = max(found, key=lambda entry: entry[0])
+                continue  # it diverged: a rate too high
+            forget, retain = (packed_loss(model, material.validation[side]) for side in SIDES)
+            score = (retain <= allowed, forget if retain <= allowed else -retain)
+            if best is None or score > best[0]:
+                best = score, rate, {name: tensor.clone() for name, tensor in model.state_dict().items()}, ledger
+        wanted = beyond(tried, None if best is None else best[1], len(method.rates) + EXTENSIONS)
+    if best is None:
+        raise ValueError(f"{cell.name} diverged at every learning rate of {tried}: lower `rates`")
+    (within, _), rate, weights, ledger = best
     model.load_state_dict(weights)
-    interior = min(method.rates) < rate < max(method.rates)
-    about = {"learning_rate": rate, "rate_interior": interior, "within_limit": within}
-    return model, about | {"ledger": ledger.to_dict()}
+    about = {"learning_rate": rate, "rates_tried": sorted(tried), "within_limit": within}
+    return model, about | {"rate_interior": min(tried) < rate < max(tried), "ledger": ledger.to_dict()}
+
+
+def beyond(tried: Sequence[float], best: float | None, most: int) -> list[float]:
+    """Return the rate to be tried next: a third or thrice that at the edge where the best one lies.
+
+    >>> beyond([1e-3, 3e-3], 3e-3, most=9), beyond([1e-3, 3e-3], None, most=9), beyond([1e-3, 3e-3, 1e-2], 3e-3, most=9)
+    ([0.009], [0.000333], [])
+    >>> beyond([1e-3, 3e-3], 3e-3, most=2)
+    []
+    """
+    low, high = min(tried), max(tried)
+    if len(tried) >= most or (best is not None and low < best < high):
+        return []
+    return [float(f"{high * 3 if best == high else low / 3:.3g}")]
+
+
+def unlearning_arguments(cell: Cell, rate: float, folder: Path) -> UnlearningArguments:
+    """Return the arguments of unlearning at a learning rate."""
+    return UnlearningArguments(
+        str(folder),
+        method=cell.name,
+        **cell.method.unlearning,
+        max_steps=UNLEARNING_STEPS,
+        learning_rate=rate,
+        warmup_steps=UNLEARNING_STEPS // 10,
+        per_device_train_batch_size=8,
+        max_grad_norm=1.0,
+        bf16=bf16_helps(),
+        use_cpu=not torch.cuda.is_available(),
+        seed=cell.settings.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class Method:
         change: what is done to the parent's model: "ablate" its region, "random" units as many as the region has, a method
             of `routed_peft.unlearning`, or "undo".
         unlearning: what its `routed_peft.unlearning.UnlearningArguments` say besides the method.
-        rates: learning rates of unlearning that are tried.
+        rates: learning rates of unlearning that are tried to begin with.
         noise: alpha and beta of UNDO.
     """
 
