@@ -130,6 +130,23 @@ def test_undo_is_made_from_what_was_unlearnt_and_costs_add_up(finished):
     )
 
 
+def test_a_cell_that_fails_is_named_at_the_end_and_the_others_are_made(finished, monkeypatch):
+    real = run.make
+
+    def make(cell, *args):
+        if cell.name == "filter":
+            raise ValueError("no room")
+        return real(cell, *args)
+
+    monkeypatch.setattr(run, "make", make)
+    file = finished / "failed.json"
+    methods = ["filter", "perfect_filter"]
+    experiment = experiment_of(finished, summary_file=str(file), methods=methods, labeled_shares=[0.25], attacks=[])
+    with pytest.raises(ValueError, match=r"1 of 2 cells failed(.|\n)*filter, biology-filter-0.25.*: no room"):
+        run_experiment(experiment, TINY)
+    assert [cell["method"] for cell in json.loads(file.read_text())["cells"]] == ["perfect_filter"]
+
+
 def test_keys_hold_what_a_cell_depends_on():
     routed = Cell.of("routed", TINY)
     assert Cell.of("routed", replace(TINY, robust_share=0.2)).key != routed.key

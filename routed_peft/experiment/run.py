@@ -178,18 +178,26 @@ def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
         settings: everything else.
 
     Raises:
-        ValueError: on an unknown method or attack.
+        ValueError: on an unknown method or attack; at the end, where cells failed, which ones and why.
     """
     cells, place = all_cells(experiment, settings), Path(experiment.cells_dir)
     place.mkdir(parents=True, exist_ok=True)
     restore(experiment, cells, place)
+    failed: dict[str, str] = {}
     with Progress(console=Console()) as progress:
         task = progress.add_task(f"{settings.pair}: {len(cells)} cells", total=len(cells))
         todo = cells
         while todo:
             left = []
             for cell in todo:
-                if finish(cell, place, experiment, progress):
+                try:
+                    done = finish(cell, place, experiment, progress)
+                except ValueError as error:  # too few labels for the region to tell sides apart, say; the others go on
+                    failed[f"{cell.shown}, {cell.key}"] = str(error)
+                    progress.console.print(f"{cell.key}: failed: {error}", markup=False)
+                    progress.advance(task)
+                    continue
+                if done:
                     write_summary(experiment, settings, cells, place)
                     progress.advance(task)
                 else:
@@ -197,3 +205,8 @@ def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
             if len(left) == len(todo):
                 time.sleep(5)  # other processes are at the rest
             todo = left
+    if failed:
+        reasons = "\n".join(f"  {name}: {error}" for name, error in failed.items())
+        raise ValueError(
+            f"{len(failed)} of {len(cells)} cells failed; the others are in {experiment.summary_file}:\n{reasons}"
+        )
