@@ -168,6 +168,17 @@ def test_keys_hold_what_a_cell_depends_on():
     assert len(all_cells(Experiment("unused", methods=["perfect_filter", "filter"], labeled_shares=[1.0]), TINY)) == 6
 
 
+def test_a_variant_is_the_method_with_other_settings_of_routing():
+    routed = Cell.of("routed", TINY)
+    other = Cell.of("routed:robust_share=0.2,self_labels=false", TINY)
+    assert other.key == Cell.of("routed", replace(TINY, robust_share=0.2, self_labels=False)).key != routed.key
+    assert other.shown == "routed:robust_share=0.2,self_labels=false" and other.name == "routed"
+    with pytest.raises(ValueError, match=r"a variant changes one of .*, got 'steps=3'"):
+        Cell.of("routed:steps=3", TINY)
+    with pytest.raises(ValueError, match="a variant is NAME=VALUE"):
+        Cell.of("routed:self_labels=False", TINY)
+
+
 def test_refuses_methods_that_do_not_exist():
     with pytest.raises(ValueError, match=r"`methods` has \['route'\]"):
         all_cells(Experiment("unused", methods=["route"]), TINY)

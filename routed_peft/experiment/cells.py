@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from routed_peft.demo.settings import DemoSettings
+from routed_peft.evaluation.report.cards import VARIANT
 from routed_peft.experiment.methods import METHODS, Method
 
 NUMBERS = "numbers.json"
@@ -25,7 +27,9 @@ class Experiment:
     cells_dir: str = field(default="runs/cells", metadata={"help": "Where every cell has its directory."})
     methods: list[str] = field(
         default_factory=lambda: ["no_routing", "filter", "routed", "perfect_filter"],
-        metadata={"help": f"Of {', '.join(METHODS)}."},
+        metadata={
+            "help": f"Of {', '.join(METHODS)}; with other settings of routing as in routed:forget_share=0.2,robust_share=0.1."
+        },
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of labels, order and weights."})
     labeled_shares: list[float] = field(
@@ -70,11 +74,13 @@ class Cell:
 
     @classmethod
     def of(cls, shown: str, settings: DemoSettings) -> Cell:
-        """Return the cell of a method under an experiment's settings."""
-        name, plain = twin(shown, settings), DemoSettings()
+        """Return the cell of a method, or of a variant of it, under an experiment's settings."""
+        asked, _, changes = shown.partition(VARIANT)
+        settings = replace(settings, **variant(changes))
+        name, plain = twin(asked, settings), DemoSettings()
         method = METHODS[name]
         neutral = {key: getattr(plain, key) for key in irrelevant(method)}
-        labels = {key: getattr(settings, key) for key in LABELS} if METHODS[shown].labels else {}
+        labels = {key: getattr(settings, key) for key in LABELS} if METHODS[asked].labels else {}
         return cls(shown, name, method, replace(settings, **(neutral | method.settings)), labels)
 
     @property
@@ -86,6 +92,30 @@ class Cell:
         share = f"-{self.settings.labeled:g}" if self.method.labels else ""
         digest = hashlib.sha256(about.encode()).hexdigest()[:8]
         return f"{self.settings.pair}-{self.name}{share}-{self.settings.seed}-{digest}"
+
+
+def variant(changes: str) -> dict[str, Any]:
+    """Read the settings by which a method differs from the experiment: NAME=VALUE, by commas.
+
+    Raises:
+        ValueError: for a setting that is not one of routing alone, or a value that JSON cannot read.
+
+    Example:
+        >>> variant("forget_share=0.2,self_labels=false"), variant("")
+        ({'forget_share': 0.2, 'self_labels': False}, {})
+    """
+    found = {}
+    for change in filter(None, changes.split(",")):
+        name, _, value = change.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            raise ValueError(
+                f"`methods`: a variant is NAME=VALUE with a number, true, false or null, got {change!r}"
+            ) from None
+        if name not in ROUTING:
+            raise ValueError(f"`methods`: a variant changes one of {', '.join(ROUTING)}, got {change!r}")
+    return found
 
 
 def twin(name: str, settings: DemoSettings) -> str:
@@ -125,7 +155,7 @@ def irrelevant(method: Method) -> list[str]:
 
 def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
     """Return the cells of an experiment, those of a seed together, each once."""
-    if unknown := [name for name in experiment.methods if name not in METHODS]:
+    if unknown := [name for name in experiment.methods if name.partition(VARIANT)[0] not in METHODS]:
         raise ValueError(f"`methods` has {unknown}; the methods are {list(METHODS)}")
     cells: dict[tuple[str, str], Cell] = {}
     for seed in experiment.seeds:

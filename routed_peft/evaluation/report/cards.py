@@ -170,6 +170,8 @@ CARDS: dict[str, Card] = {
 
 UNDO = "undo-"
 """What the keys of UNDO's methods begin with; then comes alpha."""
+VARIANT = ":"
+"""What stands between a method's key and the settings by which a variant of it differs."""
 
 
 def card(method: str, settings: Mapping[str, Any] | None = None) -> Card:
@@ -182,7 +184,13 @@ def card(method: str, settings: Mapping[str, Any] | None = None) -> Card:
     Example:
         >>> card("rmu").name, card("undo-0.6").name, card("mine").name, card("routed", {"self_labels": False}).name
         ('RMU', 'UNDO, alpha 0.6', 'mine', 'routed, ablated')
+        >>> card("routed:forget_share=0.2").name
+        'routed with self-labels, ablated, forget share=0.2'
     """
+    base, _, changes = method.partition(VARIANT)
+    if changes:
+        own, written = card(base, settings), changes.replace("_", " ").replace(",", ", ")
+        return replace(own, name=f"{own.name}, {written}", short=written)
     if method == "routed" and settings is not None and not settings.get("self_labels", True):
         about = "SGTM's routes, with a share of labelled rows as the settings say; the region is ablated."
         return replace(
@@ -204,7 +212,8 @@ def in_order(methods: list[str]) -> list[str]:
 
     def place(method: str) -> tuple[int, str]:
         undo = method.startswith(UNDO)
-        key = "undo" if undo else method
-        return (known.index(key) if key in known else len(known), method if undo else "")
+        key, _, changes = method.partition(VARIANT)
+        key = "undo" if undo else key
+        return (known.index(key) if key in known else len(known), method if undo else changes)
 
     return sorted(methods, key=place)

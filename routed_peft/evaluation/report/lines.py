@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from matplotlib.axes import Axes
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.attacks import Relearning
-from routed_peft.evaluation.report.cards import UNDO
+from routed_peft.evaluation.report.cards import UNDO, VARIANT
 from routed_peft.evaluation.report.drawing import Draw, Line, Style, Theme, draw_lines
 
 LOSS = "loss (nats per token)"
@@ -41,6 +42,9 @@ OTHERS = tuple(
 
 def style(method: str) -> Style:
     """Return how a method is drawn; those that are not known look alike, and are told apart by their names."""
+    base, _, changes = method.partition(VARIANT)
+    if changes:
+        return replace(style(base), dashes=":", marker="d", width=1.5)
     return STYLES.get("undo" if method.startswith(UNDO) else method, Style("purple", "--", "X"))
 
 
