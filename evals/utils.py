@@ -70,7 +70,23 @@ def count_tokens(tokenizer: Any, texts: Iterable[str], metadata: Row) -> list[in
     return [len(tokenizer.encode(t, **(plain if bos and t.startswith(bos) else keywords))) for t in texts]
 
 
-def loss_documents(side: str, pair: str = "biology", limit: int | None = None, **metadata: Any) -> dict[str, Dataset]:
+def read_limit(limit: int | str | None) -> int | None:
+    """Return how many rows to keep; a command line's ``limit=5`` is a string.
+
+    Raises:
+        ValueError: it is no whole number from 1.
+
+    >>> read_limit("5"), read_limit(None)
+    (5, None)
+    """
+    if limit is None:
+        return None
+    if not str(limit).isdecimal() or int(limit) < 1:
+        raise ValueError(f"`limit` must be a whole number from 1, got {limit!r}: for example --metadata limit=100")
+    return int(limit)
+
+
+def loss_documents(side: str, pair: str = "biology", limit: int | str | None = None, **metadata: Any) -> dict[str, Dataset]:
     """Build the test split of a loss task: columns ``text`` and ``n_tokens``.
 
     Args:
@@ -80,7 +96,7 @@ def loss_documents(side: str, pair: str = "biology", limit: int | None = None, *
         **metadata: ``forget_file`` and ``retain_file``, JSONL of rows with ``text``; ``tokenizer`` or ``pretrained``.
 
     Raises:
-        ValueError: no tokenizer, no such file, or a row without text.
+        ValueError: no tokenizer, no such file, a row without text, or a limit that is no number.
     """
     argument = f"{side}_file"
     if file := metadata.get(argument):
@@ -90,7 +106,7 @@ def loss_documents(side: str, pair: str = "biology", limit: int | None = None, *
 
         rows = load_pair(pair, split="test").shuffle(seed=0)  # a limit then takes a fair sample of them
         texts = [row["text"] for row in rows if row["side"] == side]
-    texts = texts[:limit]
+    texts = texts[: read_limit(limit)]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"`{argument}` must hold a non-empty `text` in every row, got {text!r} in row {number}")
@@ -121,7 +137,7 @@ def token_weighted(items: Iterable[tuple[float, int]]) -> float:
     return -sum(log_likelihoods) / sum(counts)
 
 
-def questions(side: str, limit: int | None = None, **metadata: Any) -> dict[str, Dataset]:
+def questions(side: str, limit: int | str | None = None, **metadata: Any) -> dict[str, Dataset]:
     """Build the test split of a multiple choice task, in WMDP's schema ``{question, choices, answer}``.
 
     Args:
@@ -130,14 +146,14 @@ def questions(side: str, limit: int | None = None, **metadata: Any) -> dict[str,
         **metadata: ``forget_mc_file``, ``retain_mc_file`` and ``adjacent_mc_file``, JSONL; else packaged questions.
 
     Raises:
-        ValueError: no such file, or a row that is not in this schema.
+        ValueError: no such file, a row that is not in this schema, or a limit that is no number.
 
     Example:
         >>> questions("retain", limit=1)["test"].column_names
         ['question', 'choices', 'answer']
     """
     argument = f"{side}_mc_file"
-    rows = read_rows(metadata.get(argument) or PACKAGED / f"{side}_mc.jsonl", argument)[:limit]
+    rows = read_rows(metadata.get(argument) or PACKAGED / f"{side}_mc.jsonl", argument)[: read_limit(limit)]
     for number, row in enumerate(rows, 1):
         question, choices, answer = (row.get(key) for key in ("question", "choices", "answer"))
         fits = isinstance(question, str) and isinstance(choices, list) and len(choices) == 4

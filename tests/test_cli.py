@@ -87,6 +87,8 @@ def test_ablate_keeps_a_region_on_request(run, tmp_path):
         (["ablate", "RUN", "OUT", "--keep", "boi"], "'boi'"),
         (["evaluate", "RUN", "--regions", "boi"], "boi"),
         (["evaluate", "RUN", "--metadata", "pair"], "KEY=VALUE"),
+        (["evaluate", "RUN", "--metadata", "limit=few"], "`limit` must be a whole number from 1, got 'few'"),
+        (["evaluate", "RUN", "--tasks", "routed_retain_mc", "--metadata", "limit=0"], "`limit` must be a whole number"),
         (["inspect", "no-such-org/no-such-model"], "taken for the id of a repository on the Hub"),
     ],
 )
@@ -127,6 +129,18 @@ def test_evaluate_measures_every_set_of_regions(run, tmp_path):
     scores = [report["results"][name]["routed_forget_loss/token_ce"] for name in report["results"]]
     assert len(set(scores)) == 3, "three different models were measured"
     assert report["metadata"]["forget_file"] == forget
+
+
+def test_a_limit_in_the_metadata_is_a_number_of_rows(run, tmp_path):
+    forget = write_jsonl(tmp_path / "forget.jsonl", [{"text": "cell wall"}, {"text": "a gene"}])
+    losses = []
+    for more in ([], ["--metadata", "limit=1"], ["--limit", 1]):
+        out = tmp_path / "out.json"
+        command = ["evaluate", run, "--tasks", "routed_forget_loss", "--forget-file", forget, "--out", out, *more]
+        result = call(*command)
+        assert result.exit_code == 0, result.output
+        losses.append(json.loads(out.read_text())["results"]["ablated"]["routed_forget_loss/token_ce"])
+    assert losses[0] != losses[1] == losses[2]
 
 
 def test_tasks_path_holds_the_tasks():
