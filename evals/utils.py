@@ -86,7 +86,9 @@ def read_limit(limit: int | str | None) -> int | None:
     return int(limit)
 
 
-def loss_documents(side: str, pair: str = "biology", limit: int | str | None = None, **metadata: Any) -> dict[str, Dataset]:
+def loss_documents(
+    side: str, pair: str = "biology", limit: int | str | None = None, **metadata: Any
+) -> dict[str, Dataset]:
     """Build the test split of a loss task: columns ``text`` and ``n_tokens``.
 
     Args:

@@ -157,6 +157,7 @@ def check_model(
         configs: Any = model.peft_config
         if getattr(configs[region], "use_dora", False):
             raise ValueError(f"the adapter {region!r} uses DoRA, whose magnitudes cannot be routed: take plain LoRA")
+    embeddings = _embedding_weight(model)
     if train_base and getattr(model, "is_quantized", False):
         raise ValueError(
             "`train_base=True` on a quantised model: its weights cannot be trained. Route into LoRA regions, with "
@@ -173,15 +174,28 @@ def check_model(
                 f"{name!r} is a copy made by `modules_to_save` or trainable tokens: it is no removable region"
             )
         if isinstance(module, BaseTunerLayer):
-            _check_layer(name, module)
+            _check_layer(name, module, embeddings)
 
 
-def _check_layer(name: str, layer: BaseTunerLayer) -> None:
+def _embedding_weight(model: nn.Module) -> torch.Tensor | None:
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    embeddings = inner.get_input_embeddings() if isinstance(inner, PreTrainedModel) else None
+    return getattr(embeddings, "weight", None)
+
+
+def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | None) -> None:
     if layer.merged:
         raise ValueError(f"adapters are merged into {name!r}: call `unmerge_adapter()` before routing")
     variants = getattr(layer, "lora_variant", {})
     if variants:
         raise ValueError(f"{name!r} has a LoRA variant for {sorted(variants)}: only plain LoRA can be routed")
+    base = layer.get_base_layer()
+    tied = embeddings is not None and getattr(base, "weight", None) is embeddings
+    if tied and isinstance(layer, LoraLayer) and not isinstance(base, nn.Embedding):
+        raise ValueError(
+            f"{name!r} shares its weight with the embeddings, so LoRA on it cannot be merged without changing them: leave "
+            "it out of `target_modules`, or load the model with `tie_word_embeddings=False`"
+        )
 
 
 def check_member(member: Member) -> None:

@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES, tiny
 from peft import LoraConfig, get_peft_model
 from reference import by_example, by_position, loss_of
+from subspace_parts import subspace_file, with_subspace
 from torch import nn
 
 from routed_peft import ablated, presets
@@ -408,6 +409,26 @@ def test_refusals():
 
     model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["embed_tokens"]), adapter_name="forget")
     refuse("cannot be routed", model, train_base=True)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT, which goes on
+@pytest.mark.parametrize("family", ["qwen3", "gemma"])
+def test_lora_on_a_head_tied_to_the_embeddings_is_refused(family, tmp_path):
+    head = LoraConfig(r=2, target_modules=["lm_head"])
+
+    def on_the_head(name: str, **options) -> nn.Module:
+        return get_peft_model(tiny(family, **options), head, adapter_name=name)
+
+    message = "'base_model.model.lm_head' shares its weight with the embeddings"
+    refuse(message, on_the_head("forget"), train_base=True)
+    model = on_the_head("retain")
+    model.add_adapter("forget", LoraConfig(r=2, target_modules=["up_proj"]))
+    refuse(message, model, base_adapters=["retain"])
+    GradientRouting(on_the_head("forget", tie_word_embeddings=False), presets.sgtm("forget"), train_base=True)
+    mlp = get_peft_model(tiny(family), RoutedConfig(size=2), adapter_name="forget")
+    GradientRouting(mlp, presets.sgtm("forget"), train_base=True)
+    subspace = with_subspace(tiny(family), subspace_file(tmp_path), "forget")  # guards the embeddings
+    GradientRouting(subspace, presets.sgtm("forget"), train_base=True)
 
 
 class NoisyNorm(nn.LayerNorm):
