@@ -49,11 +49,15 @@ def by_example(
 
 
 def by_position(
-    model: nn.Module, batch: Mapping[str, Tensor], weights: dict[str, Tensor], groups: dict[str, str]
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    weights: dict[str, Tensor],
+    groups: dict[str, str],
+    absent: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Every position gets parameters of its own (copies), so that each gradient is known by position and then weighed.
 
-    ``weights`` maps groups to ``(B, T)``.
+    ``weights`` maps groups to ``(B, T)``, ``absent`` regions of kind mlp to the positions that they add nothing to.
     """
     b, t = batch["input_ids"].shape
     copies: dict[str, list[Tensor]] = {}
@@ -70,6 +74,9 @@ def by_position(
         if own:
             originals.append(module)
             module.forward = _positional(module, {k: copy(names[id(p)], p) for k, p in own.items()}, b)
+    for name, module in model.named_modules():
+        if ".routed_down." in name:
+            module.forward = _gated(module.forward, absent[name.rpartition(".")[2]])
     try:
         loss_of(model, batch).backward()
     finally:
@@ -79,6 +86,10 @@ def by_position(
         name: sum(torch.einsum("bt,bt...->...", weights[groups[name]].to(leaf.dtype), leaf.grad) for leaf in leaves)
         for name, leaves in copies.items()
     }
+
+
+def _gated(forward, absent: Tensor):
+    return lambda x: torch.where(absent[:, :, None], 0.0, forward(x))
 
 
 def _positional(module: nn.Module, own: dict[str, Tensor], b: int):

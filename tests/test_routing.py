@@ -81,21 +81,25 @@ def test_mixed_batch_equals_one_example_at_a_time(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_labels_equal_parameters_by_position(family):
     model, batch = two_regions(family), batch_of(3, length=5)
-    routes = {label: Route(weights=route.weights) for label, route in ROUTES.items()}  # the gate has its own test
-    labels = torch.randint(0, 5, (3, 5), generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 5, (3, 5), generator=torch.Generator().manual_seed(3))
     labels[0, -2:] = -100
-    routing = GradientRouting(model, routes, train_base=True)
+    assert len(labels[labels >= 0].unique()) == 5, "all routes, also those from whose positions a region is absent"
+    routing = GradientRouting(model, ROUTES, train_base=True)
     groups = group_names(model, routing)
     with routing(labels):
         loss_of(model, batch).backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     weights = {
-        group: torch.tensor([r.weight(group) for r in routes.values()], dtype=torch.float64)[labels.clamp(min=0)]
+        group: torch.tensor([r.weight(group) for r in ROUTES.values()], dtype=torch.float64)[labels.clamp(min=0)]
         for group in routing.groups
     }
     routing.detach()
     model.base_model.set_adapter(["forget", "bio"])
-    expected = by_position(model, batch, weights, groups)
+    absent = {
+        region: torch.tensor([region in route.ablated for route in ROUTES.values()])[labels.clamp(min=0)]
+        for region in ("forget", "bio")
+    }
+    expected = by_position(model, batch, weights, groups, absent)
     for name, p in model.named_parameters():
         p.grad = grads[name]
     assert_equal_grads(model, expected, 1e-6 if family in FLOAT32_NORMS else 1e-10)
