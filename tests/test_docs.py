@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
+from evaluation_parts import TEXTS, byte_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +26,26 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # torch, without an accelerator
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    labels = ["forget", "retain", "unlabeled"]
+    rows = [{"input_ids": tokenizer.encode(text), "route_label": labels[i]} for i, text in enumerate(TEXTS)]
+    names = {"ds": Dataset.from_list(rows * 4)}
+    exec(code.replace("path/or/hub-id", str(tmp_path / "base")), names)
+    plain, info = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    assert plain.config.to_dict().keys() == model.config.to_dict().keys() and plain.config.intermediate_size == 32
+    assert not torch.equal(plain.model.embed_tokens.weight, model.model.embed_tokens.weight), "it was trained"
+    assert (tmp_path / "out" / "ablation.json").is_file() and (tmp_path / "run" / "forget").is_dir()
+    assert [name for name, _ in names["model"].named_parameters() if "routed_down.forget" in name]
 
 
 def test_the_tree_in_the_readme_names_what_is_there():
