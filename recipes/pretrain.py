@@ -183,7 +183,9 @@ def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> 
     if attention == "auto":
         attention = "eager" if args.device.type == "cpu" else "sdpa"
     if recipe.model_name_or_path:
-        kwargs = {"is_trainable": True} if Path(recipe.model_name_or_path, "routing.json").is_file() else {}
+        kwargs: dict = {"is_trainable": True} if Path(recipe.model_name_or_path, "routing.json").is_file() else {}
+        if args.train_base:
+            kwargs["dtype"] = torch.float32  # masters, whatever precision was saved; `bf16` computes in less
         model, tokenizer = load_source(recipe.model_name_or_path, attn_implementation=attention, **kwargs)
     else:
         tokenizer = train_tokenizer(documents["text"], recipe.vocab_size)  # of all, so that arms can be compared

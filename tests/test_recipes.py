@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import enable_progress_bars
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routed_peft.checkpoint import inspect_checkpoint
@@ -193,6 +195,46 @@ def test_nothing_is_overwritten(runs, files, tmp_path):
         here(command)
     with pytest.raises(ValueError, match="holds a finished run"):
         here([*command, "--ablate_to", "no"])
+
+
+def dtypes(place: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(place).values()}
+
+
+def test_pretraining_goes_on_from_a_checkpoint_in_bfloat16(runs, files, tmp_path):
+    half = AutoModelForCausalLM.from_pretrained(runs / "sgtm-ablated", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(runs / "sgtm-ablated").save_pretrained(tmp_path / "half")
+    here([*arguments("sgtm", tmp_path, files), "--model_name_or_path", str(tmp_path / "half")])
+    assert dtypes(tmp_path / "sgtm" / "model.safetensors") == {torch.float32}
+    assert dtypes(tmp_path / "sgtm" / "forget" / "adapter_model.safetensors") == {torch.float32}
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "sgtm-ablated")
+    assert after.config.intermediate_size == 32
+    assert not torch.equal(after.model.norm.weight, half.model.norm.weight.float()), "it was trained on"
+
+
+def test_pretraining_goes_on_from_a_run_with_its_region(runs, files, tmp_path):
+    command = [*arguments("sgtm", tmp_path, files), "--model_name_or_path", str(runs / "sgtm"), "--size", "3"]
+    here([*command, "--learning_rate", "0"])
+    for name in ("model.safetensors", "forget/adapter_model.safetensors"):
+        before, after = load_file(runs / "sgtm" / name), load_file(tmp_path / "sgtm" / name)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    here([*command, "--output_dir", str(tmp_path / "trained")])
+    before, after = (
+        load_file(place / "forget/adapter_model.safetensors") for place in (runs / "sgtm", tmp_path / "trained")
+    )
+    assert all(before[key].shape == after[key].shape and not torch.equal(before[key], after[key]) for key in before)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "trained-ablated").config.intermediate_size == 32
+
+
+def test_adapters_beside_a_frozen_base_in_bfloat16_are_float32(runs, files, tmp_path):
+    half = AutoModelForCausalLM.from_pretrained(runs / "sgtm-ablated", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "sgtm-ablated")
+    AutoTokenizer.from_pretrained(runs / "sgtm-ablated").save_pretrained(tmp_path / "sgtm-ablated")
+    here(arguments("two_lora", tmp_path, files))
+    for name in ("retain", "forget"):
+        assert dtypes(tmp_path / "two_lora" / name / "adapter_model.safetensors") == {torch.float32}
+    assert dtypes(tmp_path / "two_lora-ablated" / "model.safetensors") == {torch.bfloat16}, "as the base was"
 
 
 def test_mistakes_are_explained(files, tmp_path):
