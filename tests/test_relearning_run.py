@@ -196,6 +196,7 @@ def test_the_commands_of_the_docs_run(places, tmp_path):
         (["--attack", "forget", "--attack", "forget"], "`attacks` must be different"),
         (["--attack", "everything"], "is no part of an attack"),
         (["--learning-rate", "1e-3;1e-2"], "`--learning-rate` takes numbers"),
+        (["--learning-rate", "0"], "`learning_rates` must be different positive numbers"),
         (["--steps", "5,10"], "`steps` must ascend from 0"),
         (["--regions", "bio"], "bio"),
     ],

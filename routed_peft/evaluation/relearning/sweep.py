@@ -230,12 +230,13 @@ def check_settings(
     attack: Attack, data: AttackData, rates: Sequence[float], seeds: Sequence[int], steps: Sequence[int]
 ) -> None:
     """Raise ValueError where an attack cannot be run, before anything is."""
-    if not rates or len(set(rates)) < len(rates) or not all(0 <= rate < math.inf for rate in rates):
+    trains = attack.method != "none"  # what trains nothing has the rate 0
+    if not rates or len(set(rates)) < len(rates) or trains and not all(0 < rate < math.inf for rate in rates):
         raise ValueError(f"`learning_rates` must be different positive numbers, at least one, got {list(rates)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different whole numbers, at least one, got {list(seeds)}")
     if list(steps) != sorted(set(steps)) or not steps or steps[0] != 0:
         raise ValueError(f"`steps` must ascend from 0, got {list(steps)}; for example {log_spaced(100)}")
-    if attack.method != "none":
+    if trains:
         for seed in seeds:
             data.for_training(attack, seed)
