@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,40 @@ def test_without_the_cells_it_goes_on_from_the_summary(finished, tmp_path, calls
     assert not calls
     then, now = (json.loads((place / "summary.json").read_text()) for place in (finished, tmp_path))
     assert now["cells"] == then["cells"] and now["versions"] == then["versions"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda summary: summary | {"format": 2},
+            "has the format 2, this version of routed_peft reads 1: move it away",
+        ),
+        (lambda summary: {"rows": []}, "is no summary of an experiment"),
+    ],
+)
+def test_a_summary_of_another_kind_or_version_is_refused_and_kept(finished, tmp_path, calls, change, message):
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps(change(json.loads((finished / "summary.json").read_text()))))
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run_experiment(experiment_of(tmp_path), TINY)
+    assert not calls and file.read_bytes() == before
+
+
+def test_processes_that_write_the_same_file_do_not_take_each_others_temporary_one(tmp_path, monkeypatch):
+    file, rename = tmp_path / "summary.json", Path.rename
+
+    def slowly(aside, target):
+        monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr("os.getpid", lambda: 1)  # another process writes in between
+        run.write_json(file, "theirs")
+        assert json.loads(aside.read_text()) == "ours"
+        return rename(aside, target)
+
+    monkeypatch.setattr(Path, "rename", slowly)
+    run.write_json(file, "ours")
+    assert json.loads(file.read_text()) == "ours" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_new_attack_needs_the_model_again(finished, tmp_path, calls):

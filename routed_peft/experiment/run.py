@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -21,7 +22,7 @@ from transformers import TrainerCallback
 
 from routed_peft.demo.display import quiet
 from routed_peft.demo.settings import DemoSettings
-from routed_peft.evaluation.report.reading import EXPERIMENT_FORMAT
+from routed_peft.evaluation.report.reading import EXPERIMENT_FORMAT, read_experiment
 from routed_peft.experiment.cells import LABELS, NUMBERS, Cell, Experiment, all_cells
 from routed_peft.experiment.making import attack, make
 from routed_peft.training.records import RUN
@@ -102,7 +103,7 @@ def has_model(cell: Cell, folder: Path) -> bool:
 def write_json(file: Path, content: Any) -> None:
     """Write ``content`` aside, then rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".tmp")
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # of this process: all of them write the summary
     aside.write_text(json.dumps(content, indent=1) + "\n")
     aside.rename(file)
 
@@ -112,9 +113,12 @@ def restore(experiment: Experiment, cells: list[Cell], place: Path) -> None:
 
     A cell is taken whose key, that is all it depends on, is in the summary. Attacks are taken if they were made as the
     experiment asks; where one is missing, the cell's model is needed and the cell is made again.
+
+    Raises:
+        ValueError: the file is no summary of an experiment, or of another version of this library.
     """
     file = Path(experiment.summary_file)
-    summary = json.loads(file.read_text()) if file.exists() else {"cells": [], "experiment": {}}
+    summary = read_experiment(file) if file.exists() else {"cells": [], "experiment": {}}
     rows = {row["key"]: row for row in summary["cells"] if "key" in row}
     then = {name: summary["experiment"].get(name) for name in ATTACK_SETTINGS}
     same = then == {name: getattr(experiment, name) for name in ATTACK_SETTINGS}
@@ -178,7 +182,8 @@ def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
         settings: everything else.
 
     Raises:
-        ValueError: on an unknown method or attack; at the end, where cells failed, which ones and why.
+        ValueError: on an unknown method or attack, and where the summary file is another or of another version; at the end,
+            where cells failed, which ones and why.
     """
     cells, place = all_cells(experiment, settings), Path(experiment.cells_dir)
     place.mkdir(parents=True, exist_ok=True)

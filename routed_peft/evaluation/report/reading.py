@@ -119,12 +119,29 @@ def _read(file: Path, name: str) -> Source:
     return Source(name, file, content, hashlib.sha256(file.read_bytes()).hexdigest()[:12], about)
 
 
-def _check_experiment(content: Mapping[str, Any], file: Path) -> None:
+def read_experiment(file: Path) -> dict[str, Any]:
+    """Read the summary of an experiment that may still be going on; its cells are not checked.
+
+    Raises:
+        ValueError: it is of something else, or of another version of this library.
+    """
+    content = _load(file)
+    if not isinstance(content, dict) or not content.keys() >= _EXPERIMENT:
+        raise ValueError(f"{str(file)!r} is no summary of an experiment: name another file, or move it away")
+    _check_format(content, file)
+    return content
+
+
+def _check_format(content: Mapping[str, Any], file: Path) -> None:
     if content.get("format") != EXPERIMENT_FORMAT:
         raise ValueError(
             f"{str(file)!r} has the format {content.get('format')!r}, this version of routed_peft reads "
-            f"{EXPERIMENT_FORMAT}: run recipes/experiment.py again (finished cells are kept)"
+            f"{EXPERIMENT_FORMAT}: move it away and run recipes/experiment.py again (finished cells are kept)"
         )
+
+
+def _check_experiment(content: Mapping[str, Any], file: Path) -> None:
+    _check_format(content, file)
     if not content["cells"]:
         raise ValueError(f"{str(file)!r} has no finished cell yet: wait for the first, or name another file")
     seen = set()
