@@ -8,7 +8,7 @@ import torch
 from families import tiny
 from relearning_parts import DATA, FORGET, RETAIN, model, tokenizer
 
-from routed_peft.evaluation.relearning import Attack, AttackData, TextLoss, log_spaced, relearn
+from routed_peft.evaluation.relearning import Attack, AttackData, TextLoss, log_spaced, relearn, summarise
 from routed_peft.evaluation.relearning.data import training_batches
 from routed_peft.evaluation.relearning.weights import Victim, quantise
 from routed_peft.training import RunDirectory
@@ -48,6 +48,20 @@ def test_every_attack_runs_and_gives_the_model_back(name):
         assert {curve.status for curve in curves} == {"attack"}
     if trains:  # seeds differ in order, documents or adapters, once there is a choice
         assert curves[0].points[-1].tokens > curves[0].points[1].tokens > curves[0].points[0].tokens == 0
+
+
+@pytest.mark.parametrize("silent", ["lm_head.weight", ""])
+def test_a_model_that_says_nothing_can_be_attacked(silent):
+    """Its loss is that of the uniform distribution; with all weights at zero, no gradient arrives either."""
+    for name in NAMES:
+        victim = model()
+        for key, parameter in victim.named_parameters():
+            if key.endswith(silent):
+                parameter.data.zero_()
+        curves = attack(victim, name, extensions=1)
+        assert curves[0].start["forget"] == pytest.approx(math.log(300))
+        result = summarise(Attack.parse(name), curves)
+        assert result["verdict"] in ("attack", "no attack") and math.isfinite(result["envelope"][-1]["mean"])
 
 
 def test_full_fine_tuning_is_plain_adamw_on_all_documents():
