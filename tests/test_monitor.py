@@ -144,13 +144,16 @@ def test_treatments():
     fixed = treated(data, {"noise": "fix", "pattern": "route"}, lambda row: {**row, "input_ids": [1]}, "forget")
     assert fixed["input_ids"][:] == [[1], [40, 80, 120, 160] * 2] * 2
     assert fixed["route_label"][:] == ["unlabeled", "forget"] * 2
+    bare = treated(data.remove_columns("route_label"), {"pattern": "route"}, label="forget")
+    assert bare["route_quarantine"][:] == [None, "forget"] * 2 and "route_label" not in bare.column_names
     for treatment, missing in (("fix", "fix"), ("route", "label")):
         with pytest.raises(ValueError, match=f"to {treatment}, and `{missing}` is not given"):
             treated(data, {"noise": treatment})
     with pytest.raises(ValueError, match=r"has \['nose'\], which `route_environment` does not hold"):
         treated(data, {"nose": "drop"})
-    with pytest.raises(ValueError, match="sets the column `route_label`"):
-        treated(data.remove_columns("route_label"), {"noise": "route"}, label="forget")
+    per_token = data.rename_column("route_label", "route_labels")
+    with pytest.raises(ValueError, match="the dataset has labels per token"):
+        treated(per_token, {"noise": "route"}, label="forget")
 
 
 @pytest.mark.parametrize(("cut", "status"), [(12, "ok"), (30, "ok"), (32, "warn")])

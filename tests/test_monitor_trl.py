@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl_parts import prompts, two_loras, word_tokenizer
 
 from routed_peft import presets
-from routed_peft.monitoring import MonitorConfig, RegionMonitor
+from routed_peft.monitoring import MonitorConfig, RegionMonitor, treated
 from routed_peft.trl import EnvironmentLabels, RoutedGRPOConfig, RoutedGRPOTrainer, RoutedSFTConfig, RoutedSFTTrainer
 
 pytestmark = [
@@ -24,21 +24,28 @@ def reward(completion_ids, environment, **_) -> list[float]:
     ]
 
 
-def test_grpo_is_monitored(tmp_path):
+BY_ENVIRONMENT = EnvironmentLabels({"B": "flagged"}, default="unflagged")
+
+
+def grpo_of(out, dataset=None, label_fn=BY_ENVIRONMENT, **more) -> RoutedGRPOTrainer:
     options = dict(
         max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4, max_completion_length=4,
         learning_rate=1e-3, report_to="none", use_cpu=True, bf16=False, save_strategy="no", logging_steps=2,
         disable_tqdm=True, gradient_checkpointing=False, num_iterations=2,
     )  # fmt: skip
-    trainer = RoutedGRPOTrainer(
+    return RoutedGRPOTrainer(
         two_loras(),
         reward,
-        RoutedGRPOConfig(str(tmp_path), base_adapters=["retain"], **options),
-        prompts(),
+        RoutedGRPOConfig(str(out), base_adapters=["retain"], **(options | more)),
+        dataset or prompts(),
         routes=presets.classic("forget"),
-        label_fn=EnvironmentLabels({"B": "flagged"}, default="unflagged"),
+        label_fn=label_fn,
         processing_class=word_tokenizer(),
     )
+
+
+def test_grpo_is_monitored(tmp_path):
+    trainer = grpo_of(tmp_path)
     monitor = RegionMonitor(trainer, MonitorConfig(every=1, action="log"))
     assert monitor.environments == ["A", "B"]
     seen = []
@@ -62,6 +69,29 @@ def test_grpo_is_monitored(tmp_path):
         assert any(f"monitor/forget/kl/{name}" in line for name in "AB")
     own = [line for line in trainer.state.log_history if "loss" in line]
     assert all("reward" in line for line in own) and torch.tensor(parts).any()  # TRL's means are in TRL's own lines
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_environments_in_quarantine_are_routed_whatever_the_label_function_says(tmp_path, per_token):
+    data = prompts().add_column("route_label", ["unflagged"] * 8)
+    for dataset in (data, data.remove_columns("route_label")):
+        trainer = grpo_of(
+            tmp_path,
+            treated(dataset, {"B": "route"}, label="flagged", column="environment"),
+            lambda completion_ids, **_: [
+                ["unflagged"] * len(ids) if per_token else "unflagged" for ids in completion_ids
+            ],
+            anchor_share=0.5,
+            save_strategy="no",
+        )
+        trainer.train()
+        rates = [line for line in trainer.state.log_history if "routing/environment/B/flag_rate" in line]
+        assert rates and all(line["routing/environment/B/flag_rate"] == 1 for line in rates)
+        assert all(line.get("routing/environment/A/flag_rate", 0) == 0 for line in trainer.state.log_history)
+        assert trainer.tokens_per_route["flagged"] > 0 < trainer.tokens_per_route["anchor"]
+    wrong = grpo_of(tmp_path, treated(data, {"B": "route"}, label="flaged", column="environment"))
+    with pytest.raises(ValueError, match="the label 'flaged' has no route"):
+        wrong.train()
 
 
 def test_sft_is_monitored(tmp_path):

@@ -26,6 +26,9 @@ ROUTE_WEIGHTS = "route_weights"
 ROUTE_ENVIRONMENT = "route_environment"
 """Column that says where an example comes from, for monitoring: a name, or an integer."""
 
+ROUTE_QUARANTINE = "route_quarantine"
+"""Column of the label that rollouts of a quarantined environment get, whatever a label function says; null elsewhere."""
+
 ROUTE_COLUMNS = (ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, ROUTE_ENVIRONMENT)
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from routed_peft.checkpoint.files import read_json
-from routed_peft.data.columns import ROUTE_ENVIRONMENT, ROUTE_LABEL, column_values
+from routed_peft.data.columns import ROUTE_ENVIRONMENT, ROUTE_LABEL, ROUTE_LABELS, ROUTE_QUARANTINE, column_values
 from routed_peft.monitoring.incidents import INCIDENT, Incident, replace_json
 
 INCIDENTS, QUARANTINE = "incidents", "quarantine.json"
@@ -97,16 +97,19 @@ def treated(
 ) -> Dataset:
     """Return ``dataset`` with quarantined environments treated.
 
+    To "route" sets the column ``route_label`` where there is one, and ``route_quarantine``, by which `RoutedGRPOTrainer` labels
+    rollouts whatever its ``label_fn`` says.
+
     Args:
         dataset: with the column ``route_environment``.
         quarantine: environment -> "drop": its rows are left out; "fix": they go through ``fix``; "route": they get ``label``.
         fix: row -> row.
-        label: for ``route_label``, such as "forget".
+        label: a name in `routes`, such as "forget" or "flagged".
         column: where the environment is.
 
     Raises:
         ValueError: on an unknown treatment, or one without its ``fix`` or ``label``; on an environment that does not occur; on
-            "route" without a column ``route_label``.
+            "route" where labels are per token (``route_labels``).
 
     Example:
         >>> rows = Dataset.from_dict({"route_environment": ["a", "b", "c"], "route_label": ["retain"] * 3})
@@ -120,21 +123,26 @@ def treated(
     names = [str(name) for name in column_values(dataset, column)]
     if unknown := sorted(set(quarantine) - set(names)):
         raise ValueError(f"`quarantine` has {unknown}, which `{column}` does not hold: it holds {sorted(set(names))}")
-    if ROUTE in quarantine.values() and ROUTE_LABEL not in dataset.column_names:
+    if ROUTE in quarantine.values() and ROUTE_LABELS in dataset.column_names:
         raise ValueError(
-            f"`quarantine` has an environment to route, which sets the column `{ROUTE_LABEL}`; the dataset has "
-            f"{dataset.column_names}. Where a `label_fn` gives the labels, let it label that environment"
+            f"`quarantine` has an environment to route, which gives each of its rows one label; the dataset has labels per "
+            f"token (`{ROUTE_LABELS}`): drop that environment, or let `fix` set them"
         )
     dataset = dataset.select([i for i, name in enumerate(names) if quarantine.get(name) != DROP])
     if not {FIX, ROUTE} & set(quarantine.values()):
         return dataset
     left = [name for name in names if quarantine.get(name) != DROP]
+    columns = [ROUTE_LABEL] * (ROUTE_LABEL in dataset.column_names)
+    if ROUTE in quarantine.values():
+        dataset = dataset.add_column(
+            ROUTE_QUARANTINE, [label if quarantine.get(name) == ROUTE else None for name in left]
+        )
 
     def treat(row: dict[str, Any], index: int) -> dict[str, Any]:
         treatment = quarantine.get(left[index])
         if treatment == FIX:
             assert fix is not None
             return fix(row)
-        return {ROUTE_LABEL: label} if treatment == ROUTE else {}
+        return dict.fromkeys(columns, label) if treatment == ROUTE else {}
 
     return dataset.map(treat, with_indices=True)

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from routed_peft.ablation import ablated
 from routed_peft.data import RoutedCollator, check_route_columns
-from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT
+from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT, ROUTE_QUARANTINE
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.regions.subspace import has_subspace
 from routed_peft.routes import IGNORED, Route, Routes
@@ -115,7 +115,8 @@ class RoutingMixin(SavingMixin):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns or []
-        self._signature_columns = [*columns, *(column for column in ROUTE_COLUMNS if column not in columns)]  # type: ignore[assignment]
+        ours = (*ROUTE_COLUMNS, ROUTE_QUARANTINE)
+        self._signature_columns = [*columns, *(column for column in ours if column not in columns)]  # type: ignore[assignment]
 
     def _check_labels_occur(self, labels: Mapping[str, int]) -> None:
         """Raise where the labels that occur would route nothing, or leave a region without data."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, check_has_route, label_name
+from routed_peft.data.columns import (
+    ROUTE_LABEL,
+    ROUTE_LABELS,
+    ROUTE_QUARANTINE,
+    ROUTE_WEIGHTS,
+    check_has_route,
+    label_name,
+)
 from routed_peft.routes import IGNORED
 
 ANCHOR = "anchor"
@@ -77,7 +84,7 @@ LabelFunction = Callable[..., Sequence[str] | Sequence[Sequence[str]] | RolloutL
 
 
 def ask(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[str, Any]) -> RolloutLabels:
-    """Call a label function and check its answer.
+    """Call a label function and check its answer; rows with a label in ``route_quarantine`` get that one instead.
 
     Raises:
         ValueError: where it has another length than there are rollouts (or tokens), or a label without a route.
@@ -86,6 +93,7 @@ def ask(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[str, Any]) 
     answer = answer if isinstance(answer, RolloutLabels) else RolloutLabels(answer)
     name = getattr(label_fn, "__name__", type(label_fn).__name__)
     _check_shape(name, "labels", answer.labels, rollouts)
+    answer = replace(answer, labels=_quarantined(answer.labels, rollouts.rows))
     for label in {label for row in answer.labels for label in (row if _is_list(row) else [row])}:
         check_has_route(label_name(label), routes)
     for group, values in answer.weights.items():
@@ -93,6 +101,14 @@ def ask(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[str, Any]) 
     if answer.advantages is not None:
         _check_shape(name, "advantages", answer.advantages, rollouts)
     return answer
+
+
+def _quarantined(labels: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    forced = [row.get(ROUTE_QUARANTINE) for row in rows]
+    return [
+        label if new is None else [new] * len(label) if _is_list(label) else new
+        for label, new in zip(labels, forced, strict=True)
+    ]
 
 
 def _is_list(value: Any) -> bool:
