@@ -489,6 +489,46 @@ def test_refuses_options_that_would_be_wrong(tmp_path, options, message):
         trainer_of(tmp_path, **options)
 
 
+LOSS_WITHOUT = {"flagged": Route(weights={"base": 0.0}), "unflagged": Route(ablated=("forget",))}
+
+
+def with_dropout(name: str):
+    """Return a model whose LoRA, or whose own attention, drops out."""
+    if name == "attention_dropout":
+        return two_loras(attention_dropout=0.1)
+    model = get_peft_model(tiny("llama", vocab_size=VOCABULARY), lora(lora_dropout=0.1), "retain")
+    model.add_adapter("forget", lora())
+    model.base_model.set_adapter(["retain", "forget"])
+    return model
+
+
+@pytest.mark.parametrize("name", ["lora_dropout", "attention_dropout"])
+@pytest.mark.parametrize(
+    ("options", "routes", "cause"),
+    [
+        ({"anchor_share": 0.5}, None, "`anchor_share`"),
+        ({"num_iterations": 2}, None, "`num_iterations`"),
+        ({"steps_per_generation": 4}, None, "`steps_per_generation`"),
+        ({}, LOSS_WITHOUT, "the route 'unflagged'"),
+    ],
+)
+def test_refuses_dropout_where_rollouts_are_scored_twice(tmp_path, name, options, routes, cause):
+    with pytest.raises(ValueError, match=f"{cause} .*scored twice.*{name}.* drops out"):
+        trainer_of(tmp_path, with_dropout(name), routes, **options)
+
+
+def test_dropout_is_fine_where_rollouts_are_scored_once_or_it_is_disabled(tmp_path):
+    trainer_of(tmp_path, with_dropout("lora_dropout"), max_steps=1).train()
+    trainer = trainer_of(tmp_path, with_dropout("lora_dropout"), num_iterations=2, disable_dropout=True, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["clip_ratio/high_max"] == 0
+    own_anchors = trainer_of(
+        tmp_path, with_dropout("lora_dropout"), label_fn=answering(lambda ids: ["anchor"] * len(ids))
+    )
+    with pytest.raises(ValueError, match="a label whose route ablates other regions than the sampler"):
+        own_anchors.train()
+
+
 def test_refuses_advantages_that_would_be_lost(tmp_path):
     own = answering(lambda ids: RolloutLabels(detector(ids), advantages=[1.0] * 8))
     with pytest.raises(ValueError, match="returned advantages of its own"):

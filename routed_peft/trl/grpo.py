@@ -105,6 +105,7 @@ class RoutedGRPOTrainer(SamplingMixin):
         self.beta, self.ref_model = beta, self._reference(ref_model) if beta else None  # type: ignore[assignment]
         self._check_environments()
         self._attach(self._with_anchor(routes))
+        self._check_dropout()
         self._attach_engine()
 
     def _reference(self, model: PreTrainedModel | None) -> OriginalModel | PreTrainedModel:
@@ -171,6 +172,7 @@ class RoutedGRPOTrainer(SamplingMixin):
         if None not in environments:
             batch[ROUTE_ENVIRONMENT] = [str(name) for name in environments]  # for monitoring
         if self.model.training and self._differs(batch) and "old_per_token_logps" not in batch:
+            self._refuse_dropout("a label whose route ablates other regions than the sampler")
             batch["old_per_token_logps"] = self._sampled_logps(batch)
         self._record(batch, answer, rewards)
         return batch

@@ -7,19 +7,36 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from routed_peft.ablation import ablated
 from routed_peft.trl.config import RoutedGRPOConfig
 from routed_peft.trl.groups import anchor_groups
 from routed_peft.trl.labels import EnvironmentLabels
+from routed_peft.trl.rollouts import ANCHOR
 from routed_peft.trl.shared import TRLMixin
 from routed_peft.trl.vllm import folded_parameters
 
 
 class OriginalModel:
     """Stands for the trained model with all its adapters off, where TRL asks for a reference model."""
+
+
+def active_dropout(model: nn.Module) -> str | None:
+    """Return the name of something in ``model`` that drops out while training, a module or a number, if there is one.
+
+    >>> active_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))), active_dropout(nn.Dropout(0.0))
+    ('1', None)
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            if module.p:
+                return name
+        for attribute, value in vars(module).items():
+            if "drop" in attribute and isinstance(value, float) and value:
+                return f"{name}.{attribute}"
+    return None
 
 
 class SamplingMixin(TRLMixin, GRPOTrainer):
@@ -130,6 +147,29 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
         return completions, logprobs
 
     # Scoring
+
+    def _check_dropout(self) -> None:
+        """Refuse dropout where completions are scored a second time, for the importance ratio."""
+        args = self.args
+        ablating = next(
+            (f"the route {label!r}" for label, r in self.routing.routes.items() if label != ANCHOR and r.ablated), ""
+        )
+        if args.anchor_share:
+            self._refuse_dropout("`anchor_share`")
+        elif args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations):
+            self._refuse_dropout("`num_iterations` or `steps_per_generation`")
+        elif args.use_vllm and args.vllm_importance_sampling_correction:
+            self._refuse_dropout("`vllm_importance_sampling_correction`")
+        elif ablating:
+            self._refuse_dropout(ablating)
+
+    def _refuse_dropout(self, cause: str) -> None:
+        if found := active_dropout(self.model):
+            raise ValueError(
+                f"{cause} has rollouts scored twice for the importance ratio, and {found!r} drops out different things each "
+                "time, so the ratio would be noise: set `lora_dropout` to 0, or `disable_dropout=True`, or load the model "
+                "without its dropout (such as `attention_dropout=0.0`)"
+            )
 
     def _get_per_token_logps_and_entropies(
         self,
