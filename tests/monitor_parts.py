@@ -63,9 +63,8 @@ def trainer_of(
 
 def quiet(**fields: Any) -> MonitorConfig:
     """A configuration that looks at every step and never raises an alarm, unless told otherwise."""
-    return MonitorConfig(
-        **{"every": 1, "watch": [], "max_kl": None, "max_functional_size": None, "max_reward_gap": None, **fields}
-    )
+    limits = dict.fromkeys(("max_kl", "max_functional_size", "max_reward_gap", "max_weight_drift"))
+    return MonitorConfig(**{"every": 1, "watch": [], **limits, **fields})
 
 
 def monitored(out: Path, config: MonitorConfig | None = None, **options: Any) -> tuple[RoutedTrainer, RegionMonitor]:

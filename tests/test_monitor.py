@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, concatenate_datasets
+from families import tiny
 from monitor_parts import model_of, monitored, quiet, rows, trainer_of
 from peft import LoraConfig, get_peft_model
+from subspace_parts import subspace_file, with_subspace
 
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, rollback, run_with_rollback, treated
 from routed_peft.monitoring.environments import environments_of, rows_by_environment
 from routed_peft.monitoring.quarantine import checkpoints, past_incidents
 from routed_peft.monitoring.report import Ledger
+from routed_peft.training import SubspaceProjection
 
 ROOT = Path(__file__).parent.parent
 
@@ -214,6 +217,21 @@ def test_reward_gap(tmp_path):
     assert list(checkpoints(tmp_path)) == [high[0]]
 
 
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_base_that_moves_along_the_subspace_halts_the_run(tmp_path, projected):
+    model = with_subspace(tiny("llama", vocab_size=300), subspace_file(tmp_path), "forget", start=True)
+    config = quiet(max_weight_drift=MonitorConfig().max_weight_drift, patience=2)
+    trainer, monitor = monitored(tmp_path, config, model=model, train_base=True)
+    if not projected:
+        trainer.remove_callback(SubspaceProjection)
+    trainer.train()
+    assert all("monitor/forget/weight_drift" in line for line in logged(trainer))
+    if projected:
+        assert monitor.status == "ok" and trainer.state.global_step == 6
+    else:
+        assert list(Incident.read(tmp_path).alarms) == ["forget/weight_drift"] and trainer.state.global_step < 6
+
+
 def test_logging_alone_saves_and_halts_nothing(tmp_path):
     trainer, monitor = monitored(tmp_path, quiet(max_kl=1e-9, action="log", every=2, by_layer=True))
     trainer.train()
@@ -283,6 +301,8 @@ def test_bad_environments(tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match=r"has the index 3, and there are 2 environments: \['a', 'b'\]"):
         rows_by_environment(torch.tensor([0, 3]), ["a", "b"], 2)
+    with pytest.raises(ValueError, match="`route_environment` is null in row 1"):
+        environments_of(Dataset.from_dict({"route_environment": ["a", None]}))
     with pytest.raises(ValueError, match="names 3 rows, and the batch has 2"):
         rows_by_environment(["a"] * 3, ["a"], 2)
     bare = rows().remove_columns("route_environment")

@@ -71,6 +71,25 @@ def test_grpo_is_monitored(tmp_path):
     assert all("reward" in line for line in own) and torch.tensor(parts).any()  # TRL's means are in TRL's own lines
 
 
+def test_environments_that_are_missing_or_unknown(tmp_path):
+    with pytest.raises(ValueError, match="has no column `environment`"):
+        RegionMonitor(
+            grpo_of(tmp_path, prompts().remove_columns("environment"), lambda rows, **_: ["flagged"] * len(rows))
+        )
+    nameless = Dataset.from_list([{**row, "environment": None if i == 3 else "A"} for i, row in enumerate(prompts())])
+    trainer = grpo_of(tmp_path, nameless, lambda rows, **_: ["flagged"] * len(rows))
+    RegionMonitor(trainer, environments=["A"])
+    trainer.reward_funcs = [lambda completion_ids, **_: [0.0] * len(completion_ids)]
+    with pytest.raises(
+        ValueError, match=r"every prompt takes a value in the column `environment` .*`environment_column`"
+    ):
+        trainer.train()
+    trainer = grpo_of(tmp_path)
+    RegionMonitor(trainer, environments=["A", "BB"])
+    with pytest.raises(ValueError, match="unknown environment 'B', got .*did you mean 'BB'"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 def test_environments_in_quarantine_are_routed_whatever_the_label_function_says(tmp_path, per_token):
     data = prompts().add_column("route_label", ["unflagged"] * 8)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-METRICS = ("growth", "raw_contribution", "functional_size", "kl", "reward_gap")
-"""What can be watched, per region; all but growth is the largest over environments."""
+METRICS = ("growth", "raw_contribution", "functional_size", "kl", "reward_gap", "weight_drift")
+"""What can be watched, per region; all but growth and weight drift is the largest over environments."""
 
 ACTIONS = ("halt", "warn", "log")
 
@@ -21,7 +21,7 @@ class MonitorConfig:
         every: optimizer steps from one observation to the next; in state "warn" every step is observed.
         probe_rows: rows per process and observation for the extra forward passes that measure KL and functional size.
         reward_every: steps between measurements of the reward gap, where the monitor is given a reward.
-        watch: metrics with a CUSUM, out of "growth", "raw_contribution", "functional_size", "kl" and "reward_gap". KL and
+        watch: metrics with a CUSUM, out of `METRICS`. KL and
             functional size start from nothing and rise in every training, so a limit suits them better.
         calibration: observations from which mean and spread of a series are taken; it cannot raise a CUSUM alarm before.
         slack: what a CUSUM forgives, in calibrated standard deviations.
@@ -29,6 +29,7 @@ class MonitorConfig:
         max_kl: KL(full ‖ ablated) in nats per token, in any environment, above which there is an alarm; None: no limit.
         max_functional_size: RMS of a region's output over that of its layers' output, likewise.
         max_reward_gap: mean reward full less ablated, likewise.
+        max_weight_drift: how far the base has moved along a region's subspace, likewise: the leak that projection prevents.
         patience: successive observations of one alarm that halt the run; fewer warn.
         action: "halt", "warn" (alarms save a checkpoint and are looked into at every step, but nothing halts) or "log".
         blame: an incident names the fewest environments that make up this share of all positive contributions.
@@ -56,6 +57,7 @@ class MonitorConfig:
     max_kl: float | None = 0.05
     max_functional_size: float | None = 0.05
     max_reward_gap: float | None = 0.1
+    max_weight_drift: float | None = 0.01
     patience: int = 3
     action: str = "halt"
     blame: float = 0.5

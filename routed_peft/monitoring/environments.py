@@ -31,6 +31,8 @@ def environments_of(dataset: Any, column: str = ROUTE_ENVIRONMENT) -> list[str]:
             "or list the `environments` where they come with the batches"
         )
     feature, values = dataset.features[column], column_values(dataset, column)
+    if None in values:
+        raise ValueError(f"the column `{column}` is null in row {values.index(None)}: every row needs an environment")
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     if values and all(isinstance(value, int) for value in values):
@@ -38,13 +40,16 @@ def environments_of(dataset: Any, column: str = ROUTE_ENVIRONMENT) -> list[str]:
     return sorted({str(name) for name in values})
 
 
-def rows_by_environment(given: Any, names: Sequence[str], size: int) -> dict[str, Tensor]:
+def rows_by_environment(
+    given: Any, names: Sequence[str], size: int, column: str = ROUTE_ENVIRONMENT
+) -> dict[str, Tensor]:
     """Return the rows of a batch by environment.
 
     Args:
         given: ``size`` names, or integers ``(B,)`` into ``names``.
         names: the environments that there are.
         size: B.
+        column: of the dataset that they come from.
 
     Returns:
         Environment -> indices of its rows; only those that occur.
@@ -56,6 +61,11 @@ def rows_by_environment(given: Any, names: Sequence[str], size: int) -> dict[str
         >>> rows_by_environment(["b", "a", "b"], ["a", "b"], 3)
         {'a': tensor([1]), 'b': tensor([0, 2])}
     """
+    if given is None and column != ROUTE_ENVIRONMENT:
+        raise ValueError(
+            f"rollouts came without an environment, which the monitor needs: every prompt takes a value in the column "
+            f"`{column}` of the dataset (`environment_column` in the arguments names another)"
+        )
     if given is None:
         raise ValueError(
             f"a training batch came without `{ROUTE_ENVIRONMENT}`, which the monitor needs: is the column in the dataset, and "
@@ -63,8 +73,8 @@ def rows_by_environment(given: Any, names: Sequence[str], size: int) -> dict[str
         )
     values = given.tolist() if isinstance(given, Tensor) else list(given)
     if len(values) != size:
-        raise ValueError(f"`{ROUTE_ENVIRONMENT}` names {len(values)} rows, and the batch has {size}")
-    found = [_name(value, names) for value in values]
+        raise ValueError(f"`{column}` names {len(values)} rows, and the batch has {size}")
+    found = [_name(value, names, column) for value in values]
     return {
         name: torch.tensor([i for i, other in enumerate(found) if other == name])
         for name in names  # in this order, in all processes
@@ -72,11 +82,11 @@ def rows_by_environment(given: Any, names: Sequence[str], size: int) -> dict[str
     }
 
 
-def _name(value: Any, names: Sequence[str]) -> str:
+def _name(value: Any, names: Sequence[str], column: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < len(names):
             raise ValueError(
-                f"`{ROUTE_ENVIRONMENT}` has the index {value}, and there are {len(names)} environments: {list(names)}"
+                f"`{column}` has the index {value}, and there are {len(names)} environments: {list(names)}"
             )
         return names[value]
     if value not in names:

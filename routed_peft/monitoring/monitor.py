@@ -49,7 +49,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
     training resumes.
 
     Rows say where they come from in the column ``route_environment``; a trainer's batches carry it as names or as integers
-    into ``environments``.
+    into ``environments``. In GRPO it is the column named by ``environment_column``.
 
     Args:
         trainer: a `RoutedTrainer`, or another trainer on `RoutingMixin`.
@@ -79,8 +79,8 @@ class RegionMonitor(TrainerCallback, ExportableState):
                 "`restore_callback_states_from_checkpoint` would replace the monitor, which restores itself"
             )
         self.trainer, self.config, self.reward = trainer, config or MonitorConfig(), reward
-        column = getattr(trainer.args, "environment_column", ROUTE_ENVIRONMENT)
-        self.environments = list(environments or environments_of(trainer.train_dataset, column))
+        self.column = getattr(trainer.args, "environment_column", ROUTE_ENVIRONMENT)
+        self.environments = list(environments or environments_of(trainer.train_dataset, self.column))
         self.factors = {region: find_factors(trainer.model, region) for region in trainer.routing.regions}
         layers = [f for factors in self.factors.values() for f in factors]
         self.gradients = EnvironmentGradients(module for f in layers for module in f.modules)
@@ -164,7 +164,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
             environments: of each row: a name, or an integer into `environments`.
         """
         first = inputs["prompt_ids" if "prompt_ids" in inputs else "input_ids"]
-        rows = rows_by_environment(environments, self.environments, len(first))
+        rows = rows_by_environment(environments, self.environments, len(first), self.column)
         if not self._observing:
             return
         self.gradients.batch(rows, len(first))

@@ -46,7 +46,8 @@ class RegionReport:
             "kl": self._named(self.effect.kl),
             "reward_gap": self.extra.get("reward_gap", {}),
         }
-        return {"growth": self.growth.growth} | {
+        drift = {} if self.weight_drift is None else {"weight_drift": self.weight_drift}
+        return {"growth": self.growth.growth, **drift} | {
             name: max(values.values()) for name, values in largest.items() if values
         }
 
