@@ -13,7 +13,7 @@ from monitor_parts import model_of, monitored, quiet, rows, trainer_of
 from peft import LoraConfig, get_peft_model
 from subspace_parts import subspace_file, with_subspace
 
-from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, rollback, run_with_rollback, treated
+from routed_peft.monitoring import Alarms, Incident, MonitorConfig, RegionMonitor, rollback, run_with_rollback, treated
 from routed_peft.monitoring.environments import environments_of, rows_by_environment
 from routed_peft.monitoring.quarantine import checkpoints, past_incidents
 from routed_peft.monitoring.report import Ledger
@@ -368,3 +368,13 @@ def test_the_example_in_the_documentation(tmp_path, monkeypatch, capsys):
     exec(page.split("```python\n")[1].split("```")[0], {"__name__": "example"})
     assert "['hackable'] since step" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "quarantine.json").read_text()) == {"hackable": "drop"}
+
+
+def test_limits_leave_room_for_a_region_that_merely_drifts():
+    alarms = Alarms(MonitorConfig())
+    for step in range(5):
+        alarms.observe(step, {"forget/kl": 0.61, "forget/functional_size": 0.38})
+    assert alarms.status == "ok"
+    for step in range(5, 8):
+        alarms.observe(step, {"forget/kl": 1.1, "forget/functional_size": 0.38})
+    assert alarms.status == "halt" and alarms.onset_step == 4

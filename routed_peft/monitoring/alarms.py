@@ -114,7 +114,7 @@ class Alarms:
     """All series of a run, by name ``region/metric``, and the state of the run that follows from them.
 
     Example:
-        >>> alarms = Alarms(MonitorConfig(patience=2))
+        >>> alarms = Alarms(MonitorConfig(patience=2, max_kl=0.1))
         >>> for step in (10, 11, 12):
         ...     alarms.observe(step, {"forget/kl": 0.01 if step == 10 else 0.2})
         >>> alarms.status, alarms.onset_step

@@ -15,7 +15,8 @@ class MonitorConfig:
     """Settings of a `RegionMonitor`; plain data, so that a YAML can hold them.
 
     The thresholds are starting values, which no literature fixes: calibrate them on a run whose environments are believed
-    to be secure. A region that is *meant* to fill, with labelled data say, will set them off: use ``action="log"`` there.
+    to be secure. Those of KL and functional size lie above what a region does that merely drifts (``docs/monitoring.md``).
+    A region that is *meant* to fill, with labelled data say, will set them off: use ``action="log"`` there.
 
     Attributes:
         every: optimizer steps from one observation to the next; in state "warn" every step is observed.
@@ -54,8 +55,8 @@ class MonitorConfig:
     calibration: int = 20
     slack: float = 0.5
     threshold: float = 5.0
-    max_kl: float | None = 0.05
-    max_functional_size: float | None = 0.05
+    max_kl: float | None = 1.0
+    max_functional_size: float | None = 0.5
     max_reward_gap: float | None = 0.1
     max_weight_drift: float | None = 0.01
     patience: int = 3
