@@ -1,13 +1,16 @@
-"""GRPO on a frozen model with two LoRA adapters: rollouts that are flagged train the one that goes.
+"""GRPO on a frozen model with two adapters: flagged rollouts, or what lies along a subspace, train the one that goes.
 
     accelerate launch recipes/grpo.py --config recipes/configs/grpo.yaml --model_name_or_path ORG/MODEL \\
         --train_file prompts.jsonl --reward_funcs rewards.py:grade --label_func detectors.py:monitor
     accelerate launch recipes/grpo.py --config recipes/configs/grpo_classic.yaml --model_name_or_path ORG/MODEL \\
         --train_file prompts.jsonl --reward_funcs accuracy_reward
+    accelerate launch recipes/grpo.py --config recipes/configs/grpo_subspace.yaml --subspace directions.safetensors ...
+    accelerate launch recipes/grpo.py --config recipes/configs/grpo_monitored.yaml ...
 
 `retain` belongs to the base and stays, `hack` is the region. Prompts are JSONL, Parquet or a Hub dataset with `prompt`; all
 other columns reach the reward and label functions. A YAML holds the fields of `Recipe` and of `RoutedGRPOConfig`, which is
-TRL's `GRPOConfig` and some fields more; flags of the same names override it.
+TRL's `GRPOConfig` and some fields more; flags of the same names override it. Unlike TRL's, baselines are over unflagged
+rollouts; and where `anchor_environments` names environments that are trusted, a quarter of the prompts are anchors there.
 """
 
 from __future__ import annotations
@@ -16,19 +19,24 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import disable_progress_bars
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser, rewards
 
-from routed_peft import Route, ablate, presets
+from routed_peft import Route, RoutedConfig, ablate, presets
 from routed_peft.data import load_training_file
+from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, run_with_rollback, treated
 from routed_peft.routes import routes_from_dict
+from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.trl import ColumnLabels, EnvironmentLabels, ImperfectDetector, RoutedGRPOConfig, RoutedGRPOTrainer
 
@@ -52,8 +60,9 @@ class Recipe:
     method: str = field(
         default="exclusive",
         metadata={
-            "help": "exclusive: the region learns from flagged rollouts alone. classic: from all. control: no routing.",
-            "choices": ["exclusive", "classic", "control"],
+            "help": "exclusive: the region learns from flagged rollouts alone. classic: from all. subspace: from all, along "
+            "the directions in `subspace`, and no rollout has a label. control: no routing.",
+            "choices": ["exclusive", "classic", "subspace", "control"],
         },
     )
     routes: dict | str | None = field(
@@ -66,59 +75,114 @@ class Recipe:
     environment_labels: dict | str | None = field(
         default=None, metadata={"help": "Labels by environment, in place of `label_func`: {environment: label}."}
     )
+    labeled: float = field(default=1.0, metadata={"help": "Share of rollouts that are looked at at all (simulation)."})
     recall: float = field(default=1.0, metadata={"help": "Share of flagged rollouts that stay flagged (simulation)."})
     precision: float = field(default=1.0, metadata={"help": "Share of flags that are right (simulation)."})
+    label_seed: int = field(default=0, metadata={"help": "Decides which rollouts lose their flag, or get a wrong one."})
 
     region: str = field(default="hack", metadata={"help": "Name of the adapter that goes."})
+    subspace: str | None = field(
+        default=None, metadata={"help": "File of `Subspace.save`: the region is along it, and `retain` stays off it."}
+    )
+    strength: str = field(
+        default="cut", metadata={"help": "Of a subspace; `weights` is weak.", "choices": ["cut", "weights"]}
+    )
     rank: int = field(default=16, metadata={"help": "Rank of either LoRA."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of either LoRA, times `rank`."})
     target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of linear layers, or all-linear."}
     )
+
+    monitor: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of `MonitorConfig`; {}: its defaults. What halts a run is in OUTPUT_DIR/incident.json."
+        },
+    )
+    on_halt: str = field(
+        default="stop",
+        metadata={
+            "help": "stop; or back to a checkpoint before the trouble, and on without the environments to blame (drop), or "
+            "with their rollouts training the region alone (route).",
+            "choices": ["stop", "drop", "route"],
+        },
+    )
+    max_incidents: int = field(default=3, metadata={"help": "Halts after which such a run is given up."})
     ablate_to: str | None = field(
         default=None, metadata={"help": "Where the ablated model goes; OUTPUT_DIR-ablated by default; `no`: nowhere."}
     )
 
 
 def main() -> None:
-    recipe, args = TrlParser((Recipe, RoutedGRPOConfig)).parse_args_and_config()
+    parser = TrlParser((Recipe, RoutedGRPOConfig))
+    parser.set_defaults(baseline_over="unflagged")  # which did better in docs/rl.md
+    recipe, args = parser.parse_args_and_config()
     check(recipe)
     args.base_adapters = [BASE_ADAPTER]
+    if recipe.method == "subspace":
+        args.baseline_over = "group"
     run, target = RunDirectory(args.output_dir), ablation_target(recipe, args.output_dir)
+    going_back = recipe.on_halt != "stop"
+    resume = bool(args.resume_from_checkpoint) or (going_back and any(run.path.glob("checkpoint-*")))
     if args.process_index == 0:
         config = {"recipe": asdict(recipe), "training": args.to_dict()}
-        run.start(config, {"seed": args.seed}, resume=bool(args.resume_from_checkpoint))
+        run.start(config, {"seed": args.seed, "label_seed": recipe.label_seed}, resume=resume)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
-    trainer = RoutedGRPOTrainer(
-        recipe.model_name_or_path,
-        [find(name) for name in recipe.reward_funcs],
-        args,
-        load_training_file(recipe.train_file, columns=["prompt"]),
-        eval_dataset=load_training_file(recipe.eval_file, columns=["prompt"]) if recipe.eval_file else None,
-        routes=make_routes(recipe),
-        label_fn=make_labels(recipe, args),
-        peft_config=adapters(recipe),
-        processing_class=AutoTokenizer.from_pretrained(recipe.model_name_or_path, padding_side="left"),
-        callbacks=[RunRecorder(run, method=recipe.method)],
-    )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    began, incidents = time.monotonic(), []
+    make = partial(make_trainer, recipe=recipe, args=args, run=run)
+    if going_back:
+        treat = lambda incident: dict.fromkeys(incident.named, recipe.on_halt)
+        trainer, incidents = run_with_rollback(make, args.output_dir, recipe.max_incidents, treat)
+    else:
+        trainer = make({})
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if (run.path / "incident.json").exists():
+            incidents, target = [Incident.read(run.path)], None
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
     summary: dict[str, Any] = {
         "method": recipe.method,
-        "steps": result.global_step,
+        "steps": trainer.state.global_step,
         "tokens_per_route": dict(trainer.tokens_per_route),
-        "seconds": result.metrics["train_runtime"],
+        "seconds": time.monotonic() - began,
         "rewards": [entry["reward"] for entry in trainer.state.log_history if "reward" in entry],
+        "incidents": [{"step": i.step, "onset_step": i.onset_step, "named": i.named} for i in incidents],
     }
     if target:
         ablate(args.output_dir, target)
         summary["ablated"] = str(target)
     run.finish(summary)
     print(json.dumps(summary, indent=2))
+
+
+def make_trainer(
+    quarantine: dict[str, str], recipe: Recipe, args: RoutedGRPOConfig, run: RunDirectory
+) -> RoutedGRPOTrainer:
+    """Return the trainer of a run, or of its rest after the monitor halted it: quarantined environments are not trusted, and
+    those to drop not there."""
+    args, dropped = copy(args), [name for name, treatment in quarantine.items() if treatment == "drop"]
+    if args.anchor_environments:
+        args.anchor_environments = [name for name in args.anchor_environments if name not in quarantine] or None
+        args.anchor_share = args.anchor_share if args.anchor_environments else 0.0
+    data = load_training_file(recipe.train_file, columns=["prompt"])
+    trainer = RoutedGRPOTrainer(
+        recipe.model_name_or_path,
+        [find(name) for name in recipe.reward_funcs],
+        args,
+        treated(data, quarantine, label="flagged", column=args.environment_column) if quarantine else data,
+        eval_dataset=load_training_file(recipe.eval_file, columns=["prompt"]) if recipe.eval_file else None,
+        routes=make_routes(recipe),
+        label_fn=make_labels(recipe, args, dropped),
+        peft_config=adapters(recipe),
+        processing_class=AutoTokenizer.from_pretrained(recipe.model_name_or_path, padding_side="left"),
+        callbacks=[RunRecorder(run, method=recipe.method)],
+    )
+    if recipe.monitor is not None:
+        RegionMonitor(trainer, MonitorConfig(**plain(recipe.monitor)))
+    return trainer
 
 
 def check(recipe: Recipe) -> None:
@@ -132,6 +196,19 @@ def check(recipe: Recipe) -> None:
             raise ValueError(f"`{name}` is not set: {what}")
     if recipe.label_func and recipe.environment_labels:
         raise ValueError("`label_func` and `environment_labels` both say where labels come from: set one of them")
+    if recipe.method == "subspace" and not recipe.subspace:
+        raise ValueError("`method: subspace` needs `subspace`, a file that `routed_peft.subspaces.Subspace.save` wrote")
+    if recipe.method == "subspace" and (
+        recipe.label_func or recipe.environment_labels or quality(recipe) != (1.0, 1.0)
+    ):
+        raise ValueError(
+            "`method: subspace` takes no labels, so `label_func`, `environment_labels`, `labeled`, `recall` and `precision` "
+            "would do nothing: leave them out, or choose another method"
+        )
+    if recipe.on_halt != "stop" and recipe.monitor is None:
+        raise ValueError(
+            f"`on_halt: {recipe.on_halt}` needs a `monitor` that halts the run: set it, `{{}}` for its defaults"
+        )
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -160,18 +237,29 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
         return routes_from_dict(plain(recipe.routes))
     if recipe.method == "control":
         return presets.control(["flagged", "unflagged"])
+    if recipe.method == "subspace":
+        guilty = {"flagged": presets.exclusive(recipe.region)["flagged"]} if recipe.on_halt == "route" else {}
+        return presets.subspace(recipe.region) | guilty
     return {"classic": presets.classic, "exclusive": presets.exclusive}[recipe.method](recipe.region)
 
 
-def make_labels(recipe: Recipe, args: RoutedGRPOConfig) -> Callable[..., Any] | None:
+def quality(recipe: Recipe) -> tuple[float, float]:
+    """Return recall and precision of the labels; a rollout that nobody looks at is one that was missed."""
+    return recipe.recall * recipe.labeled, recipe.precision
+
+
+def make_labels(recipe: Recipe, args: RoutedGRPOConfig, dropped: Sequence[str]) -> Callable[..., Any] | None:
     """Return what labels rollouts, or None for the column `route_label`."""
     labels: Callable[..., Any] | None = None
+    if recipe.method == "subspace":
+        return lambda completions, **_: ["all"] * len(completions)
     if recipe.label_func:
         labels = find(recipe.label_func)
-    elif recipe.environment_labels:
-        labels = EnvironmentLabels(plain(recipe.environment_labels), args.environment_column, default="unflagged")
-    if (recipe.recall, recipe.precision) != (1.0, 1.0):
-        labels = ImperfectDetector(labels or ColumnLabels(), recipe.recall, recipe.precision, args.seed)
+    elif recipe.environment_labels is not None:
+        named = {name: label for name, label in plain(recipe.environment_labels).items() if name not in dropped}
+        labels = EnvironmentLabels(named, args.environment_column, default="unflagged")
+    if quality(recipe) != (1.0, 1.0):
+        labels = ImperfectDetector(labels or ColumnLabels(), *quality(recipe), recipe.label_seed)
     return labels
 
 
@@ -180,11 +268,20 @@ def plain(value: dict | str) -> dict[str, Any]:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def adapters(recipe: Recipe) -> dict[str, LoraConfig]:
-    """Return two equal LoRA adapters: the one that stays, and the region."""
+def adapters(recipe: Recipe) -> dict[str, PeftConfig]:
+    """Return the LoRA that stays and the region: another such, or an update along a subspace, off which the first stays."""
     targets = "all-linear" if recipe.target_modules == ["all-linear"] else recipe.target_modules
     lora = {"r": recipe.rank, "lora_alpha": recipe.lora_alpha, "target_modules": targets, "task_type": "CAUSAL_LM"}
-    return {name: LoraConfig(**lora) for name in (BASE_ADAPTER, recipe.region)}
+    if recipe.subspace is None:
+        return {name: LoraConfig(**lora) for name in (BASE_ADAPTER, recipe.region)}
+    region = RoutedConfig(
+        kind="subspace",
+        subspace=recipe.subspace,
+        strength=recipe.strength,
+        layers_to_transform=Subspace.load(recipe.subspace).layers,
+        task_type="CAUSAL_LM",
+    )
+    return {BASE_ADAPTER: RoutedConfig(kind="lora", **lora, subspace=recipe.subspace), recipe.region: region}
 
 
 def ablation_target(recipe: Recipe, output_dir: str) -> Path | None:

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 os.environ.setdefault("CI", "1")  # TRL sends no telemetry then
 
 from routed_peft.checkpoint import inspect_checkpoint
+from routed_peft.monitoring import Incident
 from routed_peft.reward_hack import Settings
 from routed_peft.reward_hack.start import make_model
 from routed_peft.reward_hack.task import make_tokenizer, training_prompts
+from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,7 @@ def task(tmp_path_factory) -> Path:
     make_model(Settings(hidden_size=16, layers=1, heads=2)).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     training_prompts(40, seed=0).to_json(folder / "prompts.jsonl")
+    Subspace.of(torch.randn(2, 16), source="random").save(folder / "u.safetensors")
     (folder / "mine.py").write_text(
         "def digits(completions, **_):\n"
         "    return [float(sum(c.isdigit() for c in text)) for text in completions]\n\n"
@@ -103,6 +106,98 @@ def test_mistakes_are_explained_before_anything_is_loaded(task, tmp_path):
     (tmp_path / "run-ablated/file").touch()
     with pytest.raises(ValueError, match="`ablate_to` .*run-ablated is not empty"):
         here(command)
+
+
+def test_a_region_along_a_subspace(task, tmp_path):
+    file = str(task / "u.safetensors")
+    more = ["--monitor", '{"action": "log", "every": 1}', "--reward_funcs", f"{task / 'mine.py'}:digits"]
+    here(arguments("grpo_subspace", task, tmp_path / "run", "--subspace", file, *more))
+    about = inspect_checkpoint(tmp_path / "run")
+    assert about["routes"] == {"all": {"weights": {}, "ablated": []}} and not about["problems"]
+    stays, region = (
+        json.loads((tmp_path / "run" / name / "adapter_config.json").read_text()) for name in ("retain", "hack")
+    )
+    assert (region["kind"], region["strength"], stays["kind"]) == ("subspace", "cut", "lora")
+    assert region["provenance"]["sha256"] == stays["provenance"]["sha256"] == Subspace.load(file).sha256
+    points = RunDirectory(tmp_path / "run").points()
+    assert any(f"monitor/hack/energy/{name}" in point for point in points for name in "ABCD")
+    assert (tmp_path / "run-ablated/model.safetensors").exists()
+    for more, message in (
+        ([], "`method: subspace` needs `subspace`"),
+        (["--subspace", file, "--recall", "0.5"], "takes no labels"),
+        (["--subspace", file, "--labeled", "0.5"], "takes no labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            here(arguments("grpo_subspace", task, tmp_path / "no", *more))
+
+
+def halting(task: Path, out: Path, *more: str) -> list[str]:
+    """A run that halts at its first step, whatever it learns."""
+    limits = '{"action": "halt", "every": 1, "patience": 1, "max_functional_size": 1e-9, "max_kl": null, "watch": []}'
+    monitor = ["--monitor", limits, "--max_incidents", "1", "--reward_funcs", f"{task / 'mine.py'}:digits"]
+    return arguments("grpo_monitored", task, out, *monitor, *more)
+
+
+def test_a_run_that_halts_stops_or_goes_on_without_the_environments_to_blame(task, tmp_path):
+    out = tmp_path / "run"
+    here(halting(task, out, "--on_halt", "stop"))
+    summary, incident = json.loads((out / "summary.json").read_text()), Incident.read(out)
+    assert summary["steps"] == incident.step == 1 and summary["incidents"][0]["named"] == incident.named
+    assert incident.named and not (tmp_path / "run-ablated").exists()
+    with pytest.raises(RuntimeError, match="after 1 incidents"):  # which goes on from there, and halts again
+        here(halting(task, out, "--on_halt", "drop"))
+    assert json.loads((out / "quarantine.json").read_text()) == dict.fromkeys(incident.named, "drop")
+    lines = [point for point in RunDirectory(out).points() if "monitor/status" in point]
+    assert len(lines) == 1 and not any(f"monitor/hack/contribution/{name}" in lines[0] for name in incident.named)
+
+
+@pytest.mark.parametrize("method", ["classic", "subspace"])
+def test_environments_to_blame_are_routed_where_that_is_asked_for(task, tmp_path, method):
+    out, more = tmp_path / "run", []
+    if method == "subspace":
+        more = ["--method", "subspace", "--subspace", str(task / "u.safetensors"), "--anchor_share", "0.1"]
+    out.mkdir()
+    Incident(1, 0, named=["C"]).write(out)  # of a run that halted
+    trusted = ["--anchor_environments", "A", "C"]
+    here(
+        arguments("grpo_monitored", task, out, "--on_halt", "route", "--monitor", '{"action": "log"}', *trusted, *more)
+    )
+    points = [point for point in RunDirectory(out).points() if "routing/environment/C/flag_rate" in point]
+    assert points and all(point["routing/environment/C/flag_rate"] == 1 for point in points)
+    assert all(point.get("routing/environment/B/flag_rate", 0) == 0 for point in points)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["incidents"] == [{"step": 1, "onset_step": 0, "named": ["C"]}]
+    assert summary["tokens_per_route"]["flagged"] > 0
+    assert (tmp_path / "run-ablated/model.safetensors").exists()
+
+
+def test_going_on_after_a_halt_needs_a_monitor(task, tmp_path):
+    with pytest.raises(ValueError, match="`on_halt: drop` needs a `monitor`"):
+        here(arguments("grpo", task, tmp_path / "run", "--on_halt", "drop"))
+
+
+def test_labels_get_worse_by_a_seed_of_their_own(task, tmp_path):
+    found = []
+    for name, more in {
+        "all": [],
+        "half": ["--labeled", "0.5"],
+        "again": ["--labeled", "0.5", "--label_seed", "7"],
+    }.items():
+        command = arguments("grpo_classic", task, tmp_path / name, "--max_steps", "1", "--ablate_to", "no", *more)
+        here(command)
+        points = RunDirectory(tmp_path / name).points()
+        found.append(points[0]["routing/environment/B/flag_rate"])
+    assert found[0] == 1 and 0 < found[1] < 1
+    run = json.loads((tmp_path / "again/run.json").read_text())
+    assert run["seeds"] == {"seed": 42, "label_seed": 7}
+
+
+def test_defaults_are_those_that_did_best(task, tmp_path):
+    """Trusted environments make anchors, and flagged rollouts are left out of the baseline, unless told otherwise."""
+    for name, more in {"a": ["--anchor_environments", "A"], "b": ["--baseline_over", "group"]}.items():
+        here(arguments("grpo_classic", task, tmp_path / name, "--max_steps", "1", "--ablate_to", "no", *more))
+    told = [json.loads((tmp_path / name / "run.json").read_text())["config"]["training"] for name in "ab"]
+    assert [(args["baseline_over"], args["anchor_share"]) for args in told] == [("unflagged", 0.25), ("group", 0.0)]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -472,7 +472,7 @@ def test_refuses_bad_answers_of_label_functions(tmp_path, label_fn, message):
     ("options", "message"),
     [
         ({"anchor_share": 1.5}, "from 0 to below 1"),
-        ({"anchor_environments": ["A"]}, "but `anchor_share` is 0"),
+        ({"anchor_share": 0.0, "anchor_environments": ["A"]}, "but `anchor_share` is 0"),
         ({"anchor_share": 0.5, "anchor_environments": ["Z"]}, r"has \['Z'\], which `environment` does not hold"),
         ({"anchor_share": 0.5, "anchor_environments": ["A"], "environment_column": "env"}, "needs the column `env`"),
         ({"baseline_over": "all"}, '"group" or "unflagged"'),

@@ -134,7 +134,7 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget the points that come after the step at which training resumes."""
-        if state.is_world_process_zero and state.global_step:
+        if state.is_world_process_zero:
             self.run.keep(lambda point: point.get("step", 0) <= state.global_step or not self._ours(point))
 
     def on_log(

@@ -32,9 +32,9 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
     otherwise shrink the update of the base.
 
     Example:
-        >>> args = RoutedGRPOConfig("out", anchor_share=0.25, anchor_environments=["secure"], bf16=False, report_to="none")
-        >>> args.baseline_over, args.clip_per_group
-        ('group', True)
+        >>> args = RoutedGRPOConfig("out", anchor_environments=["secure"], bf16=False, report_to="none")
+        >>> args.anchor_share, args.baseline_over, args.clip_per_group
+        (0.25, 'group', True)
 
     Raises:
         ValueError: on an ``anchor_share`` outside [0, 1), an unknown ``baseline_over``, and combinations of the two with
@@ -62,10 +62,11 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
         },
     )
     anchor_share: float = field(
-        default=0.0,
+        default=None,  # type: ignore[assignment]
         metadata={
             "help": "Share of the prompts of a generation batch that are sampled with all regions ablated. Their unflagged "
-            "rollouts take the label `anchor`, which trains the base alone."
+            "rollouts take the label `anchor`, which trains the base alone. By default 0.25 where `anchor_environments` are "
+            "named, and 0 elsewhere."
         },
     )
     anchor_environments: list[str] | None = field(
@@ -78,6 +79,8 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _no_unused_parameters(self)
+        if self.anchor_share is None:
+            self.anchor_share = 0.25 if self.anchor_environments else 0.0
         if self.baseline_over not in ("group", "unflagged"):
             raise ValueError(f'`baseline_over` is "group" or "unflagged", got {self.baseline_over!r}')
         if self.baseline_over == "unflagged" and self.multi_objective_aggregation != "sum_then_normalize":
