@@ -108,15 +108,17 @@ def everything(completion_ids: list[list[int]], **_: Any) -> list[str]:
     return ["all"] * len(completion_ids)
 
 
-def step_of(size: Size, model: PeftModel, out: Path, device: str, routed: dict[str, Any] | None = None) -> Step:
-    """Return a whole optimizer step, generation included, of a trainer that has made one step already."""
+def trainer_of(
+    size: Size, model: PeftModel, out: Path, device: str, routed: dict[str, Any] | None = None
+) -> tuple[Any, list[dict[str, str]]]:
+    """Return a trainer that has made one step already, and the rows of a step."""
     options = dict(
         output_dir=str(out), max_steps=1, per_device_train_batch_size=size.prompts * size.generations,
         num_generations=size.generations, max_completion_length=size.tokens, bf16=False, gradient_checkpointing=False,
         generation_kwargs={"min_new_tokens": size.tokens}, report_to="none", save_strategy="no", disable_tqdm=True,
         use_cpu=device == "cpu", learning_rate=1e-6, logging_strategy="no",
     )  # fmt: skip
-    rows = [{"prompt": f"w{i} w{i + 1}", "environment": "A"} for i in range(size.prompts)]
+    rows = [{"prompt": f"w{i} w{i + 1}", "environment": "AB"[i % 2]} for i in range(size.prompts)]
     data = Dataset.from_list(rows)
     if routed is None:
         trainer: Any = GRPOTrainer(model, reward, GRPOConfig(**options), data, processing_class=tokenizer_of(size))
@@ -126,7 +128,12 @@ def step_of(size: Size, model: PeftModel, out: Path, device: str, routed: dict[s
             data, processing_class=tokenizer_of(size), routes=routed["routes"], label_fn=routed["label_fn"],
         )  # fmt: skip
     trainer.train()
-    batch = [row for row in rows for _ in range(size.generations)]
+    return trainer, [row for row in rows for _ in range(size.generations)]
+
+
+def step_of(size: Size, model: PeftModel, out: Path, device: str, routed: dict[str, Any] | None = None) -> Step:
+    """Return a whole optimizer step, generation included."""
+    trainer, batch = trainer_of(size, model, out, device, routed)
 
     def step() -> None:
         torch.manual_seed(0)

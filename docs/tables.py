@@ -1,4 +1,4 @@
-"""Write the tables of README, docs/rl.md and docs/recipes.md from results/: `python docs/tables.py`; `--check` compares."""
+"""Write the tables of README and of pages in docs/ from results/: `python docs/tables.py`; `--check` compares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from routed_peft.evaluation.report.cards import card, in_order
 from routed_peft.evaluation.report.verdicts import targets
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "monitoring.md")
 MARK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
 
 
@@ -225,8 +225,27 @@ def grpo_step() -> str:
     return "\n".join(lines)
 
 
+def monitor_step() -> str:
+    """What a monitor adds to a step."""
+    report = load("monitor_step")
+    if report is None:
+        return "Not run yet: `python benchmarks/monitor_step.py --out results/monitor_step.json`."
+    lines = ["| size | run | observed step | all steps | limit | |", "|---|---|---|---|---|---|"]
+    for t in report["targets"]:
+        ratio, met = report["sizes"][t["size"]][t["kind"]]["ratio"], "" if t["met"] else "missed"
+        lines.append(f"| {t['size']} | {t['kind']} | {ratio:.2f} | {t['value']:.3f} | {t['limit']:.2f} | {met} |")
+    lines.append(
+        f"\nTime of a step that the monitor observes over the same step without one, median of {report['repeats']} interleaved "
+        f"pairs ({report['hardware']['device']}, {report['threads']} thread), and of all steps where every "
+        f"{report['every']}th is observed, the default. From `python benchmarks/monitor_step.py --sizes "
+        f"{' '.join(report['sizes'])} --repeats {report['repeats']} --out results/monitor_step.json`."
+    )
+    return "\n".join(lines)
+
+
 TABLES = {
     "grpo_step": grpo_step,
+    "monitor_step": monitor_step,
     "experiment_arithmetic": lambda: experiment("arithmetic", labeled=1.0),
     "experiment_biology": lambda: experiment("biology"),
     "experiment_spanish": lambda: experiment("spanish"),

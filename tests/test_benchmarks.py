@@ -47,6 +47,21 @@ def test_grpo_step_runs_and_reports(step_time, tmp_path, capsys, monkeypatch):
     assert "GRPO step" in capsys.readouterr().out
 
 
+def test_monitor_step_runs_and_reports(step_time, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CI", "1")
+    import monitor_step
+
+    out = tmp_path / "results" / "monitor_step.json"
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        monitor_step.main(["--sizes", "tiny", "--repeats", "1", "--device", "cpu", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert {row["kind"] for row in report["targets"]} == set(monitor_step.KINDS)
+    for row in report["targets"]:
+        ratio = report["sizes"]["tiny"][row["kind"]]["ratio"]
+        assert 0.2 < ratio < 20 and row["value"] == pytest.approx(1 + (ratio - 1) / report["every"])
+    assert "observed" in capsys.readouterr().out
+
+
 def test_labels_have_the_share_of_zero_weights(step_time):
     import steps
 
