@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from trl_parts import prompts, two_loras, word_tokenizer
+from trl_parts import assert_same, prompts, two_loras, weights, word_tokenizer
 
 from routed_peft import presets
 from routed_peft.monitoring import MonitorConfig, RegionMonitor, treated
@@ -69,6 +69,22 @@ def test_grpo_is_monitored(tmp_path):
         assert any(f"monitor/forget/kl/{name}" in line for name in "AB")
     own = [line for line in trainer.state.log_history if "loss" in line]
     assert all("reward" in line for line in own) and torch.tensor(parts).any()  # TRL's means are in TRL's own lines
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    """Weights, what the monitor knows, and its log, to the last bit; between two uses of a batch of rollouts, too."""
+    runs = []
+    for out, checkpoint in (("a", None), ("b", tmp_path / "a" / "checkpoint-2")):
+        trainer = grpo_of(tmp_path / out, save_strategy="steps", save_steps=2, shuffle_dataset=False, anchor_share=0.5)
+        monitor = RegionMonitor(trainer, MonitorConfig(every=1, action="log", calibration=2))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        runs.append((trainer, monitor))
+    (whole, a), (resumed, b) = runs
+    assert_same(weights(whole.model), weights(resumed.model))
+    assert b.state() == a.state() and whole.state.global_step == resumed.state.global_step == 4
+    logs = [[line for line in t.state.log_history if "monitor/status" in line] for t in (whole, resumed)]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    assert any(series["cusum"] and series["cusum"]["count"] for series in a.alarms.state().values())
 
 
 def test_environments_that_are_missing_or_unknown(tmp_path):

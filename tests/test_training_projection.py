@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(PEFT_NOISE)
 class Toy:
     """A residual stream that is to learn a "persona" in U and a task in V, both on its last layer's output."""
 
-    def __init__(self, strength: str | None, folder, steps: int = 100) -> None:
+    def __init__(self, strength: str | None, folder, steps: int = 100, region: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(32, 6, generator=generator)).Q
         self.u, self.v = basis[:, :2], basis[:, 2:]
@@ -40,7 +40,7 @@ class Toy:
         self.ids = torch.randint(3, VOCABULARY, (8, 8), generator=generator)
         with torch.no_grad():
             self.before, self.reference = self.losses(self.ids)[0].item(), self.hidden
-        self.train(steps, strength is not None, generator)
+        self.train(steps, strength is not None, generator, region)
         with torch.no_grad():
             self.on = self.losses(self.ids)[0].item()
             with ablated(self.model, "persona"):
@@ -52,9 +52,9 @@ class Toy:
         persona = (self.hidden @ self.u - self.goal).square().sum(-1).mean()
         return persona, (self.hidden @ self.v - self.table[ids]).square().mean()
 
-    def train(self, steps: int, project: bool, generator: torch.Generator) -> None:
+    def train(self, steps: int, project: bool, generator: torch.Generator, region: bool) -> None:
         routing = GradientRouting(self.model, presets.subspace("persona"), train_base=True)
-        parameters = [*routing.parameters("base"), *routing.parameters("persona")]
+        parameters = [*routing.parameters("base"), *(routing.parameters("persona") if region else ())]
         optimizer = torch.optim.AdamW(parameters, lr=6e-3)
         for _ in range(steps):
             ids = torch.randint(3, VOCABULARY, (8, 8), generator=generator)
@@ -76,6 +76,12 @@ def test_only_the_credit_cut_keeps_the_base_from_learning_the_persona(tmp_path):
     assert weak.off < 0.25 * weak.before  # other layers learnt what the writers could not
     assert cut.off > 0.8 * cut.before  # as if never trained
     assert cut.drift < 0.5 * weak.drift
+
+
+def test_without_a_region_to_take_it_the_weak_strength_learns_the_persona_all_the_same(tmp_path):
+    weak, cut = (Toy(strength, tmp_path, region=False) for strength in ("weights", "cut"))
+    assert weak.on == weak.off < 0.1 * weak.before and weak.task < 0.5  # through rows that writers had along U
+    assert cut.on == cut.off > 0.7 * cut.before and cut.task < 0.5
 
 
 @pytest.fixture(scope="module")

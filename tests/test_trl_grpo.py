@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from routed_peft.trl import (
     RoutedGRPOConfig,
     RoutedGRPOTrainer,
 )
-from routed_peft.trl.groups import anchor_groups
+from routed_peft.trl.groups import anchor_groups, unflagged_advantages
 from routed_peft.trl.rollouts import position_values
 
 # TRL calls both by their old names.
@@ -103,9 +104,10 @@ def logps(model, batch: dict[str, torch.Tensor], row: int, *regions: str) -> tor
         return plain_logps(model, batch, row)
 
 
-def reference_gradients(model, batches, routes, epsilon=0.2) -> dict[str, torch.Tensor]:
+def reference_gradients(model, batches, routes, epsilon=0.2, beta=0.0) -> dict[str, torch.Tensor]:
     """One rollout after the other, from GRPO's formula (TRL's `dapo`), forbidden parts multiplied by their weight."""
     total: dict[str, torch.Tensor] = {}
+    original_model = copy.deepcopy(model).unload()
     for batch in batches:
         for row in range(len(batch["prompt_ids"])):
             route = list(routes.values())[int(batch["route_label"][row])]
@@ -117,8 +119,13 @@ def reference_gradients(model, batches, routes, epsilon=0.2) -> dict[str, torch.
             )
             ratio, advantage = (current - old).exp(), batch["advantages"][row]
             clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+            losses = -torch.min(ratio * advantage, clipped * advantage)
+            if beta:
+                original = plain_logps(original_model, batch, row).detach()
+                kl = (original - current).exp() - (original - current) - 1
+                losses = losses + beta * ratio * kl  # as by default: `use_bias_correction_kl`
             model.zero_grad(set_to_none=True)
-            (-torch.min(ratio * advantage, clipped * advantage).sum() / batch["num_items_in_batch"]).backward()
+            (losses.sum() / batch["num_items_in_batch"]).backward()
             for name, p in model.named_parameters():
                 group = "forget" if ".forget." in name else "base"
                 if p.grad is not None:
@@ -141,8 +148,17 @@ REAL_VALUED = {
         (presets.exclusive("forget"), {"anchor_share": 0.5, "baseline_over": "unflagged"}),
         (REAL_VALUED, {"gradient_checkpointing": True, "anchor_share": 0.5}),
         ({"flagged": Route(weights={"base": 0.0}), "unflagged": Route(ablated=("forget",))}, {}),
+        (presets.exclusive("forget"), {"anchor_share": 0.5, "beta": 0.5}),
+        (REAL_VALUED, {"beta": 0.5}),
     ],
-    ids=["classic", "exclusive with anchors", "real-valued, checkpointed", "ablated in the loss only"],
+    ids=[
+        "classic",
+        "exclusive with anchors",
+        "real-valued, checkpointed",
+        "ablated in the loss only",
+        "KL",
+        "KL, real-valued",
+    ],
 )
 def test_gradients_equal_those_of_one_rollout_after_the_other(tmp_path, routes, options):
     gradients = Gradients()
@@ -157,7 +173,8 @@ def test_gradients_equal_those_of_one_rollout_after_the_other(tmp_path, routes, 
     assert len(trainer.seen) == 2
     labels = torch.cat([batch["route_label"] for batch in trainer.seen])
     assert len(labels.unique()) >= 2 and len(gradients.found) == 2 * 2 * 3 * 2
-    expected = reference_gradients(two_loras().double(), trainer.seen, trainer.routing.routes)
+    beta = options.get("beta", 0.0)
+    expected = reference_gradients(two_loras().double(), trainer.seen, trainer.routing.routes, beta=beta)
     for name, gradient in gradients.found.items():  # TRL's fused head and advantages are float32
         torch.testing.assert_close(gradient, expected[name], rtol=2e-5, atol=1e-7)
 
@@ -365,6 +382,29 @@ def test_baseline_over_unflagged_rollouts(tmp_path):
         for row in rows:
             assert float(batch["advantages"][row]) == pytest.approx(rewards[row] - np.mean(honest), abs=1e-5)
     assert sorted(trainer._logs["advantages"]) == pytest.approx(sorted(batch["advantages"].tolist()))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_where_nothing_is_flagged_the_baseline_is_that_of_trl(tmp_path, scale):
+    none = lambda completion_ids, **_: ["unflagged"] * len(completion_ids)
+    seen = []
+    for over in ("group", "unflagged"):
+        trainer = trainer_of(tmp_path, label_fn=none, baseline_over=over, scale_rewards=scale, max_steps=1)
+        trainer.train()
+        seen.append(trainer.seen[0])
+    assert seen[0]["advantages"].abs().max() > 0.1
+    assert torch.equal(seen[0]["completion_ids"], seen[1]["completion_ids"])
+    torch.testing.assert_close(seen[1]["advantages"], seen[0]["advantages"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_flagged_rewards_count_in_the_spread_alone(scale):
+    rewards = torch.tensor([0.0, 1.0, 5.0, 9.0, 2.0, 4.0, 1.0, 3.0])
+    flagged = torch.tensor([False, False, True, True] + [True] * 4)
+    found = unflagged_advantages(rewards, flagged, 4, scale)
+    for group, mean in ((slice(0, 4), 0.5), (slice(4, 8), 2.5)):  # of all, where all are flagged
+        spread = (rewards[group] if scale == "group" else rewards).std() + 1e-4
+        torch.testing.assert_close(found[group], (rewards[group] - mean) / spread)
 
 
 def test_resuming_equals_going_on_and_saves_the_routed_layout(tmp_path):

@@ -7,6 +7,8 @@ import torch
 import trl.trainer.grpo_trainer
 from families import tiny
 from peft import get_peft_model
+from regions_parts import randomise
+from subspace_parts import subspace_file
 from test_trl_grpo import completions_of, detector, logps, trainer_of
 from trl.generation.vllm_generation import VLLMGeneration
 from trl_parts import VOCABULARY, lora, prompts, two_loras, weights
@@ -47,9 +49,32 @@ def engine(monkeypatch):
     monkeypatch.setattr(trl.trainer.grpo_trainer, "VLLMGeneration", Engine)
 
 
+KINDS = ["stock LoRA", "own LoRA", "subspace"]
+
+
+def adapted(kind: str, folder):
+    """A tiny model with two adapters that do something: two LoRAs, or one, and a region along a subspace."""
+    if kind == "stock LoRA":
+        return two_loras()
+    torch.manual_seed(0)
+    low_rank = dict(
+        kind="lora", r=2, lora_alpha=4, target_modules=["q_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    path = subspace_file(folder) if kind == "subspace" else None
+    along = {"kind": "subspace", "subspace": path, "task_type": "CAUSAL_LM"}
+    stays = RoutedConfig(**low_rank, **({"subspace": path} if path else {}))
+    model = get_peft_model(tiny("llama", vocab_size=VOCABULARY), stays, "retain")
+    model.add_adapter("forget", RoutedConfig(**(along if path else low_rank)))
+    model.base_model.set_adapter(["retain", "forget"])
+    for name in ("retain", "forget"):
+        randomise(model, name)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adapters", [[], ["retain"], ["retain", "forget"]])
-def test_folded_parameters_are_those_of_the_merged_model(adapters):
-    model = two_loras()
+def test_folded_parameters_are_those_of_the_merged_model(adapters, kind, tmp_path):
+    model = adapted(kind, tmp_path)
     before = weights(model)
     found = {name: value.clone() for name, value in folded_parameters(model, adapters)}
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
@@ -60,16 +85,17 @@ def test_folded_parameters_are_those_of_the_merged_model(adapters):
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
-def test_rollouts_come_from_folded_weights_and_anchors_from_ablated_ones(tmp_path, engine):
+@pytest.mark.parametrize("kind", KINDS)
+def test_rollouts_come_from_folded_weights_and_anchors_from_ablated_ones(tmp_path, engine, kind):
     trainer = trainer_of(
-        tmp_path, anchor_share=0.5, anchor_environments=["A"], use_vllm=True, dataset=prompts(), max_steps=3,
-        label_fn=lambda rows, **_: ["unflagged"] * len(rows),
+        tmp_path, adapted(kind, tmp_path), anchor_share=0.5, anchor_environments=["A"], use_vllm=True, dataset=prompts(),
+        max_steps=3, label_fn=lambda rows, **_: ["unflagged"] * len(rows),
     )  # fmt: skip
     trainer.train()
     assert trainer.vllm_generation.syncs == 6  # with the regions and without, at each step
     labels = torch.cat([batch["route_label"] for batch in trainer.seen])
     assert set(labels.tolist()) == {1, 2}
-    model = two_loras().eval()  # as it was at the first step
+    model = adapted(kind, tmp_path).eval()  # as it was at the first step
     batch = trainer.seen[0]
     for row in range(8):
         regions = ("forget",) if batch["route_label"][row] == 2 else ()
