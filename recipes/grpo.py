@@ -35,6 +35,7 @@ from trl import TrlParser, rewards
 from routed_peft import Route, RoutedConfig, ablate, presets
 from routed_peft.data import load_training_file
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, run_with_rollback, treated
+from routed_peft.monitoring.quarantine import read_quarantine
 from routed_peft.routes import routes_from_dict
 from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory, RunRecorder
@@ -136,7 +137,7 @@ def main() -> None:
         treat = lambda incident: dict.fromkeys(incident.named, recipe.on_halt)
         trainer, incidents = run_with_rollback(make, args.output_dir, recipe.max_incidents, treat)
     else:
-        trainer = make({})
+        trainer = make(read_quarantine(run.path) if args.resume_from_checkpoint else {})
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if (run.path / "incident.json").exists():
             incidents, target = [Incident.read(run.path)], None

@@ -169,6 +169,12 @@ def test_environments_to_blame_are_routed_where_that_is_asked_for(task, tmp_path
     assert summary["steps"] == 2 and summary["incidents"] == [{"step": 1, "onset_step": 0, "named": ["C"]}]
     assert summary["tokens_per_route"]["flagged"] > 0
     assert (tmp_path / "run-ablated/model.safetensors").exists()
+    if method == "classic":  # quarantine is kept where the run is resumed by hand
+        again = ["--resume_from_checkpoint", str(out / "checkpoint-2"), "--max_steps", "4", "--ablate_to", "no"]
+        here(arguments("grpo_monitored", task, out, "--on_halt", "stop", "--monitor", '{"action": "log"}', *again))
+        later = [p["routing/environment/C/flag_rate"] for p in RunDirectory(out).points() if p["step"] > 2 and
+                 "routing/environment/C/flag_rate" in p]  # fmt: skip
+        assert later and set(later) == {1.0}
 
 
 def test_going_on_after_a_halt_needs_a_monitor(task, tmp_path):

@@ -156,7 +156,7 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
         )
         if args.anchor_share:
             self._refuse_dropout("`anchor_share`")
-        elif args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations):
+        elif args.gradient_accumulation_steps % ((args.steps_per_generation or 1) * args.num_iterations):
             self._refuse_dropout("`num_iterations` or `steps_per_generation`")
         elif args.use_vllm and args.vllm_importance_sampling_correction:
             self._refuse_dropout("`vllm_importance_sampling_correction`")
