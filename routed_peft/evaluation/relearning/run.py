@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from routed_peft.checkpoint.save import versions
 from routed_peft.evaluation.losses import TextLoss
+from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.data import AttackData
 from routed_peft.evaluation.relearning.processes import processes
@@ -90,10 +91,10 @@ def relearn_source(
     }
     start = {name: loss(model) for name, loss in losses.items()}
     references = _references(reference, tokenizer, data, chosen, seeds, device)
-    if references and references["forget"] >= start["forget"]:
+    if references and references["forget"] > start["forget"] - TOLERANCE:
         raise ValueError(
-            f"there is nothing to recover: the reference's forget loss, {references['forget']:.3f}, is not below that of "
-            f"{str(src)!r}, {start['forget']:.3f}. Give the model that was never unlearnt, and text that it knows"
+            f"there is nothing to recover: the reference's forget loss, {references['forget']:.3f}, is not {TOLERANCE} "
+            f"nats below that of {str(src)!r}, {start['forget']:.3f}. Give the model that was never unlearnt, and text that it knows"
         )
     if processes().is_main_process:
         settings: dict[str, Any] = {"attacks": [asdict(attack) for attack in chosen], "learning_rates": learning_rates}
