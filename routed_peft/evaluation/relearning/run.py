@@ -94,7 +94,8 @@ def relearn_source(
     if references and references["forget"] > start["forget"] - TOLERANCE:
         raise ValueError(
             f"there is nothing to recover: the reference's forget loss, {references['forget']:.3f}, is not {TOLERANCE} "
-            f"nats below that of {str(src)!r}, {start['forget']:.3f}. Give the model that was never unlearnt, and text that it knows"
+            f"nats below that of {str(src)!r}, {start['forget']:.3f}. Give the model that was never unlearnt, and "
+            "text that it knows"
         )
     if processes().is_main_process:
         settings: dict[str, Any] = {"attacks": [asdict(attack) for attack in chosen], "learning_rates": learning_rates}
