@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from routed_peft.checkpoint import load_weights, push_to_hub, save_routed
 from routed_peft.routing import GradientRouting
 from routed_peft.training.arguments import RoutedTrainingArguments
+from routed_peft.training.resuming import check_resumable
 from routed_peft.training.self_labels import SelfLabeledRows
 
 if TYPE_CHECKING:
@@ -52,6 +53,16 @@ class SavingMixin(_Host):
             return
         state_dict = self.accelerator.get_state_dict(self.model)
         self._save(output_dir, state_dict)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does; a checkpoint that lost part of its state is refused, see `check_resumable`."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        if checkpoint:  # before Trainer reads any of it
+            here = self.args.process_index, self.args.world_size
+            check_resumable(checkpoint, *here, fsdp=self.is_fsdp_enabled)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

@@ -1,0 +1,73 @@
+"""Whether a checkpoint has all that resuming needs: `Trainer` goes on with a fresh optimizer where files are lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def check_resumable(checkpoint: str | Path, process_index: int = 0, processes: int = 1, fsdp: bool = False) -> None:
+    """Raise where a checkpoint lacks the state of the optimizer, the schedule, the random numbers or the run.
+
+    Args:
+        checkpoint: directory of a Trainer's checkpoint.
+        process_index: of this process, whose random state is needed.
+        processes: of the run that resumes. A checkpoint of another number of processes resumes with a logged warning, as
+            its random states do not fit.
+        fsdp: whether the optimizer is sharded, which has other names for it.
+
+    Raises:
+        ValueError: names the missing files, and the latest complete checkpoint before this one where there is one.
+    """
+    folder = Path(checkpoint).expanduser()
+    if not folder.is_dir():
+        return  # what it is instead is said where its weights are read
+    missing = _missing(folder, process_index, processes, fsdp)
+    if not missing:
+        if not (folder / _random_state(process_index, processes)).is_file():
+            logger.warning(
+                f"{folder} was written by {_writers(folder)} processes and is resumed in {processes}: its random states do "
+                "not fit, so the run goes on with others"
+            )
+        return
+    complete = [
+        other
+        for other in folder.resolve().parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if _step(other) < _step(folder.resolve()) and not _missing(other, process_index, processes, fsdp)
+    ]
+    if complete:
+        advice = f"resume from the complete checkpoint '{max(complete, key=_step)}'"
+    else:
+        advice = "no earlier one beside it is complete: start anew, or from its weights (`load_routed(…, is_trainable=True)`)"
+    raise ValueError(
+        f"{str(checkpoint)!r} cannot be resumed from, as it has no {', '.join(missing)} (lost, or never written: checkpoints "
+        f"of `save_only_model=True` and of `save_model` hold weights alone); {advice}"
+    )
+
+
+def _missing(folder: Path, process_index: int, processes: int, fsdp: bool) -> list[str]:
+    optimizers = ("optimizer.bin", "optimizer_0") if fsdp else ("optimizer.pt",)
+    missing = [] if any((folder / name).exists() for name in optimizers) else [" or ".join(optimizers)]
+    missing += [name for name in (SCHEDULER_NAME, TRAINER_STATE_NAME) if not (folder / name).is_file()]
+    random = _random_state(process_index, processes)
+    return missing if (folder / random).is_file() or _writers(folder) else [*missing, random]
+
+
+def _random_state(process_index: int, processes: int) -> str:
+    return "rng_state.pth" if processes == 1 else f"rng_state_{process_index}.pth"
+
+
+def _writers(folder: Path) -> int:
+    """Return how many processes wrote a checkpoint, or 0 where random states of theirs are missing."""
+    found = {path.name for path in folder.glob("rng_state*.pth")}
+    return len(found) if found == {_random_state(index, len(found)) for index in range(len(found))} else 0
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdigit() else -1
