@@ -19,12 +19,13 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repo:
-    """Branches by name -> commit, and commits -> files."""
+    """Branches by name -> commit, and commits -> files; the messages of commits that were pushed, in their order."""
 
     private: bool = False
     gated: bool = False
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Files] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
 
     def commit(self, files: Files, branch: str = "main") -> str:
         digest = hashlib.sha1(repr((len(self.commits), sorted(files.items()))).encode()).hexdigest()
@@ -201,7 +202,9 @@ class _Handler(BaseHTTPRequestHandler):
         for line in self.body.splitlines():
             entry = json.loads(line)
             key, value = entry["key"], entry["value"]
-            if key == "file":
+            if key == "header":
+                repo.messages.append(value["summary"])
+            elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 files[value["path"]] = self.server.blobs[value["oid"]]

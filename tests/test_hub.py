@@ -4,103 +4,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checkpoint_parts import logits, lora, without, wrapped
 from families import tiny
-from hub_server import Hub, hub
+from hub_server import Hub
+from hub_worker import Worker, working
 from peft import get_peft_model
 
 from routed_peft import presets
 from routed_peft.checkpoint import push_to_hub, save_routed
 
-_WORKER = """
-import json, os, sys, warnings
-answers = os.fdopen(os.dup(1), "w", buffering=1)
-sys.stdout = sys.stderr
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from checkpoint_parts import logits, lora
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
-from routed_peft.ablation import ablate, export
-from routed_peft.checkpoint import inspect_checkpoint, load_routed, push_to_hub, save_routed
-warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
-warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)  # huggingface_hub's uploads
-scope = dict(globals())
-for line in sys.stdin:
-    result = None
-    names = {**scope, **json.loads(line)}
-    try:
-        exec(names["code"], names)
-        answer = {"result": names.get("result")}
-    except Exception as error:
-        answer = {"error": type(error).__name__, "message": "\\n".join([str(error), *getattr(error, "__notes__", [])])}
-    answers.write(json.dumps(answer) + "\\n")
-answers.close()
-"""
-
-
-class Worker:
-    """A process that runs code in an environment where the Hub is a local server."""
-
-    def __init__(self, server: Hub, home: Path) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE"))}
-        here = str(Path(__file__).parent)
-        environment = {
-            **kept,
-            "HF_ENDPOINT": server.url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "PYTHONPATH": os.pathsep.join([here, str(Path(here).parent)]),
-        }
-        self.server = server
-        self.log = (home / "log").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env=environment,
-            text=True,
-        )
-
-    def run(self, code: str, **names: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"code": code, **names}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def __call__(self, code: str, **names: Any) -> Any:
-        """Run ``code`` and return what it puts into ``result``."""
-        answer = self.run(code, **names)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def logits(self, model: str, **names: Any) -> torch.Tensor:
-        return torch.tensor(self(f"result = logits({model}).tolist()", **names))
-
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    with hub() as server:
-        worker = Worker(server, tmp_path_factory.mktemp("home"))
-        try:
-            yield worker
-        finally:
-            worker.process.communicate()
-            worker.log.close()
+    with working(tmp_path_factory.mktemp("home")) as worker:
+        yield worker
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -161,7 +83,7 @@ def test_the_base_and_its_regions_go_to_two_repositories(worker: Worker, run: Pa
         "forget 1234",
     ):
         assert text in card, card
-    assert 'load_routed("org/base", regions={"forget": "org/regions"})' in card
+    assert 'load_routed("org/base", regions={"forget": "org/regions", "bio": "org/regions"})' in card
     assert 'AutoModelForCausalLM.from_pretrained("org/base")' in card
     assert "base_model: org/base" in regions.head()["README.md"].decode()
 

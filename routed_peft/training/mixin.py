@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from routed_peft.ablation import ablated
 from routed_peft.data import RoutedCollator, check_route_columns
@@ -90,6 +90,11 @@ class RoutingMixin(SavingMixin):
         if args.use_liger_kernel:
             raise ValueError(
                 "`use_liger_kernel` reads weights outside their modules, past the routing: set it to False"
+            )
+        if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"`hub_strategy={HubStrategy(args.hub_strategy).value!r}` would push checkpoints with their regions and "
+                "optimizer to the repository of the base: set it to 'every_save' or 'end', which push the base alone"
             )
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed keeps gradients where idle groups cannot be dropped: use DDP or FSDP2")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, SaveStrategy, get_last_checkpoint
+from transformers.utils.hub import PushInProgress
 
 from routed_peft.checkpoint import load_weights, push_to_hub, save_routed
 from routed_peft.routing import GradientRouting
@@ -48,6 +51,8 @@ class SavingMixin(_Host):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the routed layout (`save_routed`); sharded models are gathered first."""
+        if output_dir is None or Path(output_dir) == Path(str(self.args.output_dir)):
+            self._finish_current_push()  # it reads these files
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -82,31 +87,80 @@ class SavingMixin(_Host):
 
     # The Hub
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        regions_repo: str | None = None,
+        regions_private: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Push the base, without regions, to ``args.hub_model_id`` (see `routed_peft.push_to_hub`).
+        """Save, and push the base, without regions, to ``hub_model_id`` (see `routed_peft.push_to_hub`).
 
-        Pass ``regions_repo`` to push the regions to a repository of their own.
+        Args:
+            commit_message: of the commits.
+            blocking: whether to wait. Otherwise the push runs beside; the next save into ``output_dir`` waits for it.
+            token: Hub token; ``args.hub_token`` by default.
+            revision: branch; ``args.hub_revision`` by default.
+            private: whether a new repository is private; ``args.hub_private_repo`` by default.
+            regions_repo: Hub id for the regions, a repository of their own; None leaves them here.
+            regions_private: whether ``regions_repo`` must be private.
+            **kwargs: none; `Trainer`'s describe its model card, and routed runs have another.
+
+        Returns:
+            ``{"repo": commit hash}`` and ``"regions_repo"`` likewise, a `concurrent.futures.Future` of these where not
+            ``blocking``, or None in all processes but the first.
+
+        Raises:
+            ValueError: where no repository is named, on ``kwargs``, and as `routed_peft.push_to_hub` does.
         """
+        if kwargs:
+            raise ValueError(
+                f"`push_to_hub` of a routed trainer got {sorted(kwargs)}, which it does not know: the model card is made of "
+                "the run's records. Leave these out, or edit README.md on the Hub"
+            )
+        if not self.args.hub_model_id and not self.args.push_to_hub:  # with the latter Trainer makes a repository
+            raise ValueError("`hub_model_id` is not set: name the repository to push the base to")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        if self.args.hub_model_id is None:
-            raise ValueError("`hub_model_id` is not set: name the repository to push the base to")
-        return push_to_hub(
+        push = partial(
+            push_to_hub,
             str(self.args.output_dir),
-            self.args.hub_model_id,
-            regions_repo=kwargs.pop("regions_repo", None),
-            private=self.args.hub_private_repo,
+            str(self.hub_model_id or self.args.hub_model_id),
+            regions_repo=regions_repo,
+            regions_private=regions_private,
+            private=self.args.hub_private_repo if private is None else private,
             token=token or self.args.hub_token,
-            revision=kwargs.pop("revision", None) or self.args.hub_revision,
+            revision=revision or self.args.hub_revision,
+            **({"commit_message": commit_message} if commit_message else {}),
         )
+        if blocking:
+            return push()
+        future = HfApi().run_as_future(push)
+        # Trainer waits for it at the end of training
+        self.push_in_progress = PushInProgress([future])  # type: ignore[assignment, arg-type]
+        return future
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
-            self.push_to_hub()
+        """Push the base out of a checkpoint just saved, and wait: rotation could delete it under the upload."""
+        if self.args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        at = f"step {self.state.global_step}"
+        if self.args.save_strategy == SaveStrategy.EPOCH:
+            at = f"epoch {int(self.state.epoch or 0)}"
+        push_to_hub(
+            checkpoint_folder,
+            str(self.hub_model_id),
+            private=self.args.hub_private_repo,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, {at}",
+        )
