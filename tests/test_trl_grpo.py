@@ -482,6 +482,15 @@ def test_streams_of_prompts(tmp_path):
     assert trainer.tokens_per_route["flagged"]
 
 
+def test_a_detector_may_find_nothing_yet(tmp_path, caplog):
+    """What would stop a run on a stream of text: here the policy may start to hack later."""
+    rows = list(prompts())
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    clean = answering(lambda ids: ["unflagged"] * len(ids))
+    trainer_of(tmp_path, dataset=stream, label_fn=clean, check_labels_after=1).train()
+    assert "over this run, no row is routed" in caplog.text
+
+
 def answering(answer):
     return lambda completion_ids, **_: answer(completion_ids)
 

@@ -53,6 +53,13 @@ class RoutedArguments:
     self_check: bool = field(
         default=True, metadata={"help": "On the first batch, try every label and raise where gradient goes astray."}
     )
+    check_labels_after: int = field(
+        default=100,
+        metadata={
+            "help": "On a stream: raise if nothing was routed in so many steps, and warn of a region without data. 0: at the "
+            "end only."
+        },
+    )
     gather: bool = field(
         default=True,
         metadata={

@@ -19,8 +19,9 @@ from routed_peft.data import RoutedCollator, check_route_columns
 from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT, ROUTE_QUARANTINE
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.regions.subspace import has_subspace
-from routed_peft.routes import IGNORED, Route, Routes
+from routed_peft.routes import IGNORED, Routes
 from routed_peft.routing import GradientRouting
+from routed_peft.training.occurrence import check_labels_occur
 from routed_peft.training.optimizer import clip_by_group, rest, tag_groups
 from routed_peft.training.penalty import activation_l1
 from routed_peft.training.projection import SubspaceProjection
@@ -70,6 +71,7 @@ class RoutingMixin(SavingMixin):
             gather=args.gather and not args.torch_compile,
         )
         self._checked = not args.self_check
+        self._labels_checked = not args.check_labels_after
         self._loss_sums = torch.zeros(2, dtype=torch.float64)
         self.tokens_per_route: Counter[str] = Counter()  # over the run and all processes
         self._taught: Counter[tuple[str, str]] = Counter()  # since the last optimizer step, in this process
@@ -123,18 +125,8 @@ class RoutingMixin(SavingMixin):
         ours = (*ROUTE_COLUMNS, ROUTE_QUARANTINE)
         self._signature_columns = [*columns, *(column for column in ours if column not in columns)]  # type: ignore[assignment]
 
-    def _check_labels_occur(self, labels: Mapping[str, int]) -> None:
-        """Raise where the labels that occur would route nothing, or leave a region without data."""
-        routes = self.routing.routes
-        seen = {label: routes[label] for label, count in labels.items() if count}
-        if all(route == Route() for route in seen.values()) and any(route != Route() for route in routes.values()):
-            raise ValueError(
-                f"no row is routed: only {sorted(seen)} occurs, which trains everything. Is the label column right? "
-                "(for a run without routing on purpose, use `presets.control()`)"
-            )
-        for region in self.routing.regions:
-            if not any(route.weight(region) for route in seen.values()):
-                raise ValueError(f"no row trains the region {region!r}: only {sorted(seen)} occurs in `train_dataset`")
+    def _check_labels_occur(self, labels: Mapping[str, int], steps: int | None = None) -> None:
+        check_labels_occur(labels, self.routing.routes, self.routing.regions, steps)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._check_before_training()
@@ -145,6 +137,14 @@ class RoutingMixin(SavingMixin):
     def _check_before_training(self) -> None:
         if isinstance(self.train_dataset, Dataset):
             self._check_labels_occur(check_route_columns(self.train_dataset, self.routing.routes))
+
+    def _check_under_way(self) -> None:
+        """Check the labels of a stream, once, after `check_labels_after` steps: what it will yield is not known before."""
+        step = self.state.global_step + 1
+        if self._labels_checked or isinstance(self.train_dataset, Dataset) or step < self.args.check_labels_after:
+            return
+        self._labels_checked = True
+        self._check_labels_occur(self.tokens_per_route, step)
 
     def _check_after_training(self) -> None:
         if not isinstance(self.train_dataset, Dataset):
@@ -240,6 +240,7 @@ class RoutingMixin(SavingMixin):
         self._taught.clear()
         taught = self.accelerator.reduce(counts, "sum").tolist()
         self.tokens_per_route.update(dict(zip(labels, taught[len(groups) :], strict=True)))
+        self._check_under_way()
         rest(self.optimizer, {group for group, count in zip(groups, taught, strict=False) if not count})
 
     # Evaluation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import Trainer
 
@@ -47,7 +47,8 @@ class RoutedTrainer(RoutingMixin, Trainer):
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("`RoutedTrainer` needs `processing_class` (the tokenizer) or a `data_collator`")
-            names = class_names(kwargs["train_dataset"]) if isinstance(kwargs.get("train_dataset"), Dataset) else None
+            dataset = kwargs.get("train_dataset")
+            names = class_names(dataset) if isinstance(dataset, Dataset | IterableDataset) else None
             data_collator = RoutedCollator(processing_class, routes, class_names=names)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         self._attach(routes)

@@ -296,6 +296,9 @@ class RoutedGRPOTrainer(SamplingMixin):
     def _check_before_training(self) -> None:
         pass  # labels come with the rollouts
 
+    def _check_under_way(self) -> None:
+        pass  # a detector may have had nothing to find yet
+
     def _check_after_training(self) -> None:
         try:
             self._check_labels_occur(self.tokens_per_route)
