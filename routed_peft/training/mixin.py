@@ -21,6 +21,7 @@ from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.regions.subspace import has_subspace
 from routed_peft.routes import IGNORED, Routes
 from routed_peft.routing import GradientRouting
+from routed_peft.training.callbacks import held_back
 from routed_peft.training.occurrence import check_labels_occur
 from routed_peft.training.optimizer import clip_by_group, rest, tag_groups
 from routed_peft.training.penalty import activation_l1
@@ -258,14 +259,20 @@ class RoutingMixin(SavingMixin):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as `Trainer` does, then again with all regions ablated (``eval_ablated_…``)."""
-        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        """Evaluate as `Trainer` does, then again with all regions ablated (``eval_ablated_…``).
+
+        Callbacks hear of the two as one evaluation, after the second and with the metrics of both.
+        """
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.evaluate_ablated and not isinstance(datasets, dict):  # a dict comes back here one by one
-            first, *rest = metric_key_prefix.split("_", 1)  # "eval_forget" -> "eval_ablated_forget"
-            prefix = "_".join([first, "ablated", *rest])
+        if not self.args.evaluate_ablated or isinstance(datasets, dict):  # a dict comes back here one by one
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        first, *rest = metric_key_prefix.split("_", 1)  # "eval_forget" -> "eval_ablated_forget"
+        prefix = "_".join([first, "ablated", *rest])
+        with held_back(self.callback_handler):
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             with ablated(self.model, *self.routing.regions):
                 metrics |= super().evaluate(eval_dataset, ignore_keys, prefix)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
