@@ -18,6 +18,7 @@ from families import tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from routed_peft import RoutedTrainer
 from routed_peft.checkpoint import inspect_checkpoint
 from routed_peft.evaluation.report.reading import read_sources
 from routed_peft.training import RunDirectory
@@ -238,6 +239,33 @@ def test_adapters_beside_a_frozen_base_in_bfloat16_are_float32(runs, files, tmp_
     for name in ("retain", "forget"):
         assert dtypes(tmp_path / "two_lora" / name / "adapter_model.safetensors") == {torch.float32}
     assert dtypes(tmp_path / "two_lora-ablated" / "model.safetensors") == {torch.bfloat16}, "as the base was"
+
+
+def test_an_interrupted_run_resumes_as_if_it_had_not_been(runs, files, tmp_path):
+    command = [*arguments("control", tmp_path, files), "--save_strategy", "steps", "--save_steps", "2"]
+    step = RoutedTrainer.training_step
+
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise InterruptedError
+        return step(trainer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(RoutedTrainer, "training_step", interrupted)
+        here(command)
+    out = tmp_path / "control"
+    assert not (out / "summary.json").exists()
+    here([*command, "--resume_from_checkpoint", str(out / "checkpoint-2")])
+    whole, resumed = (json.loads((run / "summary.json").read_text()) for run in (runs / "control", out))
+    for key in ("losses", "steps", "tokens", "tokens_per_route"):
+        assert resumed[key] == whole[key], key
+    measured = [
+        [(point["split"], point["ablated"], point["step"], point["loss"]) for point in RunDirectory(run).points()]
+        for run in (runs / "control", out)
+    ]
+    assert measured[0] == measured[1]
+    name = "model.safetensors"
+    assert (tmp_path / "control-ablated" / name).read_bytes() == (runs / "control-ablated" / name).read_bytes()
 
 
 def test_mistakes_are_explained(files, tmp_path):

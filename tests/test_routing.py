@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import FAMILIES, tiny
 from peft import LoraConfig, get_peft_model
 from reference import by_example, by_position, loss_of
@@ -294,6 +295,16 @@ def test_training_without_labels_raises():
         pass
     with pytest.raises(ValueError, match="came without labels"):
         model(**batch)
+
+
+def test_offloaded_models_are_refused():
+    """accelerate's hooks sit on the instances, where the swapped class would not be asked."""
+    model = two_regions("llama")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"'base_model.model.*' has a forward of its own .*without `device_map` offload"
+    ):
+        GradientRouting(model, ROUTES, train_base=True)
 
 
 def test_detach_restores_everything():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -391,3 +393,27 @@ def test_own_optimizer_needs_tags(tmp_path, tokenizer):
 def test_routing_is_what_a_trained_model_says(tmp_path, tokenizer):
     trainer = train(tmp_path, tokenizer, max_steps=1)
     assert isinstance(trainer.routing, GradientRouting) and trainer.model._routed_train_base is True
+
+
+def test_a_batch_without_labels_stops_the_run(tmp_path, tokenizer):
+    """The dataset has the column; the collator loses it."""
+    trainer = RoutedTrainer(
+        model_of(), arguments(tmp_path), routes=presets.sgtm("forget"), data_collator=RoutedCollator(tokenizer, None),
+        train_dataset=rows(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a training batch came without `route_label` or `route_labels`"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within Inductor
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile on a CPU needs a C++ compiler"
+)
+def test_compiled_equals_eager(tmp_path, tokenizer):
+    options = {"dataset": rows(12, length=6), "max_steps": 2, "learning_rate": 1e-3, "adam_epsilon": 1e-5}
+    eager = train(tmp_path / "a", tokenizer, model_of(num_hidden_layers=1), gather=False, **options)
+    model = model_of(num_hidden_layers=1)
+    compiled = train(tmp_path / "b", tokenizer, model, torch_compile=True, self_check=False, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"], "nothing was compiled"
+    torch._dynamo.reset()
+    assert_same(weights(eager.model), weights(compiled.accelerator.unwrap_model(compiled.model, False)), atol=1e-5)
