@@ -145,6 +145,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(learned, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+def test_a_checkpoint_that_lost_its_optimizer_is_not_resumed_from(learned, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    unlearn(copy.deepcopy(learned), FORGET, RETAIN, arguments(tmp_path, **options))
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    options |= {"max_steps": 3, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    with pytest.raises(ValueError, match=r"has no optimizer\.pt.*checkpoint-1'"):
+        unlearn(copy.deepcopy(learned), FORGET, RETAIN, arguments(tmp_path, **options))
+
+
 def test_a_run_is_a_matter_of_its_seed(learned, tmp_path):
     models = [copy.deepcopy(learned) for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):

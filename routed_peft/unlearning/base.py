@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from routed_peft.routes import IGNORED
+from routed_peft.training.resuming import check_resumable
 from routed_peft.unlearning.data import Rows, collate
 from routed_peft.unlearning.losses import token_log_probs
 
@@ -70,6 +71,8 @@ class TokenTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
         assert target is not None
+        args = self.args
+        check_resumable(resume_from_checkpoint, args.process_index, args.world_size, self.is_fsdp_enabled)
         check_weights(Path(resume_from_checkpoint), target)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
