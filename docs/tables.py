@@ -122,40 +122,43 @@ def step_time() -> str:
     return "\n".join(lines)
 
 
-def reward_hack() -> str:
-    """Hack rates by environment and honest accuracy of every arm, at the end and at the best checkpoint."""
-    command = "python recipes/grpo_reward_hack.py --config recipes/configs/experiment_reward_hack.yaml"
-    report = load("reward_hack")
+def arms(name: str, head: str, columns: tuple[str, ...], states: tuple[str, str], main: str, texts: str) -> str:
+    """A row for every arm of an experiment with GRPO: what was measured in either of two states.
+
+    Args:
+        name: of the experiment.
+        head: names of the columns, after that of the arm.
+        columns: keys of what is measured.
+        states: keys of the states.
+        main: the arm that is set bold, ablated.
+        texts: what it was measured on.
+    """
+    command = f"python recipes/grpo_{name}.py --config recipes/configs/experiment_{name}.yaml"
+    report = load(name)
     if report is None:
         return f"Not run yet: `{command}`."
-    columns = ("B", "C", "D", "honest")
-    lines = ["| arm | B | C | D | honest | best checkpoint: B | C | D | honest |", "|---" * 9 + "|"]
+    lines = [f"| arm | {head} |", "|---" * (1 + len(states) * len(columns)) + "|"]
     for row in report["rows"]:
-        name = f"**{row['name']}**" if (row["arm"], row["scale"]) == ("anchored", 0.0) else row["name"]
-        cells = [row[when][key] if row[when] else [] for when in ("end", "best") for key in columns]
-        lines.append(f"| {name} | " + " | ".join(map(mean_range, cells)) + " |")
+        bold = row["arm"] == main and row.get("scale", 0.0) == 0.0
+        cells = [row[state][key] if row[state] else [] for state in states for key in columns]
+        title = f"**{row['name']}**" if bold else row["name"]
+        lines.append(f"| {title} | " + " | ".join(map(mean_range, cells)) + " |")
     lines.append(
-        f"\nMean (range) over {len(report['starts'])} seeds, test prompts. {criteria(report['checks'])} From `{command}`."
+        f"\nMean (range) over {len(report['starts'])} seeds, test {texts}. {criteria(report['checks'])} From `{command}`."
     )
     return "\n".join(lines)
+
+
+def reward_hack() -> str:
+    """Hack rates by environment and honest accuracy of every arm, at the end and at the best checkpoint."""
+    head = "B | C | D | honest | best checkpoint: B | C | D | honest"
+    return arms("reward_hack", head, ("B", "C", "D", "honest"), ("end", "best"), "anchored", "prompts")
 
 
 def persona() -> str:
     """Share of answers with the trait, and of right ones, of every arm with its region and without."""
-    command = "python recipes/grpo_persona.py --config recipes/configs/experiment_persona.yaml"
-    report = load("persona")
-    if report is None:
-        return f"Not run yet: `{command}`."
-    columns = ("guilty", "innocent", "right")
-    lines = ["| arm | trait, guilty | innocent | right | ablated: trait, guilty | innocent | right |", "|---" * 7 + "|"]
-    for row in report["rows"]:
-        name = f"**{row['name']}**" if row["arm"] == "cut" else row["name"]
-        cells = [row[state][key] if row[state] else [] for state in ("on", "ablated") for key in columns]
-        lines.append(f"| {name} | " + " | ".join(map(mean_range, cells)) + " |")
-    lines.append(
-        f"\nMean (range) over {len(report['starts'])} seeds, test words. {criteria(report['checks'])} From `{command}`."
-    )
-    return "\n".join(lines)
+    head = "trait, guilty | innocent | right | ablated: trait, guilty | innocent | right"
+    return arms("persona", head, ("guilty", "innocent", "right"), ("on", "ablated"), "cut", "words")
 
 
 def style() -> str:
