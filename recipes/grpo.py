@@ -39,7 +39,14 @@ from routed_peft.monitoring.quarantine import read_quarantine
 from routed_peft.routes import routes_from_dict
 from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.trl import ColumnLabels, EnvironmentLabels, ImperfectDetector, RoutedGRPOConfig, RoutedGRPOTrainer
+from routed_peft.trl import (
+    ColumnLabels,
+    EnvironmentLabels,
+    ImperfectDetector,
+    RolloutReward,
+    RoutedGRPOConfig,
+    RoutedGRPOTrainer,
+)
 
 BASE_ADAPTER = "retain"
 
@@ -99,6 +106,10 @@ class Recipe:
         metadata={
             "help": "Fields of `MonitorConfig`; {}: its defaults. What halts a run is in OUTPUT_DIR/incident.json."
         },
+    )
+    reward_rollouts: int = field(
+        default=0,
+        metadata={"help": "Rollouts of each environment for the monitor's reward gap, every `reward_every` steps."},
     )
     on_halt: str = field(
         default="stop",
@@ -182,7 +193,9 @@ def make_trainer(
         callbacks=[RunRecorder(run, method=recipe.method)],
     )
     if recipe.monitor is not None:
-        RegionMonitor(trainer, MonitorConfig(**plain(recipe.monitor)))
+        count, column = recipe.reward_rollouts, args.environment_column
+        reward = RolloutReward(trainer, column, count) if count else None
+        RegionMonitor(trainer, MonitorConfig(**plain(recipe.monitor)), reward=reward)
     return trainer
 
 

@@ -9,7 +9,14 @@ from trl_parts import assert_same, prompts, two_loras, weights, word_tokenizer
 
 from routed_peft import presets
 from routed_peft.monitoring import MonitorConfig, RegionMonitor, treated
-from routed_peft.trl import EnvironmentLabels, RoutedGRPOConfig, RoutedGRPOTrainer, RoutedSFTConfig, RoutedSFTTrainer
+from routed_peft.trl import (
+    EnvironmentLabels,
+    RolloutReward,
+    RoutedGRPOConfig,
+    RoutedGRPOTrainer,
+    RoutedSFTConfig,
+    RoutedSFTTrainer,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning"),
@@ -149,3 +156,36 @@ def test_sft_is_monitored(tmp_path):
     trainer.train()
     contributions = monitor.reports["forget"].contributions
     assert contributions["A"] != 0 and contributions["B"] == 0  # retain rows leave the region alone
+
+
+def test_the_reward_gap_is_that_of_rollouts_sampled_and_graded_as_in_training(tmp_path):
+    asked = []
+
+    def graded(completions, prompts, environment, **_):
+        asked.append((list(prompts), list(environment)))
+        return [float(text.split().count("hack")) + float(len(text.split()) > 2) for text in completions]
+
+    trainer = grpo_of(tmp_path, prompts(12), top_k=1)
+    trainer.reward_funcs = [graded]
+    model, tokenizer = trainer.model, word_tokenizer()
+    mean = RolloutReward(trainer, count=3)
+    expected = []
+    texts = [row["prompt"] for row in prompts(12) if row["environment"] == "B"][:3]
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        made = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0)[0, ids.shape[1] :]
+        expected += graded([tokenizer.decode(made, skip_special_tokens=True)], [text], ["B"])
+    asked.clear()
+    model.eval()
+    assert mean(model, "B") == pytest.approx(sum(expected) / 3) and asked == [(texts, ["B"] * 3)]
+    assert not hasattr(trainer, "_scored"), "these are no rollouts to be labelled"
+    with pytest.raises(ValueError, match=r"no prompt is of the environment 'C'; there are \['A', 'B'\]"):
+        mean(model, "C")
+
+    trainer = grpo_of(tmp_path)
+    RegionMonitor(trainer, MonitorConfig(every=1, action="log", reward_every=1), reward=RolloutReward(trainer, count=2))
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "monitor/status" in line]
+    assert all(f"monitor/forget/reward_gap/{name}" in line for line in lines for name in "AB")
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        RolloutReward(grpo_of(tmp_path, prompts().to_iterable_dataset(), lambda rows, **_: ["flagged"] * len(rows)))

@@ -47,6 +47,7 @@ pin(
     "8ad618f3882b",
     "groups stand together; asks for old and reference scores",
 )
+pin(GRPOTrainer._tokenize_prompts, "c5df2fec534b", "prompts as training has them, chat templates included")
 pin(
     GRPOTrainer._calculate_rewards,
     "8ffa0c7ca930",

@@ -1,0 +1,66 @@
+"""What an environment pays a GRPO trainer's model for a few rollouts: the reward that a `RegionMonitor` asks for."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from torch import nn
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+
+from routed_peft.data.columns import column_values
+
+
+class RolloutReward:
+    """The mean reward of rollouts of an environment's first prompts, sampled and graded as in training, without anchors.
+
+    Args:
+        trainer: with its prompts, generation settings, reward functions and their weights. Generation is that of
+            `transformers`, also where training samples with vLLM.
+        column: of the prompts, that names their environment.
+        count: prompts of each environment, one rollout of each; of every process.
+
+    Raises:
+        ValueError: where prompts are streamed, or lack the column; when called, for an environment without prompts.
+
+    Example:
+        ``RegionMonitor(trainer, MonitorConfig(max_reward_gap=0.3), reward=RolloutReward(trainer, "environment"))``
+    """
+
+    def __init__(self, trainer: GRPOTrainer, column: str = "environment", count: int = 16) -> None:
+        if not isinstance(trainer.train_dataset, Dataset):
+            raise ValueError("`RolloutReward` takes an environment's first prompts, so they cannot be streamed")
+        if count < 1:
+            raise ValueError(f"`count` must be at least 1, got {count}")
+        self.trainer, self.count = trainer, count
+        self._environments = column_values(trainer.train_dataset, column)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, environment: str) -> float:
+        """Return the mean reward of ``model``, as it is: with its regions or without."""
+        trainer = self.trainer
+        indices = [i for i, name in enumerate(self._environments) if str(name) == environment][: self.count]
+        if not indices:
+            known = sorted({str(name) for name in self._environments})
+            raise ValueError(f"no prompt is of the environment {environment!r}; there are {known}")
+        rows = [cast(Dataset, trainer.train_dataset)[i] for i in indices]
+        prompts, tokenizer = [row["prompt"] for row in rows], cast(Any, trainer.processing_class)
+        prompt_ids, *_ = trainer._tokenize_prompts(prompts)
+        inputs = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(trainer.accelerator.device)
+        plain: Any = trainer.accelerator.unwrap_model(model)
+        made = plain.generate(**inputs, generation_config=trainer.generation_config)[:, inputs["input_ids"].shape[1] :]
+        ids = [self._until_end(row) for row in made.tolist()]
+        written = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        if is_conversational(rows[0]):
+            written = [[{"role": "assistant", "content": text}] for text in written]
+        # TRL's own, not that of a routed trainer, which would take these for rollouts to be labelled
+        rewards = GRPOTrainer._calculate_rewards(trainer, rows, prompts, written, ids)
+        return float((rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).mean())
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """Return a completion up to its end, with that, as training grades it."""
+        ends = [i for i, token in enumerate(ids) if token in self.trainer.eos_token_ids]
+        return ids[: ends[0] + 1] if ends else ids
