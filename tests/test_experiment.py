@@ -146,6 +146,21 @@ def test_a_child_makes_the_model_of_its_parent_again(finished, tmp_path, calls):
     assert calls == ["make no_routing", "make random_units"]
 
 
+def test_a_model_that_came_out_the_same_keeps_its_attacks(finished, tmp_path, calls):
+    shutil.copy(finished / "summary.json", tmp_path)
+    run_experiment(experiment_of(tmp_path, methods=["routed"]), TINY)
+    (folder,) = (tmp_path / "cells").glob("biology-routed-*[!k]")
+    (attack,) = folder.glob("attack-*.json")
+    attack.unlink()
+    run_experiment(experiment_of(tmp_path, methods=["routed"]), TINY)
+    assert attack.exists() and not calls, "as in the summary"
+    attack.unlink()
+    numbers = json.loads((folder / "numbers.json").read_text())
+    (folder / "numbers.json").write_text(json.dumps({**numbers, "forget_loss": numbers["forget_loss"] + 1e-9}))
+    run_experiment(experiment_of(tmp_path, methods=["routed"]), TINY)
+    assert calls == ["make routed", "attack routed"], "another model wants attacks of its own"
+
+
 def test_undo_is_made_from_what_was_unlearnt_and_costs_add_up(finished):
     tiny = replace(TINY, pair="arithmetic", vocab_size=300)
     experiment = Experiment(
