@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from routed_peft.evaluation.report.verdicts import targets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "monitoring.md")
+Arms = Collection[tuple[str | None, float | None]] | None
 MARK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
 
 
@@ -122,8 +124,10 @@ def step_time() -> str:
     return "\n".join(lines)
 
 
-def arms(name: str, head: str, columns: tuple[str, ...], states: tuple[str, str], main: str, texts: str) -> str:
-    """A row for every arm of an experiment with GRPO: what was measured in either of two states.
+def arms(
+    name: str, head: str, columns: tuple[str, ...], states: tuple[str, ...], main: str, texts: str, only: Arms = None
+) -> str:
+    """A row for every arm of an experiment with GRPO: what was measured in one state or more.
 
     Args:
         name: of the experiment.
@@ -132,6 +136,7 @@ def arms(name: str, head: str, columns: tuple[str, ...], states: tuple[str, str]
         states: keys of the states.
         main: the arm that is set bold, ablated.
         texts: what it was measured on.
+        only: arms and scales that have a row; all by default.
     """
     command = f"python recipes/grpo_{name}.py --config recipes/configs/experiment_{name}.yaml"
     report = load(name)
@@ -139,6 +144,8 @@ def arms(name: str, head: str, columns: tuple[str, ...], states: tuple[str, str]
         return f"Not run yet: `{command}`."
     lines = [f"| arm | {head} |", "|---" * (1 + len(states) * len(columns)) + "|"]
     for row in report["rows"]:
+        if only is not None and (row["arm"], row.get("scale")) not in only:
+            continue
         bold = row["arm"] == main and row.get("scale", 0.0) == 0.0
         cells = [row[state][key] if row[state] else [] for state in states for key in columns]
         title = f"**{row['name']}**" if bold else row["name"]
@@ -147,6 +154,20 @@ def arms(name: str, head: str, columns: tuple[str, ...], states: tuple[str, str]
         f"\nMean (range) over {len(report['starts'])} seeds, test {texts}. {criteria(report['checks'])} From `{command}`."
     )
     return "\n".join(lines)
+
+
+def reward_hack_short() -> str:
+    """Of some arms, at the end."""
+    scaled = [("none", 1.0), ("none", 0.0), ("clean", 1.0), ("filter", 1.0), ("penalty", 1.0), ("classic", 0.0)]
+    only = [(None, None), *scaled, ("anchored", 1.0), ("anchored", 0.0), ("anchored-random", 0.0)]
+    return arms("reward_hack", "B | C | D | honest", ("B", "C", "D", "honest"), ("end",), "anchored", "prompts", only)
+
+
+def persona_short() -> str:
+    """Of some arms, the trait where it pays."""
+    head = "trait | right | ablated: trait | right"
+    only = [(arm, None) for arm in (None, "none", "weak", "cut", "random-0", "oracle", "halted")]
+    return arms("persona", head, ("guilty", "right"), ("on", "ablated"), "cut", "words", only)
 
 
 def reward_hack() -> str:
@@ -161,7 +182,7 @@ def persona() -> str:
     return arms("persona", head, ("guilty", "innocent", "right"), ("on", "ablated"), "cut", "words")
 
 
-def style() -> str:
+def style(only: Arms = None) -> str:
     """Share of samples in the style, loss on styled text, and loss on plain text, of every arm and kind of labels."""
     command = "python recipes/sft_style.py --config recipes/configs/experiment_style.yaml"
     report = load("style")
@@ -170,6 +191,8 @@ def style() -> str:
     heads = ("style, entry", "style, question", "way, entry", "way, question", "plain loss", "tax")
     lines = ["| labels | arm | " + " | ".join(heads) + " |", "|---" * 8 + "|"]
     for row in sorted(report["rows"], key=lambda row: row["labels"] or ""):
+        if only is not None and (row["arm"], row["scale"]) not in only:
+            continue
         name = f"**{row['name']}**" if (row["arm"], row["scale"]) == ("sgtm", 0.0) else row["name"]
         cells = map(mean_range, row["columns"].values())
         lines.append(f"| {row['labels'] or '–'} | {name} | " + " | ".join(cells) + " |")
@@ -257,6 +280,11 @@ TABLES = {
     "step_time": step_time,
     "persona": persona,
     "style": style,
+    "style_short": lambda: style(
+        [("none", 1.0), ("perfect_filter", 1.0), ("filter", 1.0), ("sgtm", 1.0), ("sgtm", 0.0)]
+    ),
+    "persona_short": persona_short,
+    "reward_hack_short": reward_hack_short,
     "gemma": gemma,
     "reward_hack": reward_hack,
 }
