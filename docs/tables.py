@@ -147,7 +147,7 @@ def arms(
         if only is not None and (row["arm"], row.get("scale")) not in only:
             continue
         bold = row["arm"] == main and row.get("scale", 0.0) == 0.0
-        cells = [row[state][key] if row[state] else [] for state in states for key in columns]
+        cells = [row[state][key] if row.get(state) else [] for state in states for key in columns]
         title = f"**{row['name']}**" if bold else row["name"]
         lines.append(f"| {title} | " + " | ".join(map(mean_range, cells)) + " |")
     lines.append(
@@ -178,8 +178,9 @@ def reward_hack() -> str:
 
 def persona() -> str:
     """Share of answers with the trait, and of right ones, of every arm with its region and without."""
-    head = "trait, guilty | innocent | right | ablated: trait, guilty | innocent | right"
-    return arms("persona", head, ("guilty", "innocent", "right"), ("on", "ablated"), "cut", "words")
+    head = "trait, guilty | innocent | right | ablated: trait, guilty | innocent | right | "
+    head += "best checkpoint, ablated: guilty | innocent | right"
+    return arms("persona", head, ("guilty", "innocent", "right"), ("on", "ablated", "ablated_best"), "cut", "words")
 
 
 def style(only: Arms = None) -> str:

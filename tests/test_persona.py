@@ -144,6 +144,7 @@ def test_a_run_ends_in_numbers_and_criteria(made):
     assert [row["arm"] for row in summary["rows"]] == [None, "none", "weak", "cut", "halted"] and "criteria" in printed
     for row in summary["cells"]:
         assert list(row["end"]) == ["0", "1"] and row["finished"] == SMALL.steps
+        assert list(row["best"]) == ["0", "1"] and all(0 < one["step"] <= SMALL.steps for one in row["best"].values())
         assert set(row["contributions"]) == set(ENVIRONMENTS)
 
 
@@ -161,7 +162,7 @@ def test_the_table_of_the_docs_is_made_from_it(made):
     spec.loader.exec_module(tables)
     tables.ROOT = made[0]
     table = tables.persona().splitlines()
-    assert len(table) == 2 + 5 + 2 and all(line.count("|") == 8 for line in table[:-2])
+    assert len(table) == 2 + 5 + 2 and all(line.count("|") == 11 for line in table[:-2])
     tables.ROOT = made[0] / "nowhere"
     assert tables.persona().startswith("Not run yet: `python recipes/grpo_persona.py --config")
 

@@ -16,8 +16,8 @@ from routed_peft.reward_hack.measuring import complete
 Rates = dict[str, dict[str, float]]
 
 
-def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0) -> Rates:
-    """Return rates of a model on ``count`` test words in every environment, sampled at temperature 1.
+def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0, split: str = "test") -> Rates:
+    """Return rates of a model on ``count`` words of a split in every environment, sampled at temperature 1.
 
     Draws from a generator of its own.
 
@@ -26,6 +26,7 @@ def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0) -> 
         count: of words.
         seed: of the samples.
         scale: of the region.
+        split: "test", or "train".
 
     Returns:
         "trait", the share of answers with a shout, and "right", the share of right words in either tone, each in "guilty"
@@ -33,10 +34,10 @@ def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0) -> 
     """
     if scale != 1.0:
         with ablated(model, REGION, scale=scale):
-            return measure(model, count, seed)
+            return measure(model, count, seed, split=split)
     training = model.training
     model.eval()
-    terms = words("test")[:count]
+    terms = words(split)[:count]
     ds = make_dataset([name for name in ENVIRONMENTS for _ in terms], terms * len(ENVIRONMENTS))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -37,12 +37,19 @@ def summarize(starts: Mapping[int, Any], cells: Cells) -> dict[str, Any]:
 
 
 def table_rows(starts: Mapping[int, Any], cells: Cells) -> list[dict[str, Any]]:
-    """Return a row for the start model and for every arm: rates of each seed, with the region on and ablated."""
-    rows: list[dict[str, Any]] = [{"name": "start", "arm": None, "on": _columns(starts.values()), "ablated": None}]
+    """Return a row for the start model and for every arm: rates of each seed, with the region on and ablated.
+
+    Those of the best checkpoint are in ``on_best`` and ``ablated_best``.
+    """
+    start: dict[str, Any] = {"name": "start", "arm": None, "on": _columns(starts.values())}
+    rows = [start | dict.fromkeys(("ablated", "on_best", "ablated_best"))]
     for key in dict.fromkeys(cell["arm"] for cell in cells):
-        mine = [cell["end"] for cell in cells if cell["arm"] == key]
-        on, ablated = (_columns(end[at] for end in mine) for at in ("1", "0"))
-        rows.append({"name": ARMS[key].name, "arm": key, "on": on, "ablated": ablated})
+        mine = [cell for cell in cells if cell["arm"] == key]
+        row: dict[str, Any] = {"name": ARMS[key].name, "arm": key}
+        for state, scale in (("on", "1"), ("ablated", "0")):
+            row[state] = _columns(cell["end"][scale] for cell in mine)
+            row[f"{state}_best"] = _columns(cell["best"][scale] for cell in mine)
+        rows.append(row)
     return rows
 
 
