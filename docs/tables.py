@@ -12,6 +12,7 @@ from typing import Any
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.aggregate import Comparison, aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
+from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.verdicts import targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,10 +44,10 @@ def experiment(name: str, labeled: float = 0.5) -> str:
     results = {method: found.get(method, labeled, (1.0, 1.0)) for method in in_order(found.methods)}
     results = {method: result for method, result in results.items() if len(result.cells) == len(seeds)}
     attacked = any(result.attacks for result in results.values())
-    base = results["no_routing"].over("ledger")
-    costs = {m: r.over("ledger") for m, r in results.items()} if base else {}
+    compute = {method: costs(found, result).compute for method, result in results.items()}
+    paid = compute["no_routing"] is not None
     columns = ["method", "forget loss", *(["… relearned"] if attacked else []), "retain loss", "way", "tax"]
-    columns += ["cost"] if costs else []
+    columns += ["cost"] if paid else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method, result in results.items():
         title, worst = card(method, report["settings"]).name, result.worst
@@ -55,14 +56,15 @@ def experiment(name: str, labeled: float = 0.5) -> str:
             whole = worst and worst.forget[-1].n == len(seeds)
             cells.append("–" if not whole else worst.forget[-1] if worst.attacked else worst.verdict)
         cells += [result.retain, percent(result.way), "–" if result.tax is None else result.tax]
-        cells += [f"{costs[method]['flops'] / base['flops']:.2f}" if costs[method] else "–"] if costs else []
+        cost = compute[method]
+        cells += [f"{cost.mean:.2f}" if cost else "–"] if paid else []
         lines.append(f"| {' | '.join(map(str, cells))} |")
     settings = report["settings"]
     tokens = settings["steps"] * settings["batch_size"] * settings["length"] / 1e6
     lines.append(
         f"\nMean (range) over {len(seeds)} seeds, {tokens:.2f} million training tokens each, nats per token on test text. "
         + ("Relearned: after the worst of all attacks, learning rates and steps. " if attacked else "")
-        + ("Cost: floating-point operations of training over those of no routing. " if costs else "")
+        + ("Cost: floating-point operations of training over those of no routing. " if paid else "")
         + f"Targets missed: {missed(found, labeled)}. From `{command}`."
     )
     return "\n".join(lines)
@@ -72,27 +74,6 @@ def missed(found: Comparison, labeled: float) -> str:
     """Name the targets that are missed at a share of labels, with what came out instead."""
     here = [target for target in targets(found, [labeled]) if target.met is False]
     return "; ".join(f"{target.wanted}: {target.measured}" for target in here) or "none"
-
-
-def wrong_labels() -> str:
-    """Losses by recall and precision of the labels."""
-    command = "python recipes/experiment.py --config recipes/configs/experiment_wrong_labels.yaml"
-    report = load("wrong_labels")
-    if report is None:
-        return f"Not run yet: `{command}`."
-    found = aggregate(report["cells"])
-    methods = [method for method in in_order(found.methods) if any(c.method == method for c in found.results)]
-    lines = [f"| recall / precision | {' | '.join(card(m, report['settings']).name for m in methods)} |"]
-    lines.append("|---" * (len(methods) + 1) + "|")
-    for quality in found.qualities:
-        row = [found.get(method, 0.5, quality) for method in methods]
-        cells = [f"{r.forget} / {r.retain.mean:.2f}" if r else "–" for r in row]
-        lines.append(f"| {quality[0]:g} / {quality[1]:g} | {' | '.join(cells)} |")
-    lines.append(
-        f"\nForget loss, mean (range) over {len(found.seeds)} seeds, and mean retain loss; half of the documents are labelled. "
-        f"From `{command}`."
-    )
-    return "\n".join(lines)
 
 
 def percent(value: Spread | None) -> str:
@@ -276,8 +257,6 @@ TABLES = {
     "experiment_arithmetic": lambda: experiment("arithmetic", labeled=1.0),
     "experiment_biology": lambda: experiment("biology"),
     "experiment_spanish": lambda: experiment("spanish"),
-    "experiment_entangled": lambda: experiment("entangled"),
-    "experiment_wrong_labels": wrong_labels,
     "step_time": step_time,
     "persona": persona,
     "style": style,

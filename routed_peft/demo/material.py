@@ -73,14 +73,14 @@ class Material:
         rows = pack(labeled, tokenizer, settings.length, seed=settings.seed)
         held_out = load_pair(settings.pair, "validation")
         packed = pack(held_out, tokenizer, settings.length, by=["side"], seed=settings.seed)
-        validation = {side: _first(packed, side, settings.validation_rows) for side in SIDES}
-        attacker = _first(held_out, FORGET, settings.relearn_documents)["text"][:]
+        validation = {side: first_of(packed, side, settings.validation_rows) for side in SIDES}
+        attacker = first_of(held_out, FORGET, settings.relearn_documents)["text"][:]
         test = load_pair(settings.pair, "test")
         folder.mkdir(parents=True)
         files = {}
         for side in SIDES:
             file = folder / f"{side}_test.jsonl"
-            _write_texts(file, _first(test, side, settings.limit)["text"][:])
+            _write_texts(file, first_of(test, side, settings.limit)["text"][:])
             files[f"{side}_file"] = str(file)
         _write_texts(folder / "attacker.jsonl", attacker)
         return cls(tokenizer, documents, rows, validation, files, attacker)
@@ -115,12 +115,13 @@ def tokens_by_side(run: Dataset | SelfLabeledRows, length: int) -> dict[str, int
     return {side: counts[side] * length for side in SIDES}
 
 
-def _first(ds: Dataset, side: str, count: int) -> Dataset:
+def first_of(ds: Dataset, side: str, count: int | None = None) -> Dataset:
+    """Return the first ``count`` rows of a side, or all of them."""
     return ds.select(np.flatnonzero(np.array(ds["side"][:]) == side)[:count])
 
 
 def _per_side(ds: Dataset, count: int | None) -> Dataset:
-    return ds if count is None else concatenate_datasets([_first(ds, side, count) for side in SIDES])
+    return ds if count is None else concatenate_datasets([first_of(ds, side, count) for side in SIDES])
 
 
 def _write_texts(file: Path, texts: list[str]) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from routed_peft.corpora import load_pair
 from routed_peft.data import FORGET, RETAIN, pack
-from routed_peft.demo.material import SIDES, Material, tokens_by_side
+from routed_peft.demo.material import SIDES, Material, first_of, tokens_by_side
 from routed_peft.demo.measuring import measure_model, open_model
 from routed_peft.demo.settings import Arm, DemoSettings
 from routed_peft.demo.training import REGION, train_arm
@@ -76,8 +76,7 @@ def measured(model: nn.Module, settings: DemoSettings, material: Material) -> di
 def test_texts(settings: DemoSettings) -> dict[str, list[str]]:
     """Return the test documents of either side that models are measured on."""
     test = load_pair(settings.pair, "test")
-    sides = np.array(test["side"][:])
-    return {side: test.select(np.flatnonzero(sides == side)[: settings.limit])["text"][:] for side in SIDES}
+    return {side: first_of(test, side, settings.limit)["text"][:] for side in SIDES}
 
 
 def stretch(material: Material, arm: Arm, settings: DemoSettings) -> float:
@@ -124,8 +123,7 @@ def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[
     Where the attack trains on half of the facts, the forget losses are those on the other half.
     """
     held_out, test = load_pair(cell.settings.pair, "validation"), test_texts(cell.settings)
-    sides = np.array(held_out["side"][:])
-    mine = {side: held_out.select(np.flatnonzero(sides == side))["text"][:] for side in SIDES}
+    mine = {side: first_of(held_out, side)["text"][:] for side in SIDES}
     data = AttackData.apart(  # verses come back
         forget_train=mine[FORGET], retain_train=mine[RETAIN], forget_test=test[FORGET], retain_test=test[RETAIN]
     )
