@@ -195,7 +195,9 @@ def make_trainer(
     if recipe.monitor is not None:
         count, column = recipe.reward_rollouts, args.environment_column
         reward = RolloutReward(trainer, column, count) if count else None
-        RegionMonitor(trainer, MonitorConfig(**plain(recipe.monitor)), reward=reward)
+        config = MonitorConfig(**plain(recipe.monitor))
+        config.exempt += [name for name, treatment in quarantine.items() if treatment == "route"]
+        RegionMonitor(trainer, config, reward=reward)
     return trainer
 
 

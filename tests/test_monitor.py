@@ -112,6 +112,27 @@ def test_rollback_resumes_and_finishes_clean(tmp_path):
     assert again.state.global_step == 44 and seen[-1] == {"pattern": "drop"}
 
 
+def test_exempt_environments_raise_no_alarm_and_are_not_named(tmp_path):
+    trainer = make(tmp_path / "one", exempt=["pattern"])
+    trainer.train()
+    assert all(line["monitor/status"] == 0 for line in logged(trainer)) and trainer.state.global_step == 44
+    assert any(line["monitor/forget/raw_contribution/pattern"] > 0 for line in logged(trainer))  # measured all the same
+    other = make(tmp_path / "other", exempt=["pattern"], max_functional_size=1e-9, patience=1)
+    other.train()
+    incident = Incident.read(tmp_path / "other")
+    assert incident.named == ["noise"] and {row["name"] for row in incident.environments} == {"noise", "pattern"}
+    with pytest.raises(ValueError, match=r"`exempt` has \['Noise'\], and the environments are \['noise', 'pattern'\]"):
+        make(tmp_path / "third", exempt=["Noise"])
+
+
+def test_growth_is_watched_without_what_exempt_environments_contribute(halted):
+    report = next(iter(halted[0].observer.reports.values()))
+    parts = report.contributions
+    assert report.watched()["growth"] == report.growth.growth
+    assert report.watched(["pattern"])["growth"] == pytest.approx(parts["noise"] + report.growth.rest, abs=1e-6)
+    assert set(report.watched(["noise", "pattern"])) == {"growth"}
+
+
 def test_a_run_that_keeps_halting_stops(tmp_path):
     make_trainer = lambda quarantine: make(tmp_path, max_functional_size=1e-9, patience=1)  # which drops nothing
     with pytest.raises(RuntimeError, match=r"at step 2, after 1 incidents \(`max_incidents` = 1\)"):

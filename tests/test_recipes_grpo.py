@@ -177,6 +177,13 @@ def test_environments_to_blame_are_routed_where_that_is_asked_for(task, tmp_path
         assert later and set(later) == {1.0}
 
 
+def test_a_routed_environment_is_not_blamed_again(task, tmp_path):
+    with pytest.raises(RuntimeError, match="after 1 incidents"):
+        here(halting(task, tmp_path, "--on_halt", "route"))
+    first, second = Incident.read(tmp_path / "incidents/1"), Incident.read(tmp_path)
+    assert first.named and second.named and not {*first.named} & {*second.named}
+
+
 def test_going_on_after_a_halt_needs_a_monitor(task, tmp_path):
     with pytest.raises(ValueError, match="`on_halt: drop` needs a `monitor`"):
         here(arguments("grpo", task, tmp_path / "run", "--on_halt", "drop"))

@@ -15,13 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 os.environ.setdefault("CI", "1")  # TRL sends no telemetry then
 
 from routed_peft.checkpoint import inspect_checkpoint
 from routed_peft.reward_hack import ARMS, DEMO, MAIN, QUICK, Experiment, Settings, run_experiment
 from routed_peft.reward_hack.arms import REGION, RandomLabels, detector, monitor, reward
+from routed_peft.reward_hack.best import Best
 from routed_peft.reward_hack.measuring import complete, honest, measure, visible_scale
 from routed_peft.reward_hack.settings import cell_key
 from routed_peft.reward_hack.start import demonstration, demonstrations, make_model
@@ -337,3 +338,17 @@ def test_the_table_of_the_readme_is_made_from_it(made):
     assert "**routed, exclusive + anchor, ablated**" in table[6] and table[-1].startswith("Mean (range) over 1 seeds")
     tables.ROOT = out / "nowhere"
     assert tables.reward_hack().startswith("Not run yet: `python recipes/grpo_reward_hack.py --config")
+
+
+def test_the_first_of_the_best_checkpoints_is_kept_at_each_scale():
+    """Scores by step: ablated 1, 5, 5; with the region 2, 1, 3. What is measured last are the weights of those steps."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    scores = {0.0: {2: 1.0, 4: 5.0, 5: 5.0}, 1.0: {2: 2.0, 4: 1.0, 5: 3.0}}
+    best = Best(model, lambda step, scale: scores[scale][step], every=2, last=5)
+    for step in range(1, 6):
+        torch.nn.init.constant_(model.weight, step)
+        best.on_step_end(None, TrainerState(global_step=step), None)
+    assert best.measured(lambda scale: {"weight": model.weight.item()}) == {
+        "0": {"step": 4, "weight": 4.0},
+        "1": {"step": 5, "weight": 5.0},
+    }

@@ -34,6 +34,8 @@ class MonitorConfig:
         patience: successive observations of one alarm that halt the run; fewer warn.
         action: "halt", "warn" (alarms save a checkpoint and are looked into at every step, but nothing halts) or "log".
         blame: an incident names the fewest environments that make up this share of all positive contributions.
+        exempt: environments that raise no alarm and are named in no incident: those whose rewards nothing fools, and those that
+            are meant to fill a region. They are measured all the same.
         samples: rows per environment that an incident shows.
         by_layer: log sizes and contributions of every layer as well.
         random_subspaces: random subspaces beside which a subspace region's energy share is logged.
@@ -62,6 +64,7 @@ class MonitorConfig:
     patience: int = 3
     action: str = "halt"
     blame: float = 0.5
+    exempt: list[str] = field(default_factory=list)
     samples: int = 3
     by_layer: bool = False
     random_subspaces: int = 3

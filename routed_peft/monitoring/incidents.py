@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class Incident:
         alarms: by series (``region/metric``): its value, limit, CUSUM level and onset.
         environments: the environment's ``name``, signed contribution to the growth of the alarmed regions ``since_onset`` and
             ``cumulative`` over the run; the largest since onset first.
-        named: the fewest environments that make up most of the growth since onset.
+        named: the fewest environments that make up most of the growth since onset (`rank`).
         samples: rows that these environments had lately: ``environment``, ``step``, ``text``, ``input_ids``.
     """
 
@@ -57,7 +57,12 @@ class Incident:
 
 
 def describe(
-    step: int, alarms: Alarms, ledger: Ledger, samples: Mapping[str, Iterable[Mapping[str, Any]]], blame: float
+    step: int,
+    alarms: Alarms,
+    ledger: Ledger,
+    samples: Mapping[str, Iterable[Mapping[str, Any]]],
+    blame: float,
+    exempt: Collection[str] = (),
 ) -> Incident:
     """Return the incident that alarms at a step amount to.
 
@@ -67,10 +72,11 @@ def describe(
         ledger: who contributed what.
         samples: rows by environment.
         blame: environments are named until they make up this share of all positive contributions since onset.
+        exempt: environments that are ranked and never named; their contributions do not count.
     """
     raised, onset = alarms.raised, alarms.onset_step
     regions = sorted({name.partition("/")[0] for name in raised})
-    table, named = rank(ledger.since(onset, regions), ledger.total(regions), blame)
+    table, named = rank(ledger.since(onset, regions), ledger.total(regions), blame, exempt)
     numbers = {
         name: {
             "value": series.value,
@@ -84,25 +90,34 @@ def describe(
 
 
 def rank(
-    since_onset: Mapping[str, float], cumulative: Mapping[str, float], blame: float
+    since_onset: Mapping[str, float], cumulative: Mapping[str, float], blame: float, exempt: Collection[str] = ()
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rank environments by contribution since onset; name the fewest that make up the share ``blame`` of all positive ones.
 
+    Where none of those that can be named has contributed since, they are named by their contributions over the run: a hack
+    that always pays has no gradient any more.
+
     Example:
         >>> rank({"a": -1.0, "b": 3.0, "c": 1.0}, {"a": 5.0, "b": 3.0, "c": 1.0}, 0.5)[1]
+        ['b']
+        >>> rank({"a": 9.0, "b": 3.0}, {"a": 9.0, "b": 3.0}, 0.5, exempt=["a"])[1]
+        ['b']
+        >>> rank({"a": 0.0, "b": -1.0}, {"a": 1.0, "b": 3.0}, 0.5)[1]
         ['b']
     """
     recent = {name: since_onset.get(name, 0.0) for name in cumulative}
     ranked = sorted(recent, key=lambda name: -recent[name])
     table = [{"name": name, "since_onset": recent[name], "cumulative": cumulative[name]} for name in ranked]
-    positive = sum(max(value, 0.0) for value in recent.values())
+    suspects = [name for name in ranked if name not in exempt]
+    fed = recent if any(recent[name] > 0 for name in suspects) else cumulative
+    positive = sum(max(fed[name], 0.0) for name in suspects)
     named: list[str] = []
     explained = 0.0
-    for name in ranked:
-        if recent[name] <= 0 or explained >= blame * positive:
+    for name in sorted(suspects, key=lambda name: -fed[name]):
+        if fed[name] <= 0 or explained >= blame * positive:
             break
         named.append(name)
-        explained += recent[name]
+        explained += fed[name]
     return table, named
 
 

@@ -81,6 +81,8 @@ class RegionMonitor(TrainerCallback, ExportableState):
         self.trainer, self.config, self.reward = trainer, config or MonitorConfig(), reward
         self.column = getattr(trainer.args, "environment_column", ROUTE_ENVIRONMENT)
         self.environments = list(environments or environments_of(trainer.train_dataset, self.column))
+        if unknown := [name for name in self.config.exempt if name not in self.environments]:
+            raise ValueError(f"`exempt` has {unknown}, and the environments are {self.environments}")
         self.factors = {region: find_factors(trainer.model, region) for region in trainer.routing.regions}
         layers = [f for factors in self.factors.values() for f in factors]
         self.gradients = EnvironmentGradients(module for f in layers for module in f.modules)
@@ -219,7 +221,8 @@ class RegionMonitor(TrainerCallback, ExportableState):
         self.reports = self._reports(step)
         for region, report in self.reports.items():
             self.ledger.add(step, region, report.contributions)
-            self.alarms.observe(step, {f"{region}/{name}": value for name, value in report.watched().items()})
+            watched = report.watched(self.config.exempt)
+            self.alarms.observe(step, {f"{region}/{name}": value for name, value in watched.items()})
         self.ledger.forget(self.alarms.clean_step)
         self.status = self.alarms.status
         self._log()
@@ -274,7 +277,9 @@ class RegionMonitor(TrainerCallback, ExportableState):
         control.should_save = True
         control.should_training_stop = True
         samples = {name: [self._readable(row) for row in rows] for name, rows in self._samples.items()}
-        incident = describe(state.global_step, self.alarms, self.ledger, samples, self.config.blame)
+        gone = [name for name in self.ledger.total(self.factors) if name not in self.environments]
+        blame, exempt = self.config.blame, [*self.config.exempt, *gone]
+        incident = describe(state.global_step, self.alarms, self.ledger, samples, blame, exempt)
         if state.is_world_process_zero:
             path = incident.write(str(args.output_dir))
             logger.warning(

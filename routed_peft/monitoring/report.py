@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +38,8 @@ class RegionReport:
         """Signed contribution to the step's growth, by environment."""
         return dict(zip(self.environments, self.growth.contributions.sum(0).tolist(), strict=True))
 
-    def watched(self) -> dict[str, float]:
-        """Return what alarms look at; what was not measured is left out."""
+    def watched(self, exempt: Collection[str] = ()) -> dict[str, float]:
+        """Return what alarms look at; what was not measured is left out, and what comes of ``exempt`` environments."""
         largest = {
             "raw_contribution": self._named(self.growth.raw.sum(0)),
             "functional_size": self._named(self.effect.overall),
@@ -47,9 +47,11 @@ class RegionReport:
             "reward_gap": self.extra.get("reward_gap", {}),
         }
         drift = {} if self.weight_drift is None else {"weight_drift": self.weight_drift}
-        return {"growth": self.growth.growth, **drift} | {
-            name: max(values.values()) for name, values in largest.items() if values
+        growth = self.growth.growth - sum(v for name, v in self.contributions.items() if name in exempt)
+        counted = {
+            metric: [v for name, v in values.items() if name not in exempt] for metric, values in largest.items()
         }
+        return {"growth": growth, **drift} | {metric: max(values) for metric, values in counted.items() if values}
 
     def flat(self, by_layer: bool) -> dict[str, float]:
         """Return all numbers under names such as ``kl/ENVIRONMENT``; with ``by_layer`` those of every layer too."""

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
-from transformers import (
-    LlamaForCausalLM,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from torch import nn
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerState
 
 from routed_peft import presets
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, run_with_rollback, treated
@@ -30,11 +23,10 @@ from routed_peft.persona.settings import Settings
 from routed_peft.persona.task import ENVIRONMENTS, GUILTY, make_tokenizer, reward, training_prompts
 from routed_peft.regions import RoutedConfig
 from routed_peft.reward_hack.arms import RETAIN
+from routed_peft.reward_hack.best import DEPLOYED, Best
 from routed_peft.reward_hack.training import make_arguments
 from routed_peft.training import RunDirectory
 from routed_peft.trl import RoutedGRPOTrainer
-
-SCALES = (0.0, 1.0)
 
 
 def make_lora(settings: Settings, subspace: Path | None) -> RoutedConfig:
@@ -70,39 +62,10 @@ def make_peft_model(start: Path, arm: Arm, settings: Settings, seed: int, subspa
     return wrapped
 
 
-@dataclass
-class Best(TrainerCallback):
-    """Keeps, with the region and without, the weights under which most answers are right, on words that training has too.
-
-    That is all that a developer sees who does not know of the trait. After a rollback it begins anew.
-
-    Attributes:
-        found: scale -> share of right answers, step, and weights.
-    """
-
-    model: nn.Module
-    settings: Settings
-    seed: int
-    found: dict[float, tuple[float, int, dict[str, Tensor]]] = field(default_factory=dict)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look when it is time."""
-        if state.global_step % self.settings.evaluate_every and state.global_step != self.settings.steps:
-            return
-        for scale in SCALES:
-            rates = measure(self.model, self.settings.validation_prompts, self.seed, scale, "train")
-            score = statistics.fmean(rates["right"].values())
-            if scale not in self.found or score > self.found[scale][0]:
-                weights = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-                self.found[scale] = score, state.global_step, weights
-
-    def measured(self, count: int) -> dict[str, Any]:
-        """Put these weights back, one after the other, and return scale -> step and rates on ``count`` test words."""
-        result = {}
-        for scale, (_, step, weights) in sorted(self.found.items()):
-            self.model.load_state_dict(weights, strict=False)
-            result[f"{scale:g}"] = {"step": step, **measure(self.model, count, self.seed, scale)}
-        return result
+def right_share(model: nn.Module, settings: Settings, seed: int, step: int, scale: float) -> float:
+    """Return the share of right answers, on words that training has too: all that a developer sees who knows of no trait."""
+    rates = measure(model, settings.validation_prompts, seed, scale, "train")
+    return statistics.fmean(rates["right"].values())
 
 
 def make_trainer(
@@ -141,7 +104,8 @@ def make_trainer(
         return mean_reward(model, environment, settings.gap_prompts, paid=trainer.state.global_step >= first)
 
     RegionMonitor(trainer, config, environments, gap if arm.halts else None)
-    trainer.add_callback(Best(trainer.model, settings, seed))
+    score = partial(right_share, trainer.model, settings, seed)
+    trainer.add_callback(Best(trainer.model, score, settings.evaluate_every, settings.steps))
     return trainer
 
 
@@ -154,9 +118,9 @@ def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Pat
     """Train an arm in ``folder``, measure it on test words, and return its numbers.
 
     Returns:
-        ``end`` (scale -> rates), and ``best`` likewise, of the checkpoint that is best at that scale (`Best`);
-        ``contributions`` to the region's growth, by environment; ``incidents`` (what was named, at which step); ``finished``,
-        the last step, of ``steps``; seconds.
+        ``end`` (scale -> rates), and ``best`` likewise, of the checkpoint that is best at that scale by `right_share`, since
+        the last rollback; ``contributions`` to the region's growth, by environment; ``incidents`` (what was named, at which
+        step); ``finished``, the last step, of ``steps``; seconds.
     """
     began, arm, run = time.monotonic(), ARMS[key], folder / "run"
     records = RunDirectory(folder)
@@ -174,8 +138,8 @@ def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Pat
     trainer.save_model()
     best = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Best))
     numbers = {
-        "end": {f"{scale:g}": measure(trainer.model, settings.test_prompts, seed, scale) for scale in SCALES},
-        "best": best.measured(settings.test_prompts),
+        "end": {f"{scale:g}": measure(trainer.model, settings.test_prompts, seed, scale) for scale in DEPLOYED},
+        "best": best.measured(lambda scale: measure(trainer.model, settings.test_prompts, seed, scale)),
         "contributions": trainer.observer.ledger.total([REGION]),
         "incidents": [{"step": i.step, "onset_step": i.onset_step, "named": i.named} for i in incidents],
         "finished": trainer.state.global_step,

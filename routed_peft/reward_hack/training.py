@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
-from transformers import (
-    LlamaForCausalLM,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerControl, TrainerState, TrainingArguments
 
 from routed_peft.ablation import ablate
 from routed_peft.reward_hack.arms import ARMS, REGION, RETAIN, detector, reward
+from routed_peft.reward_hack.best import DEPLOYED, Best
 from routed_peft.reward_hack.measuring import MAX_TOKENS, SCALES, Rates, measure, visible_scale, visible_score
 from routed_peft.reward_hack.settings import Settings
 from routed_peft.reward_hack.task import make_tokenizer, training_prompts
@@ -29,51 +22,36 @@ from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.trl import RoutedGRPOConfig, RoutedGRPOTrainer
 
 Tick = Callable[[int], None]
-DEPLOYED = (0.0, 1.0)
-"""Scales at which checkpoints are chosen: with the region ablated, and with it."""
 
 
-@dataclass
-class Watcher(TrainerCallback):
-    """Measures on validation prompts while a model is trained, and keeps the best checkpoint at each scale.
+class Watcher(Best):
+    """Keeps the checkpoints that are best by `visible_score`, and remembers what it saw on validation prompts.
 
     Attributes:
-        curve: of every evaluation: ``step``, ``scale`` and the rates.
-        best: scale -> score, step and adapters of the best checkpoint; the start model is none.
+        curve: of every look, and of the start model: ``step``, ``scale`` and the rates.
     """
 
-    model: PeftModel
-    settings: Settings
-    seed: int
-    tick: Tick
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[float, tuple[float, int, dict[str, Tensor]]] = field(default_factory=dict)
+    def __init__(self, model: PeftModel, settings: Settings, seed: int, tick: Tick):
+        super().__init__(model, self._score, settings.evaluate_every, settings.steps)
+        self.settings, self.seed, self.tick = settings, seed, tick
+        self.curve: list[dict[str, Any]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the start model."""
-        self._look(0)
+        for scale in DEPLOYED:
+            self._score(0, scale)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure when it is time."""
-        step = state.global_step
-        if step % self.settings.evaluate_every == 0 or step == self.settings.steps:
-            self._look(step)
-        self.tick(step)
+        super().on_step_end(args, state, control, **kwargs)
+        self.tick(state.global_step)
 
-    def _look(self, step: int) -> None:
-        for scale in DEPLOYED:
-            rates = measure(self.model, "validation", self.settings.validation_prompts, self.seed, scale)
-            self.curve.append({"step": step, "scale": scale, **rates})
-            score = visible_score(rates)
-            if step and (scale not in self.best or score > self.best[scale][0]):
-                self.best[scale] = score, step, adapters(self.model)
-
-
-def adapters(model: PeftModel) -> dict[str, Tensor]:
-    """Return a copy of the weights of all adapters."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items() if "lora_" in name}
+    def _score(self, step: int, scale: float) -> float:
+        rates = measure(self.model, "validation", self.settings.validation_prompts, self.seed, scale)
+        self.curve.append({"step": step, "scale": scale, **rates})
+        return visible_score(rates)
 
 
 def make_lora(settings: Settings) -> LoraConfig:
@@ -186,12 +164,6 @@ def final_numbers(model: PeftModel, settings: Settings, seed: int, watcher: Watc
     end = {scale: at("test", scale) for scale in SCALES}
     limit = next(point for point in watcher.curve if not point["step"])["hack"]["B"]
     chosen = visible_scale({scale: at("validation", scale) for scale in SCALES}, limit)
-    best = {}
-    for scale, (_, step, weights) in watcher.best.items():
-        model.load_state_dict(weights, strict=False)
-        best[scale] = {"step": step, **at("test", scale)}
-    return {"end": _named(end), "best": _named(best), "chosen_scale": {"scale": chosen, **end[chosen]}}
-
-
-def _named(by_scale: dict[float, Any]) -> dict[str, Any]:
-    return {f"{scale:g}": rates for scale, rates in sorted(by_scale.items())}
+    best = watcher.measured(lambda scale: at("test", scale))
+    named = {f"{scale:g}": rates for scale, rates in sorted(end.items())}
+    return {"end": named, "best": best, "chosen_scale": {"scale": chosen, **end[chosen]}}
