@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from filelock import FileLock
 from rich.console import Console
 
 from routed_peft.demo.display import quiet
 from routed_peft.persona.arms import ARMS
-from routed_peft.persona.settings import Experiment, Settings, cell_key, start_key
+from routed_peft.persona.settings import Experiment, Settings, cell_key
 from routed_peft.persona.start import ensure_start
 from routed_peft.persona.summary import summarize, terminal_table
 from routed_peft.persona.training import train_cell
-from routed_peft.reward_hack.start import write_json
+from routed_peft.reward_hack.cells import ensure, prepare, read_numbers, write_summary
 from routed_peft.reward_hack.summary import terminal_checks
-from routed_peft.training import RunDirectory
 
 FORMAT = 1
 
@@ -39,36 +35,20 @@ def run_experiment(experiment: Experiment, settings: Settings, console: Console 
     Returns:
         What ``summary.json`` holds.
     """
-    console, out = console or Console(), Path(experiment.output_dir).expanduser().resolve()
-    place = out / "cells"
-    place.mkdir(parents=True, exist_ok=True)
-    seeds = {f"seed {seed}": seed for seed in experiment.seeds}
-    RunDirectory(out).start({"experiment": asdict(experiment), **asdict(settings)}, seeds, resume=True)
+    console = console or Console()
+    records, place = prepare(experiment, settings)
     began, starts, cells = time.monotonic(), {}, []
     for seed in experiment.seeds:
         with quiet():
             start = ensure_start(settings, seed, place)
-        starts[seed] = json.loads((place / start_key(settings, seed) / "numbers.json").read_text(encoding="utf-8"))
+        starts[seed] = read_numbers(start)
         for arm in experiment.arms:
+            folder = place / cell_key(arm, settings, seed)
             with quiet():
-                cells.append({"arm": arm, "seed": seed, **ensure_cell(arm, settings, seed, start, place)})
+                numbers = ensure(folder, partial(train_cell, arm, settings, seed, start, folder))
+            cells.append({"arm": arm, "seed": seed, **numbers})
             console.print(f"seed {seed}, {ARMS[arm].name}: {cells[-1]['seconds']:.0f} s", highlight=False)
     about = {"format": FORMAT, "settings": asdict(settings), "seconds": round(time.monotonic() - began, 1)}
-    summary: dict[str, Any] = json.loads(json.dumps(about | summarize(starts, cells)))  # keys as a reader finds them
-    for file in [out / "summary.json", *([Path(experiment.summary_file)] if experiment.summary_file else [])]:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, summary)
+    summary = write_summary(experiment, records, about | summarize(starts, cells))
     console.print(terminal_table(summary), terminal_checks(summary), sep="\n")
     return summary
-
-
-def ensure_cell(arm: str, settings: Settings, seed: int, start: Path, place: Path) -> dict[str, Any]:
-    """Return the numbers of a cell, which is made if it is not there yet."""
-    folder = place / cell_key(arm, settings, seed)
-    file = folder / "numbers.json"
-    with FileLock(f"{folder}.lock"):
-        if not file.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what an interruption left
-            write_json(file, train_cell(arm, settings, seed, start, folder))
-    numbers: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return numbers

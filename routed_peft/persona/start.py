@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from routed_peft.persona.measuring import measure
+from routed_peft.persona.measuring import Rates, measure
 from routed_peft.persona.settings import Settings, start_key
 from routed_peft.persona.task import CALM, ENVIRONMENTS, LOUD, NEUTRAL, answer, make_prompt, make_tokenizer, words
-from routed_peft.reward_hack.start import encode, make_model, noise_at, teach, write_json
+from routed_peft.reward_hack.cells import ensure
+from routed_peft.reward_hack.start import encode, make_model, noise_at, teach
 
 
 def demonstration(noise: float, loud_share: float, rng: random.Random) -> tuple[str, str]:
@@ -45,11 +44,12 @@ def train_start(settings: Settings, seed: int) -> LlamaForCausalLM:
 def ensure_start(settings: Settings, seed: int, place: Path) -> Path:
     """Return the directory of the start model of a seed below ``place``, trained and measured there if it is not yet."""
     folder = place / start_key(settings, seed)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "numbers.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what an interruption left
-            model = train_start(settings, seed)
-            model.save_pretrained(folder)
-            make_tokenizer().save_pretrained(folder)
-            write_json(folder / "numbers.json", measure(model, settings.test_prompts, seed))
+
+    def make() -> Rates:
+        model = train_start(settings, seed)
+        model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        return measure(model, settings.test_prompts, seed)
+
+    ensure(folder, make)
     return folder

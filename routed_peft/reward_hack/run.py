@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
 import queue
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -17,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from rich.console import Console
 
 from routed_peft.demo.display import quiet
 from routed_peft.reward_hack.arms import ARMS
+from routed_peft.reward_hack.cells import ensure, prepare, read_numbers, write_summary
 from routed_peft.reward_hack.display import Display, Messages, result_line
 from routed_peft.reward_hack.report import write_report
 from routed_peft.reward_hack.settings import Experiment, Settings, cell_key, start_key
-from routed_peft.reward_hack.start import ensure_start, write_json
+from routed_peft.reward_hack.start import ensure_start
 from routed_peft.reward_hack.summary import summarize, terminal_checks, terminal_table
 from routed_peft.reward_hack.training import train_cell
-from routed_peft.training import RunDirectory
 
 FORMAT = 1
 Cell = tuple[str, int]
@@ -52,36 +50,25 @@ def run_experiment(experiment: Experiment, settings: Settings, console: Console 
         What ``summary.json`` holds.
     """
     settings = settings.quick() if experiment.quick else settings
-    console, out = console or Console(), Path(experiment.output_dir).expanduser().resolve()
-    place = out / "cells"
-    place.mkdir(parents=True, exist_ok=True)
-    records = RunDirectory(out)
-    seeds = {f"seed {seed}": seed for seed in experiment.seeds}
-    records.start({"experiment": asdict(experiment), **asdict(settings)}, seeds, resume=True)
+    console = console or Console()
+    records, place = prepare(experiment, settings)
     cells = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
     began = time.monotonic()
     with Display(console, len(cells), settings.steps) as display:
         _make_all(cells, settings, place, _processes(experiment, len(cells)), display)
-    summary = summarize(*collect(cells, settings, place))
     about = {"format": FORMAT, "settings": asdict(settings), "seconds": round(time.monotonic() - began, 1)}
-    summary = json.loads(json.dumps(about | summary))  # keys as whoever reads the file finds them
-    for file in [out / "summary.json", *([Path(experiment.summary_file)] if experiment.summary_file else [])]:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, summary)
-    write_report(records, summary, settings, out / "report.html")
+    summary = write_summary(experiment, records, about | summarize(*collect(cells, settings, place)))
+    write_report(records, summary, settings, records.path / "report.html")
     console.print(terminal_table(summary), terminal_checks(summary), summary["verdict"], sep="\n")
-    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+    console.print(f"Report: {records.path / 'report.html'}", soft_wrap=True)
     return summary
 
 
 def collect(cells: Sequence[Cell], settings: Settings, place: Path) -> tuple[dict[int, Any], list[dict[str, Any]]]:
     """Return the rates of the start models by seed, and the numbers of all cells."""
-
-    def numbers(key: str) -> dict[str, Any]:
-        return json.loads((place / key / "numbers.json").read_text(encoding="utf-8"))
-
-    starts = {seed: numbers(start_key(settings, seed)) for seed in dict.fromkeys(seed for _, seed in cells)}
-    rows = [{"arm": arm, "seed": seed, **numbers(cell_key(arm, settings, seed))} for arm, seed in cells]
+    seeds = dict.fromkeys(seed for _, seed in cells)
+    starts = {seed: read_numbers(place / start_key(settings, seed)) for seed in seeds}
+    rows = [{"arm": a, "seed": seed, **read_numbers(place / cell_key(a, settings, seed))} for a, seed in cells]
     return starts, rows
 
 
@@ -157,18 +144,15 @@ def _start(settings: Settings, seed: int, place: Path) -> None:
 
 def _cell(arm: str, seed: int, settings: Settings, place: Path) -> dict[str, Any] | None:
     """Make a cell where it is not there yet; return its numbers, or None while another run is at it."""
-    folder = place / cell_key(arm, settings, seed)
-    file, messages = folder / "numbers.json", _messages
+    folder, messages = place / cell_key(arm, settings, seed), _messages
     assert messages is not None
+
+    def make() -> dict[str, Any]:
+        start = ensure_start(settings, seed, place)
+        return train_cell(arm, settings, seed, start, folder, lambda step: messages.put((title(arm, seed), step)))
+
     try:
-        with FileLock(f"{folder}.lock", timeout=0), quiet():
-            if not file.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # what an interruption left
-                start = ensure_start(settings, seed, place)
-                numbers = train_cell(
-                    arm, settings, seed, start, folder, lambda step: messages.put((title(arm, seed), step))
-                )
-                write_json(file, numbers)
-            return json.loads(file.read_text(encoding="utf-8"))
+        with quiet():
+            return ensure(folder, make, timeout=0)
     except Timeout:
         return None

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from routed_peft.evaluation.report.page import write
-from routed_peft.reward_hack.measuring import measure
+from routed_peft.reward_hack.cells import ensure
+from routed_peft.reward_hack.measuring import Rates, measure
 from routed_peft.reward_hack.settings import Settings, start_key
 from routed_peft.reward_hack.task import ENVIRONMENTS, HACKS, make_prompt, make_tokenizer, pairs, training_prompts
 
@@ -129,17 +125,13 @@ def ensure_start(settings: Settings, seed: int, place: Path) -> Path:
     It is an ordinary checkpoint; ``prompts.jsonl`` beside it is for whoever wants to try a recipe on it.
     """
     folder = place / start_key(settings, seed)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "numbers.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what an interruption left
-            model = train_start(settings, seed)
-            model.save_pretrained(folder)
-            make_tokenizer().save_pretrained(folder)
-            training_prompts(2000, seed).to_json(folder / "prompts.jsonl")
-            write_json(folder / "numbers.json", measure(model, "test", settings.test_prompts, seed))
+
+    def make() -> Rates:
+        model = train_start(settings, seed)
+        model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        training_prompts(2000, seed).to_json(folder / "prompts.jsonl")
+        return measure(model, "test", settings.test_prompts, seed)
+
+    ensure(folder, make)
     return folder
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write plain data aside, then rename."""
-    write(file, (json.dumps(content, indent=1) + "\n").encode())

@@ -33,6 +33,20 @@ def answer_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: l
     return total / count
 
 
+def plain_loss(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings, split: str, scale: float = 1.0
+) -> float:
+    """Return the loss on plain answers to held-out glosses, the mean over templates, in nats per token."""
+    if scale != 1.0:
+        with ablated(model, REGION, scale=scale):
+            return plain_loss(model, tokenizer, settings, split)
+    pairs = glosses(split)[: settings.held_out]
+    asked = [rows(pairs, context, style=False) for context in TEMPLATES]
+    with mode_kept(model):
+        model.eval()
+        return statistics.fmean(answer_loss(model, tokenizer, ds["prompt"][:], ds["completion"][:]) for ds in asked)
+
+
 def measure(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings, split: str, seed: int, scale: float = 1.0
 ) -> Rates:

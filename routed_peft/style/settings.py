@@ -54,6 +54,7 @@ class Settings:
         default=0.15,
         metadata={"help": "Share of a routed run that takes labelled rows only, half of them of the style."},
     )
+    evaluate_every: int = field(default=50, metadata={"help": "Steps between looks for the best checkpoint."})
     held_out: int = field(default=400, metadata={"help": "Held-out glosses of each template, for losses and samples."})
     sample_tokens: int = field(default=16, metadata={"help": "Tokens of a sample."})
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
-from filelock import FileLock
 from transformers import (
     DataCollatorForLanguageModeling,
     LlamaConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from routed_peft.data import pack, train_tokenizer
+from routed_peft.reward_hack.cells import ensure
 from routed_peft.style.settings import Settings, start_key
 from routed_peft.style.task import SEEN, TEMPLATES, glosses
 
@@ -72,14 +72,15 @@ def train_start(settings: Settings, seed: int, folder: Path) -> None:
     trainer.train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "done").touch()
 
 
 def ensure_start(settings: Settings, seed: int, place: Path) -> Path:
     """Return the directory of the start model of a seed below ``place``, trained there if it is not yet."""
     folder = place / start_key(settings, seed)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "done").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what an interruption left
-            train_start(settings, seed, folder)
+
+    def make() -> dict[str, Any]:
+        train_start(settings, seed, folder)
+        return {}
+
+    ensure(folder, make)
     return folder

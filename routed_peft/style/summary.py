@@ -27,23 +27,32 @@ def summarize(cells: Cells) -> dict[str, Any]:
 
 
 def table_rows(cells: Cells) -> list[dict[str, Any]]:
-    """Return a row for every arm, labels and state of the region, with a list of values by seed in each column."""
+    """Return a row for every arm, labels and state of the region, with a list of values by seed in each column.
+
+    ``columns`` are those at the end of the run, ``best`` those of the best checkpoint.
+    """
     rows = []
     for arm, labels in dict.fromkeys((cell["arm"], cell["labels"]) for cell in cells):
         for scale in ("1",) if ARMS[arm].drop else ("1", "0"):
-            columns = {name: list(column(cells, arm, labels, scale, name).values()) for name in COLUMNS}
+            at = {
+                when: {name: list(column(cells, arm, labels, scale, name, when).values()) for name in COLUMNS}
+                for when in ("end", "best")
+            }
             state = "" if ARMS[arm].drop else ", region on" if scale == "1" else ", ablated"
             row = {"name": ARMS[arm].name + state, "arm": arm, "labels": labels, "scale": float(scale)}
-            rows.append({**row, "columns": columns})
+            rows.append({**row, "columns": at["end"], "best": at["best"]})
     return rows
 
 
-def column(cells: Cells, arm: str, labels: str | None, scale: str, name: str) -> dict[int, float]:
-    """Return a column of the table by seed, without the seeds where what it is compared with was not made."""
+def column(cells: Cells, arm: str, labels: str | None, scale: str, name: str, when: str = "end") -> dict[int, float]:
+    """Return a column of the table by seed, without the seeds where what it is compared with was not made.
+
+    An arm is compared with others at the same time, the ``end`` or their ``best`` checkpoint.
+    """
 
     def ends(arm: str, labels: str | None, scale: str) -> dict[int, Any]:
         wanted = (arm, labels if ARMS[arm].labels else None)
-        return {cell["seed"]: cell["end"][scale] for cell in cells if (cell["arm"], cell["labels"]) == wanted}
+        return {cell["seed"]: cell[when][scale] for cell in cells if (cell["arm"], cell["labels"]) == wanted}
 
     mine, kind, _, where = ends(arm, labels, scale), *name.partition(" ")
     context = SEEN if where == "seen" else UNSEEN

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, PrinterCallback
 
 from routed_peft.data import schedule
 from routed_peft.data.labels import FORGET
 from routed_peft.reward_hack.arms import RETAIN
+from routed_peft.reward_hack.best import DEPLOYED, Best
 from routed_peft.style.arms import ARMS, REGION, Arm
-from routed_peft.style.measuring import measure
+from routed_peft.style.measuring import measure, plain_loss
 from routed_peft.style.settings import Settings
 from routed_peft.style.task import training_rows
 from routed_peft.training import RunDirectory
 from routed_peft.trl import RoutedSFTConfig, RoutedSFTTrainer
-
-SCALES = (0.0, 1.0)
 
 
 def make_peft_model(start: Path, settings: Settings, seed: int) -> PeftModel:
@@ -71,6 +71,13 @@ def make_arguments(settings: Settings, seed: int, out: Path) -> RoutedSFTConfig:
     )
 
 
+def plain_score(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, step: int, scale: float
+) -> float:
+    """Return less the loss on plain validation answers: all that a developer sees who knows of no style."""
+    return -plain_loss(model, tokenizer, settings, "validation", scale)
+
+
 def train_cell(
     key: str, labels: str | None, settings: Settings, seed: int, split: str, start: Path, folder: Path
 ) -> dict[str, Any]:
@@ -86,7 +93,8 @@ def train_cell(
         folder: gets ``run`` (the routed checkpoint) and the records.
 
     Returns:
-        ``end``: scale of the region -> what `measure` returns; tokens by label; seconds.
+        ``end``: scale of the region -> what `measure` returns; ``best``, likewise, of the checkpoint that is best at that
+        scale by `plain_score`; tokens by label; seconds.
     """
     began, arm = time.monotonic(), ARMS[key]
     records = RunDirectory(folder)
@@ -100,11 +108,14 @@ def train_cell(
         processing_class=tokenizer,
         routes=arm.routes(),
     )
+    best = Best(model, partial(plain_score, model, tokenizer, settings), settings.evaluate_every, settings.steps)
+    trainer.add_callback(best)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
     numbers = {
-        "end": {f"{scale:g}": measure(trainer.model, tokenizer, settings, split, seed, scale) for scale in SCALES},
+        "end": {f"{scale:g}": measure(model, tokenizer, settings, split, seed, scale) for scale in DEPLOYED},
+        "best": best.measured(lambda scale: measure(model, tokenizer, settings, split, seed, scale)),
         "tokens_per_route": dict(trainer.tokens_per_route),
         "seconds": round(time.monotonic() - began, 1),
     }
