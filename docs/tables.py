@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from routed_peft.evaluation.measures import Spread
-from routed_peft.evaluation.report.aggregate import Comparison, aggregate, complete_seeds
+from routed_peft.evaluation.report.aggregate import Comparison, Result, aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.verdicts import targets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "monitoring.md")
+Labels = tuple[float, float, float]
+"""Share of documents that carry a label, recall, precision."""
+RIVALS = ("filter", "classifier_filter", "era", "sgtm", "routed")
+QUALITIES = [(0.5, recall, precision) for recall, precision in ((1.0, 1.0), (0.9, 0.9), (0.8, 0.8), (0.6, 0.9))]
+SHARES = [(share, 1.0, 1.0) for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
 Arms = Collection[tuple[str | None, float | None]] | None
 MARK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
 
@@ -32,48 +37,82 @@ def mean_range(values: list[float]) -> str:
     return str(Spread.of(values)) if values else "–"
 
 
-def experiment(name: str, labeled: float = 0.5) -> str:
-    """Losses, way and tax of every method at one share of labels that are right, over seeds."""
+def experiment(name: str, labels: Sequence[Labels] = ((0.5, 1.0, 1.0),), methods: Collection[str] | None = None) -> str:
+    """Losses, way and tax of methods over seeds, at one kind of labels or more, of those that most seeds have.
+
+    Args:
+        name: of the experiment.
+        labels: share of documents that carry one, recall and precision.
+        methods: keys; all by default, at several kinds of labels those that look at them.
+    """
     command = f"python recipes/experiment.py --config recipes/configs/experiment_{name}.yaml"
     report = load(name) or {"cells": []}
-    cells = [cell for cell in report["cells"] if cell["labeled"] in (None, labeled) and cell["recall"] in (None, 1.0)]
-    seeds = complete_seeds(cells)
-    if not seeds:
+    found = [(kind, of_labels(report["cells"], kind)) for kind in labels]
+    count = max(len(comparison.seeds) for _, comparison in found)
+    if not count:
         return f"Not run yet: `{command}`."
-    found = aggregate([cell for cell in cells if cell["seed"] in seeds])
-    results = {method: found.get(method, labeled, (1.0, 1.0)) for method in in_order(found.methods)}
-    results = {method: result for method, result in results.items() if len(result.cells) == len(seeds)}
-    attacked = any(result.attacks for result in results.values())
-    compute = {method: costs(found, result).compute for method, result in results.items()}
-    paid = compute["no_routing"] is not None
-    columns = ["method", "forget loss", *(["… relearned"] if attacked else []), "retain loss", "way", "tax"]
-    columns += ["cost"] if paid else []
+    found = [(kind, comparison) for kind, comparison in found if len(comparison.seeds) == count]
+    wanted = {kind: shown(comparison, methods, labeled_only=len(labels) > 1) for kind, comparison in found}
+    attacked = any(result.attacks for results in wanted.values() for result in results)
+    paid = any(costs(comparison, result).compute for kind, comparison in found for result in wanted[kind])
+    several = len(labels) > 1
+    columns = [*(["labels"] if several else []), "method", "forget loss", *(["… relearned"] if attacked else [])]
+    columns += ["retain loss", "way", "tax", *(["cost"] if paid else [])]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for method, result in results.items():
-        title, worst = card(method, report["settings"]).name, result.worst
-        cells = [f"**{title}**" if method == "routed" else title, result.forget]
-        if attacked:
-            whole = worst and worst.forget[-1].n == len(seeds)
-            cells.append("–" if not whole else worst.forget[-1] if worst.attacked else worst.verdict)
-        cells += [result.retain, percent(result.way), "–" if result.tax is None else result.tax]
-        cost = compute[method]
-        cells += [f"{cost.mean:.2f}" if cost else "–"] if paid else []
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for kind, comparison in found:
+        for result in wanted[kind]:
+            title = card(result.condition.method, report["settings"]).name
+            cells = [result.condition.labels] if several else []
+            cells += [f"**{title}**" if result.condition.method == "routed" else title, str(result.forget)]
+            cells += [relearned(result, count)] if attacked else []
+            cells += [str(result.retain), percent(result.way), str(result.tax or "–")]
+            cost = costs(comparison, result).compute
+            cells += [f"{cost.mean:.2f}" if cost else "–"] if paid else []
+            lines.append(f"| {' | '.join(cells)} |")
     settings = report["settings"]
     tokens = settings["steps"] * settings["batch_size"] * settings["length"] / 1e6
     lines.append(
-        f"\nMean (range) over {len(seeds)} seeds, {tokens:.2f} million training tokens each, nats per token on test text. "
+        f"\nMean (range) over {count} {'seeds' if count > 1 else 'seed'}, {tokens:.2f} million training tokens each, nats per "
+        "token on test text. "
         + ("Relearned: after the worst of all attacks, learning rates and steps. " if attacked else "")
         + ("Cost: floating-point operations of training over those of no routing. " if paid else "")
-        + f"Targets missed: {missed(found, labeled)}. From `{command}`."
+        + f"Targets missed: {missed(found)}. From `{command}`."
     )
     return "\n".join(lines)
 
 
-def missed(found: Comparison, labeled: float) -> str:
-    """Name the targets that are missed at a share of labels, with what came out instead."""
-    here = [target for target in targets(found, [labeled]) if target.met is False]
-    return "; ".join(f"{target.wanted}: {target.measured}" for target in here) or "none"
+def of_labels(cells: list[dict[str, Any]], labels: Labels) -> Comparison:
+    """Sum up the cells with these labels and those without any, of seeds that have what others are compared with."""
+    kept = [c for c in cells if (c["labeled"], c["recall"], c["precision"]) in ((None, None, None), labels)]
+    seeds = complete_seeds(kept)
+    return aggregate([cell for cell in kept if cell["seed"] in seeds])
+
+
+def shown(found: Comparison, methods: Collection[str] | None, labeled_only: bool) -> list[Result]:
+    """Return the results that have a row: those of all seeds, and, ``labeled_only``, of methods that look at labels."""
+    results = sorted(found.results.values(), key=lambda r: in_order(found.methods).index(r.condition.method))
+    return [
+        result
+        for result in results
+        if len(result.cells) == len(found.seeds)
+        and (methods is None or result.condition.method in methods)
+        and (not labeled_only or result.condition.labeled is not None)
+    ]
+
+
+def relearned(result: Result, seeds: int) -> str:
+    """Forget loss after the worst attack, where every seed was attacked."""
+    worst = result.worst
+    if worst is None or worst.forget[-1].n < seeds:
+        return "–"
+    return str(worst.forget[-1] if worst.attacked else worst.verdict)
+
+
+def missed(found: Sequence[tuple[Labels, Comparison]]) -> str:
+    """Name the targets that are missed, with what came out instead."""
+    all_targets = (target for (share, *_), comparison in found for target in targets(comparison, [share]))
+    here = dict.fromkeys(f"{t.wanted}: {t.measured}" for t in all_targets if t.met is False)
+    return "; ".join(here) or "none"
 
 
 def percent(value: Spread | None) -> str:
@@ -170,13 +209,16 @@ def style(only: Arms = None) -> str:
     report = load("style")
     if report is None:
         return f"Not run yet: `{command}`."
-    heads = ("style, entry", "style, question", "way, entry", "way, question", "plain loss", "tax")
-    lines = ["| labels | arm | " + " | ".join(heads) + " |", "|---" * 8 + "|"]
+    heads = ["style, entry", "style, question", "way, entry", "way, question", "plain loss", "tax"]
+    chosen = {"rate seen": "best checkpoint: style, entry", "rate unseen": "style, question", "plain": "plain loss"}
+    heads += chosen.values() if only is None else []
+    lines = ["| labels | arm | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for row in sorted(report["rows"], key=lambda row: row["labels"] or ""):
         if only is not None and (row["arm"], row["scale"]) not in only:
             continue
         name = f"**{row['name']}**" if (row["arm"], row["scale"]) == ("sgtm", 0.0) else row["name"]
-        cells = map(mean_range, row["columns"].values())
+        values = [*row["columns"].values(), *(row["best"][key] for key in chosen if only is None)]
+        cells = map(mean_range, values)
         lines.append(f"| {row['labels'] or '–'} | {name} | " + " | ".join(cells) + " |")
     seeds = len({cell["seed"] for cell in report["cells"]})
     lines.append(
@@ -194,11 +236,13 @@ def gemma() -> str:
     columns = {
         "forget loss": "routed_forget_loss/token_ce",
         "retain loss": "routed_retain_loss/token_ce",
-        "forget questions": "routed_forget_mc/acc",
-        "adjacent": "routed_adjacent_mc/acc",
-        "retain questions": "routed_retain_mc/acc",
+        "forget questions": "routed_forget_cloze/acc",
+        "… blanked": "routed_forget_cloze_control/acc",
+        "adjacent questions": "routed_adjacent_cloze/acc",
+        "retain questions": "routed_retain_cloze/acc",
+        "… blanked ": "routed_retain_cloze_control/acc",
     }
-    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| model | " + " | ".join(map(str.strip, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in report["rows"].items():
         lines.append(f"| {name} | " + " | ".join(f"{scores[key]:.2f}" for key in columns.values()) + " |")
     lines.append(
@@ -254,8 +298,11 @@ def monitor_step() -> str:
 TABLES = {
     "grpo_step": grpo_step,
     "monitor_step": monitor_step,
-    "experiment_arithmetic": lambda: experiment("arithmetic", labeled=1.0),
+    "experiment_arithmetic": lambda: experiment("arithmetic", [(1.0, 1.0, 1.0)]),
     "experiment_biology": lambda: experiment("biology"),
+    "experiment_biology_shares": lambda: experiment("biology", SHARES, RIVALS),
+    "experiment_entangled": lambda: experiment("entangled", [(0.5, 1.0, 1.0), (0.1, 1.0, 1.0)]),
+    "experiment_wrong_labels": lambda: experiment("wrong_labels", QUALITIES),
     "experiment_spanish": lambda: experiment("spanish"),
     "step_time": step_time,
     "persona": persona,

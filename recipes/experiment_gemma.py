@@ -33,7 +33,7 @@ RUNS = {  # name -> recipe, configuration
     "RMU": ("unlearn.py", "gemma_rmu.yaml"),
     "NPO": ("unlearn.py", "gemma_npo.yaml"),
 }
-TASKS = ["routed_loss", "routed_mc", "routed_adjacent_mc"]
+TASKS = ["routed_loss", "routed_cloze", "routed_adjacent_cloze"]
 
 
 @dataclass

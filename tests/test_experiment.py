@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_without_the_cells_it_goes_on_from_the_summary(finished, tmp_path, calls
     assert not calls
     then, now = (json.loads((place / "summary.json").read_text()) for place in (finished, tmp_path))
     assert now["cells"] == then["cells"] and now["versions"] == then["versions"]
+
+
+def test_what_is_there_is_collected_and_nothing_made(finished, tmp_path, calls, monkeypatch):
+    there = dict(cells_dir=str(finished / "cells"), summary_file=str(tmp_path / "summary.json"))
+    monkeypatch.setattr(sys, "argv", ["recipes/experiment.py", "--collect", "true", "--config", "my.yaml"])
+    run_experiment(experiment_of(finished, **there, methods=["routed", "control", "filter"], collect=True), TINY)
+    then, now = (json.loads((place / "summary.json").read_text()) for place in (finished, tmp_path))
+    assert not calls and now["cells"] == then["cells"] and now["experiment"]["collect"] is False
+    assert now["command"] == "python recipes/experiment.py --config my.yaml"  # which makes them
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ def test_the_experiment_on_a_pretrained_model_measures_all_of_its_runs(runs, tmp
     rows = json.loads(out.read_text())["rows"]
     assert list(rows) == ["start", "two LoRAs, all regions", "two LoRAs, ablated", "RMU", "NPO"]
     assert all(
-        "routed_forget_loss/token_ce" in scores and "routed_adjacent_mc/acc" in scores for scores in rows.values()
+        "routed_forget_loss/token_ce" in scores and "routed_adjacent_cloze/acc" in scores for scores in rows.values()
     )
     made = [(tmp_path / "work" / name / "summary.json").stat().st_mtime_ns for name in ("gemma_rmu", "gemma_npo")]
     here(command)

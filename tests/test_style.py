@@ -132,7 +132,9 @@ def test_a_run_ends_in_numbers_and_criteria(made):
     assert [(row["arm"], row["scale"]) for row in summary["rows"]] == [
         ("none", 1.0), ("none", 0.0), ("filter", 1.0), (MAIN, 1.0), (MAIN, 0.0),
     ]  # fmt: skip
-    assert all(set(row["end"]["0"]) == {"rate", "styled", "plain"} for row in summary["cells"])
+    for row in summary["cells"]:
+        assert all(set(row["end"][at]) == {"rate", "styled", "plain"} for at in ("0", "1"))
+        assert all(set(row["best"][at]) == {"rate", "styled", "plain", "step"} for at in ("0", "1"))
 
 
 def test_the_plain_checkpoint_is_what_was_measured(made, tmp_path):
@@ -176,6 +178,6 @@ def test_the_table_of_the_docs_is_made_from_it(made):
     spec.loader.exec_module(tables)
     tables.ROOT = made[0]
     table = tables.style().splitlines()
-    assert len(table) == 2 + 5 + 2 and all(line.count("|") == 9 for line in table[:-2])
+    assert len(table) == 2 + 5 + 2 and all(line.count("|") == 12 for line in table[:-2])
     tables.ROOT = made[0] / "nowhere"
     assert tables.style().startswith("Not run yet: `python recipes/sft_style.py --config")

@@ -50,6 +50,10 @@ class Experiment:
         default_factory=lambda: ["1/1"], metadata={"help": "RECALL/PRECISION of the labels, such as 0.9/0.8."}
     )
 
+    collect: bool = field(
+        default=False, metadata={"help": "Make nothing: write the summary of the cells that are there."}
+    )
+
     def __post_init__(self) -> None:
         self.attacks = [name for name in self.attacks if name != "none"]  # a list on the command line cannot be empty
 

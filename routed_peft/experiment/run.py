@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -158,7 +159,7 @@ def write_summary(experiment: Experiment, settings: DemoSettings, cells: list[Ce
             rows.append(about | numbers | {"key": cell.key, "attacks": attacks})
     summary = {
         "format": EXPERIMENT_FORMAT,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": re.sub(r" --collect(=| )\w+", "", shlex.join(["python", *sys.argv])),
         "versions": versions_of(place / cell.key for cell in cells),
         "experiment": asdict(experiment),
         "settings": asdict(settings),
@@ -193,6 +194,9 @@ def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
     cells, place = all_cells(experiment, settings), Path(experiment.cells_dir)
     place.mkdir(parents=True, exist_ok=True)
     restore(experiment, cells, place)
+    if experiment.collect:
+        write_summary(replace(experiment, collect=False), settings, cells, place)
+        return
     failed: dict[str, str] = {}
     with Progress(console=Console()) as progress:
         task = progress.add_task(f"{settings.pair}: {len(cells)} cells", total=len(cells))
