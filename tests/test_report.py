@@ -8,6 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 from report_parts import cell, cells, curve, summary, write
 from typer.testing import CliRunner
 
@@ -208,6 +209,17 @@ def test_only_figures_with_data_are_drawn():
     assert keys([*cells(), *cells(labeled=0.1)[3:]]) == ["tradeoff", "labels", "relearning"]
     wrong = [row | {"recall": 0.9, "precision": 0.8} for row in plain[3:]]
     assert keys([*plain, *wrong]) == ["tradeoff", "wrong_labels"]
+
+
+def test_without_labels_there_is_nothing_to_compare():
+    """At a share of 0 every method is no routing or its placebo: no panel, and no line for what was run at no other share."""
+    rows = [*cells(), *cells(labeled=0.0)[3:], cell("era", 3.2, 3.6, 0.0)]
+    drawn = {figure.key: figure for figure in figures(aggregate(rows), {})}
+    assert [len(drawn[key].panels) for key in ("tradeoff", "relearning")] == [1, 1]
+    axes = Figure().subplots()
+    drawn["labels"].panels[0].draw(axes, LIGHT)
+    names = " ".join(text.get_text() for text in axes.texts)
+    assert CARDS["routed"].label in names and CARDS["era"].label not in names
 
 
 def test_every_method_has_a_card_a_style_and_colors_for_both_modes():

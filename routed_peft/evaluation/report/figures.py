@@ -80,7 +80,7 @@ def _tradeoff(found: Comparison, settings: Mapping[str, Any]) -> Figure:
     x_limits = _limits([result.retain for result in core], [result.retain for result in results])
     y_limits = _limits([result.forget for result in core], [result.forget for result in results])
     panels = []
-    shares: list[float | None] = [*found.shares] or [None]
+    shares: list[float | None] = [*_shares(found)] or [None]
     for labeled in shares:
         marks = [
             Mark(card(r.condition.method, settings).label, r.retain, r.forget, style(r.condition.method))
@@ -122,7 +122,7 @@ def _by_labels(found: Comparison, settings: Mapping[str, Any]) -> Figure:
 
 def _relearning(found: Comparison, settings: Mapping[str, Any]) -> Figure:
     panels = []
-    shares: list[float | None] = [*sorted(found.shares, key=lambda labeled: abs(labeled - 0.5))] or [None]
+    shares: list[float | None] = [*sorted(_shares(found), key=lambda labeled: abs(labeled - 0.5))] or [None]
     base = found.get(BASE)
     for labeled in shares:
         for attack in found.attacks:
@@ -137,7 +137,7 @@ def _relearning(found: Comparison, settings: Mapping[str, Any]) -> Figure:
 
 def _compute(found: Comparison, settings: Mapping[str, Any]) -> Figure:
     panels = []
-    shares: list[float | None] = [*sorted(found.shares, key=lambda labeled: abs(labeled - 0.5))] or [None]
+    shares: list[float | None] = [*sorted(_shares(found), key=lambda labeled: abs(labeled - 0.5))] or [None]
     for labeled in shares:
         rows = [(r, costs(found, r).compute, after_worst(r)) for r in found.at(labeled, found.best_quality)]
         marks = [
@@ -227,12 +227,22 @@ def _lines(
     value: Value,
     settings: Mapping[str, Any],
 ) -> list[Line]:
-    """Return a line for every method of a group, over places that each have a share and a quality of labels."""
+    """Return a line for every method of a group, over places that each have a share and a quality of labels.
+
+    A method that was run at no share but 0 has none: there it is another method.
+    """
     lines = []
     for method in group:
-        points = [(x, value(r)) for x, labeled, quality in places if (r := found.get(method, labeled, quality))]
-        lines.append(line(card(method, settings).label, points, style(method)))
+        results = [(x, r) for x, labeled, quality in places if (r := found.get(method, labeled, quality))]
+        if any(r.condition.labeled != 0 for _, r in results):
+            points = [(x, value(r)) for x, r in results]
+            lines.append(line(card(method, settings).label, points, style(method)))
     return lines
+
+
+def _shares(found: Comparison) -> list[float]:
+    """Return the shares of labels with a panel of their own: at 0 every method is no routing or its placebo."""
+    return [labeled for labeled in found.shares if labeled] or found.shares
 
 
 def _ideal(found: Comparison, value: Value) -> float | None:
