@@ -110,9 +110,12 @@ def relearned(result: Result, seeds: int) -> str:
 
 def missed(found: Sequence[tuple[Labels, Comparison]]) -> str:
     """Name the targets that are missed, with what came out instead."""
-    all_targets = (target for (share, *_), comparison in found for target in targets(comparison, [share]))
-    here = dict.fromkeys(f"{t.wanted}: {t.measured}" for t in all_targets if t.met is False)
-    return "; ".join(here) or "none"
+    here: dict[str, list[str]] = {}
+    for target in dict.fromkeys(t for (share, *_), comparison in found for t in targets(comparison, [share])):
+        if target.met is False:
+            share, _, wanted = target.wanted.rpartition(" of the labels: ")
+            here.setdefault(wanted, []).append(target.measured + (f" at {share}" if share else ""))
+    return "; ".join(f"{wanted}: {' / '.join(measured)}" for wanted, measured in here.items()) or "none"
 
 
 def percent(value: Spread | None) -> str:
