@@ -304,7 +304,7 @@ TABLES = {
     "experiment_arithmetic": lambda: experiment("arithmetic", [(1.0, 1.0, 1.0)]),
     "experiment_biology": lambda: experiment("biology"),
     "experiment_biology_shares": lambda: experiment("biology", SHARES, RIVALS),
-    "experiment_entangled": lambda: experiment("entangled", [(0.5, 1.0, 1.0), (0.1, 1.0, 1.0)]),
+    "experiment_entangled": lambda: experiment("entangled"),
     "experiment_wrong_labels": lambda: experiment("wrong_labels", QUALITIES),
     "experiment_spanish": lambda: experiment("spanish"),
     "step_time": step_time,
