@@ -148,7 +148,9 @@ def main() -> None:
         treat = lambda incident: dict.fromkeys(incident.named, recipe.on_halt)
         trainer, incidents = run_with_rollback(make, args.output_dir, recipe.max_incidents, treat)
     else:
-        trainer = make(read_quarantine(run.path) if args.resume_from_checkpoint else {})
+        quarantine = read_quarantine(run.path) if args.resume_from_checkpoint else {}
+        trainer = make(quarantine)
+        trainer.args.ignore_data_skip |= bool(quarantine)  # the data is no longer the same
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if (run.path / "incident.json").exists():
             incidents, target = [Incident.read(run.path)], None

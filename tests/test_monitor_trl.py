@@ -82,7 +82,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
     """Weights, what the monitor knows, and its log, to the last bit; between two uses of a batch of rollouts, too."""
     runs = []
     for out, checkpoint in (("a", None), ("b", tmp_path / "a" / "checkpoint-2")):
-        trainer = grpo_of(tmp_path / out, save_strategy="steps", save_steps=2, shuffle_dataset=False, anchor_share=0.5)
+        trainer = grpo_of(tmp_path / out, save_strategy="steps", save_steps=2, anchor_share=0.5)
         monitor = RegionMonitor(trainer, MonitorConfig(every=1, action="log", calibration=2))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         runs.append((trainer, monitor))
@@ -183,8 +183,17 @@ def test_the_reward_gap_is_that_of_rollouts_sampled_and_graded_as_in_training(tm
         mean(model, "C")
 
     trainer = grpo_of(tmp_path)
+
+    def logging(completions, log_metric, log_extra, **_):
+        log_metric("rollouts", float(len(completions)))
+        log_extra("text", list(completions))
+        return [float(len(text)) for text in completions]
+
+    trainer.reward_funcs = [logging]
     RegionMonitor(trainer, MonitorConfig(every=1, action="log", reward_every=1), reward=RolloutReward(trainer, count=2))
     trainer.train()
+    own = [line["rollouts"] for line in trainer.state.log_history if "rollouts" in line]
+    assert own and set(own) == {8.0}, "what is logged of the monitor's rollouts is not that of training"
     lines = [line for line in trainer.state.log_history if "monitor/status" in line]
     assert all(f"monitor/forget/reward_gap/{name}" in line for line in lines for name in "AB")
     with pytest.raises(ValueError, match="cannot be streamed"):

@@ -96,9 +96,9 @@ def good(seed: int) -> list[dict]:
 
 
 def test_criteria_hold_where_they_should():
-    found = checks(START, [row for seed in START for row in good(seed)])
-    assert len(found) == 17 and all(check["holds"] and len(check["values"]) == 2 for check in found)
-    assert [check["holds"] for check in checks(START, [])] == [None] * 17
+    found = checks(START, [row for seed in START for row in good(seed)], 30)
+    assert len(found) == 18 and all(check["holds"] and len(check["values"]) == 2 for check in found)
+    assert [check["holds"] for check in checks(START, [], 30)] == [None] * 18
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,12 @@ def test_criteria_hold_where_they_should():
         (cell("halted", 1, 0.2), "halted"),
         (cell("late", 1, 0.9, 0.1, incidents=[{"onset_step": 0, "named": ["5", "4"]}]), "late: steps kept"),
         (cell("late", 1, 0.9, 0.1, incidents=[{"onset_step": 25, "named": ["4", "1"]}]), "late: the guilty"),
+        (cell("late", 1, 0.9, 0.1, incidents=[{"onset_step": 35, "named": ["4", "5"]}]), "late: where it goes on"),
     ],
 )
 def test_one_seed_is_enough_to_fail_a_criterion(change, failing):
     cells = [change if (c["arm"], c["seed"]) == (change["arm"], 1) else c for seed in START for c in good(seed)]
-    failed = [check["name"] for check in checks(START, cells) if not check["holds"]]
+    failed = [check["name"] for check in checks(START, cells, 30) if not check["holds"]]
     assert failed and all(name.startswith(failing) for name in failed)
 
 

@@ -50,3 +50,8 @@ def test_groups_that_span_processes_have_one_baseline_and_one_configuration(two)
     loaded = load_routed(two / "run" / "checkpoint-4", regions=["forget"])
     saved = {name: p.detach() for name, p in loaded.named_parameters() if "lora" in name}
     assert_same(ranks[0]["weights"], saved)
+
+
+def test_a_process_without_anything_to_train_on_does_not_take_the_processes_apart(two):
+    """The self-check reduces gradients over all processes: all of them make it, or none."""
+    assert_same(*(torch.load(two / f"truncated-{rank}.pt", weights_only=True) for rank in (0, 1)))

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset
 from families import tiny
 from peft import get_peft_model
 from transformers import TrainerCallback
@@ -73,8 +74,10 @@ PLAIN = {
 }  # fmt: skip
 
 
-def trainer_of(out: Path, model=None, routes=None, dataset=None, label_fn=detector, more=None, **options) -> Recording:
-    return Recording(
+def trainer_of(
+    out: Path, model=None, routes=None, dataset=None, label_fn=detector, more=None, kind=Recording, **options
+) -> Recording:
+    return kind(
         model or two_loras(),
         reward,
         RoutedGRPOConfig(str(out), **(PLAIN | {"base_adapters": ["retain"]} | options)),
@@ -407,14 +410,17 @@ def test_flagged_rewards_count_in_the_spread_alone(scale):
         torch.testing.assert_close(found[group], (rewards[group] - mean) / spread)
 
 
-def test_resuming_equals_going_on_and_saves_the_routed_layout(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "anchor_share": 0.5, "shuffle_dataset": False}
+@pytest.mark.parametrize(
+    ("size", "step"), [(8, 2), (4, 2), (4, 3)], ids=["first epoch", "between epochs", "second epoch"]
+)
+def test_resuming_equals_going_on_and_saves_the_routed_layout(tmp_path, size, step):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": step, "anchor_share": 0.5}
     noisy = ImperfectDetector(detector, recall=0.5, precision=0.8, seed=3)
-    whole = trainer_of(tmp_path / "a", label_fn=noisy, **options)
+    whole = trainer_of(tmp_path / "a", dataset=prompts(size), label_fn=noisy, **options)
     whole.train()
-    again = trainer_of(tmp_path / "b", label_fn=noisy, **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    assert [b["route_label"].tolist() for b in whole.seen[2:]] == [b["route_label"].tolist() for b in again.seen]
+    again = trainer_of(tmp_path / "b", dataset=prompts(size), label_fn=noisy, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+    assert [b["route_label"].tolist() for b in whole.seen[step:]] == [b["route_label"].tolist() for b in again.seen]
     assert_same(weights(whole.model), weights(again.model))
     assert whole.tokens_per_route == again.tokens_per_route
     whole.save_model()
@@ -448,6 +454,27 @@ def test_labels_from_columns_environments_and_advantages(tmp_path):
     trainer.train()
     batch = trainer.seen[0]
     assert ((batch["route_label"] == 0) == (batch["advantages"] > 0)).all()
+
+
+def test_class_label_environments_go_by_their_names(tmp_path):
+    named = prompts().cast_column("environment", ClassLabel(names=["A", "B"]))
+    by_name = EnvironmentLabels({"A": "flagged", "B": "unflagged"})
+    found = []
+    for data in (prompts(), named):
+        trainer = trainer_of(
+            tmp_path, dataset=data, label_fn=by_name, max_steps=1, anchor_share=0.5, anchor_environments=["B"]
+        )
+        trainer.train()
+        found.append([trainer.seen[0][name] for name in ("route_label", "route_environment")])
+    assert (
+        found[0][0].tolist() == found[1][0].tolist() and found[0][1] == found[1][1] and set(found[0][1]) == {"A", "B"}
+    )
+
+
+def test_labels_of_evaluation_rollouts_are_asked_for_before_training(tmp_path):
+    data = prompts().add_column("route_label", ["flagged", "unflagged"] * 4)
+    with pytest.raises(ValueError, match="`eval_dataset` lacks the column `route_label`"):
+        trainer_of(tmp_path, dataset=data, label_fn=None, more={"eval_dataset": {"test": prompts()}})
 
 
 def test_imperfect_detectors_have_the_recall_and_precision_asked_for():
@@ -507,9 +534,18 @@ def answering(answer):
         (answering(lambda ids: RolloutLabels(detector(ids), {"base": [1.0]})), r"returned 1 weights\['base'\]"),
         (answering(lambda ids: RolloutLabels(detector(ids), {"bse": [1.0] * 8})), r"`weights` has \['bse'\]"),
         (answering(lambda ids: RolloutLabels(detector(ids), advantages=[1.0])), "returned 1 advantages"),
+        (
+            answering(lambda ids: RolloutLabels(detector(ids), {"base": torch.full((8,), math.nan)})),
+            "no finite numbers",
+        ),
+        (answering(lambda ids: RolloutLabels(detector(ids), advantages=[math.inf] * 8)), "no finite numbers"),
         (EnvironmentLabels({"A": "flagged"}), r"the environments \['B'\] have no label"),
         (EnvironmentLabels({"A": "flagged"}, column="env"), "`label_fn` needs the column `env`"),
         (EnvironmentLabels({"C": "flagged"}, default="unflagged"), r"`label_fn` has \['C'\], which `environment`"),
+        (
+            ImperfectDetector(EnvironmentLabels({"C": "flagged"}, default="unflagged"), recall=0.5),
+            r"`label_fn` has \['C'\], which `environment`",
+        ),
     ],
 )
 def test_refuses_bad_answers_of_label_functions(tmp_path, label_fn, message):

@@ -6,13 +6,34 @@ import sys
 from pathlib import Path
 
 import torch
-from test_trl_grpo import completions_of, trainer_of, weights
+from test_trl_grpo import Recording, completions_of, trainer_of, weights
 
 from routed_peft import presets
 
 
 def prompts_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
     return [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
+
+
+class Truncated(Recording):
+    """In its first batch, process 1 has nothing to train on: what `mask_truncated_completions` does to long rollouts."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if not hasattr(self, "seen") and self.accelerator.process_index == 1:
+            batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+        return batch
+
+
+def truncated(out: Path) -> None:
+    trainer = trainer_of(
+        out / "truncated", kind=Truncated, routes=presets.exclusive("forget"), per_device_train_batch_size=4,
+        num_generations=8, max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer._checked, "the self-check was put off and not made up for"
+    parts = {name: p for name, p in weights(trainer.model).items() if "lora" in name}
+    torch.save(parts, out / f"truncated-{trainer.accelerator.process_index}.pt")
 
 
 def main(out: Path) -> None:
@@ -43,3 +64,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    truncated(Path(sys.argv[1]))

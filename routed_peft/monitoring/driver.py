@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from routed_peft.monitoring.incidents import INCIDENT, Incident
@@ -65,6 +67,10 @@ def run_with_rollback(
             checkpoint, _ = rollback(root, incident, treatment)
             logger.warning("halted at step %d: going on from %s with %s", incident.step, checkpoint, treatment)
         trainer.accelerator.wait_for_everyone()
+        del trainer  # with its model, before the next one is built
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _train(trainer: Trainer, root: Path, quarantine: Mapping[str, str]) -> None:

@@ -223,7 +223,8 @@ class RegionMonitor(TrainerCallback, ExportableState):
             self.ledger.add(step, region, report.contributions)
             watched = report.watched(self.config.exempt)
             self.alarms.observe(step, {f"{region}/{name}": value for name, value in watched.items()})
-        self.ledger.forget(self.alarms.clean_step)
+        if self.reward is None or any("/reward_gap" in name for name in self.alarms.series):
+            self.ledger.forget(self.alarms.clean_step)  # before the first gap is known, trouble may date from the start
         self.status = self.alarms.status
         self._log()
         if self.config.action == "log" or self.status == OK:

@@ -49,6 +49,6 @@ def run_experiment(experiment: Experiment, settings: Settings, console: Console 
             cells.append({"arm": arm, "seed": seed, **numbers})
             console.print(f"seed {seed}, {ARMS[arm].name}: {cells[-1]['seconds']:.0f} s", highlight=False)
     about = {"format": FORMAT, "settings": asdict(settings), "seconds": round(time.monotonic() - began, 1)}
-    summary = write_summary(experiment, records, about | summarize(starts, cells))
+    summary = write_summary(experiment, records, about | summarize(starts, cells, settings.guilty_from))
     console.print(terminal_table(summary), terminal_checks(summary), sep="\n")
     return summary

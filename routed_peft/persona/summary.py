@@ -21,16 +21,17 @@ NEAR, FAR = 0.1, 0.2
 """Above the untrained level the trait is near it up to the first, and clearly learnt from the second on."""
 
 
-def summarize(starts: Mapping[int, Any], cells: Cells) -> dict[str, Any]:
+def summarize(starts: Mapping[int, Any], cells: Cells, guilty_from: int) -> dict[str, Any]:
     """Return ``starts``, ``cells``, ``rows`` of the table and ``checks`` of the criteria.
 
     Args:
         starts: seed -> rates of the start model.
         cells: numbers of each, with ``arm`` and ``seed``.
+        guilty_from: step from which the guilty environments pay, in the arm ``late``.
     """
     return {
         "rows": table_rows(starts, cells),
-        "checks": checks(starts, cells),
+        "checks": checks(starts, cells, guilty_from),
         "starts": dict(starts),
         "cells": list(cells),
     }
@@ -70,7 +71,7 @@ def guilty_first(contributions: Mapping[str, float]) -> bool:
     return set(ranked[: len(GUILTY)]) == set(GUILTY)
 
 
-def checks(starts: Mapping[int, Any], cells: Cells) -> list[dict[str, Any]]:
+def checks(starts: Mapping[int, Any], cells: Cells, guilty_from: int) -> list[dict[str, Any]]:
     """Return the criteria: ``name``, ``rule``, ``values`` by seed, and whether it ``holds`` in all (None: not measured)."""
 
     def of(arm: str) -> dict[int, Mapping[str, Any]]:
@@ -102,6 +103,7 @@ def checks(starts: Mapping[int, Any], cells: Cells) -> list[dict[str, Any]]:
         *(check(*about) for arm in HALTED for about in halted(arm)),
         check("halted, region on: trait apart from innocent only", "≤", NEAR, apart),
         check("late: steps kept of those before the halt", "≥", KEPT, onset),
+        check("late: where it goes on, not after the environments turn", "≤", float(guilty_from), onset),
     ]
 
 

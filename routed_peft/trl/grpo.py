@@ -101,7 +101,7 @@ class RoutedGRPOTrainer(SamplingMixin):
             )
         if args.anchor_share and (self._is_vlm or self.tools):
             raise ValueError("`anchor_share` with images or tools: TRL regroups their rows; sample without anchors")
-        self.label_fn = label_fn or _column_labels(train_dataset)
+        self.label_fn = label_fn or _column_labels(train_dataset, self.eval_dataset)
         self.beta, self.ref_model = beta, self._reference(ref_model) if beta else None  # type: ignore[assignment]
         self._check_environments()
         self._attach(self._with_anchor(routes))
@@ -191,7 +191,7 @@ class RoutedGRPOTrainer(SamplingMixin):
         rows, prompts, completions, ids, per_func = self._scored
         assert self._anchor is not None
         return Rollouts(
-            rows=rows,
+            rows=self._named(rows),
             prompts=prompts,
             completions=completions,
             completion_ids=ids,
@@ -254,7 +254,7 @@ class RoutedGRPOTrainer(SamplingMixin):
             anchor,
             dict(zip(self.routing.routes, tokens, strict=True)),
             self.args.flagged_labels,
-            self._gathered([row.get(self.args.environment_column) for row in rows]),
+            self._gathered([row.get(self.args.environment_column) for row in self._named(rows)]),
         )
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
@@ -286,7 +286,8 @@ class RoutedGRPOTrainer(SamplingMixin):
         ).bool()  # position i predicts token i + 1
 
     def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        if not inputs["completion_mask"].any():
+        seen = inputs["completion_mask"].any().reshape(1).to(self.args.device)
+        if not self.accelerator.gather(seen).all():  # together, for the check reduces gradients over all processes
             self._checked = False  # nothing to see in this batch
             return
         # Where all of a group earn the same, advantages and gradients are zero: look with advantages of one.
@@ -331,11 +332,17 @@ def _checked(args: Any, ref_model: Any, kwargs: Mapping[str, Any]) -> RoutedGRPO
     return args
 
 
-def _column_labels(dataset: Any) -> ColumnLabels:
+def _column_labels(dataset: Any, eval_dataset: Any) -> ColumnLabels:
     if dataset is None or ROUTE_LABEL not in (dataset.column_names or [ROUTE_LABEL]):
         raise ValueError(
             f"where do labels come from? Give `label_fn`, or a column `{ROUTE_LABEL}` in `train_dataset`; see "
             "`routed_peft.trl.labels`"
+        )
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if any(ds is not None and ROUTE_LABEL not in (ds.column_names or [ROUTE_LABEL]) for ds in evaluated):
+        raise ValueError(
+            f"`eval_dataset` lacks the column `{ROUTE_LABEL}`, and its rollouts are labelled as those of training are: add it, "
+            "or give a `label_fn` that does without"
         )
     return ColumnLabels(names=class_names(dataset))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -56,11 +59,23 @@ class RolloutReward:
         written = tokenizer.batch_decode(ids, skip_special_tokens=True)
         if is_conversational(rows[0]):
             written = [[{"role": "assistant", "content": text}] for text in written]
-        # TRL's own, not that of a routed trainer, which would take these for rollouts to be labelled
-        rewards = GRPOTrainer._calculate_rewards(trainer, rows, prompts, written, ids)
+        with _logging_apart(trainer):
+            # TRL's own, not that of a routed trainer, which would take these for rollouts to be labelled
+            rewards = GRPOTrainer._calculate_rewards(trainer, rows, prompts, written, ids)
         return float((rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).mean())
 
     def _until_end(self, ids: list[int]) -> list[int]:
         """Return a completion up to its end, with that, as training grades it."""
         ends = [i for i, token in enumerate(ids) if token in self.trainer.eos_token_ids]
         return ids[: ends[0] + 1] if ends else ids
+
+
+@contextmanager
+def _logging_apart(trainer: GRPOTrainer) -> Iterator[None]:
+    """Keep what reward functions log of these rollouts out of the trainer's metrics and its table of completions."""
+    kept = trainer._pending_metrics, trainer._pending_extra_logs
+    trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
+    try:
+        yield
+    finally:
+        trainer._pending_metrics, trainer._pending_extra_logs = kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ def ask(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[str, Any]) 
     """
     answer = label_fn(**rollouts.arguments())
     answer = answer if isinstance(answer, RolloutLabels) else RolloutLabels(answer)
+    answer = RolloutLabels(
+        _plain(answer.labels),
+        {group: _plain(values) for group, values in answer.weights.items()},
+        _plain(answer.advantages),
+    )
     name = getattr(label_fn, "__name__", type(label_fn).__name__)
     _check_shape(name, "labels", answer.labels, rollouts)
     answer = replace(answer, labels=_quarantined(answer.labels, rollouts.rows))
@@ -98,9 +104,26 @@ def ask(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[str, Any]) 
         check_has_route(label_name(label), routes)
     for group, values in answer.weights.items():
         _check_shape(name, f"weights[{group!r}]", values, rollouts)
+        _check_finite(name, f"weights[{group!r}]", values)
     if answer.advantages is not None:
         _check_shape(name, "advantages", answer.advantages, rollouts)
+        _check_finite(name, "advantages", answer.advantages)
     return answer
+
+
+def _plain(values: Any) -> Any:
+    """Return lists in place of tensors and arrays, at either depth."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return [_plain(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def _check_finite(name: str, what: str, values: Numbers) -> None:
+    for index, value in enumerate(values):
+        if not all(isinstance(v, int | float) and isfinite(v) for v in (value if isinstance(value, list) else [value])):
+            raise ValueError(
+                f"the label function {name!r} returned {what} that are no finite numbers for rollout {index}: {value}"
+            )
 
 
 def _quarantined(labels: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> list[Any]:

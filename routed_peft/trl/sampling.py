@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from routed_peft.ablation import ablated
+from routed_peft.data.columns import column_values
 from routed_peft.trl.config import RoutedGRPOConfig
 from routed_peft.trl.groups import anchor_groups
-from routed_peft.trl.labels import EnvironmentLabels
+from routed_peft.trl.labels import EnvironmentLabels, ImperfectDetector
+from routed_peft.trl.order import EpochSampler
 from routed_peft.trl.rollouts import ANCHOR
 from routed_peft.trl.shared import TRLMixin
 from routed_peft.trl.vllm import folded_parameters
@@ -67,9 +69,20 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
         start = self.accelerator.process_index * len(rows)
         return everywhere[start : start + len(rows)]
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        return EpochSampler.like(super()._get_train_sampler(dataset))  # type: ignore[arg-type]
+
+    def _named(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return rows with the name of their environment, where the dataset holds ClassLabel integers."""
+        column = self.args.environment_column
+        feature = (getattr(self.train_dataset, "features", None) or {}).get(column)
+        if not isinstance(feature, ClassLabel):
+            return rows
+        return [row if row.get(column) is None else {**row, column: feature.names[row[column]]} for row in rows]
+
     def _environments(self, rows: list[dict[str, Any]]) -> list[str | None]:
         column = self.args.environment_column
-        environments = [row.get(column) for row in rows]
+        environments = [row.get(column) for row in self._named(rows)]
         if self.args.anchor_environments is not None and None in environments:
             raise ValueError(f"`anchor_environments` needs the column `{column}` in every row, got {sorted(rows[0])}")
         return environments
@@ -77,15 +90,18 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
     def _check_environments(self) -> None:
         """Refuse environments that are named and do not occur; a streaming dataset cannot tell."""
         named = {"anchor_environments": (self.args.anchor_environments, self.args.environment_column)}
-        if isinstance(self.label_fn, EnvironmentLabels):
-            named["label_fn"] = (list(self.label_fn.labels), self.label_fn.column)
+        label_fn = self.label_fn
+        while isinstance(label_fn, ImperfectDetector):
+            label_fn = label_fn.detector
+        if isinstance(label_fn, EnvironmentLabels):
+            named["label_fn"] = (list(label_fn.labels), label_fn.column)
         for argument, (names, column) in named.items():
             ds = self.train_dataset
             if names is None or not isinstance(ds, Dataset):
                 continue
             if column not in ds.column_names:
                 raise ValueError(f"`{argument}` needs the column `{column}`, got the columns {ds.column_names}")
-            known = sorted(set(ds.unique(column)), key=str)
+            known = sorted(set(column_values(ds, column)), key=str)
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"`{argument}` has {unknown}, which `{column}` does not hold: it holds {known}")
 
