@@ -93,7 +93,11 @@ def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """Return held-out rows by name."""
+    if recipe.eval_files and not recipe.text_files:
+        raise ValueError(f"`eval_files` are used beside `text_files`, got none: the pair `{recipe.pair}` has its own")
     if recipe.text_files:
+        if wrong := [entry for entry in recipe.eval_files if "=" not in entry]:
+            raise ValueError(f"`eval_files` has {wrong[0]!r}: write name=FILE, such as retain={wrong[0]}")
         pairs = (entry.split("=", 1) for entry in recipe.eval_files)
         sides = {name: load_training_file(file, columns=["text"]) for name, file in pairs}
     else:

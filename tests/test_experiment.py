@@ -3,15 +3,23 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
 from demo_parts import TINY
 
+from routed_peft.corpora import load_pair
+from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.reading import read_sources
-from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, changing, run, run_experiment
+from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, cells, changing, making, run, run_experiment
+from routed_peft.experiment.methods import UNLEARNING, tfidf_labels
+from routed_peft.unlearning import UnlearningArguments
+
+CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 
 
 def experiment_of(place, **changes):
@@ -224,8 +232,60 @@ def test_keys_hold_what_a_cell_depends_on():
     assert Cell.of("routed", none).key == Cell.of("control", TINY).key != plain.key
     with pytest.raises(ValueError, match=r"`methods` has 'undo-0.4' and `labeled_shares` has 0"):
         Cell.of("undo-0.4", none)
+    some = all_cells(Experiment("unused", methods=["undo-0.4"], labeled_shares=[0.0, 0.5], seeds=[0]), TINY)
+    assert [cell.settings.labeled for cell in some] == [0.5], "the others can be made"
     assert Cell.of("filter", replace(whole, recall=0.9)).key != Cell.of("perfect_filter", TINY).key
     assert len(all_cells(Experiment("unused", methods=["perfect_filter", "filter"], labeled_shares=[1.0]), TINY)) == 6
+
+
+def test_keys_hold_rates_weights_and_what_the_model_is_made_from(monkeypatch):
+    names = ("maxent", "gradient_ascent", "undo-0.6", "routed_undo", "classifier_filter")
+    before = {name: Cell.of(name, TINY).key for name in names}
+    changed = {name: replace(METHODS[name], rates=(1.0,)) for name in ("maxent", "gradient_ascent")}
+    monkeypatch.setattr(cells, "METHODS", METHODS | changed)
+    after = {name: Cell.of(name, TINY).key for name in names}
+    assert [name for name in names if before[name] != after[name]] == ["maxent", "gradient_ascent", "undo-0.6"]
+    assert Cell.of("routed_undo", replace(TINY, robust_share=0.2)).key != after["routed_undo"]
+    asked = Cell.of("routed_undo:robust_share=0.2", TINY)
+    assert Cell.of("routed", asked.settings).key == Cell.of("routed:robust_share=0.2", TINY).key, "its teacher"
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("experiment_*.yaml")), ids=lambda file: file.stem)
+def test_shipped_experiments_can_start(config):
+    asked = yaml.safe_load(config.read_text())
+    if "labeled_shares" not in asked:
+        pytest.skip("an experiment of another kind")
+    known = {field.name for field in fields(Experiment)}
+    experiment = Experiment(**{name: value for name, value in asked.items() if name in known})
+    found = all_cells(experiment, DemoSettings(**{k: v for k, v in asked.items() if k not in known}))
+    assert {cell.shown for cell in found} == set(experiment.methods)
+
+
+def test_output_based_methods_have_the_weights_of_their_recipes():
+    for name, (weights, _) in UNLEARNING.items():
+        recipe = yaml.safe_load((CONFIGS / f"unlearn_{name}.yaml").read_text())
+        said = {key: recipe[key] for key in ("alpha", "beta", "retain_loss") if key in recipe}
+        own = UnlearningArguments("unused", method=name, use_cpu=True, **weights)
+        assert {key: getattr(own, key) for key in said} == said, name
+
+
+def test_a_classifier_keeps_the_labels_that_were_given():
+    texts = ["a cell divides", "the cell wall", "a king rules", "the king speaks"] * 3
+    odd = ["retain", "forget", "retain", "retain", *["unlabeled"] * 8]  # the first is wrong
+    ds = tfidf_labels(Dataset.from_dict({"text": texts, "route_label": odd}))
+    assert ds["route_label"][:4] == odd[:4] and set(ds["route_label"][:]) == {"forget", "retain"}
+
+
+def test_facts_are_what_the_model_was_trained_on():
+    facts = making.known_facts(DemoSettings(pair="arithmetic"), ["3 × 4 = 12"])
+    assert len(facts) == len(set(facts)) == 287 and "4 × 3 = 12" in facts
+    trained = set(load_pair("biology")["text"][:])
+    assert trained.issuperset(making.known_facts(DemoSettings(limit=50), [])), "and not held-out documents"
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    run.write_json(tmp_path / "a.json", {"losses": (1.0, float("nan")), "rate": float("inf")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"losses": [1.0, None], "rate": None}
 
 
 def test_a_variant_is_the_method_with_other_settings_of_routing():

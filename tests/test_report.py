@@ -120,6 +120,18 @@ def test_the_worst_attack_is_the_one_that_ends_lowest():
     assert routed([row]).worst.forget[-1].mean == 2.0
 
 
+def test_facts_are_compared_with_facts():
+    """An attack that scores other text has a reference of its own, and is not the worst case on held-out documents."""
+    rows = cells()
+    for row in rows:
+        row["attacks"]["facts"] = [curve(1e-3, [2.0, 1.5, 1.0] if row["method"] == "no_routing" else [4.0, 3.0, 2.5])]
+    found = aggregate(rows)
+    assert found.get("no_routing").attacks["facts"].recovery == Crossing(0)
+    assert found.get("filter", 0.5, RIGHT).attacks["facts"].recovery.relation == ">", "back at text's 3.0, not at 2.0"
+    worst = found.get("filter", 0.5, RIGHT).worst
+    assert worst == found.get("filter", 0.5, RIGHT).attacks["forget"]
+
+
 def test_targets_are_met_or_missed_by_the_numbers():
     verdicts = {target.wanted: target for target in targets(aggregate(cells()))}
     way = verdicts["50 % of the labels: at least 95 % of the way"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.cards import VARIANT
-from routed_peft.experiment.methods import METHODS, Method
+from routed_peft.experiment.methods import METHODS, UNLEARNING, Method
 
 NUMBERS = "numbers.json"
 ROUTING = (  # settings that mean something to routed arms alone
@@ -91,11 +91,18 @@ class Cell:
     def key(self) -> str:
         """Name of its directory: what it depends on, in short."""
         relevant = {key: value for key, value in asdict(self.settings).items() if key not in irrelevant(self.method)}
-        unlearning = [self.method.unlearning, self.method.rates] if self.method.unlearning else []
-        about = json.dumps([self.name, relevant, *unlearning], sort_keys=True)
+        unlearning = [self.method.unlearning, self.method.rates] if self.method.change in UNLEARNING else []
+        about = json.dumps([self.name, relevant, *unlearning, *self._made_from()], sort_keys=True)
         share = f"-{self.settings.labeled:g}" if self.method.labels else ""
         digest = hashlib.sha256(about.encode()).hexdigest()[:8]
         return f"{self.settings.pair}-{self.name}{share}-{self.settings.seed}-{digest}"
+
+    def _made_from(self) -> list[str]:
+        """Return what else its model depends on: the model it is made from where settings leave that open, and new labels."""
+        parent = Cell.of(self.method.parent, self.settings) if self.method.parent else None
+        further = parent is not None and (parent.method.change is not None or parent.method.arm.routed)
+        made_from = [parent.key] if parent and further else []
+        return made_from + ([self.method.relabel.__name__] if self.method.relabel else [])
 
 
 def variant(changes: str) -> dict[str, Any]:
@@ -150,9 +157,10 @@ def twin(name: str, settings: DemoSettings) -> str:
 
 def irrelevant(method: Method) -> list[str]:
     """Return the settings that change nothing about a method's model."""
+    routed = method.arm.routed or (method.parent is not None and METHODS[method.parent].arm.routed)
     return [
         *ATTACKING,
-        *(() if method.arm.routed or method.equal_retain else ROUTING),
+        *(() if routed or method.equal_retain else ROUTING),
         *(() if method.labels else LABELS),
     ]
 
@@ -168,6 +176,12 @@ def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
             for labeled in experiment.labeled_shares:
                 here = replace(settings, seed=seed, labeled=labeled, recall=recall, precision=precision)
                 for name in experiment.methods:
+                    if (
+                        labeled == 0
+                        and METHODS[name.partition(VARIANT)[0]].change == "undo"
+                        and any(experiment.labeled_shares)
+                    ):
+                        continue  # nothing was unlearnt before
                     cell = Cell.of(name, here)
                     cells.setdefault((cell.key, name), cell)
     return list(cells.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
 
-from routed_peft.corpora import load_pair
+from routed_peft.corpora import PAIRS, load_pair
+from routed_peft.corpora.arithmetic import FACTS
 from routed_peft.data import FORGET, RETAIN, pack
 from routed_peft.demo.material import SIDES, Material, first_of, tokens_by_side
 from routed_peft.demo.measuring import measure_model, open_model
@@ -127,7 +129,7 @@ def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[
     data = AttackData.apart(  # verses come back
         forget_train=mine[FORGET], retain_train=mine[RETAIN], forget_test=test[FORGET], retain_test=test[RETAIN]
     )
-    data = replace(data, facts=data.forget_train[: 2 * cell.settings.limit])
+    data = replace(data, facts=known_facts(cell.settings, data.forget_test))
     place = folder / cell.method.plain
     model, tokenizer = open_model(place), AutoTokenizer.from_pretrained(place)
     plan, steps = Attack.parse(name, length=cell.settings.length), experiment.attack_steps
@@ -143,8 +145,18 @@ def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[
     ]
 
 
+def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str]:
+    """Return what a model that was trained on forget data has seen of it, each once: single facts, or training documents."""
+    corpus = PAIRS[settings.pair].forget
+    texts = FACTS.get(corpus) or first_of(load_pair(settings.pair), FORGET)["text"][:]
+    kept = {" ".join(text.split()).casefold(): text for text in texts if text not in set(scored)}
+    return list(kept.values())[: 2 * settings.limit]
+
+
 def found_quality(run: SelfLabeledRows) -> dict[str, float]:
-    """Return precision and recall of the labels that the region found for unlabelled rows."""
+    """Return precision and recall of the labels that the region found for unlabelled rows; nothing where there were none."""
+    if not len(run.found.get("rows", ())):
+        return {}
     found = np.array(run.found["is_forget"], dtype=bool)
     truth = np.array(run.rows["side"][:])[np.array(run.found["rows"], dtype=int)] == FORGET
     hits = int((truth & found).sum())

@@ -51,18 +51,19 @@ class Method:
 
 
 def tfidf_labels(ds: Dataset) -> Dataset:
-    """Label every document by a classifier of words and word pairs that was trained on the labelled ones."""
+    """Label every unlabelled document by a classifier of words and word pairs that was trained on the labelled ones."""
     texts, labels = ds["text"][:], np.array(ds["route_label"][:])
     features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True).fit_transform(texts)
     known = np.flatnonzero(labels != UNLABELED)
     classifier = LogisticRegression(C=10, max_iter=1000).fit(features[known], labels[known])
-    return ds.remove_columns("route_label").add_column("route_label", classifier.predict(features).tolist())
+    given = np.where(labels == UNLABELED, classifier.predict(features), labels)
+    return ds.remove_columns("route_label").add_column("route_label", given.tolist())
 
 
 PLAIN = {"labeled_first": 0.0, "self_labels": False, "forget_share": None, "robust_share": 0.0}
 _ARM = {arm.key: arm for arm in ARMS}
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)
-_UNLEARNING: dict[
+UNLEARNING: dict[
     str, tuple[dict[str, Any], tuple[float, ...]]
 ] = {  # name -> weights, as in recipes/configs/unlearn_*.yaml, and rates up to what harms retain text too much
     "graddiff": ({"alpha": 5.0}, (3e-5, 1e-4, 3e-4, 1e-3)),
@@ -70,7 +71,7 @@ _UNLEARNING: dict[
     "npo": ({"beta": 0.02, "retain_loss": "kl"}, (3e-4, 1e-3, 3e-3, 1e-2)),
     "simnpo": ({"beta": 0.5}, (1e-4, 3e-4, 1e-3, 3e-3)),
     "rmu": ({"alpha": 10.0}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
-    "maxent": ({}, (1e-4, 3e-4, 1e-3)),
+    "maxent": ({"retain_loss": "ce"}, (1e-4, 3e-4, 1e-3)),
 }
 
 METHODS = {
@@ -86,7 +87,7 @@ METHODS = {
     "random_units": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="random"),
 } | {
     name: Method(_ARM["no_routing"], parent="no_routing", change=name, unlearning=weights, rates=rates)
-    for name, (weights, rates) in _UNLEARNING.items()
+    for name, (weights, rates) in UNLEARNING.items()
 }
 METHODS |= {
     f"undo-{alpha:g}": Method(_ARM["no_routing"], parent="maxent", change="undo", noise=(alpha, 0.1))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -105,8 +106,21 @@ def write_json(file: Path, content: Any) -> None:
     """Write ``content`` aside, then rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # of this process: all of them write the summary
-    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
     aside.rename(file)
+
+
+def finite(content: Any) -> Any:
+    """Return ``content`` with null for numbers that JSON does not have, such as the loss of an attack that diverged.
+
+    >>> finite({"losses": [1.0, float("nan")]})
+    {'losses': [1.0, None]}
+    """
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def restore(experiment: Experiment, cells: list[Cell], place: Path) -> None:
@@ -139,6 +153,14 @@ def restore(experiment: Experiment, cells: list[Cell], place: Path) -> None:
                 write_json(file, curves)
 
 
+def read(file: Path) -> Any:
+    """Return what a file holds, or None where it is not there, or not any more: another process may make its cell anew."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+
+
 def attack_file(folder: Path, name: str, experiment: Experiment) -> Path:
     """Return where the curves of an attack on a cell are kept."""
     about = json.dumps([name, *(getattr(experiment, setting) for setting in ATTACK_SETTINGS)])
@@ -150,11 +172,10 @@ def write_summary(experiment: Experiment, settings: DemoSettings, cells: list[Ce
     rows = []
     for cell in cells:
         file = place / cell.key / NUMBERS
-        if file.exists():
+        if (numbers := read(file)) is not None:
             labels = {name: cell.labels.get(name) for name in LABELS}
-            numbers = json.loads(file.read_text())
             files = {name: attack_file(file.parent, name, experiment) for name in experiment.attacks}
-            attacks = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+            attacks = {name: curves for name, path in files.items() if (curves := read(path)) is not None}
             about = {"method": cell.shown, "seed": cell.settings.seed, **labels}
             rows.append(about | numbers | {"key": cell.key, "attacks": attacks})
     summary = {

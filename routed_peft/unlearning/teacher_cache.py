@@ -40,8 +40,8 @@ class TeacherCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.about: dict[str, Any] = read_json(self.folder / ABOUT)
-        self.new_tokens = 0
-        """Tokens that the teacher was run on to complete the cache, in all processes."""
+        self.tokens: int = self.about["tokens"]
+        """Tokens that the teacher was run on to fill it, in this call and those before."""
 
     @classmethod
     @torch.no_grad()
@@ -64,7 +64,10 @@ class TeacherCache:
         vocabulary = teacher.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         if not 0 < k <= vocabulary:
             raise ValueError(f"`k` must be between 1 and {vocabulary}, the size of the vocabulary, got {k}")
-        about = {"k": k, "rows": len(rows), "rows_sha256": _hash(rows), "teacher": fingerprint(teacher)}
+        tokens = sum(len(ids) for ids in input_ids(rows))
+        about = {
+            "k": k, "rows": len(rows), "tokens": tokens, "rows_sha256": _hash(rows), "teacher": fingerprint(teacher)
+        }  # fmt: skip
         if (folder / ABOUT).is_file():
             if (found := read_json(folder / ABOUT)) != about:
                 odd = next(key for key in about.keys() | found.keys() if about.get(key) != found.get(key))
@@ -75,13 +78,11 @@ class TeacherCache:
             os.replace(folder / f".{ABOUT}", folder / ABOUT)
         missing = [i for i in range(-(-len(rows) // SHARD)) if not _path(folder, i).is_file()]
         state.wait_for_everyone()  # all have seen what is missing before anyone fills it
-        cache, lengths = cls(folder), [len(ids) for ids in input_ids(rows)]
-        cache.new_tokens = sum(sum(lengths[i * SHARD : (i + 1) * SHARD]) for i in missing)
         for i in missing[state.process_index :: state.num_processes]:
             chosen = range(i * SHARD, min((i + 1) * SHARD, len(rows)))
             _store(_path(folder, i), teacher, [rows[j] for j in chosen], k, batch_size)
         state.wait_for_everyone()
-        return cache
+        return cls(folder)
 
     def __len__(self) -> int:
         return int(self.about["rows"])

@@ -240,8 +240,10 @@ def unlearn(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    for parameter, needed in trained.items():
-        parameter.requires_grad_(needed)
-    trainer.unwrapped(model)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finally:  # also where it diverged, and is tried again at a lower rate
+        for parameter, needed in trained.items():
+            parameter.requires_grad_(needed)
+        trainer.unwrapped(model)
     return model.eval(), trainer.ledger

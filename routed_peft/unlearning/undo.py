@@ -43,7 +43,8 @@ class UndoRecord:
         tolerance: what is close enough.
         teacher_retain_loss: in nats per token; None without retain rows.
         student_retain_loss: at the end.
-        ledger: what noise and distillation cost, storing the teacher's outputs included, evaluation not.
+        ledger: what noise and distillation cost, evaluation not; storing the teacher's outputs included, whichever call did
+            that.
     """
 
     alpha: float
@@ -126,7 +127,7 @@ def undo(
     ledger = trainer.ledger
     if cache is not None:
         size = trainer.teacher_parameters
-        ledger += Ledger.of_training(size, tokens=0, steps=0, teacher_tokens=cache.new_tokens)
+        ledger += Ledger.of_training(size, tokens=0, steps=0, teacher_tokens=cache.tokens)
     return student.eval(), UndoRecord(
         alpha=args.alpha,
         beta=args.beta,

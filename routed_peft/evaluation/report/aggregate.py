@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from routed_peft.data import FORGET
 from routed_peft.evaluation.measures import Spread, tax, way
+from routed_peft.evaluation.relearning import Attack
 from routed_peft.evaluation.report.attacks import Relearning, relearning, spread
 
 Row = Mapping[str, Any]
@@ -105,8 +107,9 @@ class Result:
 
     @property
     def worst(self) -> Relearning | None:
-        """The attack that ends at the lowest forget loss; None where there was no attack."""
-        return min(self.attacks.values(), key=lambda attack: attack.forget[-1].mean, default=None)
+        """The attack that ends at the lowest loss on held-out forget text; None where no attack was scored on it."""
+        alike = [attack for name, attack in self.attacks.items() if Attack.parse(name).target == FORGET]
+        return min(alike, key=lambda attack: attack.forget[-1].mean, default=None)
 
 
 @dataclass(frozen=True)

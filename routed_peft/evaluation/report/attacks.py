@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from routed_peft.data import FORGET
 from routed_peft.evaluation.measures import (
     Crossing,
     Spread,
@@ -17,6 +18,7 @@ from routed_peft.evaluation.measures import (
     within_utility,
     worst_case,
 )
+from routed_peft.evaluation.relearning import Attack
 
 Row = Mapping[str, Any]
 
@@ -107,7 +109,10 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
             f"the attack {name!r} was measured at different steps, {sorted(grids)}: attack all cells alike"
         )
     (steps,) = grids
-    reference = {seed: base[seed]["forget_loss"] for seed in found if seed in base}
+    if Attack.parse(name).target == FORGET:
+        reference = {seed: base[seed]["forget_loss"] for seed in found if seed in base}
+    else:  # other text is scored, on which the model that was never unlearnt was measured under the same attack alone
+        reference = {seed: low[seed].forget[0] for seed in found if seed in low}
     ends = [seed for seed in found if seed in low and seed in high]
     return Relearning(
         steps=steps,
