@@ -14,6 +14,7 @@ from routed_peft.evaluation.report.aggregate import Comparison, Result, aggregat
 from routed_peft.evaluation.report.cards import card, in_order
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.verdicts import targets
+from routed_peft.experiment.methods import METHODS, UNLEARNING
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "monitoring.md")
@@ -56,6 +57,10 @@ def experiment(name: str, labels: Sequence[Labels] = ((0.5, 1.0, 1.0),), methods
     attacked = any(result.attacks for results in wanted.values() for result in results)
     paid = any(costs(comparison, result).compute for kind, comparison in found for result in wanted[kind])
     several = len(labels) > 1
+    results = [result for chosen in wanted.values() for result in chosen]
+    changed = any(
+        METHODS[result.condition.method.partition(":")[0]].change in (*UNLEARNING, "undo") for result in results
+    )
     columns = [*(["labels"] if several else []), "method", "forget loss", *(["… relearned"] if attacked else [])]
     columns += ["retain loss", "way", "tax", *(["cost"] if paid else [])]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -74,9 +79,18 @@ def experiment(name: str, labels: Sequence[Labels] = ((0.5, 1.0, 1.0),), methods
     lines.append(
         f"\nMean (range) over {count} {'seeds' if count > 1 else 'seed'}, {tokens:.2f} million training tokens each, nats per "
         "token on test text. "
+        + ("Unlearning starts from no routing; what it trains on top is in the cost. " if changed else "")
         + ("Relearned: after the worst of all attacks, learning rates and steps. " if attacked else "")
+        + (
+            "‡: its best rate is the lowest or highest tried, in some seed. "
+            if any("‡" in line for line in lines)
+            else ""
+        )
         + ("Cost: floating-point operations of training over those of no routing. " if paid else "")
-        + f"Targets missed: {missed(found)}. From `{command}`."
+        + self_labels(results)
+        + f"Targets missed: {named(found, False)}. "
+        + (f"Cannot be told: {open_ones}. " if (open_ones := named(found, None)) != "none" else "")
+        + f"From `{command}`."
     )
     return "\n".join(lines)
 
@@ -105,14 +119,27 @@ def relearned(result: Result, seeds: int) -> str:
     worst = result.worst
     if worst is None or worst.forget[-1].n < seeds:
         return "–"
-    return str(worst.forget[-1] if worst.attacked else worst.verdict)
+    return f"{worst.forget[-1]}{'' if worst.interior else ' ‡'}" if worst.attacked else worst.verdict
 
 
-def missed(found: Sequence[tuple[Labels, Comparison]]) -> str:
-    """Name the targets that are missed, with what came out instead."""
+def self_labels(results: Sequence[Result]) -> str:
+    """Say how well the region labelled the rows that had no label, in the routed arm."""
+    found = [
+        (r, r.number("found_precision"), r.number("found_recall")) for r in results if r.condition.method == "routed"
+    ]
+    said = [
+        f"{precision.mean:.2f} / {recall.mean:.2f} at {result.condition.labels}"
+        for result, precision, recall in found
+        if precision and recall and result.condition.labeled != 1
+    ]
+    return f"Precision / recall of self-labels: {', '.join(said)}. " if said else ""
+
+
+def named(found: Sequence[tuple[Labels, Comparison]], met: bool | None) -> str:
+    """Name the targets that are missed, or that cannot be told (None), with what came out instead."""
     here: dict[str, list[str]] = {}
     for target in dict.fromkeys(t for (share, *_), comparison in found for t in targets(comparison, [share])):
-        if target.met is False:
+        if target.met is met:
             share, _, wanted = target.wanted.rpartition(" of the labels: ")
             here.setdefault(wanted, []).append(target.measured + (f" at {share}" if share else ""))
     return "; ".join(f"{wanted}: {' / '.join(measured)}" for wanted, measured in here.items()) or "none"
