@@ -73,6 +73,9 @@ class Recipe(DocumentArguments):
     robust_share: float = field(
         default=0.0, metadata={"help": "With `self_labels`: share of retain rows that teach only the region."}
     )
+    overrule: bool = field(
+        default=False, metadata={"help": "With `self_labels`: let the region label the labelled rows anew as well."}
+    )
     frequency_weights: bool = field(
         default=False, metadata={"help": "ERA: let tokens pass that are no commoner on the forget side."}
     )
@@ -160,7 +163,7 @@ def in_order(
         return schedule(rows, count, seed=args.seed)
     if recipe.self_labels:
         shares = {"forget_share": recipe.forget_share, "robust_share": recipe.robust_share}
-        return SelfLabeledRows(rows, count, recipe.labeled_first, **shares, seed=args.seed)
+        return SelfLabeledRows(rows, count, recipe.labeled_first, **shares, seed=args.seed, overrule=recipe.overrule)
     run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed)
     if not recipe.frequency_weights or recipe.method == "control":
         return run

@@ -35,6 +35,24 @@ def test_relabelled_rows_are_taken_in_the_shares_asked_for():
     assert not unscored & {run[i]["input_ids"][0] for i in range(24, 100)}
 
 
+def test_what_was_given_is_overruled_where_that_is_asked_for():
+    run = SelfLabeledRows(rows(), 100, labeled_first=0.2, forget_share=0.5, overrule=True)
+    before = labels_of(run, 0, 24)
+    scored = run.to_score(32)
+    assert len(set(scored.tolist())) == 32 and {label for label in run._given[scored]} == {
+        "forget",
+        "retain",
+        "unlabeled",
+    }
+    truth = scored % 2 == 0  # whatever was given
+    run.relabel(scored, truth, start=24)
+    assert labels_of(run, 0, 24) == before
+    taken = [run[i] for i in range(24, 100)]
+    assert all((row["route_label"] == "forget") == (row["input_ids"][0] % 2 == 0) for row in taken)
+    assert {row["input_ids"][0] for row in taken} == set(scored.tolist()), "those that were not asked about are out"
+    assert set(SelfLabeledRows(rows(), 100).to_score(100)) == set(range(20, 40))
+
+
 def test_robust_rows_are_retain_rows_that_count_as_forget():
     run = SelfLabeledRows(rows(), 2000, labeled_first=0.2, forget_share=0.1, robust_share=0.5)
     run.relabel(run.given("unlabeled"), np.zeros(20, dtype=bool), start=400)

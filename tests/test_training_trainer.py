@@ -301,6 +301,16 @@ def test_self_labels_agree_with_the_truth_and_resume(tmp_path, tokenizer):
     assert again.found == data.found and again.in_order("side") == data.in_order("side")
 
 
+def test_a_region_that_overrules_finds_wrong_labels(tmp_path, tokenizer):
+    data = self_labeled(overrule=True)
+    wrong = np.arange(0, 120, 12)  # of both sides
+    sides = np.array(data.rows["side"][:], dtype=object)
+    data._given[wrong] = np.where(sides[wrong] == "forget", "retain", "forget")
+    train(tmp_path, tokenizer, dataset=data, **SELF_LABELING)
+    scored = np.array(data.found["rows"])
+    assert set(wrong) & set(scored.tolist()) and (data.labels[scored] == sides[scored]).all()
+
+
 def test_self_labels_refuse_what_they_cannot_do(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="have none"):
         train(tmp_path / "a", tokenizer, dataset=self_labeled(), routes=presets.classic(), **SELF_LABELING)

@@ -98,7 +98,7 @@ class Material:
         first, share = settings.labeled_first, settings.forget_share
         if not settings.self_labels:
             return schedule(rows, count, first, share, settings.seed)
-        return SelfLabeledRows(rows, count, first, share, settings.robust_share, settings.seed)
+        return SelfLabeledRows(rows, count, first, share, settings.robust_share, settings.seed, settings.overrule)
 
     def _frequency_weights(self) -> Tensor:
         labels, texts = self.documents["route_label"][:], self.documents["text"][:]

@@ -19,6 +19,7 @@ class DemoSettings:
         self_labels: whether the region then labels the unlabelled rows, in the routed arm (`SelfLabeledRows`).
         forget_share: share of forget rows in the rest of the routed arm's run; None for their share in the data.
         robust_share: share of the retain rows that are seen with the region on, and teach only the region.
+        overrule: whether the region labels the labelled rows anew as well, in the routed arm.
         base_weight: gradient weight of forget rows on the base, in the routed arm. A little above 0 lets them teach it what
             both sides share, at the price of a little of what they do not.
         region_learning_rate: peak learning rate of the region, in the routed arm; None for ``learning_rate``.
@@ -52,6 +53,7 @@ class DemoSettings:
     self_labels: bool = True
     forget_share: float | None = 0.1
     robust_share: float = 0.05
+    overrule: bool = False
     base_weight: float = 0.0
     region_learning_rate: float | None = None
     seed: int = 0

@@ -13,8 +13,10 @@ from routed_peft.experiment.methods import METHODS, UNLEARNING, Method
 
 NUMBERS = "numbers.json"
 ROUTING = (  # settings that mean something to routed arms alone
-    "labeled_first", "self_labels", "forget_share", "robust_share", "base_weight", "region_learning_rate",
+    "labeled_first", "self_labels", "forget_share", "robust_share", "overrule", "base_weight", "region_learning_rate",
 )  # fmt: skip
+ADDED = {"overrule": False}
+"""Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
 LABELS = ("labeled", "recall", "precision")
 ATTACKING = ("relearn_documents", "relearn_steps", "relearn_learning_rates", "relearn_limit")
 
@@ -90,7 +92,8 @@ class Cell:
     @property
     def key(self) -> str:
         """Name of its directory: what it depends on, in short."""
-        relevant = {key: value for key, value in asdict(self.settings).items() if key not in irrelevant(self.method)}
+        settings, left_out = asdict(self.settings), irrelevant(self.method)
+        relevant = {k: v for k, v in settings.items() if k not in left_out and (k not in ADDED or v != ADDED[k])}
         unlearning = [self.method.unlearning, self.method.rates] if self.method.change in UNLEARNING else []
         about = json.dumps([self.name, relevant, *unlearning, *self._made_from()], sort_keys=True)
         share = f"-{self.settings.labeled:g}" if self.method.labels else ""

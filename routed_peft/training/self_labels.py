@@ -48,6 +48,8 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         robust_share: share of the retain rows, labelled or found, that are trained like forget rows: with the region on,
             and teaching the region. Otherwise it never sees retain text, and the model *with* its region is bad at it
             (compare core-robustness of GRAM, arXiv 2607.08077).
+        overrule: whether labelled rows are asked too, and what is found counts in place of what was given; for labels that may
+            be wrong. Otherwise a wrong label is obeyed to the end of the run.
         seed: same seed, same run.
 
     Raises:
@@ -70,13 +72,14 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         forget_share: float | None = 0.1,
         robust_share: float = 0.0,
         seed: int = 0,
+        overrule: bool = False,
     ) -> None:
         if not 0 < labeled_first < 1:
             raise ValueError(f"`labeled_first` is a share of the run, between 0 and 1; got {labeled_first}")
         if not 0 <= robust_share < 1:
             raise ValueError(f"`robust_share` is a share, at least 0 and less than 1; got {robust_share}")
         self.rows, self.labeled_first, self.seed = rows, labeled_first, seed
-        self.forget_share, self.robust_share = forget_share, robust_share
+        self.forget_share, self.robust_share, self.overrule = forget_share, robust_share, overrule
         self.labels = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
         """What every row counts as by now."""
         self._given = self.labels.copy()
@@ -102,17 +105,23 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         """Return the indices of rows that came with this label, in an order that is random but always the same."""
         return np.random.default_rng([self.seed, 1]).permutation(np.flatnonzero(self._given == label))[:count]
 
+    def to_score(self, count: int) -> np.ndarray:
+        """Return the indices of at most ``count`` rows that the region is asked about, in the order of `given`."""
+        if not self.overrule:
+            return self.given(UNLABELED, count)
+        return np.random.default_rng([self.seed, 1]).permutation(len(self._given))[:count]
+
     def relabel(self, scored: np.ndarray, is_forget: np.ndarray, start: int) -> None:
-        """Lay out the run anew from its row ``start`` on; rows that were not scored are not taken any more.
+        """Lay out the run anew from its row ``start`` on; rows that could be scored and were not are not taken any more.
 
         Args:
-            scored: indices of unlabelled rows.
+            scored: indices of rows, see `to_score`.
             is_forget: for each, whether it counts as forget.
             start: first row of the run that changes.
         """
         self.labels = self._given.copy()
         self.labels[scored] = np.where(is_forget, FORGET, RETAIN)
-        known = np.flatnonzero(self.labels != UNLABELED)
+        known = np.sort(scored) if self.overrule else np.flatnonzero(self.labels != UNLABELED)
         order = draw_order(
             self.labels[known].tolist(), len(self) - start, forget_share=self.forget_share, seed=[self.seed, start]
         )
@@ -135,14 +144,14 @@ class SelfLabeler(TrainerCallback):
         self.trainer, self.rows = trainer, rows
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Score the unlabelled rows once the start is over."""
+        """Score rows once the start is over."""
         if state.global_step != max(1, round(self.rows.labeled_first * state.max_steps)):
             return
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         start = (state.global_step + 1) * per_step  # a loader may have fetched the next batch already
         if start >= len(self.rows):
             return
-        scored = self.rows.given(UNLABELED, len(self.rows) - start)
+        scored = self.rows.to_score(len(self.rows) - start)
         known = [self.rows.given(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
         benefit = self._benefit(np.concatenate([*known, scored]), args.eval_batch_size)
         forget, retain, benefit = benefit.split([len(known[0]), len(known[1]), len(scored)])
