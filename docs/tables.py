@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "monitoring.md")
 Labels = tuple[float, float, float]
 """Share of documents that carry a label, recall, precision."""
-RIVALS = ("filter", "classifier_filter", "era", "sgtm", "routed")
+RIVALS = ("filter", "classifier_filter", "demix", "era", "sgtm", "routed")
 QUALITIES = [(0.5, recall, precision) for recall, precision in ((1.0, 1.0), (0.9, 0.9), (0.8, 0.8), (0.6, 0.9))]
 SHARES = [(share, 1.0, 1.0) for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
 Arms = Collection[tuple[str | None, float | None]] | None

@@ -11,7 +11,9 @@ import torch
 import yaml
 from datasets import Dataset
 from demo_parts import TINY
+from transformers import AutoModelForCausalLM
 
+from routed_peft.checkpoint import load_routed
 from routed_peft.corpora import load_pair
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.reading import read_sources
@@ -319,6 +321,20 @@ def test_a_region_that_leaves_was_paid_for_and_labels_are_those_that_somebody_ga
     assert labeled["perfect_filter"] == pytest.approx(2 * labeled["filter"], rel=0.2), "TINY labels half"
     routed = json.loads((finished / "summary.json").read_text())["cells"][0]["ledger"]
     assert routed["flops"] > ledgers["sgtm"]["flops"], "scoring by the region costs, too"
+
+
+def test_demix_drops_the_forget_expert_and_keeps_the_other(finished):
+    run_experiment(experiment_of(finished, summary_file=str(finished / "demix.json"), methods=["demix"]), TINY)
+    (cell,) = json.loads((finished / "demix.json").read_text())["cells"]
+    plain = finished / "cells" / cell["key"] / "ablated"
+    units = TINY.intermediate_size + TINY.region_size
+    assert AutoModelForCausalLM.from_pretrained(plain).config.intermediate_size == units, (
+        "as many as others have in use"
+    )
+    whole = load_routed(plain.parent / "run", ["forget", "retain"])
+    assert whole.base_model.model.config.intermediate_size == TINY.intermediate_size // 12
+    assert cell["region_on_forget_loss"] != cell["forget_loss"] and cell["attacks"]
+    assert "validation_retain_loss" not in cell
 
 
 def test_rates_of_unlearning_are_said_to_be_best_within_their_grid_or_at_its_edge(finished):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,6 @@ from routed_peft.checkpoint import load_routed
 from routed_peft.data import FORGET, RETAIN
 from routed_peft.demo.material import SIDES, Material
 from routed_peft.demo.settings import DemoSettings
-from routed_peft.demo.training import REGION
 from routed_peft.evaluation import evaluate
 from routed_peft.evaluation.losses import TextLoss
 from routed_peft.evaluation.measures import worst_case
@@ -29,10 +28,10 @@ FIELDS = {"loss": "{}_loss/token_ce", "bits_per_byte": "{}_loss/bits_per_byte", 
 FIELDS["control"] = FIELDS["accuracy"].replace("cloze", "cloze_control")
 
 
-def open_model(place: Path, region: bool = False) -> nn.Module:
-    """Load a plain checkpoint, or a run (without its region unless ``region``), in float32, on the GPU if there is one."""
+def open_model(place: Path, regions: Sequence[str] = ()) -> nn.Module:
+    """Load a plain checkpoint, or a run with some of its regions, in float32, on the GPU if there is one."""
     if (place / "routing.json").exists():
-        model = load_routed(place, [REGION] if region else None, dtype=torch.float32)
+        model = load_routed(place, regions, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,7 @@ from routed_peft.demo.measuring import attack, measure_model, open_model
 from routed_peft.demo.report import write_report
 from routed_peft.demo.settings import ARMS, Arm, DemoSettings
 from routed_peft.demo.summary import derive, terminal_table, verdict
-from routed_peft.demo.training import bf16_helps, train_arm
+from routed_peft.demo.training import REGION, bf16_helps, train_arm
 from routed_peft.training import RunDirectory
 from routed_peft.training.records import SUMMARY
 
@@ -119,7 +119,7 @@ def _run_arm(
         arm.key: dict(measure_model(open_model(folder / arm.plain), settings, material))
     }
     if arm.routed:
-        models["routed_on"] = dict(measure_model(open_model(folder / "run", region=True), settings, material))
+        models["routed_on"] = dict(measure_model(open_model(folder / "run", [REGION]), settings, material))
     elif arm.drop is None:
         models["placebo"] = dict(measure_model(open_model(folder / "run"), settings, material))
     display.status(arm, "relearning", advance=display.measuring)

@@ -102,6 +102,7 @@ class Arm:
         drop: column in which the value "forget" keeps a row out of training.
         routed: whether gradients are routed; otherwise the region's units are ordinary parameters.
         era: whether they are routed as published for ERA (arXiv 2410.04332): masks at activations, by token frequency.
+        demix: whether either side has an expert of its own, in place of most of the MLP (`routed_peft.presets.demix`).
     """
 
     key: str
@@ -110,6 +111,7 @@ class Arm:
     drop: str | None = None
     routed: bool = False
     era: bool = False
+    demix: bool = False
 
     @property
     def plain(self) -> str:

@@ -10,10 +10,11 @@ from peft import PeftMixedModel, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 from routed_peft import presets
-from routed_peft.ablation import ablate, export
+from routed_peft.ablation import export
 from routed_peft.demo.material import Material
 from routed_peft.demo.settings import Arm, DemoSettings
 from routed_peft.regions import RoutedConfig
+from routed_peft.routes import Route
 from routed_peft.training import (
     RoutedTrainer,
     RoutedTrainingArguments,
@@ -23,6 +24,9 @@ from routed_peft.training import (
 )
 
 REGION = "forget"
+OTHER_EXPERT = "retain"
+SHARED = 12
+"""Where either side has an expert, one in so many of the MLP's hidden units stays with the base."""
 
 
 def bf16_helps() -> bool:
@@ -33,14 +37,30 @@ def bf16_helps() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def build_model(settings: DemoSettings, material: Material) -> PeftModel | PeftMixedModel:
-    """Return a fresh model with its region; the same weights for every arm."""
+def regions_of(arm: Arm) -> tuple[list[str], list[str]]:
+    """Return the regions of an arm's model, and those of them that its plain checkpoint keeps.
+
+    >>> from routed_peft.demo.settings import ARMS
+    >>> {arm.key: regions_of(arm) for arm in ARMS[1:3]}
+    {'filter': (['forget'], ['forget']), 'routed': (['forget'], [])}
+    """
+    if arm.demix:
+        return [REGION, OTHER_EXPERT], [OTHER_EXPERT]
+    return [REGION], [] if arm.routed else [REGION]
+
+
+def build_model(arm: Arm, settings: DemoSettings, material: Material) -> PeftModel | PeftMixedModel:
+    """Return a fresh model with its region; the same weights for every arm, but for one with experts.
+
+    Of those, either is as large as region and MLP are elsewhere, less the units that stay with the base.
+    """
     set_seed(settings.seed)
     tokenizer = material.tokenizer
+    shared = settings.intermediate_size // (SHARED if arm.demix else 1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
+        intermediate_size=shared,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
@@ -52,8 +72,12 @@ def build_model(settings: DemoSettings, material: Material) -> PeftModel | PeftM
     )
     # on the processor and at this length plain matmuls are faster by a third
     config._attn_implementation = "sdpa" if torch.cuda.is_available() else "eager"
-    region = RoutedConfig(kind="mlp", size=settings.region_size, init="model", task_type="CAUSAL_LM")
-    return get_peft_model(LlamaForCausalLM(config), region, adapter_name=REGION)
+    size = settings.intermediate_size + settings.region_size - shared
+    region = RoutedConfig(kind="mlp", size=size, init="model", task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config), region, adapter_name=REGION)
+    for name in regions_of(arm)[0][1:]:
+        model.add_adapter(name, region)
+    return model
 
 
 def arguments(arm: Arm, settings: DemoSettings, folder: Path) -> RoutedTrainingArguments:
@@ -90,6 +114,15 @@ def arguments(arm: Arm, settings: DemoSettings, folder: Path) -> RoutedTrainingA
     )
 
 
+def routes_of(arm: Arm, settings: DemoSettings) -> dict[str, Route]:
+    """Return the routes of an arm."""
+    if arm.demix:
+        return presets.demix(REGION, OTHER_EXPERT)
+    if arm.era:
+        return presets.era(REGION)
+    return presets.sgtm(REGION, settings.base_weight) if arm.routed else presets.control()
+
+
 def train_arm(
     arm: Arm,
     settings: DemoSettings,
@@ -104,11 +137,10 @@ def train_arm(
     Returns:
         Tokens seen per label.
     """
-    routes = presets.sgtm(REGION, settings.base_weight) if arm.routed else presets.control()
     trainer = RoutedTrainer(
-        build_model(settings, material),
+        build_model(arm, settings, material),
         arguments(arm, settings, folder / "run"),
-        routes=presets.era(REGION) if arm.era else routes,
+        routes=routes_of(arm, settings),
         train_dataset=run,
         eval_dataset=material.validation,
         processing_class=material.tokenizer,
@@ -117,8 +149,5 @@ def train_arm(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
-    if arm.routed:
-        ablate(folder / "run", folder / arm.plain)
-    else:
-        export(folder / "run", folder / arm.plain, keep=[REGION])
+    export(folder / "run", folder / arm.plain, keep=regions_of(arm)[1])
     return dict(trainer.tokens_per_route)

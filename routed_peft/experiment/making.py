@@ -19,7 +19,7 @@ from routed_peft.data import FORGET, RETAIN, pack
 from routed_peft.demo.material import SIDES, Material, first_of, tokens_by_side
 from routed_peft.demo.measuring import measure_model, open_model
 from routed_peft.demo.settings import Arm, DemoSettings
-from routed_peft.demo.training import REGION, train_arm
+from routed_peft.demo.training import REGION, regions_of, train_arm
 from routed_peft.evaluation.losses import TextLoss
 from routed_peft.evaluation.measures import bootstrap, region_activity
 from routed_peft.evaluation.relearning import Attack, AttackData, relearn
@@ -48,14 +48,13 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
     numbers: dict[str, Any] = {"tokens_by_side": tokens_by_side(run, settings.length), "targets_by_label": labels}
     if isinstance(run, SelfLabeledRows):
         numbers |= found_quality(run)
-    whole = open_model(folder / "run", region=True) if arm.routed else open_model(folder / arm.plain)
+    whole = open_model(folder / "run", regions_of(arm)[0]) if arm.routed else open_model(folder / arm.plain)
     numbers["ledger"] = ledger_of(cell, whole, material, run).to_dict()
-    last = [
-        point for point in records.points() if point["split"] in (FORGET, RETAIN) and point["step"] == settings.steps
-    ]
-    for point in last:  # hyper-parameters are chosen by these, never by test losses
-        if point["ablated"] == arm.routed:
-            numbers[f"validation_{point['split']}_loss"] = point["loss"]
+    for point in () if arm.demix else records.points():  # with both of DEMix's experts, and with neither, says little
+        if point["split"] in (FORGET, RETAIN) and point["ablated"] == arm.routed:
+            numbers[f"validation_{point['split']}_loss"] = point[
+                "loss"
+            ]  # the last one stays; choose by it, never by test
     numbers |= measured(open_model(folder / cell.method.plain), settings, material)
     if arm.routed:
         on = measure_model(whole, settings, material)

@@ -83,6 +83,7 @@ METHODS = {
     "routed": Method(_ARM["routed"]),
     "sgtm": Method(_ARM["routed"], PLAIN),
     "era": Method(replace(_ARM["routed"], era=True), PLAIN),
+    "demix": Method(replace(_ARM["routed"], demix=True), PLAIN),
     "control": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="ablate"),
     "random_units": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="random"),
 } | {

@@ -129,9 +129,18 @@ CARDS: dict[str, Card] = {
     "classifier_filter": Card(
         "filter by a TF-IDF classifier of these labels",
         "filter",
-        "A logistic regression on words and word pairs, fitted to the labelled documents, labels every document; what it "
+        "A logistic regression on words and word pairs, fitted to the labelled documents, labels the others; what it "
         "calls forget is left out. The obvious rival where the two sides differ in their words.",
         short="filter by classifier",
+    ),
+    "demix": Card(
+        "DEMix, forget expert dropped",
+        "routing",
+        "Either side has an expert in place of most of the MLP. Labelled rows are seen without the other side's, unlabelled "
+        "rows teach both, and the forget expert is dropped. The negative control for absorption: nothing sends unlabelled "
+        "forget data to it.",
+        "arXiv 2108.05036",
+        "DEMix",
     ),
     "era": Card(
         "ERA, ablated",

@@ -22,6 +22,7 @@ STYLES = {
     "filter_equal_retain": Style("orange", ":", "^", 1.5),
     "classifier_filter": Style("orange", "--", "s"),
     "era": Style("sky", ":", "^"),
+    "demix": Style("sky", "-.", "D"),
     "sgtm": Style("sky", "--", "s"),
     "routed": Style("blue", width=2.8),
     "routed_undo": Style("blue", "--", "v"),
