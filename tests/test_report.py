@@ -177,6 +177,9 @@ def test_caveats_follow_from_what_is_missing():
     assert "seed;" not in " ".join(caveats(aggregate(whole)))
     assert "1 of 5 rows have fewer seeds" in " ".join(caveats(aggregate(whole[:-1])))
     assert "Nothing was attacked" in " ".join(caveats(aggregate([cell("filter", 3.0, 3.0, 0.5)])))
+    assert "test documents" not in text
+    sampled = [cell("filter", 3.0, 3.0, 0.5) | {"forget_loss_interval": [2.9, 3.2]}]
+    assert "move a forget loss by up to 0.15 nats" in " ".join(caveats(aggregate(sampled)))
 
 
 def test_costs_are_read_off_the_filters_of_the_experiment():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison
 from routed_peft.evaluation.report.attacks import Relearning
 from routed_peft.evaluation.report.cards import card
+from routed_peft.evaluation.report.page import number
 from routed_peft.evaluation.report.verdicts import SEEDS
 
 _BESIDE = {BASE: "no routing", ORACLE: "the perfect filter", FILTER: "the filter with the same labels"}
@@ -26,7 +27,21 @@ def caveats(found: Comparison) -> Iterator[str]:
     missing += [name for family, name in _FAMILIES.items() if family not in families]
     if missing:
         yield f"What such a result should stand beside is not all there; missing: {', '.join(missing)}."
+    spread = [
+        f"a {side} loss by up to {number(most)}" for side in ("forget", "retain") if (most := _of_documents(found, side))
+    ]
+    if spread:
+        yield (
+            f"Ranges are those of seeds. Other test documents of the same kind would move {' and '.join(spread)} nats (95 of "
+            "100 bootstrap draws); all rows are measured on the same ones."
+        )
     yield from _of_attacks(found)
+
+
+def _of_documents(found: Comparison, side: str) -> float:
+    """Return the widest half of an interval over documents, in nats per token, where cells have them."""
+    ends = (c.get(f"{side}_loss_interval") for result in found.results.values() for c in result.cells.values())
+    return max(((high - low) / 2 for low, high in filter(None, ends)), default=0.0)
 
 
 def _of_attacks(found: Comparison) -> Iterator[str]:
