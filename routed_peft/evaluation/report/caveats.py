@@ -28,7 +28,7 @@ def caveats(found: Comparison) -> Iterator[str]:
     if missing:
         yield f"What such a result should stand beside is not all there; missing: {', '.join(missing)}."
     spread = [
-        f"a {side} loss by up to {number(most)}"
+        f"a {side} loss by up to {number(half)}"
         for side in ("forget", "retain")
         if (most := _of_documents(found, side))
     ]
