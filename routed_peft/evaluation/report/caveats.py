@@ -30,7 +30,7 @@ def caveats(found: Comparison) -> Iterator[str]:
     spread = [
         f"a {side} loss by up to {number(half)}"
         for side in ("forget", "retain")
-        if (most := _of_documents(found, side))
+        if (half := _of_documents(found, side))
     ]
     if spread:
         yield (
