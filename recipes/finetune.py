@@ -62,6 +62,7 @@ class Recipe(DocumentArguments):
     )
 
     labeled_first: float = field(default=0.0, metadata={"help": "Share of the run that takes labelled rows only."})
+    first_forget_share: float = field(default=0.5, metadata={"help": "Share of forget rows in that."})
     forget_share: float | None = field(default=None, metadata={"help": "Share of labelled forget rows after that."})
 
     attn_implementation: str = field(
@@ -150,7 +151,7 @@ def training_rows(recipe: Recipe, args: RoutedTrainingArguments, tokenizer: PreT
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
     first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)
-    return schedule(rows, count, first, share, args.seed)
+    return schedule(rows, count, first, share, args.seed, recipe.first_forget_share)
 
 
 def ablation_target(recipe: Recipe, args: RoutedTrainingArguments) -> Path | None:

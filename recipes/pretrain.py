@@ -66,6 +66,7 @@ class Recipe(DocumentArguments):
 
     vocab_size: int = field(default=2048, metadata={"help": "Of the tokenizer trained on the text, without a model."})
     labeled_first: float = field(default=0.0, metadata={"help": "Share of the run that takes labelled rows only."})
+    first_forget_share: float = field(default=0.5, metadata={"help": "Share of forget rows in that."})
     forget_share: float | None = field(default=None, metadata={"help": "Share of labelled forget rows after that."})
     self_labels: bool = field(
         default=False, metadata={"help": "Let the region label the unlabelled rows after `labeled_first` of the run."}
@@ -162,9 +163,9 @@ def in_order(
     if recipe.arm != "routed":
         return schedule(rows, count, seed=args.seed)
     if recipe.self_labels:
-        shares = {"forget_share": recipe.forget_share, "robust_share": recipe.robust_share}
-        return SelfLabeledRows(rows, count, recipe.labeled_first, **shares, seed=args.seed, overrule=recipe.overrule)
-    run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed)
+        names = ("labeled_first", "first_forget_share", "forget_share", "robust_share", "overrule")
+        return SelfLabeledRows(rows, count, seed=args.seed, **{name: getattr(recipe, name) for name in names})
+    run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed, recipe.first_forget_share)
     if not recipe.frequency_weights or recipe.method == "control":
         return run
     forget, retain = (

@@ -22,6 +22,7 @@ from routed_peft.experiment.methods import UNLEARNING, tfidf_labels
 from routed_peft.unlearning import UnlearningArguments
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
+RESULTS = CONFIGS.parent.parent / "results"
 
 
 def experiment_of(place, **changes):
@@ -35,6 +36,12 @@ def experiment_of(place, **changes):
     }
     about = {"summary_file": str(place / "summary.json"), "cells_dir": str(place / "cells")}
     return Experiment(**{**about, **settings, **changes})
+
+
+def experiment_in(asked):
+    known = {field.name for field in fields(Experiment)}
+    experiment = Experiment(**{name: value for name, value in asked.items() if name in known})
+    return experiment, DemoSettings(**{name: value for name, value in asked.items() if name not in known})
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +228,8 @@ def test_keys_hold_what_a_cell_depends_on():
     routed = Cell.of("routed", TINY)
     assert Cell.of("routed", replace(TINY, robust_share=0.2)).key != routed.key
     assert Cell.of("routed", replace(TINY, overrule=True)).key != routed.key
-    assert Cell.of("routed", DemoSettings()).key == "biology-routed-0.5-0-8985403d", "keys stay what they were"
+    before = DemoSettings(first_forget_share=0.5)
+    assert Cell.of("routed", before).key == "biology-routed-0.5-0-8985403d", "keys stay what they were"
     assert Cell.of("routed", replace(TINY, relearn_steps=(0, 9))).key == routed.key, (
         "the demo's own attack is no part of it"
     )
@@ -259,10 +267,18 @@ def test_shipped_experiments_can_start(config):
     asked = yaml.safe_load(config.read_text())
     if "labeled_shares" not in asked:
         pytest.skip("an experiment of another kind")
-    known = {field.name for field in fields(Experiment)}
-    experiment = Experiment(**{name: value for name, value in asked.items() if name in known})
-    found = all_cells(experiment, DemoSettings(**{k: v for k, v in asked.items() if k not in known}))
-    assert {cell.shown for cell in found} == set(experiment.methods)
+    experiment, settings = experiment_in(asked)
+    assert {cell.shown for cell in all_cells(experiment, settings)} == set(experiment.methods)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(RESULTS.glob("*.json")) if "cells" in file.read_text()])
+def test_shipped_results_are_of_the_experiments_as_they_stand(name):
+    asked = yaml.safe_load((CONFIGS / f"experiment_{name}.yaml").read_text())
+    if "labeled_shares" not in asked:
+        pytest.skip("an experiment of another kind")
+    experiment, settings = experiment_in(asked)
+    there = {(row["method"], row["key"]) for row in json.loads((RESULTS / f"{name}.json").read_text())["cells"]}
+    assert there <= {(cell.shown, cell.key) for cell in all_cells(experiment, settings)}
 
 
 def test_output_based_methods_have_the_weights_of_their_recipes():

@@ -17,13 +17,14 @@ def schedule(
     labeled_first: float = 0.0,
     forget_share: float | None = None,
     seed: int = 0,
+    first_forget_share: float = 0.5,
 ) -> Dataset:
     r"""Lay out a run of exactly ``rows`` rows, for ``train_sampling_strategy="sequential"``.
 
-    The first ``labeled_first`` of the run takes labelled rows only, half of them forget, so that the region knows its side
-    before unlabelled rows come and are absorbed by whoever knows them already. The rest takes all labels in the shares
-    that they have in ``ds``, but for ``forget_share``: labelled forget rows teach the base nothing, so a smaller share of
-    them leaves more of the budget to the others.
+    The first ``labeled_first`` of the run takes labelled rows only, half of them forget (``first_forget_share``), so that
+    the region knows its side before unlabelled rows come and are absorbed by whoever knows them already. The rest takes all
+    labels in the shares that they have in ``ds``, but for ``forget_share``: labelled forget rows teach the base nothing, so a
+    smaller share of them leaves more of the budget to the others.
 
     Any stretch of the run has its phase's shares to within one row (largest remainder), so batches are alike. A label's
     rows are shuffled, and shuffled anew each time they are used up.
@@ -34,6 +35,7 @@ def schedule(
         labeled_first: share of the run, in [0, 1].
         forget_share: share of labelled forget rows after that, in [0, 1); None for the share in ``ds``.
         seed: same seed, same run.
+        first_forget_share: share of forget rows before that, in (0, 1).
 
     Raises:
         ValueError: if a share is out of range, or ``labeled_first`` is asked of data without labelled rows of both kinds.
@@ -43,7 +45,8 @@ def schedule(
         >>> schedule(ds, 8, labeled_first=0.5, forget_share=0.0)["route_label"][:4]
         ['forget', 'retain', 'forget', 'retain']
     """
-    return ds.select(draw_order(column_values(ds, ROUTE_LABEL), rows, labeled_first, forget_share, seed))
+    order = draw_order(column_values(ds, ROUTE_LABEL), rows, labeled_first, forget_share, seed, first_forget_share)
+    return ds.select(order)
 
 
 def draw_order(
@@ -52,6 +55,7 @@ def draw_order(
     labeled_first: float = 0.0,
     forget_share: float | None = None,
     seed: int | Sequence[int] = 0,
+    first_forget_share: float = 0.5,
 ) -> list[int]:
     """Return the indices that `schedule` selects.
 
@@ -66,6 +70,8 @@ def draw_order(
         raise ValueError(f"`rows` must be positive and `labeled_first` in [0, 1], got {rows} and {labeled_first}")
     if forget_share is not None and not 0 <= forget_share < 1:
         raise ValueError(f"`forget_share` must be in [0, 1) or None, got {forget_share}")
+    if not 0 < first_forget_share < 1:
+        raise ValueError(f"`first_forget_share` must be between 0 and 1, got {first_forget_share}")
     labels = np.array(row_labels)
     pools = {str(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
     first = round(labeled_first * rows)
@@ -83,8 +89,9 @@ def draw_order(
             raise ValueError(
                 f"`labeled_first` needs rows labelled forget and rows labelled otherwise, got {list(pools)}"
             )
-        total = 2 * sum(others.values())
-        order = _mixed({FORGET: 0.5} | {label: share / total for label, share in others.items()}, first) + order
+        part = (1 - first_forget_share) / sum(others.values())
+        others = {label: share * part for label, share in others.items()}
+        order = _mixed({FORGET: first_forget_share} | others, first) + order
     seeds = [seed] if isinstance(seed, int) else list(seed)
     draws = {label: _draw(pool, np.random.default_rng([*seeds, i])) for i, (label, pool) in enumerate(pools.items())}
     return [int(next(draws[label])) for label in order]

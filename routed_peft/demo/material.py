@@ -95,10 +95,12 @@ class Material:
             return add_frequency_weights(run, self._frequency_weights(), ERA_WEIGHT)
         if not arm.routed:
             return schedule(rows, count, seed=settings.seed)
-        first, share = settings.labeled_first, settings.forget_share
+        first, share, seed = settings.labeled_first, settings.forget_share, settings.seed
         if not settings.self_labels:
-            return schedule(rows, count, first, share, settings.seed)
-        return SelfLabeledRows(rows, count, first, share, settings.robust_share, settings.seed, settings.overrule)
+            return schedule(rows, count, first, share, seed, settings.first_forget_share)
+        return SelfLabeledRows(
+            rows, count, first, share, settings.robust_share, seed, settings.overrule, settings.first_forget_share
+        )
 
     def _frequency_weights(self) -> Tensor:
         labels, texts = self.documents["route_label"][:], self.documents["text"][:]

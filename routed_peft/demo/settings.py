@@ -16,6 +16,7 @@ class DemoSettings:
         recall: share of the labelled forget documents that are labelled forget (`routed_peft.data.simulate_labels`).
         precision: share of the documents labelled forget that are.
         labeled_first: share of the run in which the routed arm sees labelled rows only.
+        first_forget_share: share of forget rows in that.
         self_labels: whether the region then labels the unlabelled rows, in the routed arm (`SelfLabeledRows`).
         forget_share: share of forget rows in the rest of the routed arm's run; None for their share in the data.
         robust_share: share of the retain rows that are seen with the region on, and teach only the region.
@@ -50,6 +51,7 @@ class DemoSettings:
     recall: float = 1.0
     precision: float = 1.0
     labeled_first: float = 0.15
+    first_forget_share: float = 0.25
     self_labels: bool = True
     forget_share: float | None = 0.1
     robust_share: float = 0.05

@@ -85,7 +85,8 @@ def stretch(material: Material, arm: Arm, settings: DemoSettings) -> float:
     own = tokens_by_side(material.run_of(arm, settings), 1)[RETAIN] / (settings.steps * settings.batch_size)
     assert settings.forget_share is not None
     rest = (1 - settings.forget_share) * (1 - settings.robust_share)
-    return (settings.labeled_first / 2 + (1 - settings.labeled_first) * rest) / own
+    first = 1 - settings.first_forget_share
+    return (settings.labeled_first * first + (1 - settings.labeled_first) * rest) / own
 
 
 def ledger_of(cell: Cell, model: nn.Module, material: Material, run: Dataset | SelfLabeledRows) -> Ledger:

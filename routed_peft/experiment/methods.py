@@ -60,7 +60,10 @@ def tfidf_labels(ds: Dataset) -> Dataset:
     return ds.remove_columns("route_label").add_column("route_label", given.tolist())
 
 
-PLAIN = {"labeled_first": 0.0, "self_labels": False, "forget_share": None, "robust_share": 0.0, "overrule": False}
+PLAIN = {
+    "labeled_first": 0.0, "first_forget_share": 0.5, "self_labels": False, "forget_share": None, "robust_share": 0.0,
+    "overrule": False,
+}  # fmt: skip
 _ARM = {arm.key: arm for arm in ARMS}
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 UNLEARNING: dict[

@@ -27,7 +27,8 @@ REFERENCE_ROWS = 256
 class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
     r"""The rows of a run in the order in which they are trained on, relabelled under way by the region itself.
 
-    The first ``labeled_first`` of the run takes labelled rows only, half of them forget. Then the region is asked for its
+    The first ``labeled_first`` of the run takes labelled rows only, a quarter of them forget: the region needs few to know its
+    side, and the base, which learns from the others alone, would be late with half of them. Then the region is asked for its
     *benefit* to every unlabelled row,
 
     .. math:: b = L_{\text{ablated}} - L_{\text{on}},
@@ -51,6 +52,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         overrule: whether labelled rows are asked too, and what is found counts in place of what was given; for labels that may
             be wrong. Otherwise a wrong label is obeyed to the end of the run.
         seed: same seed, same run.
+        first_forget_share: share of forget rows before the scoring.
 
     Raises:
         ValueError: where a share is out of range, or there are no labelled rows of both kinds to start from.
@@ -73,6 +75,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         robust_share: float = 0.0,
         seed: int = 0,
         overrule: bool = False,
+        first_forget_share: float = 0.25,
     ) -> None:
         if not 0 < labeled_first < 1:
             raise ValueError(f"`labeled_first` is a share of the run, between 0 and 1; got {labeled_first}")
@@ -83,7 +86,8 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         self.labels = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
         """What every row counts as by now."""
         self._given = self.labels.copy()
-        self._order = np.array(draw_order(self._given.tolist(), count, labeled_first, forget_share, seed))
+        order = draw_order(self._given.tolist(), count, labeled_first, forget_share, seed, first_forget_share)
+        self._order = np.array(order)
         self._labels_in_order = self.labels[self._order]
         self.found: dict[str, Any] = {}
         """What the scoring found: at which ``step``, the run's row ``start`` from which on it counts, the ``rows`` that were
