@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -81,7 +80,8 @@ def main() -> None:
     args.include_num_input_tokens_seen = "all"
     args.dataloader_pin_memory = args.device.type != "cpu"
     args.train_base, args.base_adapters = False, [BASE_ADAPTER]
-    run, target = RunDirectory(args.output_dir), ablation_target(recipe, args)
+    run = RunDirectory(args.output_dir)
+    target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
     if args.process_index == 0:
         seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
         config = {"recipe": asdict(recipe), "training": args.to_dict()}
@@ -99,20 +99,11 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    losses = final_losses(trainer)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    summary = {"method": recipe.method, "arm": recipe.arm, **trainer.run_summary()}
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-    summary = {
-        "method": recipe.method,
-        "arm": recipe.arm,
-        "steps": result.global_step,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "tokens_per_route": dict(trainer.tokens_per_route),
-        "seconds": result.metrics["train_runtime"],
-        "losses": losses,
-    }
     if target:
         ablate(args.output_dir, target)
         summary["ablated"] = str(target)
@@ -152,25 +143,6 @@ def training_rows(recipe: Recipe, args: RoutedTrainingArguments, tokenizer: PreT
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
     first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)
     return schedule(rows, count, first, share, args.seed, recipe.first_forget_share)
-
-
-def ablation_target(recipe: Recipe, args: RoutedTrainingArguments) -> Path | None:
-    """Return where the ablated model goes, and fail now rather than after training where that is not free."""
-    if recipe.ablate_to == "no" or recipe.arm != "routed":  # the others keep both adapters
-        return None
-    target = Path(recipe.ablate_to or f"{Path(args.output_dir)}-ablated")
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"`ablate_to` {target} is not empty: name another directory, or `no`")
-    return target
-
-
-def final_losses(trainer: RoutedTrainer) -> dict[str, float]:
-    """Return the loss of every side, with the region and ablated, in nats per token; evaluate where that is not done."""
-    last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
-    done = [entry for entry in last if any(key.startswith("eval_") for key in entry)]
-    if trainer.eval_dataset and not done:
-        done = [trainer.evaluate()]
-    return {key[5:-5]: loss for entry in done for key, loss in entry.items() if key.endswith("_loss")}
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def main() -> None:
     args.base_adapters = [BASE_ADAPTER]
     if recipe.method == "subspace":
         args.baseline_over = "group"
-    run, target = RunDirectory(args.output_dir), ablation_target(recipe, args.output_dir)
+    run = RunDirectory(args.output_dir)
+    target = run.ablation_target("no" if recipe.method == "control" else recipe.ablate_to)
     going_back = recipe.on_halt != "stop"
     resume = bool(args.resume_from_checkpoint) or (going_back and any(run.path.glob("checkpoint-*")))
     if args.process_index == 0:
@@ -300,16 +301,6 @@ def adapters(recipe: Recipe) -> dict[str, PeftConfig]:
         task_type="CAUSAL_LM",
     )
     return {BASE_ADAPTER: RoutedConfig(kind="lora", **lora, subspace=recipe.subspace), recipe.region: region}
-
-
-def ablation_target(recipe: Recipe, output_dir: str) -> Path | None:
-    """Return where the ablated model goes, and fail now rather than after training where that is not free."""
-    if recipe.ablate_to == "no" or recipe.method == "control":
-        return None
-    target = Path(recipe.ablate_to or f"{Path(output_dir)}-ablated")
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"`ablate_to` {target} is not empty: name another directory, or `no`")
-    return target
 
 
 if __name__ == "__main__":

@@ -302,8 +302,8 @@ def test_self_labels_agree_with_the_truth_and_resume(tmp_path, tokenizer):
 
 
 def test_a_region_that_overrules_finds_wrong_labels(tmp_path, tokenizer):
-    data = self_labeled(overrule=True)
-    wrong = np.arange(0, 120, 12)  # of both sides
+    data = self_labeled(overrule=True, first_forget_share=0.5)
+    wrong = np.arange(0, 120, 11)  # of both sides
     sides = np.array(data.rows["side"][:], dtype=object)
     data._given[wrong] = np.where(sides[wrong] == "forget", "retain", "forget")
     train(tmp_path, tokenizer, dataset=data, **SELF_LABELING)

@@ -103,6 +103,25 @@ class RunDirectory:
         kept = [point for point in self.points() if wanted(point)]
         _write(self.path / METRICS, "".join(json.dumps(point) + "\n" for point in kept))
 
+    def ablation_target(self, asked: str | None = None) -> Path | None:
+        """Return where the ablated model goes: ``asked``, by default beside the run; nowhere if that is "no".
+
+        Call it before training, for it is then that one wants to hear of a directory that is in use.
+
+        Raises:
+            ValueError: where that is not free.
+
+        Example:
+            >>> RunDirectory("run").ablation_target().name, RunDirectory("run").ablation_target("no")
+            ('run-ablated', None)
+        """
+        if asked == "no":
+            return None
+        target = Path(asked or f"{self.path}-ablated").expanduser()
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise ValueError(f"`ablate_to` {target} is not empty: name another directory, or `no`")
+        return target
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         _write(self.path / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")

@@ -63,7 +63,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         >>> run = SelfLabeledRows(rows, 8, labeled_first=0.25)
         >>> run.relabel(np.array([2, 3]), np.array([True, False]), start=2)
         >>> run.labels.tolist(), run[0]
-        (['forget', 'retain', 'forget', 'retain'], {'input_ids': [1], 'route_label': 'forget'})
+        (['forget', 'retain', 'forget', 'retain'], {'input_ids': [2], 'route_label': 'retain'})
     """
 
     def __init__(

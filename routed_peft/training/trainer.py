@@ -52,3 +52,27 @@ class RoutedTrainer(RoutingMixin, Trainer):
             data_collator = RoutedCollator(processing_class, routes, class_names=names)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         self._attach(routes)
+
+    def run_summary(self) -> dict[str, Any]:
+        """Return what came of a run that has ended; all processes call it, for it evaluates where that was not done last.
+
+        Returns:
+            ``steps``; ``tokens`` where ``include_num_input_tokens_seen`` is on; ``tokens_per_route`` by label; ``seconds``;
+            ``losses``, in nats per token, by evaluation set, ``ablated_…`` without regions.
+        """
+        history, step = self.state.log_history, self.state.global_step
+        done = [entry for entry in history if entry["step"] == step and any(key.startswith("eval_") for key in entry)]
+        if self.eval_dataset and not done:
+            done = [self.evaluate()]
+        return {
+            "steps": step,
+            "tokens": self.state.num_input_tokens_seen,
+            "tokens_per_route": dict(self.tokens_per_route),
+            "seconds": next((entry["train_runtime"] for entry in history[::-1] if "train_runtime" in entry), None),
+            "losses": {
+                key[len("eval_") : -len("_loss")]: loss
+                for entry in done
+                for key, loss in entry.items()
+                if key.endswith("_loss")
+            },
+        }
