@@ -71,6 +71,14 @@ class Recipe(DocumentArguments):
     self_labels: bool = field(
         default=False, metadata={"help": "Let the region label the unlabelled rows after `labeled_first` of the run."}
     )
+    threshold: str = field(
+        default="balanced",
+        metadata={
+            "help": "With `self_labels`: where forget rows begin, as many standard deviations from either side or at the "
+            "midpoint of the means.",
+            "choices": ["balanced", "midpoint"],
+        },
+    )
     robust_share: float = field(
         default=0.0, metadata={"help": "With `self_labels`: share of retain rows that teach only the region."}
     )
@@ -155,7 +163,7 @@ def in_order(
     if recipe.arm != "routed":
         return schedule(rows, count, seed=args.seed)
     if recipe.self_labels:
-        names = ("labeled_first", "first_forget_share", "forget_share", "robust_share", "overrule")
+        names = ("labeled_first", "first_forget_share", "threshold", "forget_share", "robust_share", "overrule")
         return SelfLabeledRows(rows, count, seed=args.seed, **{name: getattr(recipe, name) for name in names})
     run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed, recipe.first_forget_share)
     if not recipe.frequency_weights or recipe.method == "control":

@@ -228,7 +228,7 @@ def test_keys_hold_what_a_cell_depends_on():
     routed = Cell.of("routed", TINY)
     assert Cell.of("routed", replace(TINY, robust_share=0.2)).key != routed.key
     assert Cell.of("routed", replace(TINY, overrule=True)).key != routed.key
-    before = DemoSettings(first_forget_share=0.5)
+    before = DemoSettings(first_forget_share=0.5, threshold="midpoint")
     assert Cell.of("routed", before).key == "biology-routed-0.5-0-8985403d", "keys stay what they were"
     assert Cell.of("routed", replace(TINY, relearn_steps=(0, 9))).key == routed.key, (
         "the demo's own attack is no part of it"

@@ -98,9 +98,8 @@ class Material:
         first, share, seed = settings.labeled_first, settings.forget_share, settings.seed
         if not settings.self_labels:
             return schedule(rows, count, first, share, seed, settings.first_forget_share)
-        return SelfLabeledRows(
-            rows, count, first, share, settings.robust_share, seed, settings.overrule, settings.first_forget_share
-        )
+        names = ("labeled_first", "first_forget_share", "threshold", "forget_share", "robust_share", "overrule")
+        return SelfLabeledRows(rows, count, seed=seed, **{name: getattr(settings, name) for name in names})
 
     def _frequency_weights(self) -> Tensor:
         labels, texts = self.documents["route_label"][:], self.documents["text"][:]

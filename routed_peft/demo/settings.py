@@ -18,6 +18,7 @@ class DemoSettings:
         labeled_first: share of the run in which the routed arm sees labelled rows only.
         first_forget_share: share of forget rows in that.
         self_labels: whether the region then labels the unlabelled rows, in the routed arm (`SelfLabeledRows`).
+        threshold: above which benefit a row counts as forget (`routed_peft.training.self_labels.benefit_threshold`).
         forget_share: share of forget rows in the rest of the routed arm's run; None for their share in the data.
         robust_share: share of the retain rows that are seen with the region on, and teach only the region.
         overrule: whether the region labels the labelled rows anew as well, in the routed arm.
@@ -53,6 +54,7 @@ class DemoSettings:
     labeled_first: float = 0.15
     first_forget_share: float = 0.25
     self_labels: bool = True
+    threshold: str = "balanced"
     forget_share: float | None = 0.1
     robust_share: float = 0.05
     overrule: bool = False

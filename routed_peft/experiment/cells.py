@@ -13,10 +13,10 @@ from routed_peft.experiment.methods import METHODS, UNLEARNING, Method
 
 NUMBERS = "numbers.json"
 ROUTING = (  # settings that mean something to routed arms alone
-    "labeled_first", "first_forget_share", "self_labels", "forget_share", "robust_share", "overrule", "base_weight",
-    "region_learning_rate",
+    "labeled_first", "first_forget_share", "self_labels", "threshold", "forget_share", "robust_share", "overrule",
+    "base_weight", "region_learning_rate",
 )  # fmt: skip
-ADDED = {"overrule": False, "first_forget_share": 0.5}
+ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint"}
 """Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
 LABELS = ("labeled", "recall", "precision")
 ATTACKING = ("relearn_documents", "relearn_steps", "relearn_learning_rates", "relearn_limit")

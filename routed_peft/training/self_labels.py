@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from routed_peft.training.mixin import RoutingMixin
 
 REFERENCE_ROWS = 256
+THRESHOLDS = ("balanced", "midpoint")
 
 
 class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -33,9 +34,9 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     .. math:: b = L_{\text{ablated}} - L_{\text{on}},
 
-    the row's mean loss with the regions ablated less that with them on, in nats per token. A row whose benefit is above
-    the midpoint of the means over labelled forget and labelled retain rows is treated as forget from there on, the others
-    as retain, and the rest of the run is laid out anew. As forget rows teach the base little or nothing, few of them are
+    the row's mean loss with the regions ablated less that with them on, in nats per token. A row whose benefit is above a
+    threshold between the means over labelled forget and labelled retain rows (`benefit_threshold`) is treated as forget from
+    there on, the others as retain, and the rest of the run is laid out anew. As forget rows teach the base little or nothing, few of them are
     taken (``forget_share``).
 
     Give it to `RoutedTrainer` as ``train_dataset``, with ``train_sampling_strategy="sequential"``; the trainer scores,
@@ -53,6 +54,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             be wrong. Otherwise a wrong label is obeyed to the end of the run.
         seed: same seed, same run.
         first_forget_share: share of forget rows before the scoring.
+        threshold: "balanced" or "midpoint", see `benefit_threshold`.
 
     Raises:
         ValueError: where a share is out of range, or there are no labelled rows of both kinds to start from.
@@ -76,12 +78,15 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         seed: int = 0,
         overrule: bool = False,
         first_forget_share: float = 0.25,
+        threshold: str = "balanced",
     ) -> None:
         if not 0 < labeled_first < 1:
             raise ValueError(f"`labeled_first` is a share of the run, between 0 and 1; got {labeled_first}")
         if not 0 <= robust_share < 1:
             raise ValueError(f"`robust_share` is a share, at least 0 and less than 1; got {robust_share}")
-        self.rows, self.labeled_first, self.seed = rows, labeled_first, seed
+        if threshold not in THRESHOLDS:
+            raise ValueError(f"`threshold` must be one of {THRESHOLDS}, got {threshold!r}")
+        self.rows, self.labeled_first, self.seed, self.threshold = rows, labeled_first, seed, threshold
         self.forget_share, self.robust_share, self.overrule = forget_share, robust_share, overrule
         self.labels = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
         """What every row counts as by now."""
@@ -165,7 +170,7 @@ class SelfLabeler(TrainerCallback):
                 f"{forget.mean():.3f} nats per token and retain rows by {retain.mean():.3f}, so it cannot tell them "
                 "apart: give it a longer start, or check the labels"
             )
-        is_forget = (benefit > (forget.mean() + retain.mean()) / 2).numpy()
+        is_forget = (benefit > benefit_threshold(forget, retain, self.rows.threshold)).numpy()
         self.rows.relabel(scored, is_forget, start)
         about = {"step": state.global_step, "start": start}
         self.rows.found = about | {"rows": scored.tolist(), "is_forget": is_forget.tolist()}
@@ -187,6 +192,32 @@ class SelfLabeler(TrainerCallback):
 
     def _row(self, index: int) -> dict[str, Any]:
         return {**self.rows.rows[int(index)], ROUTE_LABEL: UNLABELED}
+
+
+def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") -> float:
+    r"""Return the benefit above which a row counts as forget.
+
+    Forget rows differ among themselves several times as much as retain rows do. The threshold is therefore "balanced": as
+    many standard deviations below the mean of the former as above that of the latter,
+
+    .. math:: t = \frac{\mu_f \sigma_r + \mu_r \sigma_f}{\sigma_f + \sigma_r},
+
+    where normal distributions would err as often on either side. "midpoint" is :math:`(\mu_f + \mu_r) / 2`.
+
+    Args:
+        forget: benefits of labelled forget rows, ``(N,)``, in nats per token.
+        retain: benefits of labelled retain rows, ``(M,)``.
+        kind: "balanced" or "midpoint".
+
+    Example:
+        >>> forget, retain = torch.tensor([0.0, 2.0]), torch.tensor([-1.25, -0.75])
+        >>> round(benefit_threshold(forget, retain), 2), benefit_threshold(forget, retain, "midpoint")
+        (-0.6, 0.0)
+    """
+    above, below = forget.double().std(correction=0), retain.double().std(correction=0)
+    if kind == "midpoint" or above + below == 0:
+        above = below = torch.ones(())
+    return float((forget.mean() * below + retain.mean() * above) / (above + below))
 
 
 @torch.no_grad()
