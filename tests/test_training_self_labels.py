@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from routed_peft.training.self_labels import SelfLabeledRows, row_losses
+from routed_peft.training.self_labels import SelfLabeledRows, benefit_threshold, row_losses
 
 
 def rows(forget: int = 10, retain: int = 10, unlabeled: int = 20) -> Dataset:
@@ -88,3 +88,20 @@ def test_bad_arguments():
         SelfLabeledRows(rows(), 10, robust_share=1.0)
     with pytest.raises(ValueError, match="the data has only the labels"):
         SelfLabeledRows(rows(forget=0), 10)
+
+
+def test_the_balanced_threshold_lies_as_many_deviations_from_either_side():
+    generator = torch.Generator().manual_seed(0)
+    forget = 1 + 0.5 * torch.randn(10_000, generator=generator)
+    retain = -0.5 + 0.1 * torch.randn(10_000, generator=generator)
+    t = benefit_threshold(forget, retain)
+    missed, wrong = (forget <= t).double().mean(), (retain > t).double().mean()
+    assert (
+        abs(missed - wrong) < 2e-3
+        and missed < 0.01 < (forget <= benefit_threshold(forget, retain, "midpoint")).double().mean()
+    )
+    same = torch.ones(3)
+    assert benefit_threshold(same, -same) == 0.0, "the midpoint where nothing varies"
+    assert benefit_threshold(same[:1], -same[:1]) == 0.0
+    with pytest.raises(ValueError, match=r"`threshold` must be one of \('balanced', 'midpoint'\), got 'mean'"):
+        SelfLabeledRows(rows(), 10, threshold="mean")

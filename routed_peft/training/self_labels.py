@@ -36,8 +36,8 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     the row's mean loss with the regions ablated less that with them on, in nats per token. A row whose benefit is above a
     threshold between the means over labelled forget and labelled retain rows (`benefit_threshold`) is treated as forget from
-    there on, the others as retain, and the rest of the run is laid out anew. As forget rows teach the base little or nothing, few of them are
-    taken (``forget_share``).
+    there on, the others as retain, and the rest of the run is laid out anew. As forget rows teach the base little or
+    nothing, few of them are taken (``forget_share``).
 
     Give it to `RoutedTrainer` as ``train_dataset``, with ``train_sampling_strategy="sequential"``; the trainer scores,
     relabels, and keeps what was found in its checkpoints.
