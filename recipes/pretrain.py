@@ -37,6 +37,7 @@ from routed_peft.data import (
 from routed_peft.evaluation import load_source
 from routed_peft.routes import routes_from_dict
 from routed_peft.training import RunDirectory, RunRecorder, SelfLabeledRows
+from routed_peft.training.self_labels import SETTINGS, THRESHOLDS
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Recipe(DocumentArguments):
         metadata={
             "help": "With `self_labels`: where forget rows begin, as many standard deviations from either side or at the "
             "midpoint of the means.",
-            "choices": ["balanced", "midpoint"],
+            "choices": list(THRESHOLDS),
         },
     )
     robust_share: float = field(
@@ -163,8 +164,7 @@ def in_order(
     if recipe.arm != "routed":
         return schedule(rows, count, seed=args.seed)
     if recipe.self_labels:
-        names = ("labeled_first", "first_forget_share", "threshold", "forget_share", "robust_share", "overrule")
-        return SelfLabeledRows(rows, count, seed=args.seed, **{name: getattr(recipe, name) for name in names})
+        return SelfLabeledRows(rows, count, seed=args.seed, **{name: getattr(recipe, name) for name in SETTINGS})
     run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed, recipe.first_forget_share)
     if not recipe.frequency_weights or recipe.method == "control":
         return run

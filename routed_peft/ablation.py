@@ -25,6 +25,7 @@ from routed_peft.checkpoint.files import (
     TOKENIZER_FILES,
     copy_matching,
     files_in,
+    in_use,
     sha256,
     staged,
     write_json,
@@ -225,7 +226,7 @@ def _free(src: Path, out: Path) -> Path:
         raise ValueError(f"`out` {out} is the source itself: name another directory")
     if src in out.parents:
         raise ValueError(f"`out` {out} lies inside the source {src}: name a directory outside it")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if in_use(out):
         raise ValueError(f"`out` {out} exists and is not an empty directory: name another, or empty it yourself")
     return out
 

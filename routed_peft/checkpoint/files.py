@@ -31,6 +31,11 @@ TOKENIZER_FILES = (
 NOTICE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 
+def in_use(path: Path) -> bool:
+    """Return whether ``path`` is anything but missing or an empty directory."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:

@@ -8,7 +8,7 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from routed_peft.checkpoint.files import staged
+from routed_peft.checkpoint.files import in_use, staged
 from routed_peft.checkpoint.layout import CONFIG
 from routed_peft.checkpoint.tensors import WEIGHTS, read_tensors
 from routed_peft.regions import RoutedConfig
@@ -39,7 +39,7 @@ def to_stock_lora(src: str | Path, out: str | Path) -> Path:
     folder, target = Path(src).expanduser().resolve(), Path(out).expanduser().resolve()
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{str(src)!r} is no adapter folder: it has no {CONFIG}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if in_use(target):
         raise ValueError(f"`out` {target} exists and is not an empty directory: name another, or empty it yourself")
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, RoutedConfig):

@@ -28,6 +28,7 @@ from routed_peft.data import (
 from routed_peft.demo.settings import Arm, DemoSettings
 from routed_peft.routes import BASE
 from routed_peft.training import SelfLabeledRows
+from routed_peft.training.self_labels import SETTINGS
 
 SIDES = (FORGET, RETAIN)
 ERA_WEIGHT = presets.era()[FORGET].weight(BASE)
@@ -98,8 +99,7 @@ class Material:
         first, share, seed = settings.labeled_first, settings.forget_share, settings.seed
         if not settings.self_labels:
             return schedule(rows, count, first, share, seed, settings.first_forget_share)
-        names = ("labeled_first", "first_forget_share", "threshold", "forget_share", "robust_share", "overrule")
-        return SelfLabeledRows(rows, count, seed=seed, **{name: getattr(settings, name) for name in names})
+        return SelfLabeledRows(rows, count, seed=seed, **{name: getattr(settings, name) for name in SETTINGS})
 
     def _frequency_weights(self) -> Tensor:
         labels, texts = self.documents["route_label"][:], self.documents["text"][:]

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from routed_peft.checkpoint.files import in_use
 from routed_peft.demo.display import Display, Watcher, quiet
 from routed_peft.demo.material import Material, tokens_by_side
 from routed_peft.demo.measuring import attack, measure_model, open_model
@@ -56,7 +57,7 @@ def run_demo(
         ValueError: `out` ... must be absent or an empty directory: ...
     """
     out = Path(out).expanduser().resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if in_use(out):
         raise ValueError(
             f"`out` {out} must be absent or an empty directory: name another with `--out`, or remove it (it is left as it "
             "is where a demo was interrupted)"

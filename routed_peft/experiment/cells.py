@@ -10,12 +10,11 @@ from typing import Any
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.cards import VARIANT
 from routed_peft.experiment.methods import METHODS, UNLEARNING, Method
+from routed_peft.training.self_labels import SETTINGS
 
 NUMBERS = "numbers.json"
-ROUTING = (  # settings that mean something to routed arms alone
-    "labeled_first", "first_forget_share", "self_labels", "threshold", "forget_share", "robust_share", "overrule",
-    "base_weight", "region_learning_rate",
-)  # fmt: skip
+ROUTING = (*SETTINGS, "self_labels", "base_weight", "region_learning_rate")
+"""Settings that mean something to routed arms alone."""
 ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint"}
 """Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
 LABELS = ("labeled", "recall", "precision")

@@ -50,11 +50,8 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
         numbers |= found_quality(run)
     whole = open_model(folder / "run", regions_of(arm)[0]) if arm.routed else open_model(folder / arm.plain)
     numbers["ledger"] = ledger_of(cell, whole, material, run).to_dict()
-    for point in () if arm.demix else records.points():  # with both of DEMix's experts, and with neither, says little
-        if point["split"] in (FORGET, RETAIN) and point["ablated"] == arm.routed:
-            numbers[f"validation_{point['split']}_loss"] = point[
-                "loss"
-            ]  # the last one stays; choose by it, never by test
+    if not arm.demix:  # its curves are with both experts and with neither, never with the one that stays
+        numbers |= last_validation(records, ablated=arm.routed)
     numbers |= measured(open_model(folder / cell.method.plain), settings, material)
     if arm.routed:
         on = measure_model(whole, settings, material)
@@ -63,6 +60,12 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
         activity = region_activity(whole, material.tokenizer, REGION, texts[FORGET], texts[RETAIN])
         numbers["region_activity_ratio"] = [layer.ratio for layer in activity.values()]
     return numbers
+
+
+def last_validation(records: RunDirectory, ablated: bool) -> dict[str, float]:
+    """Return the last validation loss of either side; hyper-parameters are chosen by these, never by test losses."""
+    points = (p for p in records.points() if p["split"] in (FORGET, RETAIN) and p["ablated"] == ablated)
+    return {f"validation_{point['split']}_loss": point["loss"] for point in points}
 
 
 def measured(model: nn.Module, settings: DemoSettings, material: Material) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from routed_peft.checkpoint.files import in_use
 from routed_peft.checkpoint.save import versions
 
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
@@ -118,7 +119,7 @@ class RunDirectory:
         if asked == "no":
             return None
         target = Path(asked or f"{self.path}-ablated").expanduser()
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if in_use(target):
             raise ValueError(f"`ablate_to` {target} is not empty: name another directory, or `no`")
         return target
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 REFERENCE_ROWS = 256
 THRESHOLDS = ("balanced", "midpoint")
+SETTINGS = ("labeled_first", "first_forget_share", "threshold", "forget_share", "robust_share", "overrule")
+"""What can be set of `SelfLabeledRows`, beside the seed; recipes and experiments use the same names."""
 
 
 class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -51,7 +53,8 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             and teaching the region. Otherwise it never sees retain text, and the model *with* its region is bad at it
             (compare core-robustness of GRAM, arXiv 2607.08077).
         overrule: whether labelled rows are asked too, and what is found counts in place of what was given; for labels that may
-            be wrong. Otherwise a wrong label is obeyed to the end of the run.
+            be wrong. Otherwise a wrong label is obeyed to the end of the run. A region that has seen few forget rows tells less
+            well that a label is wrong: use it with a ``first_forget_share`` of 0.5, with which it is tested.
         seed: same seed, same run.
         first_forget_share: share of forget rows before the scoring.
         threshold: "balanced" or "midpoint", see `benefit_threshold`.
@@ -197,7 +200,7 @@ class SelfLabeler(TrainerCallback):
 def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") -> float:
     r"""Return the benefit above which a row counts as forget.
 
-    Forget rows differ among themselves several times as much as retain rows do. The threshold is therefore "balanced": as
+    Forget rows differ among themselves more than retain rows do. The threshold is therefore "balanced": as
     many standard deviations below the mean of the former as above that of the latter,
 
     .. math:: t = \frac{\mu_f \sigma_r + \mu_r \sigma_f}{\sigma_f + \sigma_r},
