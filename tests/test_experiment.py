@@ -166,6 +166,24 @@ def test_a_new_attack_needs_the_model_again(finished, tmp_path, calls):
     assert now["cells"][0]["attacks"]["few-shot-4"][0]["learning_rate"] == 2e-2
 
 
+def test_attackers_may_have_the_documents_that_were_trained_on(finished, tmp_path, monkeypatch):
+    def texts(*args, **kwargs):
+        found.append(args[3].forget_train)
+        return relearn(*args, **kwargs)
+
+    found, relearn = [], making.relearn
+    monkeypatch.setattr(making, "relearn", texts)
+    before = {*(finished / "cells").glob("*control*/attack-*.json")}
+    for split in ("validation", "train"):
+        experiment = experiment_of(finished, attack_split=split, attack_steps=[0], methods=["control"])
+        run_experiment(replace(experiment, summary_file=str(tmp_path / f"{split}.json")), TINY)
+    held_out, trained_on = ({*load_pair(TINY.pair, split)["text"]} for split in ("validation", "train"))
+    assert {*found[0]} <= held_out and {*found[1]} <= trained_on and found[0] != found[1]
+    assert len({*(finished / "cells").glob("*control*/attack-*.json")} - before) == 2, "neither is taken for the other"
+    with pytest.raises(ValueError, match="`attack_split` must be one of validation, train, got 'test'"):
+        experiment_of(tmp_path, attack_split="test")
+
+
 def test_a_child_makes_the_model_of_its_parent_again(finished, tmp_path, calls):
     shutil.copy(finished / "summary.json", tmp_path)
     experiment = experiment_of(tmp_path, methods=["routed", "control", "random_units"], attacks=[])

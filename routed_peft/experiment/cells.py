@@ -17,6 +17,7 @@ ROUTING = (*SETTINGS, "self_labels", "base_weight", "region_learning_rate")
 """Settings that mean something to routed arms alone."""
 ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint"}
 """Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
+SPLITS = ("validation", "train")
 LABELS = ("labeled", "recall", "precision")
 ATTACKING = ("relearn_documents", "relearn_steps", "relearn_learning_rates", "relearn_limit")
 
@@ -47,6 +48,13 @@ class Experiment:
     attack_steps: list[int] = field(
         default_factory=lambda: [0, 1, 2, 5, 10, 20, 40, 80], metadata={"help": "Steps at which attacks are measured."}
     )
+    attack_split: str = field(
+        default="validation",
+        metadata={
+            "help": "Whose documents attackers have: validation, which no model saw, or train, which models without a filter "
+            "were trained on."
+        },
+    )
     extensions: int = field(default=1, metadata={"help": "Rates added beyond either end while the best is there."})
     label_quality: list[str] = field(
         default_factory=lambda: ["1/1"], metadata={"help": "RECALL/PRECISION of the labels, such as 0.9/0.8."}
@@ -58,6 +66,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.attacks = [name for name in self.attacks if name != "none"]  # a list on the command line cannot be empty
+        if self.attack_split not in SPLITS:
+            raise ValueError(f"`attack_split` must be one of {', '.join(SPLITS)}, got {self.attack_split!r}")
 
 
 @dataclass(frozen=True)

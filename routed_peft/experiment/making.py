@@ -127,8 +127,8 @@ def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[
 
     Where the attack trains on half of the facts, the forget losses are those on the other half.
     """
-    held_out, test = load_pair(cell.settings.pair, "validation"), test_texts(cell.settings)
-    mine = {side: first_of(held_out, side)["text"][:] for side in SIDES}
+    texts, test = load_pair(cell.settings.pair, experiment.attack_split), test_texts(cell.settings)
+    mine = {side: first_of(texts, side)["text"][:] for side in SIDES}
     data = AttackData.apart(  # verses come back
         forget_train=mine[FORGET], retain_train=mine[RETAIN], forget_test=test[FORGET], retain_test=test[RETAIN]
     )

@@ -29,7 +29,8 @@ from routed_peft.experiment.cells import LABELS, NUMBERS, Cell, Experiment, all_
 from routed_peft.experiment.making import attack, make
 from routed_peft.training.records import RUN
 
-ATTACK_SETTINGS = ("attack_rates", "attack_steps", "extensions")
+ATTACK_SETTINGS = {"attack_rates": None, "attack_steps": None, "extensions": None, "attack_split": "validation"}
+"""What attacks depend on, and the value that is not part of a name, for what came later."""
 
 
 class Bar(TrainerCallback):
@@ -135,7 +136,7 @@ def restore(experiment: Experiment, cells: list[Cell], place: Path) -> None:
     file = Path(experiment.summary_file)
     summary = read_experiment(file) if file.exists() else {"cells": [], "experiment": {}}
     rows = {row["key"]: row for row in summary["cells"] if "key" in row}
-    then = {name: summary["experiment"].get(name) for name in ATTACK_SETTINGS}
+    then = {name: summary["experiment"].get(name, plain) for name, plain in ATTACK_SETTINGS.items()}
     same = then == {name: getattr(experiment, name) for name in ATTACK_SETTINGS}
     for cell in cells:
         row, folder = rows.get(cell.key), place / cell.key
@@ -163,7 +164,8 @@ def read(file: Path) -> Any:
 
 def attack_file(folder: Path, name: str, experiment: Experiment) -> Path:
     """Return where the curves of an attack on a cell are kept."""
-    about = json.dumps([name, *(getattr(experiment, setting) for setting in ATTACK_SETTINGS)])
+    settings = [value for key, plain in ATTACK_SETTINGS.items() if (value := getattr(experiment, key)) != plain]
+    about = json.dumps([name, *settings])
     return folder / f"attack-{name}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.json"
 
 

@@ -18,6 +18,7 @@ from routed_peft.evaluation.measures import (
     within_utility,
     worst_case,
 )
+from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
 
 Row = Mapping[str, Any]
@@ -40,6 +41,8 @@ class Relearning:
         recovery: steps until the never-unlearnt model's forget loss is reached by the mean over seeds; None where that
             loss is not known.
         recovery_by_seed: the same in every seed.
+        halfway: steps until the mean over seeds is midway between never-unlearnt model and perfect filter, both before any
+            attack; None where these are not known. Reached by weaker attacks than a whole recovery.
         area: normalised area under the relearning curve (`relearning_area`); None where there is nothing to compare with.
         way: at each step, from no routing to perfect filter under the same attack; None likewise.
     """
@@ -54,6 +57,7 @@ class Relearning:
     best_rates: tuple[float, ...]
     recovery: Crossing | None = None
     recovery_by_seed: tuple[Crossing, ...] = ()
+    halfway: Crossing | None = None
     area: Spread | None = None
     way: tuple[Spread | None, ...] = ()
 
@@ -110,9 +114,12 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
         )
     (steps,) = grids
     if Attack.parse(name).target == FORGET:
-        reference = {seed: base[seed]["forget_loss"] for seed in found if seed in base}
-    else:  # other text is scored, on which the model that was never unlearnt was measured under the same attack alone
-        reference = {seed: low[seed].forget[0] for seed in found if seed in low}
+        reference, ceiling = (
+            {seed: own[seed]["forget_loss"] for seed in found if seed in own} for own in (base, oracle)
+        )
+    else:  # other text is scored, on which other models were measured under the same attack alone
+        reference, ceiling = ({seed: own[seed].forget[0] for seed in found if seed in own} for own in (low, high))
+    midway = {seed: (loss + ceiling[seed]) / 2 for seed, loss in reference.items() if seed in ceiling}
     ends = [seed for seed in found if seed in low and seed in high]
     return Relearning(
         steps=steps,
@@ -123,8 +130,9 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
         interior=all(seed.interior for seed in found.values()),
         learning_rates=tuple(sorted({rate for seed in found.values() for rate in seed.rates})),
         best_rates=tuple(sorted({seed.best for seed in found.values()})),
-        recovery=_recovery(steps, [found[seed].forget for seed in reference], list(reference.values())),
+        recovery=_recovery(steps, found, reference),
         recovery_by_seed=tuple(to_recover(steps, found[seed].forget, loss) for seed, loss in reference.items()),
+        halfway=_recovery(steps, found, midway, tolerance=0.0),
         area=_area(steps, found, low, high, ends),
         way=tuple(
             spread([way(found[s].forget[i], low[s].forget[i], high[s].forget[i]) for s in ends])
@@ -203,11 +211,14 @@ def _verdict(seeds: Sequence[str]) -> str:
     return f"attack in {count} of {len(seeds)} seeds" if count else "no attack"
 
 
-def _recovery(steps: Sequence[int], curves: Sequence[Sequence[float]], references: Sequence[float]) -> Crossing | None:
-    if not curves:
+def _recovery(
+    steps: Sequence[int], found: Mapping[int, _Seed], references: Mapping[int, float], tolerance: float = TOLERANCE
+) -> Crossing | None:
+    """Return when the mean over seeds reaches the mean of ``references``, seed -> loss; None where there are none."""
+    if not references:
         return None
-    mean = [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
-    return to_recover(steps, mean, statistics.fmean(references))
+    mean = [statistics.fmean(losses) for losses in zip(*(found[seed].forget for seed in references), strict=True)]
+    return to_recover(steps, mean, statistics.fmean(references.values()), tolerance)
 
 
 def _area(

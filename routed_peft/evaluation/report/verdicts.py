@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from routed_peft.evaluation.measures import Crossing, Spread
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
+from routed_peft.evaluation.report.attacks import Relearning
 from routed_peft.evaluation.report.cards import UNDO, card, in_order
 from routed_peft.evaluation.report.page import number, place, share
 
@@ -193,14 +194,12 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
         fresh = found.get(f"{UNDO}1", labeled, found.best_quality)
         if oracle is None or fresh is None or not {attack} <= fresh.attacks.keys() & oracle.attacks.keys():
             continue
-        own, its = fresh.attacks[attack], oracle.attacks[attack]
-        if own.recovery is not None and its.recovery is not None:
-            wanted = (
-                f"attack “{attack}”: distilled afresh at least {FRESH:g} × the steps to recover of the perfect filter"
-            )
-            met = at_least(own.recovery, FRESH, its.recovery) if own.attacked and its.attacked else None
-            measured = f"{place(own.recovery)} against {place(its.recovery)}"
-            yield Target(wanted, measured, met, min(own.forget[-1].n, its.forget[-1].n))
+        yield from _of_crossings(
+            fresh.attacks[attack],
+            oracle.attacks[attack],
+            FRESH,
+            f"attack “{attack}”: distilled afresh at least {FRESH:g} × the steps {{}} of the perfect filter",
+        )
 
 
 def _of_steps(found: Comparison) -> Iterator[Target]:
@@ -210,17 +209,24 @@ def _of_steps(found: Comparison) -> Iterator[Target]:
             other = found.get(method, 1.0, found.best_quality)
             if routed is None or other is None or attack not in routed.attacks or attack not in other.attacks:
                 continue
-            own, its = routed.attacks[attack], other.attacks[attack]
-            if own.recovery is None or its.recovery is None:
-                continue
-            wanted = f"all labels, attack “{attack}”: at least {least:g} × the steps to recover of {name}"
-            met = at_least(own.recovery, least, its.recovery) if own.attacked and its.attacked else None
-            yield Target(
-                wanted,
-                f"{place(own.recovery)} against {place(its.recovery)}",
-                met,
-                min(own.forget[-1].n, its.forget[-1].n),
+            yield from _of_crossings(
+                routed.attacks[attack],
+                other.attacks[attack],
+                least,
+                f"all labels, attack “{attack}”: at least {least:g} × the steps {{}} of {name}",
             )
+
+
+def _of_crossings(own: Relearning, its: Relearning, least: float, wanted: str) -> Iterator[Target]:
+    """Yield a target on the steps to recover, and one on those half-way back, which short attacks reach as well."""
+    for steps, mine, other in (
+        ("to recover", own.recovery, its.recovery),
+        ("half-way back", own.halfway, its.halfway),
+    ):
+        if mine is not None and other is not None:
+            met = at_least(mine, least, other) if own.attacked and its.attacked else None
+            seeds = min(own.forget[-1].n, its.forget[-1].n)
+            yield Target(wanted.format(steps), f"{place(mine)} against {place(other)}", met, seeds)
 
 
 def at_least(own: Crossing, factor: float, other: Crossing) -> bool | None:
