@@ -9,11 +9,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from routed_peft.evaluation.measures import Spread
+from routed_peft.evaluation.measures import Crossing, Spread
 from routed_peft.evaluation.report.aggregate import Comparison, Result, aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
 from routed_peft.evaluation.report.costs import costs
-from routed_peft.evaluation.report.verdicts import targets
+from routed_peft.evaluation.report.page import share as in_percent
+from routed_peft.evaluation.report.verdicts import ranged, targets
 from routed_peft.experiment.methods import METHODS, UNLEARNING
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ def load(name: str) -> Any:
 
 def mean_range(values: list[float]) -> str:
     """Return mean and range over seeds; a dash where nothing was measured."""
-    return str(Spread.of(values)) if values else "–"
+    return ranged(Spread.of(values)) if values else "–"
 
 
 def experiment(name: str, labels: Sequence[Labels] = ((0.5, 1.0, 1.0),), methods: Collection[str] | None = None) -> str:
@@ -54,25 +55,34 @@ def experiment(name: str, labels: Sequence[Labels] = ((0.5, 1.0, 1.0),), methods
         return f"Not run yet: `{command}`."
     found = [(kind, comparison) for kind, comparison in found if len(comparison.seeds) == count]
     wanted = {kind: shown(comparison, methods, labeled_only=len(labels) > 1) for kind, comparison in found}
+    seeds = found[0][1].seeds
+    whole = aggregate([cell for cell in report["cells"] if cell["seed"] in seeds])  # its filters tell penalties
     attacked = any(result.attacks for results in wanted.values() for result in results)
     paid = any(costs(comparison, result).compute for kind, comparison in found for result in wanted[kind])
+    equal = any(result.tax_equal_retain for results in wanted.values() for result in results)
     several = len(labels) > 1
     results = [result for chosen in wanted.values() for result in chosen]
     changed = any(
         METHODS[result.condition.method.partition(":")[0]].change in (*UNLEARNING, "undo") for result in results
     )
     columns = [*(["labels"] if several else []), "method", "forget loss", *(["… relearned"] if attacked else [])]
-    columns += ["retain loss", "way", "tax", *(["cost"] if paid else [])]
+    columns += ["retain loss", "way", "tax", *(["… equal retain text"] if equal else [])]
+    columns += ["cost", "penalty"] if paid else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for kind, comparison in found:
-        for result in wanted[kind]:
+    for chosen in wanted.values():
+        for result in chosen:
             title = card(result.condition.method, report["settings"]).name
             cells = [result.condition.labels] if several else []
-            cells += [f"**{title}**" if result.condition.method == "routed" else title, str(result.forget)]
+            cells += [f"**{title}**" if result.condition.method == "routed" else title, ranged(result.forget)]
             cells += [relearned(result, count)] if attacked else []
-            cells += [str(result.retain), percent(result.way), str(result.tax or "–")]
-            cost = costs(comparison, result).compute
-            cells += [f"{cost.mean:.2f}" if cost else "–"] if paid else []
+            cells += [ranged(result.retain), ranged(result.way, as_share=True), ranged(result.tax)]
+            cells += [ranged(result.tax_equal_retain)] if equal else []
+            paid_here = costs(whole, result)
+            cells += (
+                [f"{paid_here.compute.mean:.2f}" if paid_here.compute else "–", wasted(paid_here.penalty)]
+                if paid
+                else []
+            )
             lines.append(f"| {' | '.join(cells)} |")
     settings = report["settings"]
     tokens = settings["steps"] * settings["batch_size"] * settings["length"] / 1e6
@@ -80,13 +90,19 @@ def experiment(name: str, labels: Sequence[Labels] = ((0.5, 1.0, 1.0),), methods
         f"\nMean (range) over {count} {'seeds' if count > 1 else 'seed'}, {tokens:.2f} million training tokens each, nats per "
         "token on test text. "
         + ("Unlearning starts from no routing; what it trains on top is in the cost. " if changed else "")
-        + ("Relearned: after the worst of all attacks, learning rates and steps. " if attacked else "")
+        + (f"Relearned: after the worst of {strength(report['experiment'])}. " if attacked else "")
         + (
             "‡: its best rate is the lowest or highest tried, in some seed. "
             if any("‡" in line for line in lines)
             else ""
         )
-        + ("Cost: floating-point operations of training over those of no routing. " if paid else "")
+        + ("… equal retain text: against that filter, trained until it has seen as much of it. " if equal else "")
+        + (
+            "Cost: floating-point operations of training over those of no routing; penalty: share of its retain text that a "
+            "plain model could do without for the same retain loss, as far as the filters here can tell. "
+            if paid
+            else ""
+        )
         + self_labels(results)
         + f"Targets missed: {named(found, False)}. "
         + (f"Cannot be told: {open_ones}. " if (open_ones := named(found, None)) != "none" else "")
@@ -114,12 +130,33 @@ def shown(found: Comparison, methods: Collection[str] | None, labeled_only: bool
     ]
 
 
+def wasted(penalty: Crossing | None) -> str:
+    """Write a compute penalty, or its bound."""
+    if penalty is None:
+        return "–"
+    return ("" if penalty.relation == "=" else f"{penalty.relation} ") + in_percent(penalty.at)
+
+
+def strength(about: dict[str, Any]) -> str:
+    """Say what attackers have: documents, steps and learning rates."""
+    split = "held-out" if about.get("attack_split", "validation") == "validation" else "the training set's"
+    kinds = [
+        f"on {name.rpartition('-')[2]} documents" if "few-shot" in name else f"“{name}”" for name in about["attacks"]
+    ]
+    named = " and ".join(dict.fromkeys(kind.replace("“forget”", "on all forget documents") for kind in kinds))
+    rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
+    return (
+        f"fine-tuning {named} ({split}), {about['attack_steps'][-1]} steps of 16 at most, all learning rates ({rates}"
+        f"{', and one more where the best is at an end' if about.get('extensions') else ''}) and steps"
+    )
+
+
 def relearned(result: Result, seeds: int) -> str:
     """Forget loss after the worst attack, where every seed was attacked."""
     worst = result.worst
     if worst is None or worst.forget[-1].n < seeds:
         return "–"
-    return f"{worst.forget[-1]}{'' if worst.interior else ' ‡'}" if worst.attacked else worst.verdict
+    return f"{ranged(worst.forget[-1])}{'' if worst.interior else ' ‡'}" if worst.attacked else worst.verdict
 
 
 def self_labels(results: Sequence[Result]) -> str:
@@ -137,17 +174,16 @@ def self_labels(results: Sequence[Result]) -> str:
 
 def named(found: Sequence[tuple[Labels, Comparison]], met: bool | None) -> str:
     """Name the targets that are missed, or that cannot be told (None), with what came out instead."""
-    here: dict[str, list[str]] = {}
-    for target in dict.fromkeys(t for (share, *_), comparison in found for t in targets(comparison, [share])):
-        if target.met is met:
-            share, _, wanted = target.wanted.rpartition(" of the labels: ")
-            here.setdefault(wanted, []).append(target.measured + (f" at {share}" if share else ""))
+    here: dict[str, dict[str, None]] = {}  # what does not depend on labels comes up with all of them, and is said once
+    several = len({labels[1:] for labels, _ in found}) > 1
+    for (labeled, recall, precision), comparison in found:
+        for target in targets(comparison, [labeled]):
+            if target.met is met:
+                share, _, wanted = target.wanted.rpartition(" of the labels: ")
+                where = f" at {share}" if share else ""
+                where += f" ({recall:g}/{precision:g})" if share and several else ""
+                here.setdefault(wanted, {})[target.measured + where] = None
     return "; ".join(f"{wanted}: {' / '.join(measured)}" for wanted, measured in here.items()) or "none"
-
-
-def percent(value: Spread | None) -> str:
-    """A share's mean with its range over the seeds."""
-    return "–" if value is None else f"{100 * value.mean:.0f} % ({100 * value.min:.0f}–{100 * value.max:.0f})"
 
 
 def step_time() -> str:

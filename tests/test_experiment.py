@@ -326,11 +326,24 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"losses": [1.0, None], "rate": None}
 
 
+def test_forget_rows_may_teach_the_base_what_both_sides_share(tmp_path):
+    methods = ["routed", "routed:frequency_weights=true"]
+    run_experiment(experiment_of(tmp_path, methods=methods, attacks=[]), TINY)
+    cells = json.loads((tmp_path / "summary.json").read_text())["cells"]
+    assert [cell["method"] for cell in cells] == methods and cells[0]["retain_loss"] != cells[1]["retain_loss"]
+    assert all(0 < cell["unlabeled_tokens_by_side"]["forget"] < cell["tokens_by_side"]["forget"] for cell in cells)
+
+
 def test_a_variant_is_the_method_with_other_settings_of_routing():
     routed = Cell.of("routed", TINY)
     other = Cell.of("routed:robust_share=0.2,self_labels=false", TINY)
     assert other.key == Cell.of("routed", replace(TINY, robust_share=0.2, self_labels=False)).key != routed.key
     assert other.shown == "routed:robust_share=0.2,self_labels=false" and other.name == "routed"
+    larger = Cell.of("routed:region_size=32", TINY)
+    assert larger.settings.region_size == 32 and larger.key != routed.key
+    assert Cell.of("filter", replace(TINY, frequency_weights=True)).key == Cell.of("filter", TINY).key, (
+        "of routing alone"
+    )
     with pytest.raises(ValueError, match=r"a variant changes one of .*, got 'steps=3'"):
         Cell.of("routed:steps=3", TINY)
     with pytest.raises(ValueError, match="a variant is NAME=VALUE"):

@@ -137,15 +137,14 @@ def test_filtering_leaks_one_and_plain_training_has_no_penalty():
         compute_penalty(4.0, 0, tokens, curve)
 
 
-@given(st.floats(0, 0.9), st.floats(0, 1))
-def test_absorption_is_what_the_unlabelled_rows_add(share, absorbed):
-    loss = 3.0 + 3.0 * (share + absorbed * (1 - share))
-    assert absorption({share: loss}, unrouted=3.0, perfect=6.0)[share] == pytest.approx(absorbed, abs=1e-9)
+@given(st.floats(3.0, 5.9), st.floats(0, 1))
+def test_absorption_is_what_the_region_adds_to_the_filter(filtered, absorbed):
+    loss = filtered + absorbed * (6.0 - filtered)
+    assert absorption(loss, filtered, perfect=6.0) == pytest.approx(absorbed, abs=1e-9)
+    assert math.isnan(absorption(6.0, filtered=6.0, perfect=6.0)), "with all labels there is nothing to absorb"
 
 
 def test_shares_need_something_to_be_a_share_of():
-    with pytest.raises(ValueError, match="at 1 nothing is left"):
-        absorption({1.0: 5.0}, 3.0, 6.0)
     assert math.isnan(recovered(0.5, 0.7, base=0.5)) and recovered(5.0, 4.0, base=3.0) == 0.5
 
 

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from families import tiny
 from relearning_parts import DATA, FORGET, RETAIN, model, tokenizer
 
-from routed_peft.evaluation.relearning import Attack, AttackData, TextLoss, log_spaced, relearn, summarise
+from routed_peft.evaluation.relearning import Attack, AttackData, Curve, Point, TextLoss, log_spaced, relearn, summarise
 from routed_peft.evaluation.relearning.data import training_batches
 from routed_peft.evaluation.relearning.weights import Victim, quantise
 from routed_peft.training import RunDirectory
@@ -103,6 +104,17 @@ def test_the_grid_extends_itself_while_the_best_lies_at_its_edge():
 def test_an_attack_that_diverges_or_helps_nobody_says_so():
     curves = attack(model(), "forget", rates=(1e-30, 50.0), steps=(0, 1, 5))
     assert [curve.status for curve in curves] == ["no attack", "diverged"]
+    forgotten = Curve("retain", "forget", 1e-3, 0, {"forget": 5.0, "retain": 4.0},
+                      tuple(Point(i, i, scores) for i, scores in enumerate([{"forget": 5.0, "retain": 4.0},
+                                                                            {"forget": 6.2, "retain": 3.5}])))  # fmt: skip
+    assert forgotten.status == "no attack", "other text was learnt, which drives the target's out: no divergence"
+    assert summarise(Attack.parse("retain"), [forgotten], 3.0)["recovery"] == {
+        "steps": None,
+        "tokens": None,
+        "share": 0.0,
+    }
+    lost = replace(forgotten, points=(*forgotten.points, Point(2, 2, {"forget": math.nan, "retain": math.nan})))
+    assert summarise(Attack.parse("retain"), [lost], 3.0)["recovery"]["share"] is None, "divergence is no robustness"
     victim = model()
     broken = attack(victim, "forget", rates=(1e30,), steps=(0, 1, 5, 6))[0]
     assert broken.status == "diverged" and math.isnan(broken.losses("forget")[-1])
@@ -239,6 +251,10 @@ def test_overlapping_and_empty_data_is_refused(change, message):
         ("few-shot-9", {}, "trains on 9 documents of `forget_train`, which has 4"),
         ("facts", {"data": AttackData(FORGET[:4], FORGET[4:], RETAIN)}, "at least two `facts`"),
         ("few", {}, "`few` is no part of an attack"),
+        ("full+lora", {}, "says `method` twice"),
+        ("forget+retain", {}, "says `data` twice"),
+        ("int4+int8", {}, "says `bits` twice"),
+        ("few-shot-4+facts", {}, "trains on half of them"),
         ("forget", {"rates": ()}, "`learning_rates` must be different positive numbers"),
         ("forget", {"rates": (1e-3, 1e-3)}, "`learning_rates`"),
         ("forget", {"rates": (0.0, 1e-3)}, r"positive numbers, at least one, got \[0.0, 0.001\]"),

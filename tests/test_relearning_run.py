@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from routed_peft import RoutedConfig, presets, save_routed
 from routed_peft.ablation import ablate
 from routed_peft.cli import app
-from routed_peft.evaluation.relearning import TextLoss, read_summary, relearn, relearn_source
-from routed_peft.evaluation.relearning.run import open_plain
+from routed_peft.evaluation.relearning import Attack, TextLoss, read_summary, relearn, relearn_source
+from routed_peft.evaluation.relearning.run import _references, open_plain
 from routed_peft.evaluation.relearning.weights import Victim
 
 QUICK = {"learning_rates": [1e-3, 1e-2], "seeds": [0, 1], "steps": [0, 1, 4], "extensions": 0}
@@ -189,7 +189,7 @@ def test_the_commands_of_the_docs_run(places, tmp_path):
         (["--retain-test", "{empty}"], "`retain_test` must hold one JSON object a line and at least one"),
         (["--retain-test", "{blank}"], "`retain_test` must hold a non-empty `text`"),
         (["--reference-loss", "9.5"], "there is nothing to recover"),
-        (["--reference", "{run}"], "there is nothing to recover"),
+        (["--reference", "{ablated}"], "there is nothing to recover"),
         (["--reference", "{run}", "--reference-loss", "1"], "give one of them"),
         (["--reference", "{other}"], "the tokenizer of `reference`"),
         (["--attack", "mixed"], "`retain_train`, which has 0"),
@@ -206,7 +206,12 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(places, tmp_path, argume
     write_jsonl(tmp_path / "blank.jsonl", [{"text": " "}])
     tiny_llama(vocab_size=320).save_pretrained(tmp_path / "other")
     byte_tokenizer(vocab_size=290).save_pretrained(tmp_path / "other")
-    names = {"forget_train": places / "forget_train.jsonl", "run": places / "run", "other": tmp_path / "other"}
+    names = {
+        "forget_train": places / "forget_train.jsonl",
+        "run": places / "run",
+        "ablated": places / "ablated",
+        "other": tmp_path / "other",
+    }
     names |= {name: tmp_path / f"{name}.jsonl" for name in ("empty", "blank")}
     filled = [argument.format(**names) for argument in arguments]
     result = call("relearn", places / "run", *files(places), "--out", tmp_path / "out", *filled)
@@ -255,6 +260,14 @@ def test_a_summary_of_another_version_is_refused(places, attacked, tmp_path):
         read_summary(tmp_path)
     with pytest.raises(ValueError, match="is not there"):
         read_summary(tmp_path / "none.json")
+
+
+def test_a_run_as_reference_keeps_its_regions(places):
+    """The model from which nothing was removed is the whole run, not the ablated one."""
+    found = _references(places / "run", tokenizer(), DATA, [Attack.parse("forget")], [0], None)
+    whole, ablated = (open_plain(places / "run", regions)[0] for regions in ("all", ()))
+    losses = [TextLoss(model, tokenizer(), DATA.forget_test)(model) for model in (whole, ablated)]
+    assert found["forget"] == pytest.approx(losses[0]) and abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_the_reference_of_facts_is_taken_on_the_scored_halves(places, attacked):

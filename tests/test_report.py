@@ -198,30 +198,36 @@ def test_costs_are_read_off_the_filters_of_the_experiment():
         tokens = dict(zip(("forget", "retain"), sides, strict=True))
         return cell(method, forget, retain, labeled, tokens_by_side=tokens, ledger=ledger, **more)
 
+    u = {"unlabeled_tokens_by_side": {"forget": 150, "retain": 100}}
     rows = [
         row("no_routing", 3.0, 3.6, (400, 100), 100),
         row("filter", 4.0, 3.4, (200, 200), 100, 0.5),
         row("filter", 5.0, 3.3, (100, 300), 100, 0.75),
         row("perfect_filter", 6.0, 3.2, (0, 400), 100),
-        row("routed", 4.5, 3.5, (200, 200), 125, 0.5, region_activity_ratio=[2.0, 4.0]),
-        row("sgtm", 5.5, 3.1, (200, 200), 100, 0.5),
+        row("routed", 4.5, 3.5, (200, 200), 125, 0.5, region_activity_ratio=[2.0, 4.0], **u),
+        row("sgtm", 5.5, 3.1, (200, 200), 100, 0.5, **u),
+        row("demix", 5.5, 3.1, (200, 200), 100, 0.5),
         row("era", 4.5, 3.5, (200, 200), 100, 0.9),
     ]
     found = aggregate(rows)
-    routed_costs, sgtm, era = (
-        costs(found, found.get(m, s, (1.0, 1.0))) for m, s in [("routed", 0.5), ("sgtm", 0.5), ("era", 0.9)]
+    routed_costs, sgtm, era, demix, filtered = (
+        costs(found, found.get(m, s, (1.0, 1.0)))
+        for m, s in [("routed", 0.5), ("sgtm", 0.5), ("era", 0.9), ("demix", 0.5), ("filter", 0.5)]
     )
     assert routed_costs.compute.mean == 1.25 and routed_costs.serial_steps == 10 and routed_costs.labeled == 7
     assert routed_costs.activity.mean == 3.0
     assert routed_costs.penalty.at == pytest.approx(1 - 2**0.5 / 2), (
         "the retain loss of plain training on 141 tokens, not 200"
     )
-    assert routed_costs.leakage.at == pytest.approx(100 * 2**0.5 / 200), (
-        "as if 141 of the 200 tokens had been let through"
+    assert routed_costs.leakage.at == pytest.approx(100 * 2**0.5 / 150), (
+        "as if 141 of the 150 unlabelled tokens had been let through"
     )
-    assert routed_costs.absorption.mean == pytest.approx(0.0) and routed_costs.told
-    assert str(sgtm.leakage) == "< 0.5" and sgtm.penalty.relation == "<", "beyond what filters tell: a bound"
-    assert era.leakage is None, "no filter has these labels"
+    assert filtered.leakage == Crossing(1.0) and demix.leakage is None, "it is not known how many it was trained on"
+    assert routed_costs.absorption.mean == pytest.approx(0.25) and filtered.absorption.mean == 0 and routed_costs.told
+    assert str(sgtm.leakage) == f"< {100 / 150:.4g}" and sgtm.penalty.relation == "<", (
+        "beyond what filters tell: a bound"
+    )
+    assert era.leakage is None and era.absorption is None, "no filter has these labels"
     assert not costs(aggregate(cells()[:1]), aggregate(cells()[:1]).get("no_routing")).told
 
 

@@ -64,6 +64,20 @@ def test_robust_rows_are_retain_rows_that_count_as_forget():
     assert (trained_as[truly == "forget"] == "forget").all()
 
 
+def test_token_weights_let_shared_tokens_of_forget_rows_teach_the_base():
+    """A position predicts the token after it; retain rows that teach the region alone give the base nothing."""
+    found = Dataset.from_dict({"input_ids": [[0, 1, 2]] * 40, "route_label": rows()["route_label"]})
+    run = SelfLabeledRows(found, 400, 0.2, 0.5, 0.5, token_weights=torch.tensor([0.25, 0.5, 0.75]))
+    run.relabel(run.given("unlabeled"), np.arange(20) < 10, start=80)
+    weights = {"forget": [0.5, 0.75, 0.0], "robust": [0.0] * 3, "retain": [1.0] * 3}
+    kinds = set()
+    for place in range(80, 400):
+        row, truth = run[place], run.labels[run._order[place]]
+        kinds.add(kind := truth if row["route_label"] == truth else "robust")
+        assert row["route_weights"] == {"base": weights[kind]}
+    assert kinds == {"forget", "robust", "retain"} and "route_weights" not in SelfLabeledRows(rows(), 100)[0]
+
+
 def test_restored_runs_are_the_same():
     first, second = (SelfLabeledRows(rows(), 100, labeled_first=0.2, robust_share=0.3) for _ in range(2))
     scored = first.given("unlabeled")

@@ -124,8 +124,8 @@ def undo(
     if args.process_index == 0:
         content = save_undone(student, record, out, src, tokenizer)
         run.finish(content)
-        for folder in out.glob("checkpoint-*"):  # they hold the optimizer's state, which is of no more use
-            shutil.rmtree(folder)
+        for folder in (*out.glob("checkpoint-*"), out / "teacher"):  # state and stored outputs, of no more use
+            shutil.rmtree(folder, ignore_errors=True)
         Console().print(_table(content, out))
 
 
@@ -159,7 +159,11 @@ def _table(content: dict[str, Any], out: Path) -> Any:
     if content["teacher_retain_loss"] is not None:
         losses = f"{content['student_retain_loss']:.3f} (teacher {content['teacher_retain_loss']:.3f}) nats per token"
         table.add_row("retain loss", losses)
-    ledger = content["total_ledger"]
-    table.add_row("cost", f"{ledger['flops']:.3g} FLOPs, {ledger['tokens']:,} tokens, "
-                  f"{ledger['labeled_forget_tokens']:,} of them labelled forget")  # fmt: skip
+    ledger = content["total_ledger"] or content["ledger"]
+    cost = f"{ledger['flops']:.3g} FLOPs, {ledger['tokens']:,} tokens, "
+    if content["total_ledger"] is None:
+        cost += "beside the teacher's, which has no record of its own"
+    else:
+        cost += f"{ledger['labeled_forget_tokens']:,} of them labelled forget"
+    table.add_row("cost", cost)
     return table

@@ -18,6 +18,7 @@ from routed_peft.corpora import load_pair
 from routed_peft.data import (
     FORGET,
     RETAIN,
+    ROUTE_LABEL,
     add_frequency_weights,
     pack,
     schedule,
@@ -99,7 +100,11 @@ class Material:
         first, share, seed = settings.labeled_first, settings.forget_share, settings.seed
         if not settings.self_labels:
             return schedule(rows, count, first, share, seed, settings.first_forget_share)
-        return SelfLabeledRows(rows, count, seed=seed, **{name: getattr(settings, name) for name in SETTINGS})
+        weights = self._frequency_weights() if settings.frequency_weights else None
+        if weights is not None:
+            weights = weights + (1 - weights) * settings.base_weight
+        about = {name: getattr(settings, name) for name in SETTINGS}
+        return SelfLabeledRows(rows, count, seed=seed, token_weights=weights, **about)
 
     def _frequency_weights(self) -> Tensor:
         labels, texts = self.documents["route_label"][:], self.documents["text"][:]
@@ -110,9 +115,12 @@ class Material:
         return token_frequency_weights(self.tokenizer, forget, retain)
 
 
-def tokens_by_side(run: Dataset | SelfLabeledRows, length: int) -> dict[str, int]:
-    """Count the tokens of a run by true side."""
-    counts = Counter(run.in_order("side") if isinstance(run, SelfLabeledRows) else run["side"][:])
+def tokens_by_side(run: Dataset | SelfLabeledRows, length: int, label: str | None = None) -> dict[str, int]:
+    """Count the tokens of a run by true side: of all rows, or of those that came with a label."""
+    sides, labels = (
+        run.in_order(column) if isinstance(run, SelfLabeledRows) else run[column][:] for column in ("side", ROUTE_LABEL)
+    )
+    counts = Counter(side for side, own in zip(sides, labels, strict=True) if label in (None, own))
     return {side: counts[side] * length for side in SIDES}
 
 

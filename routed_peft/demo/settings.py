@@ -24,6 +24,8 @@ class DemoSettings:
         overrule: whether the region labels the labelled rows anew as well, in the routed arm.
         base_weight: gradient weight of forget rows on the base, in the routed arm. A little above 0 lets them teach it what
             both sides share, at the price of a little of what they do not.
+        frequency_weights: whether forget rows teach the base, in the routed arm, as far as their tokens are as common in retain
+            text (`routed_peft.data.token_frequency_weights`), and at ``base_weight`` otherwise; with self-labels only.
         region_learning_rate: peak learning rate of the region, in the routed arm; None for ``learning_rate``.
         evaluations: how often the validation losses are taken during training.
         validation_rows: packed rows per side for that.
@@ -59,6 +61,7 @@ class DemoSettings:
     robust_share: float = 0.05
     overrule: bool = False
     base_weight: float = 0.0
+    frequency_weights: bool = False
     region_learning_rate: float | None = None
     seed: int = 0
     evaluations: int = 10

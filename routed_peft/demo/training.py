@@ -120,7 +120,12 @@ def routes_of(arm: Arm, settings: DemoSettings) -> dict[str, Route]:
         return presets.demix(REGION, OTHER_EXPERT)
     if arm.era:
         return presets.era(REGION)
-    return presets.sgtm(REGION, settings.base_weight) if arm.routed else presets.control()
+    if not arm.routed:
+        return presets.control()
+    by_token = (
+        settings.frequency_weights and settings.self_labels
+    )  # the rows then have weights for the base, token by token
+    return presets.sgtm(REGION, 1.0 if by_token else settings.base_weight)
 
 
 def train_arm(

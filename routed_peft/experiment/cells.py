@@ -13,9 +13,11 @@ from routed_peft.experiment.methods import METHODS, UNLEARNING, Method
 from routed_peft.training.self_labels import SETTINGS
 
 NUMBERS = "numbers.json"
-ROUTING = (*SETTINGS, "self_labels", "base_weight", "region_learning_rate")
+ROUTING = (*SETTINGS, "self_labels", "base_weight", "frequency_weights", "region_learning_rate")
 """Settings that mean something to routed arms alone."""
-ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint"}
+VARIABLE = (*ROUTING, "region_size")
+"""Settings in which a routed arm may differ from the others of an experiment."""
+ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "frequency_weights": False}
 """Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
 SPLITS = ("validation", "train")
 LABELS = ("labeled", "recall", "precision")
@@ -122,7 +124,7 @@ def variant(changes: str) -> dict[str, Any]:
     """Read the settings by which a method differs from the experiment: NAME=VALUE, by commas.
 
     Raises:
-        ValueError: for a setting that is not one of routing alone, or a value that JSON cannot read.
+        ValueError: for a setting that is not one of routing or the size of its region, or a value that JSON cannot read.
 
     Example:
         >>> variant("forget_share=0.2,self_labels=false"), variant("")
@@ -137,16 +139,17 @@ def variant(changes: str) -> dict[str, Any]:
             raise ValueError(
                 f"`methods`: a variant is NAME=VALUE with a number, true, false or null, got {change!r}"
             ) from None
-        if name not in ROUTING:
-            raise ValueError(f"`methods`: a variant changes one of {', '.join(ROUTING)}, got {change!r}")
+        if name not in VARIABLE:
+            raise ValueError(f"`methods`: a variant changes one of {', '.join(VARIABLE)}, got {change!r}")
     return found
 
 
 def twin(name: str, settings: DemoSettings) -> str:
     """Return the method that makes the same model without looking at labels, where there is one.
 
-    With all labels, and right ones, filtering by them is the perfect filter. Without any, there is nothing to filter or to
-    unlearn, and all rows train base and region alike, whichever way labelled ones would have been routed.
+    With all labels, and right ones, filtering by them is the perfect filter, and a classifier has nothing to add. Without
+    any, there is nothing to filter or to unlearn, and all rows train base and region alike, whichever way labelled ones
+    would have been routed.
 
     Raises:
         ValueError: for UNDO without labels, which has nothing to start from.
@@ -157,7 +160,7 @@ def twin(name: str, settings: DemoSettings) -> str:
         ('no_routing', 'control', 'no_routing', 'perfect_filter', 'routed')
     """
     method = METHODS[name]
-    if name == "filter" and all(getattr(settings, label) == 1 for label in LABELS):
+    if name in ("filter", "classifier_filter") and all(getattr(settings, label) == 1 for label in LABELS):
         return "perfect_filter"
     if not method.labels or settings.labeled > 0:
         return name

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from routed_peft.corpora import PAIRS, load_pair
 from routed_peft.corpora.arithmetic import FACTS
-from routed_peft.data import FORGET, RETAIN, pack
+from routed_peft.data import FORGET, RETAIN, UNLABELED, pack
 from routed_peft.demo.material import SIDES, Material, first_of, tokens_by_side
 from routed_peft.demo.measuring import measure_model, open_model
 from routed_peft.demo.settings import Arm, DemoSettings
@@ -37,8 +37,10 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
     if cell.method.change:
         about = change(cell, parent, folder / cell.method.plain, material)
         own = Ledger.from_dict(about.get("ledger", Ledger().to_dict()))
-        before = Ledger.from_dict(json.loads((parent / NUMBERS).read_text())["ledger"])
+        former = json.loads((parent / NUMBERS).read_text())
+        before = Ledger.from_dict(former["ledger"])
         about["ledger"] = (before + own).to_dict()
+        about |= {name: former[name] for name in ("tokens_by_side", "unlabeled_tokens_by_side") if name in former}
         return about | measured(open_model(folder / cell.method.plain), settings, material)
     if cell.method.equal_retain:
         settings = replace(settings, steps=round(settings.steps * stretch(material, arm, settings)))
@@ -46,6 +48,8 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
     records.start(asdict(settings) | {"method": cell.name}, seeds={"seed": settings.seed})
     labels = train_arm(arm, settings, material, run, folder, records, watcher)
     numbers: dict[str, Any] = {"tokens_by_side": tokens_by_side(run, settings.length), "targets_by_label": labels}
+    if cell.method.labels:
+        numbers["unlabeled_tokens_by_side"] = tokens_by_side(run, settings.length, UNLABELED)
     if isinstance(run, SelfLabeledRows):
         numbers |= found_quality(run)
     whole = open_model(folder / "run", regions_of(arm)[0]) if arm.routed else open_model(folder / arm.plain)
@@ -143,6 +147,7 @@ def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[
     )
     return [
         {"learning_rate": curve.learning_rate, "status": curve.status, "steps": steps}
+        | {"tokens": [point.tokens for point in curve.points]}
         | {"forget_losses": curve.losses(plan.target), "retain_losses": curve.losses(RETAIN)}
         for curve in curves
     ]

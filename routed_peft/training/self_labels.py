@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from routed_peft.ablation import ablated
-from routed_peft.data.columns import ROUTE_LABEL, column_values
+from routed_peft.data.columns import ROUTE_LABEL, ROUTE_WEIGHTS, column_values
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.data.schedule import draw_order
-from routed_peft.routes import IGNORED
+from routed_peft.routes import BASE, IGNORED
 
 if TYPE_CHECKING:
     from routed_peft.training.mixin import RoutingMixin
@@ -58,6 +58,9 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         seed: same seed, same run.
         first_forget_share: share of forget rows before the scoring.
         threshold: "balanced" or "midpoint", see `benefit_threshold`.
+        token_weights: ``(V,)``: the base's gradient weight at every token of rows that count as forget, such as
+            `routed_peft.data.token_frequency_weights`, so that tokens which both sides share still teach it. The route of
+            forget rows must then leave the base its weight of 1, which these numbers multiply.
 
     Raises:
         ValueError: where a share is out of range, or there are no labelled rows of both kinds to start from.
@@ -82,6 +85,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         overrule: bool = False,
         first_forget_share: float = 0.25,
         threshold: str = "balanced",
+        token_weights: Tensor | None = None,
     ) -> None:
         if not 0 < labeled_first < 1:
             raise ValueError(f"`labeled_first` is a share of the run, between 0 and 1; got {labeled_first}")
@@ -91,6 +95,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             raise ValueError(f"`threshold` must be one of {THRESHOLDS}, got {threshold!r}")
         self.rows, self.labeled_first, self.seed, self.threshold = rows, labeled_first, seed, threshold
         self.forget_share, self.robust_share, self.overrule = forget_share, robust_share, overrule
+        self.token_weights = token_weights
         self.labels = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
         """What every row counts as by now."""
         self._given = self.labels.copy()
@@ -105,8 +110,20 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self._order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.rows[int(self._order[index])])
-        return {**row, ROUTE_LABEL: self._labels_in_order[index]}
+        number, label = int(self._order[index]), self._labels_in_order[index]
+        row = {**self.rows[number], ROUTE_LABEL: label}
+        if self.token_weights is not None:
+            row[ROUTE_WEIGHTS] = {BASE: self._base_weights(row["input_ids"], label, self.labels[number])}
+        return row
+
+    def _base_weights(self, ids: Sequence[int], label: str, side: str) -> list[float]:
+        """Return what the route's base weight is multiplied by at every position, which predicts the token after it."""
+        if label != FORGET:
+            return [1.0] * len(ids)
+        if side != FORGET:  # retain text that teaches the region alone
+            return [0.0] * len(ids)
+        assert self.token_weights is not None
+        return [*self.token_weights[torch.tensor(ids[1:], dtype=torch.long)].tolist(), 0.0]
 
     def in_order(self, column: str) -> list[Any]:
         """Return a column's values in the order of the run, as it now is."""

@@ -165,7 +165,8 @@ def save_undone(
         student: of `undo`.
         record: of `undo`.
         out: directory; files in it that have other names stay.
-        source: the teacher's path or Hub id; the ledger in its ``unlearning.json``, if it has one, is added to the total.
+        source: the teacher's path or Hub id; the ledger in its ``unlearning.json`` is added to the total, which is unknown
+            (None) where it has none.
         tokenizer: is saved too.
     """
     former = Path(source, UNLEARNED)
@@ -174,7 +175,7 @@ def save_undone(
         "source": source,
         **asdict(record),
         "teacher_ledger": None if before is None else before.to_dict(),
-        "total_ledger": (record.ledger if before is None else before + record.ledger).to_dict(),
+        "total_ledger": None if before is None else (before + record.ledger).to_dict(),
         "versions": versions(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

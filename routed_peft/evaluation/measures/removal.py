@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from routed_peft.evaluation.measures.crossing import Crossing, crossing
@@ -139,26 +139,25 @@ def leakage(loss: float, unlabeled: float, tokens: Sequence[float], losses: Sequ
     return Crossing(needed.at / unlabeled, needed.relation)
 
 
-def absorption(losses: Mapping[float, float], unrouted: float, perfect: float) -> dict[float, float]:
-    r"""Return, by the share of forget data that was labelled, how much of the unlabelled rest the region took along.
+def absorption(loss: float, filtered: float, perfect: float) -> float:
+    r"""Return how much of the unlabelled forget data was kept from what remains, as the labelled was.
 
-    .. math:: \text{absorption}(f) = \frac{\text{way}(f) - f}{1 - f}
+    .. math:: \text{absorption} = \frac{L - L_\text{filter}}{L_\text{perfect} - L_\text{filter}}
 
-    with way(f) that of the routed and ablated model when a share f was labelled (see `way`). If nothing were absorbed, and
-    every labelled row counted alike, the way would be f and this 0; it is 1 where all unlabelled rows went the way of the
-    labelled. The phenomenon is that of gradient routing (arXiv 2410.04332, section 4.2); the formula is this library's.
+    with L the loss on held-out forget text, in nats per token. It is 0 for the filter with the same labels, which trains on
+    all that is unlabelled, and 1 where unlabelled forget data went the way of the labelled, as if it had been filtered. The
+    phenomenon is that of gradient routing (arXiv 2410.04332, section 4.2); the formula is this library's.
 
     Args:
-        losses: share labelled, from 0 to below 1 -> forget loss, region ablated.
-        unrouted: forget loss without routing.
-        perfect: forget loss of the perfect filter.
+        loss: L, of the model with its region ablated.
+        filtered: of the filter with the same labels.
+        perfect: of the filter with all labels.
+
+    Returns:
+        The share; NaN where the perfect filter's loss is not above that of the filter, so that there is nothing to absorb.
 
     Example:
-        >>> absorption({0.5: 5.25}, unrouted=3.0, perfect=6.0)
-        {0.5: 0.5}
+        >>> absorption(5.25, filtered=4.5, perfect=6.0)
+        0.5
     """
-    if not all(0 <= share < 1 for share in losses):
-        raise ValueError(
-            f"`losses` are by the share labelled, from 0 to below 1, got {list(losses)}: at 1 nothing is left"
-        )
-    return {share: (way(loss, unrouted, perfect) - share) / (1 - share) for share, loss in losses.items()}
+    return way(loss, filtered, perfect)

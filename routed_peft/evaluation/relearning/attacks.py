@@ -61,6 +61,10 @@ class Attack:
     lora_rank: int = 16
 
     def __post_init__(self) -> None:
+        if self.data == "facts" and self.documents is not None:
+            raise ValueError(
+                f"the attack {self.name!r} on facts trains on half of them: leave out `documents`, few-shot-N"
+            )
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.data not in DATA:
@@ -93,8 +97,8 @@ class Attack:
         """Make an attack from its name: parts joined by ``+``.
 
         A part is a method (``full``, ``lora``, ``bias``), a kind of data (``forget``, ``mixed``, ``retain``, ``unrelated``,
-        ``facts``, ``few-shot-N`` for N forget documents), ``perturb`` (a share of 0.05) or ``int8`` or ``int4``. What is not
-        said is full fine-tuning on forget text; ``int8`` and ``int4`` alone train nothing.
+        ``facts``), ``few-shot-N`` for N documents of it, ``perturb`` (a share of 0.05) or ``int8`` or ``int4``; one of each at
+        most. What is not said is full fine-tuning on forget text; ``int8`` and ``int4`` alone train nothing.
 
         Args:
             name: such as "forget", "lora", "lora+mixed", "few-shot-4", "perturb+retain", "int4".
@@ -102,21 +106,28 @@ class Attack:
         """
         found: dict[str, Any] = {}
         for part in name.split("+"):
-            if part in METHODS and part != "none":
-                found["method"] = part
-            elif part in DATA:
-                found["data"] = part
-            elif shots := _SHOTS.fullmatch(part):
-                found["documents"] = int(shots[1])
-            elif part == "perturb":
-                found["perturb"] = 0.05
-            elif bits := _BITS.fullmatch(part):
-                found["bits"] = int(bits[1])
-            else:
-                raise ValueError(
-                    f"`{part}` is no part of an attack: take full, lora or bias; {', '.join(DATA)} or few-shot-16; perturb; "
-                    "int8 or int4; joined by +, as in lora+few-shot-16"
-                )
+            kind, value = _part(part)
+            if kind in found:
+                raise ValueError(f"the attack {name!r} says `{kind}` twice: name two attacks instead")
+            found[kind] = value
         if found.keys() == {"bits"}:
             found["method"] = "none"
         return cls(name, **(found | settings))
+
+
+def _part(part: str) -> tuple[str, Any]:
+    """Return which attribute a part of an attack's name sets, and to what."""
+    if part in METHODS and part != "none":
+        return "method", part
+    if part in DATA:
+        return "data", part
+    if shots := _SHOTS.fullmatch(part):
+        return "documents", int(shots[1])
+    if part == "perturb":
+        return "perturb", 0.05
+    if bits := _BITS.fullmatch(part):
+        return "bits", int(bits[1])
+    raise ValueError(
+        f"`{part}` is no part of an attack: take full, lora or bias; {', '.join(DATA)} or few-shot-16; perturb; "
+        "int8 or int4; joined by +, as in lora+few-shot-16"
+    )

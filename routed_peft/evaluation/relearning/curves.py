@@ -64,13 +64,16 @@ class Curve:
     def status(self) -> str:
         """Return what became of the attack.
 
-        "diverged": a loss is not a number, or the last lies more than `DIVERGED` nats above the start. "no attack": the
-        loss was never below the start. Else "attack". Neither of the first two says anything about robustness.
+        "diverged": the loss is not a number, or all that was measured ends more than `DIVERGED` nats above its start (text
+        that is merely forgotten, while other text is learnt, is no divergence). "no attack": the loss was never below the
+        start. Else "attack". Neither of the first two says anything about robustness.
         """
-        losses, start = self.losses(self.target), self.start[self.target]
-        if not all(map(math.isfinite, losses)) or losses[-1] > start + DIVERGED:
+        losses = self.losses(self.target)
+        if not all(map(math.isfinite, losses)):
             return "diverged"
-        return "attack" if min(losses) < start else "no attack"
+        if all(self.losses(name)[-1] > start + DIVERGED for name, start in self.start.items()):
+            return "diverged"
+        return "attack" if min(losses) < self.start[self.target] else "no attack"
 
     def losses(self, split: str) -> list[float]:
         """Return one score at every step."""

@@ -170,7 +170,7 @@ def _references(
     """Return the losses of the model from which nothing was removed, as far as they are known."""
     if reference is None or isinstance(reference, int | float):
         return {} if reference is None else {"forget": float(reference)}
-    model, its_tokenizer = open_plain(reference, device=device)
+    model, its_tokenizer = open_plain(reference, "all", device=device)  # nothing may be missing from it
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"the tokenizer of `reference` {str(reference)!r} differs from that of the source, so their losses per token "

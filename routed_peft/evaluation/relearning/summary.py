@@ -35,7 +35,8 @@ def summarise(attack: Attack, curves: Sequence[Curve], reference: float | None =
         ``envelope``: one entry for each step, see `WorstCase`; with ``tokens``, ``retain`` and whether the rate was
         ``interior`` to the grid. ``useful``: the same, limited to states whose retain loss rose by 5 % at most. ``recovery``
         of either, where there is a reference: ``steps`` and ``tokens`` (see `to_recover`; None where nothing was trained, and
-        tokens also where no curve is whole) and the ``share`` at the last step (see `recovered`). ``start``, ``interior`` at
+        tokens also where no curve is whole) and the ``share`` at the last step (see `recovered`). Steps and tokens
+        are None too where the verdict is not "attack", and the share where it is "diverged". ``start``, ``interior`` at
         the last step, ``learning_rates`` with their statuses, ``curves``.
     """
     rates = sorted({curve.learning_rate for curve in curves})
@@ -59,6 +60,9 @@ def summarise(attack: Attack, curves: Sequence[Curve], reference: float | None =
     statuses = {curve.status for curve in curves}
     lowered = result["envelope"][-1]["mean"] < start[attack.target]
     result["verdict"] = "attack" if lowered else "diverged" if statuses == {"diverged"} else "no attack"
+    for part in (result, result.get("useful", {})):
+        if "recovery" in part and not lowered:  # what was no attack says nothing of robustness
+            part["recovery"] |= {"steps": None, "tokens": None} | ({"share": None} if statuses == {"diverged"} else {})
     result["curves"] = [_curve(curve) for curve in curves]
     return result
 
@@ -134,7 +138,16 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{summary['source']} under attack", caption="worst case over learning rates and earlier steps, nats"
     )
-    for name in ("attack", "loss before", "after", "seeds", "learning rate", "retain after", "steps to recover"):
+    for name in (
+        "attack",
+        "loss before",
+        "after",
+        "seeds",
+        "learning rate",
+        "retain after",
+        "recovered",
+        "steps to recover",
+    ):
         table.add_column(name, justify="left" if name == "attack" else "right")
     for name, result in summary["attacks"].items():
         last = result["envelope"][-1]
@@ -149,7 +162,9 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             ]
         else:
             cells = [result["verdict"], "", "", ""]
-        steps = (result.get("recovery") or {}).get("steps") if result["verdict"] == "attack" else None
+        recovery = result.get("recovery") or {}
+        steps, share = recovery.get("steps"), recovery.get("share")
         when = "–" if steps is None else ("> " if steps["censored"] else "") + f"{steps['at']:.4g}"
-        table.add_row(name, f"{result['start'][result['target']]:.3f}", *cells, when)
+        back = "–" if share is None else f"{share:.0%}"
+        table.add_row(name, f"{result['start'][result['target']]:.3f}", *cells, back, when)
     return table

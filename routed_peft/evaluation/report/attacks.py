@@ -12,6 +12,7 @@ from routed_peft.data import FORGET
 from routed_peft.evaluation.measures import (
     Crossing,
     Spread,
+    recovered,
     relearning_area,
     to_recover,
     way,
@@ -43,6 +44,7 @@ class Relearning:
         recovery_by_seed: the same in every seed.
         halfway: steps until the mean over seeds is midway between never-unlearnt model and perfect filter, both before any
             attack; None where these are not known. Reached by weaker attacks than a whole recovery.
+        recovered: share of what was removed that the last step has brought back, seed by seed (`recovered`); None likewise.
         area: normalised area under the relearning curve (`relearning_area`); None where there is nothing to compare with.
         way: at each step, from no routing to perfect filter under the same attack; None likewise.
     """
@@ -58,6 +60,7 @@ class Relearning:
     recovery: Crossing | None = None
     recovery_by_seed: tuple[Crossing, ...] = ()
     halfway: Crossing | None = None
+    recovered: Spread | None = None
     area: Spread | None = None
     way: tuple[Spread | None, ...] = ()
 
@@ -133,6 +136,7 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
         recovery=_recovery(steps, found, reference),
         recovery_by_seed=tuple(to_recover(steps, found[seed].forget, loss) for seed, loss in reference.items()),
         halfway=_recovery(steps, found, midway, tolerance=0.0),
+        recovered=spread(recovered(found[s].forget[0], found[s].forget[-1], loss) for s, loss in reference.items()),
         area=_area(steps, found, low, high, ends),
         way=tuple(
             spread([way(found[s].forget[i], low[s].forget[i], high[s].forget[i]) for s in ends])
@@ -159,7 +163,7 @@ def of_summary(result: Mapping[str, Any]) -> Relearning:
     """
     envelope = result["envelope"]
     count = len({curve["seed"] for curve in result["curves"]})
-    recovery = (result.get("recovery") or {}).get("steps")
+    recovery, share = ((result.get("recovery") or {}).get(name) for name in ("steps", "share"))
     last = envelope[-1]
     useful = result.get("useful", {}).get("envelope")
     return Relearning(
@@ -172,6 +176,7 @@ def of_summary(result: Mapping[str, Any]) -> Relearning:
         learning_rates=tuple(float(rate) for rate in result["learning_rates"]),
         best_rates=(last["learning_rate"],),
         recovery=None if recovery is None else Crossing(recovery["at"], recovery["relation"]),
+        recovered=None if share is None else Spread(share, share, share, count),
     )
 
 

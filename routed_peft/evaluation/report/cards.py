@@ -152,10 +152,11 @@ CARDS: dict[str, Card] = {
         "ERA",
     ),
     "sgtm": Card(
-        "SGTM as published, ablated",
+        "SGTM’s routes, ablated",
         "routing",
         "Selective gradient masking. Rows labelled forget teach only the region, rows labelled retain are seen without it, "
-        "unlabelled rows teach both and are absorbed by whichever side knows them already.",
+        "unlabelled rows teach both and are absorbed by whichever side knows them already. The paper’s region has an attention "
+        "head beside MLP units; here it is extra MLP units alone.",
         "SGTM, arXiv 2512.05648, section 3",
         "SGTM",
     ),

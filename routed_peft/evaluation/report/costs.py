@@ -21,9 +21,9 @@ class Costs:
         labeled: forget tokens that somebody labelled.
         penalty: `compute_penalty` on retain text: the share of its retain tokens that it could have done without, had it
             been trained plainly.
-        leakage: `leakage`: of the forget text that the filter with the same labels lets through, the share that would
-            teach as much if all else were filtered.
-        absorption: `absorption`: of the way that unlabelled forget data could have gone with the labelled.
+        leakage: `leakage`: of the unlabelled forget text that it was trained on, the share that would teach as much if all
+            else were filtered.
+        absorption: `absorption`: how much of the unlabelled forget data went the way of the labelled.
         activity: mean over layers of how much more active the region is on forget than on retain text.
     """
 
@@ -94,23 +94,20 @@ def _penalty(found: Comparison, result: Result) -> Crossing | None:
 
 
 def _leakage(found: Comparison, result: Result) -> Crossing | None:
-    condition = result.condition
-    same = found.get(FILTER, condition.labeled, condition.quality)
     tokens, losses = _plain(found, "forget")
-    if condition.labeled is None or same is None or same.condition.method != FILTER or len(tokens) < 2:
-        return None
-    through = same.over("tokens_by_side").get("forget")
-    return leakage(result.forget.mean, through, tokens, losses) if through else None
+    unlabeled = result.over("unlabeled_tokens_by_side").get("forget")
+    if result.condition.method == FILTER:  # all the forget text that it sees, its labels being right
+        unlabeled = result.over("tokens_by_side").get("forget")
+    return leakage(result.forget.mean, unlabeled, tokens, losses) if unlabeled and len(tokens) > 1 else None
 
 
 def _absorption(found: Comparison, result: Result) -> Spread | None:
-    base, oracle, labeled = found.get(BASE), found.get(ORACLE), result.condition.labeled
-    if base is None or oracle is None or labeled is None or labeled >= 1:
+    oracle, labeled = found.get(ORACLE), result.condition.labeled
+    same = found.get(FILTER, labeled, result.condition.quality)
+    if oracle is None or labeled is None or same is None or same.condition.method != FILTER or labeled in (0, 1):
         return None
     return spread(
-        absorption({labeled: cell["forget_loss"]}, base.cells[s]["forget_loss"], oracle.cells[s]["forget_loss"])[
-            labeled
-        ]
-        for s, cell in result.cells.items()
-        if s in base.cells and s in oracle.cells
+        absorption(cell["forget_loss"], same.cells[seed]["forget_loss"], oracle.cells[seed]["forget_loss"])
+        for seed, cell in result.cells.items()
+        if seed in same.cells and seed in oracle.cells
     )

@@ -77,7 +77,8 @@ def sentences(found: Comparison) -> list[str]:
     Args:
         found: the experiment.
     """
-    result = [_sentence(found, labeled) for labeled in found.shares if found.get(ROUTED, labeled, found.best_quality)]
+    labeled = [share for share in found.shares if share and found.get(ROUTED, share, found.best_quality)]
+    result = [_sentence(found, share) for share in labeled]
     if result:
         return result
     best = max(
@@ -127,7 +128,7 @@ def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Ta
         shares: of labels that are looked at; all by default.
     """
     result: list[Target] = []
-    for labeled in found.shares if shares is None else shares:
+    for labeled in filter(None, found.shares if shares is None else shares):  # without labels nothing was routed
         routed = found.get(ROUTED, labeled, found.best_quality)
         if routed is not None:
             result += _of_share(found, routed, labeled)
@@ -136,7 +137,7 @@ def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Ta
 
 def _of_share(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]:
     where = f"{share(labeled)} of the labels"
-    if labeled in WAY and routed.way is not None:
+    if labeled in WAY and routed.way is not None and routed.condition.quality in (None, (1.0, 1.0)):
         goal = WAY[labeled]
         wanted = f"{where}: at least {share(goal)} of the way"
         yield Target(wanted, ranged(routed.way, True, 1), routed.way.mean >= goal, routed.way.n)
