@@ -13,6 +13,7 @@ from routed_peft.evaluation.measures import Crossing, Spread
 from routed_peft.evaluation.report.aggregate import Comparison, Result, aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
 from routed_peft.evaluation.report.costs import costs
+from routed_peft.evaluation.report.page import place
 from routed_peft.evaluation.report.page import share as in_percent
 from routed_peft.evaluation.report.verdicts import ranged, targets
 from routed_peft.experiment.methods import METHODS, UNLEARNING
@@ -184,6 +185,36 @@ def named(found: Sequence[tuple[Labels, Comparison]], met: bool | None) -> str:
                 where += f" ({recall:g}/{precision:g})" if share and several else ""
                 here.setdefault(wanted, {})[target.measured + where] = None
     return "; ".join(f"{wanted}: {' / '.join(measured)}" for wanted, measured in here.items()) or "none"
+
+
+def recovery() -> str:
+    """Steps until an attacker has back what the model that was never unlearnt knows, with all labels."""
+    command = "python recipes/experiment.py --config recipes/configs/experiment_recovery.yaml"
+    report = load("recovery")
+    if report is None:
+        return f"Not run yet: `{command}`."
+    found = of_labels(report["cells"], (1.0, 1.0, 1.0))
+    (name,) = report["experiment"]["attacks"]
+    steps = report["experiment"]["attack_steps"]
+    lines = [
+        f"| method | forget loss | … after {steps[-1]} steps | half-way back | steps to recover |",
+        "|---|---|---|---|---|",
+    ]
+    for result in shown(found, None, labeled_only=False):
+        if (attack := result.attacks.get(name)) is not None and attack.forget[-1].n == len(found.seeds):
+            title = card(result.condition.method, report["settings"]).name
+            title = f"**{title}**" if result.condition.method == "routed" else title
+            between = " to ".join(map(place, attack.recovery_range))
+            cells = [title, ranged(result.forget), ranged(attack.forget[-1]), place(attack.halfway)]
+            lines.append(f"| {' | '.join(cells)} | {place(attack.recovery)} ({between}) |")
+    lines.append(
+        f"\nMean (range) over {len(found.seeds)} seeds; the worst case of {strength(report['experiment'])}. Steps to "
+        "recover: until the forget loss of no routing is reached within 0.02 nats; half-way back: until that midway between no routing and "
+        "perfect filter. "
+        + " ".join(f"Target {t.verdict}: {t.wanted}: {t.measured}." for t in targets(found) if "steps" in t.wanted)
+        + f" From `{command}`."
+    )
+    return "\n".join(lines)
 
 
 def step_time() -> str:
@@ -370,6 +401,7 @@ TABLES = {
     "experiment_entangled": lambda: experiment("entangled"),
     "experiment_wrong_labels": lambda: experiment("wrong_labels", QUALITIES),
     "experiment_spanish": lambda: experiment("spanish"),
+    "recovery": recovery,
     "step_time": step_time,
     "persona": persona,
     "style": style,
