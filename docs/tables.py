@@ -209,8 +209,8 @@ def recovery() -> str:
             lines.append(f"| {' | '.join(cells)} | {place(attack.recovery)} ({between}) |")
     lines.append(
         f"\nMean (range) over {len(found.seeds)} seeds; the worst case of {strength(report['experiment'])}. Steps to "
-        "recover: until the forget loss of no routing is reached within 0.02 nats; half-way back: until that midway between no routing and "
-        "perfect filter. "
+        "recover: until the forget loss of no routing is reached within 0.02 nats; half-way back: until that midway "
+        "between no routing and perfect filter. "
         + " ".join(f"Target {t.verdict}: {t.wanted}: {t.measured}." for t in targets(found) if "steps" in t.wanted)
         + f" From `{command}`."
     )
