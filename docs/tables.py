@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from routed_peft.evaluation.measures import Crossing, Spread
-from routed_peft.evaluation.report.aggregate import Comparison, Result, aggregate, complete_seeds
-from routed_peft.evaluation.report.cards import card, in_order
-from routed_peft.evaluation.report.costs import costs
-from routed_peft.evaluation.report.page import place
-from routed_peft.evaluation.report.page import share as in_percent
-from routed_peft.evaluation.report.verdicts import ranged, targets
-from routed_peft.experiment.methods import METHODS, UNLEARNING
+from experiment_tables import Labels, losses, recovery
+
+from routed_peft.evaluation.measures import Spread
+from routed_peft.evaluation.report.verdicts import ranged
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "monitoring.md")
-Labels = tuple[float, float, float]
-"""Share of documents that carry a label, recall, precision."""
+HALF: list[Labels] = [(0.5, 1.0, 1.0)]
+ALL: list[Labels] = [(1.0, 1.0, 1.0)]
 RIVALS = ("filter", "classifier_filter", "demix", "era", "sgtm", "routed")
 QUALITIES = [(0.5, recall, precision) for recall, precision in ((1.0, 1.0), (0.9, 0.9), (0.8, 0.8), (0.6, 0.9))]
 SHARES = [(share, 1.0, 1.0) for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
@@ -40,181 +36,11 @@ def mean_range(values: list[float]) -> str:
     return ranged(Spread.of(values)) if values else "–"
 
 
-def experiment(name: str, labels: Sequence[Labels] = ((0.5, 1.0, 1.0),), methods: Collection[str] | None = None) -> str:
-    """Losses, way and tax of methods over seeds, at one kind of labels or more, of those that most seeds have.
-
-    Args:
-        name: of the experiment.
-        labels: share of documents that carry one, recall and precision.
-        methods: keys; all by default, at several kinds of labels those that look at them.
-    """
+def experiment(name: str, write: Callable[..., str], *how: Any) -> str:
+    """A table of an experiment, or the command that makes it."""
     command = f"python recipes/experiment.py --config recipes/configs/experiment_{name}.yaml"
-    report = load(name) or {"cells": []}
-    found = [(kind, of_labels(report["cells"], kind)) for kind in labels]
-    count = max(len(comparison.seeds) for _, comparison in found)
-    if not count:
-        return f"Not run yet: `{command}`."
-    found = [(kind, comparison) for kind, comparison in found if len(comparison.seeds) == count]
-    wanted = {kind: shown(comparison, methods, labeled_only=len(labels) > 1) for kind, comparison in found}
-    seeds = found[0][1].seeds
-    whole = aggregate([cell for cell in report["cells"] if cell["seed"] in seeds])  # its filters tell penalties
-    attacked = any(result.attacks for results in wanted.values() for result in results)
-    paid = any(costs(comparison, result).compute for kind, comparison in found for result in wanted[kind])
-    equal = any(result.tax_equal_retain for results in wanted.values() for result in results)
-    several = len(labels) > 1
-    results = [result for chosen in wanted.values() for result in chosen]
-    changed = any(
-        METHODS[result.condition.method.partition(":")[0]].change in (*UNLEARNING, "undo") for result in results
-    )
-    columns = [*(["labels"] if several else []), "method", "forget loss", *(["… relearned"] if attacked else [])]
-    columns += ["retain loss", "way", "tax", *(["… equal retain text"] if equal else [])]
-    columns += ["cost", "penalty"] if paid else []
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for chosen in wanted.values():
-        for result in chosen:
-            title = card(result.condition.method, report["settings"]).name
-            cells = [result.condition.labels] if several else []
-            cells += [f"**{title}**" if result.condition.method == "routed" else title, ranged(result.forget)]
-            cells += [relearned(result, count)] if attacked else []
-            cells += [ranged(result.retain), ranged(result.way, as_share=True), ranged(result.tax)]
-            cells += [ranged(result.tax_equal_retain)] if equal else []
-            paid_here = costs(whole, result)
-            cells += (
-                [f"{paid_here.compute.mean:.2f}" if paid_here.compute else "–", wasted(paid_here.penalty)]
-                if paid
-                else []
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    settings = report["settings"]
-    tokens = settings["steps"] * settings["batch_size"] * settings["length"] / 1e6
-    lines.append(
-        f"\nMean (range) over {count} {'seeds' if count > 1 else 'seed'}, {tokens:.2f} million training tokens each, nats per "
-        "token on test text. "
-        + ("Unlearning starts from no routing; what it trains on top is in the cost. " if changed else "")
-        + (f"Relearned: after the worst of {strength(report['experiment'])}. " if attacked else "")
-        + (
-            "‡: its best rate is the lowest or highest tried, in some seed. "
-            if any("‡" in line for line in lines)
-            else ""
-        )
-        + ("… equal retain text: against that filter, trained until it has seen as much of it. " if equal else "")
-        + (
-            "Cost: floating-point operations of training over those of no routing; penalty: share of its retain text that a "
-            "plain model could do without for the same retain loss, as far as the filters here can tell. "
-            if paid
-            else ""
-        )
-        + self_labels(results)
-        + f"Targets missed: {named(found, False)}. "
-        + (f"Cannot be told: {open_ones}. " if (open_ones := named(found, None)) != "none" else "")
-        + f"From `{command}`."
-    )
-    return "\n".join(lines)
-
-
-def of_labels(cells: list[dict[str, Any]], labels: Labels) -> Comparison:
-    """Sum up the cells with these labels and those without any, of seeds that have what others are compared with."""
-    kept = [c for c in cells if (c["labeled"], c["recall"], c["precision"]) in ((None, None, None), labels)]
-    seeds = complete_seeds(kept)
-    return aggregate([cell for cell in kept if cell["seed"] in seeds])
-
-
-def shown(found: Comparison, methods: Collection[str] | None, labeled_only: bool) -> list[Result]:
-    """Return the results that have a row: those of all seeds, and, ``labeled_only``, of methods that look at labels."""
-    results = sorted(found.results.values(), key=lambda r: in_order(found.methods).index(r.condition.method))
-    return [
-        result
-        for result in results
-        if len(result.cells) == len(found.seeds)
-        and (methods is None or result.condition.method in methods)
-        and (not labeled_only or result.condition.labeled is not None)
-    ]
-
-
-def wasted(penalty: Crossing | None) -> str:
-    """Write a compute penalty, or its bound."""
-    if penalty is None:
-        return "–"
-    return ("" if penalty.relation == "=" else f"{penalty.relation} ") + in_percent(penalty.at)
-
-
-def strength(about: dict[str, Any]) -> str:
-    """Say what attackers have: documents, steps and learning rates."""
-    split = "held-out" if about.get("attack_split", "validation") == "validation" else "the training set's"
-    kinds = [
-        f"on {name.rpartition('-')[2]} documents" if "few-shot" in name else f"“{name}”" for name in about["attacks"]
-    ]
-    named = " and ".join(dict.fromkeys(kind.replace("“forget”", "on all forget documents") for kind in kinds))
-    rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
-    return (
-        f"fine-tuning {named} ({split}), {about['attack_steps'][-1]} steps of 16 at most, all learning rates ({rates}"
-        f"{', and one more where the best is at an end' if about.get('extensions') else ''}) and steps"
-    )
-
-
-def relearned(result: Result, seeds: int) -> str:
-    """Forget loss after the worst attack, where every seed was attacked."""
-    worst = result.worst
-    if worst is None or worst.forget[-1].n < seeds:
-        return "–"
-    return f"{ranged(worst.forget[-1])}{'' if worst.interior else ' ‡'}" if worst.attacked else worst.verdict
-
-
-def self_labels(results: Sequence[Result]) -> str:
-    """Say how well the region labelled the rows that had no label, in the routed arm."""
-    found = [
-        (r, r.number("found_precision"), r.number("found_recall")) for r in results if r.condition.method == "routed"
-    ]
-    said = [
-        f"{precision.mean:.2f} / {recall.mean:.2f} at {result.condition.labels}"
-        for result, precision, recall in found
-        if precision and recall and result.condition.labeled != 1
-    ]
-    return f"Precision / recall of self-labels: {', '.join(said)}. " if said else ""
-
-
-def named(found: Sequence[tuple[Labels, Comparison]], met: bool | None) -> str:
-    """Name the targets that are missed, or that cannot be told (None), with what came out instead."""
-    here: dict[str, dict[str, None]] = {}  # what does not depend on labels comes up with all of them, and is said once
-    several = len({labels[1:] for labels, _ in found}) > 1
-    for (labeled, recall, precision), comparison in found:
-        for target in targets(comparison, [labeled]):
-            if target.met is met:
-                share, _, wanted = target.wanted.rpartition(" of the labels: ")
-                where = f" at {share}" if share else ""
-                where += f" ({recall:g}/{precision:g})" if share and several else ""
-                here.setdefault(wanted, {})[target.measured + where] = None
-    return "; ".join(f"{wanted}: {' / '.join(measured)}" for wanted, measured in here.items()) or "none"
-
-
-def recovery() -> str:
-    """Steps until an attacker has back what the model that was never unlearnt knows, with all labels."""
-    command = "python recipes/experiment.py --config recipes/configs/experiment_recovery.yaml"
-    report = load("recovery")
-    if report is None:
-        return f"Not run yet: `{command}`."
-    found = of_labels(report["cells"], (1.0, 1.0, 1.0))
-    (name,) = report["experiment"]["attacks"]
-    steps = report["experiment"]["attack_steps"]
-    lines = [
-        f"| method | forget loss | … after {steps[-1]} steps | half-way back | steps to recover |",
-        "|---|---|---|---|---|",
-    ]
-    for result in shown(found, None, labeled_only=False):
-        if (attack := result.attacks.get(name)) is not None and attack.forget[-1].n == len(found.seeds):
-            title = card(result.condition.method, report["settings"]).name
-            title = f"**{title}**" if result.condition.method == "routed" else title
-            between = " to ".join(map(place, attack.recovery_range))
-            cells = [title, ranged(result.forget), ranged(attack.forget[-1]), place(attack.halfway)]
-            lines.append(f"| {' | '.join(cells)} | {place(attack.recovery)} ({between}) |")
-    lines.append(
-        f"\nMean (range) over {len(found.seeds)} seeds; the worst case of {strength(report['experiment'])}. Steps to "
-        "recover: until the forget loss of no routing is reached within 0.02 nats; half-way back: until that midway "
-        "between no routing and perfect filter. "
-        + " ".join(f"Target {t.verdict}: {t.wanted}: {t.measured}." for t in targets(found) if "steps" in t.wanted)
-        + f" From `{command}`."
-    )
-    return "\n".join(lines)
+    report = load(name)
+    return f"Not run yet: `{command}`." if report is None else write(report, command, *how)
 
 
 def step_time() -> str:
@@ -395,13 +221,13 @@ def monitor_step() -> str:
 TABLES = {
     "grpo_step": grpo_step,
     "monitor_step": monitor_step,
-    "experiment_arithmetic": lambda: experiment("arithmetic", [(1.0, 1.0, 1.0)]),
-    "experiment_biology": lambda: experiment("biology"),
-    "experiment_biology_shares": lambda: experiment("biology", SHARES, RIVALS),
-    "experiment_entangled": lambda: experiment("entangled"),
-    "experiment_wrong_labels": lambda: experiment("wrong_labels", QUALITIES),
-    "experiment_spanish": lambda: experiment("spanish"),
-    "recovery": recovery,
+    "experiment_arithmetic": lambda: experiment("arithmetic", losses, ALL),
+    "experiment_biology": lambda: experiment("biology", losses, HALF),
+    "experiment_biology_shares": lambda: experiment("biology", losses, SHARES, RIVALS),
+    "experiment_entangled": lambda: experiment("entangled", losses, HALF),
+    "experiment_wrong_labels": lambda: experiment("wrong_labels", losses, QUALITIES),
+    "experiment_spanish": lambda: experiment("spanish", losses, HALF),
+    "recovery": lambda: experiment("recovery", recovery),
     "step_time": step_time,
     "persona": persona,
     "style": style,

@@ -1,0 +1,202 @@
+"""The tables of experiments (`recipes/experiment.py`): methods side by side, over labels and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from routed_peft.evaluation.measures import Crossing
+from routed_peft.evaluation.report.aggregate import Comparison, Result, aggregate, complete_seeds
+from routed_peft.evaluation.report.cards import card, in_order
+from routed_peft.evaluation.report.costs import costs
+from routed_peft.evaluation.report.page import place, share
+from routed_peft.evaluation.report.verdicts import ranged, targets
+from routed_peft.experiment.methods import METHODS, UNLEARNING
+
+Report = dict[str, Any]
+"""A summary of `recipes/experiment.py`."""
+Labels = tuple[float, float, float]
+"""Share of documents that carry a label, recall, precision."""
+NONE = "–"
+RELEARNED, EQUAL, COST, PENALTY = "… relearned", "… equal retain text", "cost", "penalty"
+NOTES = {
+    EQUAL: "… equal retain text: against that filter, trained until it has seen as much of it.",
+    COST: "Cost: floating-point operations of training over those of no routing.",
+    PENALTY: "Penalty: share of its retain text that a plain model could do without for the same retain loss, as far as the "
+    "filters here can tell.",
+}
+
+
+def losses(report: Report, command: str, labels: Sequence[Labels], methods: Collection[str] | None = None) -> str:
+    """Losses, way, tax and cost of methods over seeds, at one kind of labels or more, of those that most seeds have.
+
+    Args:
+        report: the experiment.
+        command: that made it.
+        labels: share of documents that carry one, recall and precision.
+        methods: keys; all by default, at several kinds of labels those that look at them.
+    """
+    found = [(kind, of_labels(report["cells"], kind)) for kind in labels]
+    count = max(len(comparison.seeds) for _, comparison in found)
+    if not count:
+        return f"Not run yet: `{command}`."
+    found = [(kind, comparison) for kind, comparison in found if len(comparison.seeds) == count]
+    results = [r for _, comparison in found for r in shown(comparison, methods, labeled_only=len(labels) > 1)]
+    whole = aggregate([cell for cell in report["cells"] if cell["seed"] in found[0][1].seeds])  # all its filters
+    columns: dict[str, Callable[[Result], str]] = {"labels": lambda r: r.condition.labels} if len(labels) > 1 else {}
+    columns |= {
+        "method": lambda r: title(r, report),
+        "forget loss": lambda r: ranged(r.forget),
+        RELEARNED: lambda r: relearned(r, count),
+        "retain loss": lambda r: ranged(r.retain),
+        "way": lambda r: ranged(r.way, as_share=True),
+        "tax": lambda r: ranged(r.tax),
+        EQUAL: lambda r: ranged(r.tax_equal_retain),
+        COST: lambda r: f"{paid.mean:.2f}" if (paid := costs(whole, r).compute) else NONE,
+        PENALTY: lambda r: wasted(costs(whole, r).penalty),
+    }
+    rows = [[write(result) for write in columns.values()] for result in results]
+    kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
+    names = [list(columns)[i] for i in kept]
+    lines = markdown(names, [[row[i] for i in kept] for row in rows])
+    return "\n".join([*lines, "", " ".join(caption(report, found, results, names, count, "\n".join(lines), command))])
+
+
+def caption(
+    report: Report,
+    found: Sequence[tuple[Labels, Comparison]],
+    results: Sequence[Result],
+    names: Collection[str],
+    count: int,
+    lines: str,
+    command: str,
+) -> list[str]:
+    """Return the sentences below `losses`: what its columns mean, what was missed, and the command."""
+    settings = report["settings"]
+    tokens = settings["steps"] * settings["batch_size"] * settings["length"] / 1e6
+    said = [
+        f"Mean (range) over {count} {'seeds' if count > 1 else 'seed'}, {tokens:.2f} million training tokens each, nats per "
+        "token on test text."
+    ]
+    if any(METHODS[result.condition.method.partition(":")[0]].change in (*UNLEARNING, "undo") for result in results):
+        said.append("Unlearning starts from no routing; what it trains on top is in the cost.")
+    if RELEARNED in names:
+        said.append(f"Relearned: after the worst of {strength(report['experiment'])}.")
+    if "‡" in lines:
+        said.append("‡: its best rate is the lowest or highest tried, in some seed.")
+    said += [note for name, note in NOTES.items() if name in names]
+    said += self_labels(results)
+    said.append(f"Targets missed: {named(found, False)}.")
+    if (open_ones := named(found, None)) != "none":
+        said.append(f"Cannot be told: {open_ones}.")
+    return [*said, f"From `{command}`."]
+
+
+def recovery(report: Report, command: str) -> str:
+    """Steps until an attacker has back what the model that was never unlearnt knows, with all labels."""
+    found = of_labels(report["cells"], (1.0, 1.0, 1.0))
+    (name,), steps = report["experiment"]["attacks"], report["experiment"]["attack_steps"]
+    rows = []
+    for result in shown(found, None, labeled_only=False):
+        if (attack := result.attacks.get(name)) is not None and attack.forget[-1].n == len(found.seeds):
+            between = " to ".join(map(place, attack.recovery_range))
+            row = [title(result, report), ranged(result.forget), ranged(attack.forget[-1]), place(attack.halfway)]
+            rows.append([*row, f"{place(attack.recovery)} ({between})"])
+    names = ["method", "forget loss", f"… after {steps[-1]} steps", "half-way back", "steps to recover"]
+    said = [
+        f"Mean (range) over {len(found.seeds)} seeds; the worst case of {strength(report['experiment'])}. Steps to "
+        "recover: until the forget loss of no routing is reached within 0.02 nats; half-way back: until that midway "
+        "between no routing and perfect filter.",
+        *(f"Target {one.verdict}: {one.wanted}: {one.measured}." for one in targets(found) if "steps" in one.wanted),
+        f"From `{command}`.",
+    ]
+    return "\n".join([*markdown(names, rows), "", " ".join(said)])
+
+
+def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def of_labels(cells: list[dict[str, Any]], labels: Labels) -> Comparison:
+    """Sum up the cells with these labels and those without any, of seeds that have what others are compared with."""
+    kept = [c for c in cells if (c["labeled"], c["recall"], c["precision"]) in ((None, None, None), labels)]
+    seeds = complete_seeds(kept)
+    return aggregate([cell for cell in kept if cell["seed"] in seeds])
+
+
+def shown(found: Comparison, methods: Collection[str] | None, labeled_only: bool) -> list[Result]:
+    """Return the results that have a row: those of all seeds, and, ``labeled_only``, of methods that look at labels."""
+    results = sorted(found.results.values(), key=lambda r: in_order(found.methods).index(r.condition.method))
+    return [
+        result
+        for result in results
+        if len(result.cells) == len(found.seeds)
+        and (methods is None or result.condition.method.partition(":")[0] in methods)
+        and (not labeled_only or result.condition.labeled is not None)
+    ]
+
+
+def title(result: Result, report: Report) -> str:
+    """Name a method; ours stands out."""
+    name = card(result.condition.method, report["settings"]).name
+    return f"**{name}**" if result.condition.method == "routed" else name
+
+
+def wasted(penalty: Crossing | None) -> str:
+    """Write a compute penalty, or its bound."""
+    if penalty is None:
+        return NONE
+    return ("" if penalty.relation == "=" else f"{penalty.relation} ") + share(penalty.at)
+
+
+def strength(about: dict[str, Any]) -> str:
+    """Say what attackers have: documents, steps and learning rates."""
+    split = "held-out" if about.get("attack_split", "validation") == "validation" else "the training set's"
+    kinds = {"forget": "on all forget documents"}
+    kinds |= {name: f"on {name.rpartition('-')[2]} of them" for name in about["attacks"] if name.startswith("few-shot")}
+    attacks = sorted(about["attacks"], key=lambda name: name != "forget")
+    if "forget" not in attacks:
+        kinds = {name: words.replace("of them", "forget documents") for name, words in kinds.items()}
+    named = " and ".join(kinds.get(name, f"“{name}”") for name in attacks)
+    rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
+    more = ", and one more where the best is at an end" if about.get("extensions") else ""
+    return (
+        f"fine-tuning {named} ({split}), {about['attack_steps'][-1]} steps of 16 at most, all learning rates "
+        f"({rates}{more}) and steps"
+    )
+
+
+def relearned(result: Result, seeds: int) -> str:
+    """Forget loss after the worst attack, where every seed was attacked."""
+    worst = result.worst
+    if worst is None or worst.forget[-1].n < seeds:
+        return NONE
+    return f"{ranged(worst.forget[-1])}{'' if worst.interior else ' ‡'}" if worst.attacked else worst.verdict
+
+
+def self_labels(results: Sequence[Result]) -> list[str]:
+    """Say how well the region labelled the rows that had no label, in the routed arm."""
+    found = [
+        (r, r.number("found_precision"), r.number("found_recall")) for r in results if r.condition.method == "routed"
+    ]
+    said = [
+        f"{precision.mean:.2f} / {recall.mean:.2f} at {result.condition.labels}"
+        for result, precision, recall in found
+        if precision and recall and result.condition.labeled != 1
+    ]
+    return [f"Precision / recall of self-labels: {', '.join(said)}."] if said else []
+
+
+def named(found: Sequence[tuple[Labels, Comparison]], met: bool | None) -> str:
+    """Name the targets that are missed, or that cannot be told (None), with what came out instead."""
+    here: dict[str, dict[str, None]] = {}  # what does not depend on labels comes up with all of them, and is said once
+    several = len({labels[1:] for labels, _ in found}) > 1
+    for (labeled, recall, precision), comparison in found:
+        for target in targets(comparison, [labeled]):
+            if target.met is met:
+                part, _, wanted = target.wanted.rpartition(" of the labels: ")
+                where = f" at {part}" if part else ""
+                where += f" ({recall:g}/{precision:g})" if part and several else ""
+                here.setdefault(wanted, {})[target.measured + where] = None
+    return "; ".join(f"{wanted}: {' / '.join(measured)}" for wanted, measured in here.items()) or "none"
