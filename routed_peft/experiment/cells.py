@@ -171,6 +171,11 @@ def twin(name: str, settings: DemoSettings) -> str:
     return "control" if method.arm.routed else "no_routing"
 
 
+def derived(method: Method) -> bool:
+    """Return whether a method starts from labels and another model, or another data set: without labels it says nothing new."""
+    return method.labels and (method.change is not None or method.relabel is not None or method.equal_retain)
+
+
 def irrelevant(method: Method) -> list[str]:
     """Return the settings that change nothing about a method's model."""
     routed = method.arm.routed or (method.parent is not None and METHODS[method.parent].arm.routed)
@@ -192,12 +197,8 @@ def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
             for labeled in experiment.labeled_shares:
                 here = replace(settings, seed=seed, labeled=labeled, recall=recall, precision=precision)
                 for name in experiment.methods:
-                    if (
-                        labeled == 0
-                        and METHODS[name.partition(VARIANT)[0]].change == "undo"
-                        and any(experiment.labeled_shares)
-                    ):
-                        continue  # nothing was unlearnt before
+                    if labeled == 0 and any(experiment.labeled_shares) and derived(METHODS[name.partition(VARIANT)[0]]):
+                        continue
                     cell = Cell.of(name, here)
                     cells.setdefault((cell.key, name), cell)
     return list(cells.values())
