@@ -94,7 +94,7 @@ def caption(
 
 def recovery(report: Report, command: str) -> str:
     """Steps until an attacker has back what the model that was never unlearnt knows, with all labels."""
-    found = of_labels(report["cells"], (1.0, 1.0, 1.0))
+    found = aggregate(report["cells"])
     (name,), steps = report["experiment"]["attacks"], report["experiment"]["attack_steps"]
     rows = []
     for result in shown(found, None, labeled_only=False):
