@@ -17,6 +17,7 @@ from routed_peft.evaluation.report.verdicts import ranged
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "monitoring.md")
 HALF: list[Labels] = [(0.5, 1.0, 1.0)]
+TENTH: list[Labels] = [(0.1, 1.0, 1.0)]
 ALL: list[Labels] = [(1.0, 1.0, 1.0)]
 RIVALS = ("filter", "classifier_filter", "demix", "era", "sgtm", "routed")
 QUALITIES = [(0.5, recall, precision) for recall, precision in ((1.0, 1.0), (0.9, 0.9), (0.8, 0.8), (0.6, 0.9))]
@@ -225,6 +226,7 @@ TABLES = {
     "experiment_biology": lambda: experiment("biology", losses, HALF),
     "experiment_biology_shares": lambda: experiment("biology", losses, SHARES, RIVALS),
     "experiment_entangled": lambda: experiment("entangled", losses, HALF),
+    "experiment_entangled_tenth": lambda: experiment("entangled", losses, TENTH),
     "experiment_wrong_labels": lambda: experiment("wrong_labels", losses, QUALITIES),
     "experiment_spanish": lambda: experiment("spanish", losses, HALF),
     "recovery": lambda: experiment("recovery", recovery),
