@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from routed_peft.evaluation.measures import Crossing
-from routed_peft.evaluation.report.aggregate import Comparison, Result, aggregate, complete_seeds
+from routed_peft.evaluation.relearning import Attack
+from routed_peft.evaluation.report.aggregate import BASE, Comparison, Result, aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
@@ -98,14 +99,17 @@ def recovery(report: Report, command: str) -> str:
     (name,), steps = report["experiment"]["attacks"], report["experiment"]["attack_steps"]
     rows = []
     for result in shown(found, None, labeled_only=False):
-        if (attack := result.attacks.get(name)) is not None and attack.forget[-1].n == len(found.seeds):
+        attack = result.attacks.get(name)
+        if result.condition.method == BASE:
+            rows.append([title(result, report), ranged(result.forget), NONE, NONE, "0"])
+        elif attack is not None and attack.recovery_by_seed and attack.forget[-1].n == len(found.seeds):
             between = " to ".join(map(place, attack.recovery_range))
             row = [title(result, report), ranged(result.forget), ranged(attack.forget[-1]), place(attack.halfway)]
             rows.append([*row, f"{place(attack.recovery)} ({between})"])
     names = ["method", "forget loss", f"… after {steps[-1]} steps", "half-way back", "steps to recover"]
     said = [
         f"Mean (range) over {len(found.seeds)} seeds; the worst case of {strength(report['experiment'])}. Steps to "
-        "recover: until the forget loss of no routing is reached within 0.02 nats; half-way back: until that midway "
+        "recover: until the forget loss of no routing is reached within {TOLERANCE:g} nats; half-way back: until that midway "
         "between no routing and perfect filter.",
         *(f"Target {one.verdict}: {one.wanted}: {one.measured}." for one in targets(found) if "steps" in one.wanted),
         f"From `{command}`.",
@@ -160,9 +164,10 @@ def strength(about: dict[str, Any]) -> str:
         kinds = {name: words.replace("of them", "forget documents") for name, words in kinds.items()}
     named = " and ".join(kinds.get(name, f"“{name}”") for name in attacks)
     rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
-    more = ", and one more where the best is at an end" if about.get("extensions") else ""
+    count = about.get("extensions", 0)
+    more = f", and up to {count} beyond an end where the best is there" if count else ""
     return (
-        f"fine-tuning {named} ({split}), {about['attack_steps'][-1]} steps of 16 at most, all learning rates "
+        f"fine-tuning {named} ({split}), {about['attack_steps'][-1]} steps of {Attack.batch_size} at most, all learning rates "
         f"({rates}{more}) and steps"
     )
 

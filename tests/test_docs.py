@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from evaluation_parts import TEXTS, byte_tokenizer, tiny_llama
+from report_parts import cells, summary
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -16,6 +18,28 @@ ROOT = Path(__file__).parent.parent
 
 def test_tables_of_the_readme_are_made_from_results():
     subprocess.run([sys.executable, ROOT / "docs" / "tables.py", "--check"], check=True)
+
+
+def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tables = importlib.import_module("experiment_tables")
+    about = {"attacks": ["forget"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3], "extensions": 2}
+    report = summary([row for seed in range(2) for row in cells(seed)]) | {"experiment": about}
+    table = tables.losses(report, "make", [(0.5, 1.0, 1.0)])
+    assert "| **routed with self-labels, ablated** | 5.00 | 3.50 | 3.50 | 67 % | 0.10 |" in table
+    assert "| control" not in table and "no attack" in table, "an attack that was none is no robustness"
+    assert (
+        "fine-tuning on all forget documents (held-out), 3 steps of 16 at most, all learning rates (0.001, and up to 2"
+        in table
+    )
+    assert "at least 95 % of the way: 66.7 % at 50 %" in table and table.endswith("From `make`.")
+    assert tables.losses(report, "make", [(0.1, 1.0, 1.0)]) == "Not run yet: `make`."
+    found = tables.recovery(summary(cells(labeled=1.0)) | {"experiment": about | {"attack_split": "train"}}, "make")
+    assert "| **routed with self-labels, ablated** | 5.00 | 3.50 | 0.417 | > 3 (> 3 to > 3) |" in found
+    assert "| no routing | 3.00 | – | – | 0 |" in found and "(the training set's)" in found
+    assert tables.strength(about | {"attacks": ["few-shot-4"]}).startswith(
+        "fine-tuning on 4 forget documents (held-out)"
+    )
 
 
 @pytest.mark.parametrize(

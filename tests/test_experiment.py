@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from routed_peft.checkpoint import load_routed
 from routed_peft.corpora import load_pair
+from routed_peft.demo.material import Material
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.reading import read_sources
 from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, cells, changing, making, run, run_experiment
@@ -324,6 +325,21 @@ def test_facts_are_what_the_model_was_trained_on():
 def test_numbers_that_json_does_not_have_are_null(tmp_path):
     run.write_json(tmp_path / "a.json", {"losses": (1.0, float("nan")), "rate": float("inf")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"losses": [1.0, None], "rate": None}
+
+
+def test_token_weights_need_self_labels(tmp_path):
+    settings = replace(TINY, self_labels=False, frequency_weights=True)
+    with pytest.raises(ValueError, match="`frequency_weights` needs `self_labels`"):
+        Material.prepare(TINY, tmp_path / "data").run_of(METHODS["routed"].arm, settings)
+
+
+def test_what_would_repeat_another_cell_has_none():
+    def names(labeled_shares):
+        methods = ["filter", "filter_equal_retain", "classifier_filter", "routed", "npo"]
+        found = all_cells(Experiment("unused", methods=methods, labeled_shares=labeled_shares, seeds=[0]), TINY)
+        return [[cell.shown for cell in found if cell.labels["labeled"] == share] for share in labeled_shares]
+
+    assert names([0.0, 1.0]) == [["filter", "routed"], ["filter", "filter_equal_retain", "routed", "npo"]]
 
 
 def test_forget_rows_may_teach_the_base_what_both_sides_share(tmp_path):

@@ -159,12 +159,21 @@ def test_targets_are_met_or_missed_by_the_numbers():
 
 def test_steps_half_way_back_tell_where_no_attack_recovers():
     """No routing has 3, the perfect filter 6 before any attack: half of the way back is 4.5 for every model."""
-    by_target = {target.wanted: target for target in targets(aggregate(cells(labeled=1.0)))}
-    target = by_target["all labels, attack “forget”: at least 0.8 × the steps half-way back of the perfect filter"]
-    assert target.measured == "0.417 against 2" and target.met is False
+    found = aggregate(cells(labeled=1.0))
+    half = {name: found.get(name, 1.0, RIGHT) or found.get(name) for name in ("routed", "perfect_filter")}
+    assert half["routed"].attacks["forget"].halfway.at == pytest.approx(0.5 / 1.2)
+    assert half["perfect_filter"].attacks["forget"].halfway == Crossing(2)
     assert aggregate(cells()[:1]).get("no_routing").attacks["forget"].halfway is None, (
         "nobody says what the other end is"
     )
+
+
+def test_what_was_not_removed_is_not_recovered():
+    """A share of nothing is no number: no routing's own loss, measured twice, differs in the last digits."""
+    rows = [row | {"forget_loss": 3.0 + 1e-8} if row["method"] == "control" else row for row in cells()]
+    found = aggregate(rows)
+    assert found.get("control").attacks["forget"].recovered is None
+    assert routed(rows).attacks["forget"].recovered.mean == pytest.approx((5.0 - 3.5) / (5.0 - 3.0))
 
 
 def test_sentences_say_what_came_out():
@@ -436,14 +445,13 @@ def test_undo_must_hold_out_longer_with_more_noise_and_like_the_oracle_when_dist
         for target in targets(aggregate(rows))
         if "UNDO" in target.wanted or "afresh" in target.wanted
     }
-    rises, fresh, half = found.values()
+    rises, fresh = found.values()
     assert rises.met and rises.measured == "3.00 3.40 3.90"
     assert fresh.met is None and fresh.measured == "> 3 against > 3", "neither recovers, so it cannot be told"
-    assert half.met is False and half.measured == "0.5 against 2", "half of the way back is 4.5"
     rows = [*cells(), undone("0.2", 3.0), undone("0.8", 2.9), undone("1", 2.9, between=2.95)]
-    rises, fresh, _ = (t for t in targets(aggregate(rows)) if "UNDO" in t.wanted or "afresh" in t.wanted)
+    rises, fresh = (t for t in targets(aggregate(rows)) if "UNDO" in t.wanted or "afresh" in t.wanted)
     assert rises.met is False and fresh.met is False, "it recovers before the oracle would"
     none = {"forget": [curve(1e-3, [5.0, 5.1, 5.2], status="diverged")]}
     rows = [*cells(), undone("0.2", 3.0), cell("undo-1", 5.0, 3.6, 0.5, attacks=none)]
-    rises, fresh, _ = (t for t in targets(aggregate(rows)) if "UNDO" in t.wanted or "afresh" in t.wanted)
+    rises, fresh = (t for t in targets(aggregate(rows)) if "UNDO" in t.wanted or "afresh" in t.wanted)
     assert rises.met is None and fresh.met is None, "an attack that diverged says nothing of robustness"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -327,16 +327,15 @@ def test_what_is_there_is_not_made_again(made):
     assert again["cells"] == summary["cells"][1:] and "Nothing to compare" in again["verdict"]
 
 
-def test_the_table_of_the_readme_is_made_from_it(made):
+def test_the_table_of_the_readme_is_made_from_it(made, monkeypatch):
     out, summary, _ = made
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    tables.ROOT = out
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tables = importlib.import_module("tables")
+    monkeypatch.setattr(tables, "ROOT", out)
     table = tables.reward_hack().splitlines()
     assert len(table) == 2 + len(summary["rows"]) + 2 and all(line.count("|") == 10 for line in table[:-2])
     assert "**routed, exclusive + anchor, ablated**" in table[6] and table[-1].startswith("Mean (range) over 1 seeds")
-    tables.ROOT = out / "nowhere"
+    monkeypatch.setattr(tables, "ROOT", out / "nowhere")
     assert tables.reward_hack().startswith("Not run yet: `python recipes/grpo_reward_hack.py --config")
 
 

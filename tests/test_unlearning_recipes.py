@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,19 @@ def test_undo_after_unlearning(place, tmp_path):
     command[command.index(str(tmp_path / "out"))] = str(tmp_path / "again")
     with pytest.raises(ValueError, match="different tokenizers"):
         here([*command, "--student", str(tmp_path / "student")])
+
+
+def test_the_command_cleans_up_after_itself_alone(place, tmp_path):
+    """Stored outputs go, a model of the user's that lies beside them stays, and an unknown cost is said to be unknown."""
+    shutil.copytree(place / "plain", tmp_path / "out/teacher")
+    more = ["--text", str(place / "train.jsonl"), "--steps", "2", "--length", "16", "--cpu", "--eval-steps", "1"]
+    for out, topk in ((tmp_path / "out", []), (tmp_path / "stored", ["--topk", "4"])):
+        result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(out), *more, *topk])
+        assert result.exit_code == 0, result.output
+        assert "has no record of its own" in " ".join(result.output.replace("│", " ").split())
+        assert json.loads((out / "undo.json").read_text())["total_ledger"] is None
+    assert (tmp_path / "out/teacher/model.safetensors").is_file()
+    assert not (tmp_path / "stored/teacher").exists() and not list((tmp_path / "stored").glob("checkpoint-*"))
 
 
 def test_mistakes_are_explained(place, tmp_path):

@@ -70,6 +70,7 @@ def undo(
     from routed_peft.training import RunDirectory, RunRecorder
     from routed_peft.unlearning import UndoArguments, save_undone
     from routed_peft.unlearning import undo as distil
+    from routed_peft.unlearning.teacher_cache import ABOUT
 
     settings: dict[str, Any] = {
         "source": src,
@@ -124,8 +125,13 @@ def undo(
     if args.process_index == 0:
         content = save_undone(student, record, out, src, tokenizer)
         run.finish(content)
-        for folder in (*out.glob("checkpoint-*"), out / "teacher"):  # state and stored outputs, of no more use
-            shutil.rmtree(folder, ignore_errors=True)
+        cache = out / "teacher"
+        ours = topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve()
+        for folder in (
+            *out.glob("checkpoint-*"),
+            *([cache] if ours else []),
+        ):  # state and stored outputs: of no more use
+            shutil.rmtree(folder)
         Console().print(_table(content, out))
 
 

@@ -97,6 +97,10 @@ class Material:
             return add_frequency_weights(run, self._frequency_weights(), ERA_WEIGHT)
         if not arm.routed:
             return schedule(rows, count, seed=settings.seed)
+        if settings.frequency_weights and not settings.self_labels:
+            raise ValueError(
+                "`frequency_weights` needs `self_labels`: the weights belong to rows that count as forget by then"
+            )
         first, share, seed = settings.labeled_first, settings.forget_share, settings.seed
         if not settings.self_labels:
             return schedule(rows, count, first, share, seed, settings.first_forget_share)

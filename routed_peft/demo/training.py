@@ -122,10 +122,8 @@ def routes_of(arm: Arm, settings: DemoSettings) -> dict[str, Route]:
         return presets.era(REGION)
     if not arm.routed:
         return presets.control()
-    by_token = (
-        settings.frequency_weights and settings.self_labels
-    )  # the rows then have weights for the base, token by token
-    return presets.sgtm(REGION, 1.0 if by_token else settings.base_weight)
+    # where tokens have weights of their own for the base, these multiply the route's
+    return presets.sgtm(REGION, 1.0 if settings.frequency_weights else settings.base_weight)
 
 
 def train_arm(

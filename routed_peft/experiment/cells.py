@@ -171,9 +171,19 @@ def twin(name: str, settings: DemoSettings) -> str:
     return "control" if method.arm.routed else "no_routing"
 
 
-def derived(method: Method) -> bool:
-    """Return whether a method starts from labels and another model, or another data set: without labels it says nothing new."""
-    return method.labels and (method.change is not None or method.relabel is not None or method.equal_retain)
+def adds_nothing(name: str, settings: DemoSettings) -> bool:
+    """Return whether a method's cell would repeat another's and be no measurement of it.
+
+    Without labels nothing is unlearnt, found by a classifier, or made longer; with all of them a classifier finds nothing.
+
+    >>> adds_nothing("npo", DemoSettings(labeled=0.0)), adds_nothing("routed", DemoSettings(labeled=0.0))
+    (True, False)
+    """
+    method = METHODS[name]
+    derived = method.change is not None or method.relabel is not None or method.equal_retain
+    if settings.labeled == 0:
+        return method.labels and derived
+    return method.relabel is not None and twin(name, settings) == "perfect_filter"
 
 
 def irrelevant(method: Method) -> list[str]:
@@ -197,7 +207,7 @@ def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
             for labeled in experiment.labeled_shares:
                 here = replace(settings, seed=seed, labeled=labeled, recall=recall, precision=precision)
                 for name in experiment.methods:
-                    if labeled == 0 and any(experiment.labeled_shares) and derived(METHODS[name.partition(VARIANT)[0]]):
+                    if len({*experiment.labeled_shares}) > 1 and adds_nothing(name.partition(VARIANT)[0], here):
                         continue
                     cell = Cell.of(name, here)
                     cells.setdefault((cell.key, name), cell)

@@ -23,6 +23,8 @@ from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
 
 Row = Mapping[str, Any]
+REMOVED = 0.1
+"""Nats that a method must have removed for a share of them to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Relearning:
         recovery_by_seed: the same in every seed.
         halfway: steps until the mean over seeds is midway between never-unlearnt model and perfect filter, both before any
             attack; None where these are not known. Reached by weaker attacks than a whole recovery.
-        recovered: share of what was removed that the last step has brought back, seed by seed (`recovered`); None likewise.
+        recovered: share of what was removed that the last step has brought back, seed by seed (`recovered`), where that was
+            more than `REMOVED`; None likewise.
         area: normalised area under the relearning curve (`relearning_area`); None where there is nothing to compare with.
         way: at each step, from no routing to perfect filter under the same attack; None likewise.
     """
@@ -122,6 +125,9 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
         )
     else:  # other text is scored, on which other models were measured under the same attack alone
         reference, ceiling = ({seed: own[seed].forget[0] for seed in found if seed in own} for own in (low, high))
+    before = {
+        s: cells[s]["forget_loss"] if Attack.parse(name).target == FORGET else own.forget[0] for s, own in found.items()
+    }
     midway = {seed: (loss + ceiling[seed]) / 2 for seed, loss in reference.items() if seed in ceiling}
     ends = [seed for seed in found if seed in low and seed in high]
     return Relearning(
@@ -136,7 +142,11 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
         recovery=_recovery(steps, found, reference),
         recovery_by_seed=tuple(to_recover(steps, found[seed].forget, loss) for seed, loss in reference.items()),
         halfway=_recovery(steps, found, midway, tolerance=0.0),
-        recovered=spread(recovered(found[s].forget[0], found[s].forget[-1], loss) for s, loss in reference.items()),
+        recovered=spread(
+            recovered(before[s], found[s].forget[-1], loss)
+            for s, loss in reference.items()
+            if before[s] - loss > REMOVED
+        ),
         area=_area(steps, found, low, high, ends),
         way=tuple(
             spread([way(found[s].forget[i], low[s].forget[i], high[s].forget[i]) for s in ends])

@@ -96,7 +96,7 @@ def _penalty(found: Comparison, result: Result) -> Crossing | None:
 def _leakage(found: Comparison, result: Result) -> Crossing | None:
     tokens, losses = _plain(found, "forget")
     unlabeled = result.over("unlabeled_tokens_by_side").get("forget")
-    if result.condition.method == FILTER:  # all the forget text that it sees, its labels being right
+    if result.condition.method == FILTER and result.condition.quality == (1.0, 1.0):  # all the forget text that it sees
         unlabeled = result.over("tokens_by_side").get("forget")
     return leakage(result.forget.mean, unlabeled, tokens, losses) if unlabeled and len(tokens) > 1 else None
 

@@ -168,7 +168,7 @@ def _of_share(found: Comparison, routed: Result, labeled: float) -> Iterator[Tar
 
 
 def _of_placebos(found: Comparison) -> Iterator[Target]:
-    base, labeled = found.get(BASE), 0.5 if 0.5 in found.shares else next(iter(found.shares), None)
+    base, labeled = found.get(BASE), 0.5 if 0.5 in found.shares else next(filter(None, found.shares), None)
     routed = found.get(ROUTED, labeled, found.best_quality)
     if base is None or routed is None or routed.forget.mean <= base.forget.mean:
         return
@@ -195,11 +195,11 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
         fresh = found.get(f"{UNDO}1", labeled, found.best_quality)
         if oracle is None or fresh is None or not {attack} <= fresh.attacks.keys() & oracle.attacks.keys():
             continue
-        yield from _of_crossings(
+        yield from _of_recovery(
             fresh.attacks[attack],
             oracle.attacks[attack],
             FRESH,
-            f"attack “{attack}”: distilled afresh at least {FRESH:g} × the steps {{}} of the perfect filter",
+            f"attack “{attack}”: distilled afresh at least {FRESH:g} × the steps to recover of the perfect filter",
         )
 
 
@@ -210,24 +210,20 @@ def _of_steps(found: Comparison) -> Iterator[Target]:
             other = found.get(method, 1.0, found.best_quality)
             if routed is None or other is None or attack not in routed.attacks or attack not in other.attacks:
                 continue
-            yield from _of_crossings(
+            yield from _of_recovery(
                 routed.attacks[attack],
                 other.attacks[attack],
                 least,
-                f"all labels, attack “{attack}”: at least {least:g} × the steps {{}} of {name}",
+                f"all labels, attack “{attack}”: at least {least:g} × the steps to recover of {name}",
             )
 
 
-def _of_crossings(own: Relearning, its: Relearning, least: float, wanted: str) -> Iterator[Target]:
-    """Yield a target on the steps to recover, and one on those half-way back, which short attacks reach as well."""
-    for steps, mine, other in (
-        ("to recover", own.recovery, its.recovery),
-        ("half-way back", own.halfway, its.halfway),
-    ):
-        if mine is not None and other is not None:
-            met = at_least(mine, least, other) if own.attacked and its.attacked else None
-            seeds = min(own.forget[-1].n, its.forget[-1].n)
-            yield Target(wanted.format(steps), f"{place(mine)} against {place(other)}", met, seeds)
+def _of_recovery(own: Relearning, its: Relearning, least: float, wanted: str) -> Iterator[Target]:
+    """Yield a target on the steps to recover, where both are known."""
+    if own.recovery is not None and its.recovery is not None:
+        met = at_least(own.recovery, least, its.recovery) if own.attacked and its.attacked else None
+        seeds = min(own.forget[-1].n, its.forget[-1].n)
+        yield Target(wanted, f"{place(own.recovery)} against {place(its.recovery)}", met, seeds)
 
 
 def at_least(own: Crossing, factor: float, other: Crossing) -> bool | None:
