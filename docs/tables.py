@@ -226,6 +226,7 @@ TABLES = {
     "experiment_biology": lambda: experiment("biology", losses, HALF),
     "experiment_biology_shares": lambda: experiment("biology", losses, SHARES, RIVALS),
     "experiment_entangled": lambda: experiment("entangled", losses, HALF),
+    "experiment_spanish_tenth": lambda: experiment("spanish", losses, TENTH),
     "experiment_entangled_tenth": lambda: experiment("entangled", losses, TENTH),
     "experiment_wrong_labels": lambda: experiment("wrong_labels", losses, QUALITIES),
     "experiment_spanish": lambda: experiment("spanish", losses, HALF),
