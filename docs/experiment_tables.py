@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from routed_peft.evaluation.measures import Crossing
+from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
 from routed_peft.evaluation.report.aggregate import BASE, Comparison, Result, aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
@@ -109,7 +110,7 @@ def recovery(report: Report, command: str) -> str:
     names = ["method", "forget loss", f"… after {steps[-1]} steps", "half-way back", "steps to recover"]
     said = [
         f"Mean (range) over {len(found.seeds)} seeds; the worst case of {strength(report['experiment'])}. Steps to "
-        "recover: until the forget loss of no routing is reached within {TOLERANCE:g} nats; half-way back: until that midway "
+        f"recover: until the forget loss of no routing is reached within {TOLERANCE:g} nats; half-way back: until that midway "
         "between no routing and perfect filter.",
         *(f"Target {one.verdict}: {one.wanted}: {one.measured}." for one in targets(found) if "steps" in one.wanted),
         f"From `{command}`.",

@@ -37,6 +37,7 @@ def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
     found = tables.recovery(summary(cells(labeled=1.0)) | {"experiment": about | {"attack_split": "train"}}, "make")
     assert "| **routed with self-labels, ablated** | 5.00 | 3.50 | 0.417 | > 3 (> 3 to > 3) |" in found
     assert "| no routing | 3.00 | – | – | 0 |" in found and "(the training set's)" in found
+    assert "within 0.02 nats" in found and "{" not in found
     assert tables.strength(about | {"attacks": ["few-shot-4"]}).startswith(
         "fine-tuning on 4 forget documents (held-out)"
     )

@@ -127,10 +127,7 @@ def undo(
         run.finish(content)
         cache = out / "teacher"
         ours = topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve()
-        for folder in (
-            *out.glob("checkpoint-*"),
-            *([cache] if ours else []),
-        ):  # state and stored outputs: of no more use
+        for folder in [*out.glob("checkpoint-*"), *([cache] if ours else [])]:  # of no more use
             shutil.rmtree(folder)
         Console().print(_table(content, out))
 
