@@ -158,7 +158,11 @@ def wasted(penalty: Crossing | None) -> str:
 def strength(about: dict[str, Any]) -> str:
     """Say what attackers have: documents, steps and learning rates."""
     split = "held-out" if about.get("attack_split", "validation") == "validation" else "the training set's"
-    kinds = {"forget": "on all forget documents"}
+    kinds = {
+        "forget": "on all forget documents",
+        "facts": "on half of the facts",
+        "bias+forget": "of the logits’ bias alone",
+    }
     kinds |= {name: f"on {name.rpartition('-')[2]} of them" for name in about["attacks"] if name.startswith("few-shot")}
     attacks = sorted(about["attacks"], key=lambda name: name != "forget")
     if "forget" not in attacks:

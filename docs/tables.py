@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment_tables import Labels, losses, recovery
+from tradeoff_tables import facts, frontier, leaking
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.verdicts import ranged
@@ -231,6 +232,9 @@ TABLES = {
     "experiment_wrong_labels": lambda: experiment("wrong_labels", losses, QUALITIES),
     "experiment_spanish": lambda: experiment("spanish", losses, HALF),
     "recovery": lambda: experiment("recovery", recovery),
+    "frontier": lambda: experiment("frontier", frontier),
+    "leakage": lambda: experiment("leakage", leaking),
+    "facts": lambda: experiment("facts", facts),
     "step_time": step_time,
     "persona": persona,
     "style": style,

@@ -24,6 +24,7 @@ from routed_peft.data import (
     DocumentArguments,
     evaluation_rows,
     labeled_documents,
+    labeled_tokens,
     of_arm,
     pack,
     schedule,
@@ -89,18 +90,20 @@ def main() -> None:
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
+    documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args)
     trainer = RoutedTrainer(
         model,
         args,
         routes=make_routes(recipe),
-        train_dataset=training_rows(recipe, args, tokenizer),
+        train_dataset=training_rows(recipe, args, documents, tokenizer),
         eval_dataset=evaluation_rows(recipe, tokenizer) or None,
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
+    labeled = labeled_tokens(documents, tokenizer, recipe.length, recipe.arm)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    summary = {"method": recipe.method, "arm": recipe.arm, **trainer.run_summary()}
+    summary = {"method": recipe.method, "arm": recipe.arm, **trainer.run_summary(labeled)}
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
@@ -136,9 +139,11 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
     return {"forget": flagged["flagged"], "retain": flagged["unflagged"], "unlabeled": flagged["unflagged"]}
 
 
-def training_rows(recipe: Recipe, args: RoutedTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def training_rows(
+    recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
     """Return the rows of this run in their order: the same number of tokens in every arm."""
-    rows = pack(of_arm(labeled_documents(recipe), recipe.arm), tokenizer, recipe.length, seed=args.seed)
+    rows = pack(of_arm(documents, recipe.arm), tokenizer, recipe.length, seed=args.seed)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
     first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)

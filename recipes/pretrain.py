@@ -28,6 +28,7 @@ from routed_peft.data import (
     add_frequency_weights,
     evaluation_rows,
     labeled_documents,
+    labeled_tokens,
     of_arm,
     pack,
     schedule,
@@ -138,8 +139,9 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
+    labeled = labeled_tokens(documents, tokenizer, recipe.length, recipe.arm)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    summary = {"method": recipe.method, "arm": recipe.arm, **trainer.run_summary()}
+    summary = {"method": recipe.method, "arm": recipe.arm, **trainer.run_summary(labeled)}
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return

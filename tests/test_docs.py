@@ -43,6 +43,31 @@ def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
     )
 
 
+def test_tables_of_what_is_traded_say_what_their_numbers_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tables = importlib.import_module("tradeoff_tables")
+    rows = [row for seed in range(2) for row in cells(seed)]
+    rows += [row | {"method": "routed:robust_share=0.2"} for row in rows if row["method"] == "routed"]
+    table = tables.frontier(summary(rows, robust_share=0.05), "make")
+    assert "| **nothing changed** | 5.00 | 3.50 | 67 % | 0.10 | 0.05 | 0.05 |" in table
+    assert "| `robust_share` 0.2 (not 0.05) | 5.00 |" in table and "filter" not in table and "over 2 seeds" in table
+
+    tokens = {"tokens_by_side": {"forget": 0, "retain": 1_000_000}, "unlabeled_tokens_by_side": {"forget": 12_500}}
+    filters = [row | tokens for row in rows if row["method"] in ("filter", "perfect_filter")]
+    rows = [row for row in rows if row["method"] == "no_routing"] + filters
+    rows += [row | tokens | {"method": "routed"} for row in cells() if row["method"] == "routed"]
+    table = tables.leaking(summary(rows), "make")
+    assert "| 50 % | filter, same labels | 3.50 | 3.40 | 0.00 | 12.5 k |" in table and "perfect" not in table
+
+    attacks = [{"facts": row["attacks"]["forget"]} for row in cells()]
+    rows = [row | {"attacks": one} for row, one in zip(cells(), attacks, strict=True)]
+    about = {"attacks": ["facts"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3]}
+    table = tables.facts(summary(rows) | {"experiment": about}, "make")
+    assert "| method | forget loss | … after half of the facts, on the others |" in table
+    assert "| no routing | 3.00 | 2.80 |" in table and "| no attack |" in table
+    assert "the worst case of fine-tuning on half of the facts (held-out)" in table
+
+
 @pytest.mark.parametrize(
     "page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")), "evals/README.md"]
 )

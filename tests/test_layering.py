@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "corpora": set(),
     "tasks": {"corpora"},
     "presets": {"routes"},
+    "ledger": set(),
     "routing": {"functional", "routes", "architectures"},
     "regions": {"routes", "architectures", "subspaces"},
     "subspaces": {"architectures"},
@@ -28,6 +29,7 @@ MAY_IMPORT = {
         "functional",
         "routes",
         "presets",
+        "ledger",
         "architectures",
         "routing",
         "regions",
@@ -51,7 +53,7 @@ MAY_IMPORT["cli"] = {*MAY_IMPORT}
 
 # The files of the layer "routing".
 ROUTING = ("routing", "groups", "layers", "selfcheck", "state")
-TORCH_ONLY = ("functional", "routes", "presets")
+TORCH_ONLY = ("functional", "routes", "presets", "ledger")
 
 
 def layer_of(module: str) -> str:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from routed_peft import RoutedTrainer
 from routed_peft.checkpoint import inspect_checkpoint
 from routed_peft.evaluation.report.reading import read_sources
+from routed_peft.ledger import Ledger
 from routed_peft.training import RunDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,9 @@ def test_a_run_leaves_its_records(runs, name):
     summary = json.loads((runs / name / "summary.json").read_text())
     assert about["config"]["training"]["max_steps"] == 4 and "--max_steps 4" in about["command"]
     assert summary["steps"] == 4 and summary["tokens"] == 4 * 16 * 16
+    ledger = Ledger.from_dict(summary["ledger"])
+    assert (ledger.serial_steps, ledger.tokens) == (4, summary["tokens"]) and ledger.labeled_forget_tokens % 16 == 0
+    assert (ledger.labeled_forget_tokens > 0) == (about["config"]["recipe"]["labeled"] > 0)
     points = run.points()
     train = [point for point in points if point["split"] == "train"]
     assert [(point["step"], point["tokens"]) for point in train] == [(2, 512), (4, 1024)]

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from routed_peft import RoutedConfig, presets, save_routed
 from routed_peft.cli import app
 from routed_peft.data import pack, train_tokenizer
+from routed_peft.ledger import Ledger
 from routed_peft.training import RunDirectory
-from routed_peft.unlearning import METHODS, DistillationTrainer, Ledger
+from routed_peft.unlearning import METHODS, DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {

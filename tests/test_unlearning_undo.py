@@ -14,13 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from unlearning_parts import FORGET, LENGTH, RETAIN, arguments, learned_model, loss, ragged
 
 from routed_peft.data import train_tokenizer
+from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.unlearning import (
     DistillationTrainer,
-    Ledger,
     TeacherCache,
     UndoArguments,
     check_tokenizers,
-    matmul_parameters,
     save_undone,
     undo,
     unlearn,
@@ -170,11 +169,12 @@ def test_a_killed_run_continues_where_it_was(teacher, tmp_path):
     assert same(whole, resumed) and again.ledger == record.ledger
 
 
-def test_the_output_is_a_plain_checkpoint_with_its_record(teacher, tmp_path):
+@pytest.mark.parametrize("name", ["unlearning.json", "summary.json"])
+def test_the_output_is_a_plain_checkpoint_with_its_record(teacher, tmp_path, name):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     former = Ledger(flops=5, serial_steps=1, tokens=7, labeled_forget_tokens=3)
-    (source / "unlearning.json").write_text(json.dumps({"ledger": former.to_dict()}))
+    (source / name).write_text(json.dumps({"ledger": former.to_dict()}))
     student, record = undo(teacher, MIX, options(tmp_path, max_steps=1, seed=4, eval_steps=1), RETAIN)
     content = save_undone(student, record, out, str(source), byte_tokenizer())
     assert content == json.loads((out / "undo.json").read_text())

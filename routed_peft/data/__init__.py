@@ -9,7 +9,7 @@ from routed_peft.data.columns import (
     class_names,
     route_column,
 )
-from routed_peft.data.documents import DocumentArguments, evaluation_rows, labeled_documents, of_arm
+from routed_peft.data.documents import DocumentArguments, evaluation_rows, labeled_documents, labeled_tokens, of_arm
 from routed_peft.data.frequencies import add_frequency_weights, token_frequency_weights, tokens_of_words
 from routed_peft.data.labels import (
     FORGET,
@@ -41,6 +41,7 @@ __all__ = [
     "evaluation_rows",
     "label_statistics",
     "labeled_documents",
+    "labeled_tokens",
     "labels_from_classifier",
     "labels_from_column",
     "labels_from_keywords",

@@ -82,6 +82,23 @@ def of_arm(ds: Dataset, arm: str) -> Dataset:
     return ds.filter(lambda value: value != FORGET, input_columns=column)
 
 
+def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, arm: str) -> int:
+    """Return how many tokens of forget text somebody had to label for an arm, in whole rows of ``length``: of ``side`` for
+    "perfect_filter", of ``route_label`` for "routed" and "filter", none for other arms.
+
+    >>> from routed_peft.data import train_tokenizer
+    >>> ds = Dataset.from_dict({"text": ["a b c"] * 8, "route_label": ["forget", "unlabeled"] * 4, "side": ["forget"] * 8})
+    >>> tokenizer = train_tokenizer(ds["text"], 270)
+    >>> [labeled_tokens(ds, tokenizer, 4, arm) for arm in ("none", "filter", "perfect_filter")]
+    [0, 24, 48]
+    """
+    column = {"routed": ROUTE_LABEL, "filter": ROUTE_LABEL, "perfect_filter": SIDE}.get(arm)
+    if column is None:
+        return 0
+    known = documents.filter(lambda value: value == FORGET, input_columns=column)
+    return len(pack(known, tokenizer, length, by=[])) * length if len(known) else 0
+
+
 def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """Return packed held-out rows by side: of ``eval_files`` beside a training file, else of the validation split of ``pair``.
 

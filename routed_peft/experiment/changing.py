@@ -23,7 +23,8 @@ from routed_peft.demo.measuring import open_model
 from routed_peft.demo.training import bf16_helps
 from routed_peft.experiment.cells import Cell
 from routed_peft.experiment.methods import METHODS
-from routed_peft.unlearning import Ledger, UndoArguments, UnlearningArguments, undo, unlearn
+from routed_peft.ledger import Ledger
+from routed_peft.unlearning import UndoArguments, UnlearningArguments, undo, unlearn
 
 UNDO_LOOKS = 40
 """How often UNDO's stop rule looks at retain loss."""

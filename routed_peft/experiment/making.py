@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from routed_peft.corpora import PAIRS, load_pair
 from routed_peft.corpora.arithmetic import FACTS
-from routed_peft.data import FORGET, RETAIN, UNLABELED, pack
+from routed_peft.data import FORGET, RETAIN, UNLABELED, labeled_tokens
 from routed_peft.demo.material import SIDES, Material, first_of, tokens_by_side
 from routed_peft.demo.measuring import measure_model, open_model
 from routed_peft.demo.settings import Arm, DemoSettings
@@ -26,9 +26,8 @@ from routed_peft.evaluation.relearning import Attack, AttackData, relearn
 from routed_peft.experiment.cells import NUMBERS, Cell, Experiment
 from routed_peft.experiment.changing import change
 from routed_peft.experiment.methods import UNLEARNING
+from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.training import RunDirectory, SelfLabeledRows
-from routed_peft.training.self_labels import REFERENCE_ROWS
-from routed_peft.unlearning import Ledger, matmul_parameters
 
 
 def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> dict[str, Any]:
@@ -107,25 +106,15 @@ def ledger_of(cell: Cell, model: nn.Module, material: Material, run: Dataset | S
         material: what it was trained on.
         run: in which order.
     """
-    length, scored = cell.settings.length, 0
-    if isinstance(run, SelfLabeledRows) and run.found:
-        scored = len(run.found.get("rows", ())) + sum(len(run.given(side, REFERENCE_ROWS)) for side in SIDES)
-    column = "side" if cell.method.arm.drop == "side" else "route_label" if cell.method.labels else None
-    labeled = 0 if column is None else labeled_tokens(material, column, length)
+    length, arm = cell.settings.length, cell.method.arm
+    labels = "perfect_filter" if arm.drop == "side" else "filter" if cell.method.labels else "none"
     return Ledger.of_training(
         matmul_parameters(model),
         tokens=len(run) * length,
         steps=len(run) // cell.settings.batch_size,
-        labeled_forget_tokens=labeled,
-        teacher_tokens=2 * scored * length,
+        labeled_forget_tokens=labeled_tokens(material.documents, material.tokenizer, length, labels),
+        teacher_tokens=2 * run.scored_tokens if isinstance(run, SelfLabeledRows) else 0,
     )
-
-
-def labeled_tokens(material: Material, column: str, length: int) -> int:
-    """Return how many tokens of forget text somebody had to label, before any classifier took over, in whole rows."""
-    labels = np.array(material.documents[column][:])
-    known = material.documents.select(np.flatnonzero(labels == FORGET))
-    return len(pack(known, material.tokenizer, length, by=[column])) * length
 
 
 def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[dict[str, Any]]:

@@ -109,6 +109,15 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._order)
 
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens of the rows whose benefit was taken, those included against which the others were judged."""
+        if not self.found:
+            return 0
+        known = [self.given(label, REFERENCE_ROWS).tolist() for label in (FORGET, RETAIN)]
+        rows = self.rows.select([*self.found["rows"], *known[0], *known[1]])
+        return sum(len(ids) for ids in rows["input_ids"])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, label = int(self._order[index]), self._labels_in_order[index]
         row = {**self.rows[number], ROUTE_LABEL: label}

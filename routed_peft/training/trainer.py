@@ -9,9 +9,11 @@ from torch import nn
 from transformers import Trainer
 
 from routed_peft.data import RoutedCollator, class_names
+from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.routes import Routes
 from routed_peft.training.arguments import RoutedTrainingArguments
 from routed_peft.training.mixin import RoutingMixin
+from routed_peft.training.self_labels import SelfLabeledRows
 
 
 class RoutedTrainer(RoutingMixin, Trainer):
@@ -53,20 +55,25 @@ class RoutedTrainer(RoutingMixin, Trainer):
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         self._attach(routes)
 
-    def run_summary(self) -> dict[str, Any]:
+    def run_summary(self, labeled_forget_tokens: int = 0) -> dict[str, Any]:
         """Return what came of a run that has ended; all processes call it, for it evaluates where that was not done last.
+
+        Args:
+            labeled_forget_tokens: different ones that somebody had to label, for the ledger.
 
         Returns:
             ``steps``; ``tokens`` where ``include_num_input_tokens_seen`` is on; ``tokens_per_route`` by label; ``seconds``;
-            ``losses``, in nats per token, by evaluation set, ``ablated_…`` without regions.
+            ``losses``, in nats per token, by evaluation set, ``ablated_…`` without regions; where
+            tokens are counted the ``ledger`` of `routed_peft.ledger.Ledger`, evaluation not included.
         """
         history, step = self.state.log_history, self.state.global_step
         done = [entry for entry in history if entry["step"] == step and any(key.startswith("eval_") for key in entry)]
         if self.eval_dataset and not done:
             done = [self.evaluate()]
-        return {
+        tokens = int(self.state.num_input_tokens_seen)
+        summary = {
             "steps": step,
-            "tokens": self.state.num_input_tokens_seen,
+            "tokens": tokens,
             "tokens_per_route": dict(self.tokens_per_route),
             "seconds": next((entry["train_runtime"] for entry in history[::-1] if "train_runtime" in entry), None),
             "losses": {
@@ -76,3 +83,13 @@ class RoutedTrainer(RoutingMixin, Trainer):
                 if key.endswith("_loss")
             },
         }
+        if tokens:
+            rows = self.train_dataset
+            summary["ledger"] = Ledger.of_training(
+                matmul_parameters(self.accelerator.unwrap_model(self.model)),
+                tokens,
+                step,
+                labeled_forget_tokens,
+                teacher_tokens=2 * rows.scored_tokens if isinstance(rows, SelfLabeledRows) else 0,
+            ).to_dict()
+        return summary

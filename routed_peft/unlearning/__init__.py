@@ -4,7 +4,6 @@ from routed_peft.unlearning.arguments import METHODS, UndoArguments, UnlearningA
 from routed_peft.unlearning.base import mean_loss
 from routed_peft.unlearning.data import PairedRows, Run
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_tokenizers
-from routed_peft.unlearning.ledger import Ledger, matmul_parameters
 from routed_peft.unlearning.noise import add_noise, shrink_perturb
 from routed_peft.unlearning.teacher_cache import TeacherCache
 from routed_peft.unlearning.trainer import UnlearningTrainer, unlearn
@@ -14,7 +13,6 @@ __all__ = [
     "METHODS",
     "UNLEARNED",
     "DistillationTrainer",
-    "Ledger",
     "PairedRows",
     "Run",
     "StopAtTeacher",
@@ -25,7 +23,6 @@ __all__ = [
     "UnlearningTrainer",
     "add_noise",
     "check_tokenizers",
-    "matmul_parameters",
     "mean_loss",
     "save_undone",
     "shrink_perturb",

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from routed_peft.checkpoint.files import read_json, staged, write_json
 from routed_peft.checkpoint.save import versions
+from routed_peft.ledger import Ledger
+from routed_peft.training.records import SUMMARY
 from routed_peft.unlearning.arguments import UndoArguments
 from routed_peft.unlearning.base import mean_loss
 from routed_peft.unlearning.data import Rows, check_rows
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_vocabularies
-from routed_peft.unlearning.ledger import Ledger
 from routed_peft.unlearning.noise import add_noise
 from routed_peft.unlearning.teacher_cache import TeacherCache
 
@@ -165,12 +166,12 @@ def save_undone(
         student: of `undo`.
         record: of `undo`.
         out: directory; files in it that have other names stay.
-        source: the teacher's path or Hub id; the ledger in its ``unlearning.json`` is added to the total, which is unknown
-            (None) where it has none.
+        source: the teacher's path or Hub id; the ledger in its ``unlearning.json``, or in the ``summary.json`` of the run that
+            it is, is added to the total, which is unknown (None) where there is neither.
         tokenizer: is saved too.
     """
-    former = Path(source, UNLEARNED)
-    before = Ledger.from_dict(read_json(former)["ledger"]) if former.is_file() else None
+    former = (read_json(file) for file in (Path(source, UNLEARNED), Path(source, SUMMARY)) if file.is_file())
+    before = next((Ledger.from_dict(about["ledger"]) for about in former if "ledger" in about), None)
     content = {
         "source": source,
         **asdict(record),

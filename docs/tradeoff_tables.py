@@ -1,0 +1,97 @@
+"""Tables of experiments that ask one thing: what settings of self-labels trade, what leaks, what single facts bring back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from experiment_tables import NONE, markdown, of_labels, shown, strength, title, wasted
+
+from routed_peft.evaluation.measures import Spread
+from routed_peft.evaluation.report.aggregate import BASE, Comparison, Result, aggregate
+from routed_peft.evaluation.report.attacks import spread
+from routed_peft.evaluation.report.cards import VARIANT
+from routed_peft.evaluation.report.costs import costs
+from routed_peft.evaluation.report.verdicts import ranged
+
+Report = dict[str, Any]
+"""A summary of `recipes/experiment.py`."""
+
+
+def frontier(report: Report, command: str) -> str:
+    """What the settings of routing with self-labels trade: removal, tax, and what the model can do with its region on."""
+    found = of_labels(report["cells"], (0.5, 1.0, 1.0))
+    columns: dict[str, Callable[[Result], str]] = {
+        "routed, with": lambda r: setting(r, report),
+        "forget loss": lambda r: ranged(r.forget),
+        "retain loss": lambda r: ranged(r.retain),
+        "way": lambda r: ranged(r.way, as_share=True),
+        "tax": lambda r: ranged(r.tax),
+        "region on: forget": lambda r: ranged(region_on(found, r, "forget")),
+        "retain": lambda r: ranged(region_on(found, r, "retain")),
+    }
+    results = [result for result in shown(found, None, labeled_only=False) if result.number("region_on_forget_loss")]
+    rows = [[write(result) for write in columns.values()] for result in results]
+    said = (
+        f"Mean (range) over {len(found.seeds)} seeds, half of the labels. Region on: nats per token above no routing. "
+        f"From `{command}`."
+    )
+    return "\n".join([*markdown(list(columns), rows), "", said])
+
+
+def setting(result: Result, report: Report) -> str:
+    """Name the settings by which a routed arm differs from the experiment's."""
+    changes = [change.split("=") for change in result.condition.method.partition(VARIANT)[2].split(",") if change]
+    told = (f"`{name}` {value} (not {json.dumps(report['settings'][name])})" for name, value in changes)
+    return ", ".join(told) or "**nothing changed**"
+
+
+def region_on(found: Comparison, result: Result, side: str) -> Spread | None:
+    """Return how far a model with its region on is above no routing, seed by seed."""
+    base = found.get(BASE)
+    assert base is not None, "complete seeds have no routing"
+    return spread(
+        cell[f"region_on_{side}_loss"] - base.cells[seed][f"{side}_loss"]
+        for seed, cell in result.cells.items()
+        if seed in base.cells
+    )
+
+
+def leaking(report: Report, command: str) -> str:
+    """Leakage of unlabelled forget text, over shares of labels."""
+    found = aggregate(report["cells"])
+    rows = []
+    for result in sorted(shown(found, None, labeled_only=True), key=lambda r: r.condition.labeled or 0):
+        cost = costs(found, result)
+        rest = result.over("unlabeled_tokens_by_side").get("forget")
+        row = [result.condition.labels, title(result, report), ranged(result.forget), ranged(result.retain)]
+        row += [ranged(result.tax), NONE if rest is None else f"{rest / 1000:.1f} k", wasted(cost.leakage)]
+        rows.append([*row, wasted(cost.penalty)])
+    names = ["labels", "method", "forget loss", "retain loss", "tax", "unlabelled forget tokens", "leakage", "penalty"]
+    said = (
+        f"Mean (range) over {len(found.seeds)} seeds. Leakage: of the unlabelled forget tokens that a model was trained on, "
+        "the share that would teach a plain model as much. Penalty: the share of its retain tokens that it could do "
+        f"without. Both are read off plain models that saw more and less text. From `{command}`."
+    )
+    return "\n".join([*markdown(names, rows), "", said])
+
+
+def facts(report: Report, command: str) -> str:
+    """Forget loss before and after attacks on half of the facts, scored on the others, and on the logits alone."""
+    found = aggregate(report["cells"])
+    attacks = report["experiment"]["attacks"]
+    rows = []
+    for result in shown(found, None, labeled_only=False):
+        row = [title(result, report), ranged(result.forget)]
+        for name in attacks:
+            attack = result.attacks.get(name)
+            row.append(NONE if attack is None else ranged(attack.forget[-1]) if attack.attacked else attack.verdict)
+        rows.append(row)
+    heads = {
+        "facts": "… after half of the facts, on the others",
+        "bias+forget": "… after an attack on the logits alone",
+    }
+    names = ["method", "forget loss", *(heads.get(name, name) for name in attacks)]
+    said = f"Mean (range) over {len(found.seeds)} seeds; the worst case of {strength(report['experiment'])}. From `{command}`."
+    return "\n".join([*markdown(names, rows), "", said])
