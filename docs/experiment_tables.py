@@ -8,12 +8,11 @@ from typing import Any
 from routed_peft.evaluation.measures import Crossing
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
-from routed_peft.evaluation.report.aggregate import BASE, Comparison, Result, aggregate, complete_seeds
+from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result, aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
 from routed_peft.evaluation.report.verdicts import ranged, targets
-from routed_peft.experiment.methods import METHODS, UNLEARNING
 
 Report = dict[str, Any]
 """A summary of `recipes/experiment.py`."""
@@ -21,12 +20,6 @@ Labels = tuple[float, float, float]
 """Share of documents that carry a label, recall, precision."""
 NONE = "–"
 RELEARNED, EQUAL, COST, PENALTY = "… relearned", "… equal retain text", "cost", "penalty"
-NOTES = {
-    EQUAL: "… equal retain text: against that filter, trained until it has seen as much of it.",
-    COST: "Cost: floating-point operations of training over those of no routing.",
-    PENALTY: "Penalty: share of its retain text that a plain model could do without for the same retain loss, as far as the "
-    "filters here can tell.",
-}
 
 
 def losses(report: Report, command: str, labels: Sequence[Labels], methods: Collection[str] | None = None) -> str:
@@ -61,7 +54,7 @@ def losses(report: Report, command: str, labels: Sequence[Labels], methods: Coll
     kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
     names = [list(columns)[i] for i in kept]
     lines = markdown(names, [[row[i] for i in kept] for row in rows])
-    return "\n".join([*lines, "", " ".join(caption(report, found, results, names, count, "\n".join(lines), command))])
+    return "\n".join([*lines, "", " ".join(caption(report, found, results, names, count, command))])
 
 
 def caption(
@@ -70,7 +63,6 @@ def caption(
     results: Sequence[Result],
     names: Collection[str],
     count: int,
-    lines: str,
     command: str,
 ) -> list[str]:
     """Return the sentences below `losses`: what its columns mean, what was missed, and the command."""
@@ -80,18 +72,47 @@ def caption(
         f"Mean (range) over {count} {'seeds' if count > 1 else 'seed'}, {tokens:.2f} million training tokens each, nats per "
         "token on test text."
     ]
-    if any(METHODS[result.condition.method.partition(":")[0]].change in (*UNLEARNING, "undo") for result in results):
-        said.append("Unlearning starts from no routing; what it trains on top is in the cost.")
     if RELEARNED in names:
         said.append(f"Relearned: after the worst of {strength(report['experiment'])}.")
-    if "‡" in lines:
-        said.append("‡: its best rate is the lowest or highest tried, in some seed.")
-    said += [note for name, note in NOTES.items() if name in names]
     said += self_labels(results)
     said.append(f"Targets missed: {named(found, False)}.")
     if (open_ones := named(found, None)) != "none":
         said.append(f"Cannot be told: {open_ones}.")
     return [*said, f"From `{command}`."]
+
+
+def overview(parts: Sequence[tuple[str, Report, str, Sequence[Labels]]], methods: Collection[str]) -> str:
+    """Several experiments in one table: what was removed, stays so, and has cost, over labels.
+
+    Args:
+        parts: of each its title, the experiment, the command that made it, and kinds of labels.
+        methods: keys of those that look at labels; beside them stand no routing and the perfect filter.
+    """
+    rows, said = [], []
+    attacks: dict[str, list[str]] = {}
+    for name, report, command, labels in parts:
+        found = [(kind, of_labels(report["cells"], kind)) for kind in labels]
+        count = max(len(comparison.seeds) for _, comparison in found)
+        found = [(kind, comparison) for kind, comparison in found if len(comparison.seeds) == count]
+        results = [r for _, comparison in found for r in shown(comparison, methods, labeled_only=True)]
+        results = [
+            r for r in results if not (r.condition.method == FILTER and r.condition.labels == "100 %")
+        ]  # the perfect one
+        ends = (found[0][1].get(BASE), found[0][1].get(ORACLE))
+        for r in (*ends[:1], *results, *ends[1:]):
+            assert r is not None, "complete seeds have both"
+            tax = ranged(r.tax) if r in results else NONE
+            numbers = [ranged(r.forget), relearned(r, count), ranged(r.retain), ranged(r.way, as_share=True), tax]
+            rows.append([name, r.condition.labels, title(r, report), *numbers])
+        said.append(
+            f"{name}: {' '.join(self_labels(results))} Targets missed: {named(found, False)}. {count} seeds, from `{command}`."
+        )
+        attacks.setdefault(strength(report["experiment"]), []).append(name)
+    names = ["text", "labels", "method", "forget loss", RELEARNED, "retain loss", "way", "tax"]
+    lines = markdown(names, rows)
+    worst = "; ".join(f"of {attack} ({', '.join(texts)})" for attack, texts in attacks.items())
+    about = f"Mean (range) over seeds, nats per token on test text. Relearned: after the worst {worst}."
+    return "\n".join([*lines, "", about, "", *(f"- {one}" for one in said)])
 
 
 def recovery(report: Report, command: str) -> str:

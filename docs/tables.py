@@ -9,19 +9,38 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from experiment_tables import Labels, losses, recovery
+from experiment_tables import Labels, losses, overview, recovery
 from tradeoff_tables import facts, frontier, leaking
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.verdicts import ranged
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "rl.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "monitoring.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "rl", "recipes", "monitoring")))
 HALF: list[Labels] = [(0.5, 1.0, 1.0)]
 TENTH: list[Labels] = [(0.1, 1.0, 1.0)]
 ALL: list[Labels] = [(1.0, 1.0, 1.0)]
 RIVALS = ("filter", "classifier_filter", "demix", "era", "sgtm", "routed")
+FILTERS_AND_ROUTED = ("filter", "classifier_filter", "routed")
+SHORT_ARITHMETIC = (
+    "no_routing",
+    "npo",
+    "maxent",
+    "undo-0",
+    "undo-0.4",
+    "undo-1",
+    "routed_undo",
+    "routed",
+    "perfect_filter",
+)
 QUALITIES = [(0.5, recall, precision) for recall, precision in ((1.0, 1.0), (0.9, 0.9), (0.8, 0.8), (0.6, 0.9))]
+OVERVIEW: list[tuple[str, str, list[Labels]]] = [
+    ("biology", "biology", [*TENTH, *HALF, *ALL]),
+    ("spanish", "Spanish", [*TENTH, *HALF, *ALL]),
+    ("entangled", "entangled", [*TENTH, *HALF]),
+    ("wrong_labels", "biology, wrong labels", QUALITIES[1:]),
+]
+"""Experiments, their names for readers, and the labels of which the overview tells."""
 SHARES = [(share, 1.0, 1.0) for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
 Arms = Collection[tuple[str | None, float | None]] | None
 MARK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
@@ -43,6 +62,13 @@ def experiment(name: str, write: Callable[..., str], *how: Any) -> str:
     command = f"python recipes/experiment.py --config recipes/configs/experiment_{name}.yaml"
     report = load(name)
     return f"Not run yet: `{command}`." if report is None else write(report, command, *how)
+
+
+def in_short() -> str:
+    """Routing and filters on all texts and kinds of labels, in one table."""
+    command = "python recipes/experiment.py --config recipes/configs/experiment_{}.yaml"
+    parts = [(title, load(name), command.format(name), labels) for name, title, labels in OVERVIEW]
+    return overview([part for part in parts if part[1] is not None], FILTERS_AND_ROUTED)
 
 
 def step_time() -> str:
@@ -223,6 +249,8 @@ def monitor_step() -> str:
 TABLES = {
     "grpo_step": grpo_step,
     "monitor_step": monitor_step,
+    "in_short": in_short,
+    "experiment_arithmetic_short": lambda: experiment("arithmetic", losses, ALL, SHORT_ARITHMETIC),
     "experiment_arithmetic": lambda: experiment("arithmetic", losses, ALL),
     "experiment_biology": lambda: experiment("biology", losses, HALF),
     "experiment_biology_shares": lambda: experiment("biology", losses, SHARES, RIVALS),

@@ -34,6 +34,15 @@ def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
     )
     assert "at least 95 % of the way: 66.7 % at 50 %" in table and table.endswith("From `make`.")
     assert tables.losses(report, "make", [(0.1, 1.0, 1.0)]) == "Not run yet: `make`."
+    wide = report | {"cells": [*report["cells"], *(row for row in cells(0, labeled=1.0) if row["labeled"])]}
+    table = tables.overview([("verse", wide, "make", [(0.5, 1.0, 1.0), (1.0, 1.0, 1.0)])], ["filter", "routed"])
+    rows = [line.split(" | ")[:4] for line in table.splitlines() if line.startswith("| verse")]
+    named = [["–", "no routing", "3.00"], ["50 %", "filter, same labels", "3.50"], ["–", "perfect filter", "6.00"]]
+    named.insert(2, ["50 %", "**routed with self-labels, ablated**", "5.00"])
+    assert [row[1:] for row in rows] == named, "one seed of all labels is not shown beside two of half"
+    assert "Relearned: after the worst of fine-tuning on all" in table and "2 seeds, from `make`." in table
+    alone = tables.overview([("verse", wide, "make", [(1.0, 1.0, 1.0)])], ["filter", "routed"])
+    assert "| verse | 100 % | **routed" in alone and "| filter, same" not in alone, "that is the perfect filter"
     found = tables.recovery(summary(cells(labeled=1.0)) | {"experiment": about | {"attack_split": "train"}}, "make")
     assert "| **routed with self-labels, ablated** | 5.00 | 3.50 | 0.417 | > 3 (> 3 to > 3) |" in found
     assert "| no routing | 3.00 | – | – | 0 |" in found and "(the training set's)" in found
