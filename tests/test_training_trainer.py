@@ -276,8 +276,10 @@ def two_alphabets(tokens: int = 8) -> Dataset:
     return Dataset.from_list(data)
 
 
-def self_labeled(**options) -> SelfLabeledRows:
-    return SelfLabeledRows(two_alphabets(), 160, labeled_first=0.5, forget_share=0.25, **options)
+def self_labeled(first_forget_share: float = 0.25, **options) -> SelfLabeledRows:
+    """A start of ten steps, too short to learn much from a tenth of its rows."""
+    start = {"labeled_first": 0.5, "first_forget_share": first_forget_share}
+    return SelfLabeledRows(two_alphabets(), 160, forget_share=0.25, **start, **options)
 
 
 SELF_LABELING = dict(

@@ -54,7 +54,7 @@ class DemoSettings:
     recall: float = 1.0
     precision: float = 1.0
     labeled_first: float = 0.15
-    first_forget_share: float = 0.25
+    first_forget_share: float = 0.1
     self_labels: bool = True
     threshold: str = "balanced"
     forget_share: float | None = 0.1

@@ -30,8 +30,8 @@ SETTINGS = ("labeled_first", "first_forget_share", "threshold", "forget_share", 
 class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
     r"""The rows of a run in the order in which they are trained on, relabelled under way by the region itself.
 
-    The first ``labeled_first`` of the run takes labelled rows only, a quarter of them forget: the region needs few to know its
-    side, and the base, which learns from the others alone, would be late with half of them. Then the region is asked for its
+    The first ``labeled_first`` of the run takes labelled rows only, a tenth of them forget: the region needs few to know its
+    side, and the base, which learns from the others alone, would be late with more of them. Then the region is asked for its
     *benefit* to every unlabelled row,
 
     .. math:: b = L_{\text{ablated}} - L_{\text{on}},
@@ -83,7 +83,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         robust_share: float = 0.0,
         seed: int = 0,
         overrule: bool = False,
-        first_forget_share: float = 0.25,
+        first_forget_share: float = 0.1,
         threshold: str = "balanced",
         token_weights: Tensor | None = None,
     ) -> None:
