@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from routed_peft.data import FORGET
 from routed_peft.evaluation.measures import Crossing
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
@@ -42,7 +43,7 @@ def losses(report: Report, command: str, labels: Sequence[Labels], methods: Coll
     columns |= {
         "method": lambda r: title(r, report),
         "forget loss": lambda r: ranged(r.forget),
-        RELEARNED: lambda r: relearned(r, count),
+        RELEARNED: lambda r: relearned(r, report, count),
         "retain loss": lambda r: ranged(r.retain),
         "way": lambda r: ranged(r.way, as_share=True),
         "tax": lambda r: ranged(r.tax),
@@ -92,7 +93,8 @@ def overview(parts: Sequence[tuple[str, Report, str, Sequence[Labels]]], methods
     attacks: dict[str, list[str]] = {}
     for name, report, command, labels in parts:
         found = [(kind, of_labels(report["cells"], kind)) for kind in labels]
-        count = max(len(comparison.seeds) for _, comparison in found)
+        if not (count := max(len(comparison.seeds) for _, comparison in found)):
+            continue
         found = [(kind, comparison) for kind, comparison in found if len(comparison.seeds) == count]
         results = [r for _, comparison in found for r in shown(comparison, methods, labeled_only=True)]
         results = [
@@ -102,7 +104,13 @@ def overview(parts: Sequence[tuple[str, Report, str, Sequence[Labels]]], methods
         for r in (*ends[:1], *results, *ends[1:]):
             assert r is not None, "complete seeds have both"
             tax = ranged(r.tax) if r in results else NONE
-            numbers = [ranged(r.forget), relearned(r, count), ranged(r.retain), ranged(r.way, as_share=True), tax]
+            numbers = [
+                ranged(r.forget),
+                relearned(r, report, count),
+                ranged(r.retain),
+                ranged(r.way, as_share=True),
+                tax,
+            ]
             rows.append([name, r.condition.labels, title(r, report), *numbers])
         said.append(
             f"{name}: {' '.join(self_labels(results))} Targets missed: {named(found, False)}. {count} seeds, from `{command}`."
@@ -179,11 +187,7 @@ def wasted(penalty: Crossing | None) -> str:
 def strength(about: dict[str, Any]) -> str:
     """Say what attackers have: documents, steps and learning rates."""
     split = "held-out" if about.get("attack_split", "validation") == "validation" else "the training set's"
-    kinds = {
-        "forget": "on all forget documents",
-        "facts": "on half of the facts",
-        "bias+forget": "of the logits’ bias alone",
-    }
+    kinds = {"forget": "on all forget documents"}
     kinds |= {name: f"on {name.rpartition('-')[2]} of them" for name in about["attacks"] if name.startswith("few-shot")}
     attacks = sorted(about["attacks"], key=lambda name: name != "forget")
     if "forget" not in attacks:
@@ -198,10 +202,11 @@ def strength(about: dict[str, Any]) -> str:
     )
 
 
-def relearned(result: Result, seeds: int) -> str:
-    """Forget loss after the worst attack, where every seed was attacked."""
-    worst = result.worst
-    if worst is None or worst.forget[-1].n < seeds:
+def relearned(result: Result, report: Report, seeds: int) -> str:
+    """Forget loss after the worst attack, where every seed was attacked in every way that is asked for."""
+    wanted = [name for name in report["experiment"].get("attacks", ()) if Attack.parse(name).target == FORGET]
+    worst, found = result.worst, [result.attacks.get(name) for name in wanted]
+    if worst is None or any(attack is None or attack.forget[-1].n < seeds for attack in found):
         return NONE
     return f"{ranged(worst.forget[-1])}{'' if worst.interior else ' ‡'}" if worst.attacked else worst.verdict
 

@@ -21,7 +21,7 @@ HALF: list[Labels] = [(0.5, 1.0, 1.0)]
 TENTH: list[Labels] = [(0.1, 1.0, 1.0)]
 ALL: list[Labels] = [(1.0, 1.0, 1.0)]
 RIVALS = ("filter", "classifier_filter", "demix", "era", "sgtm", "routed")
-FILTERS_AND_ROUTED = ("filter", "classifier_filter", "routed")
+FILTERS_AND_ROUTED = ("filter", "classifier_filter", "classifier_filter_overrule", "routed")
 SHORT_ARITHMETIC = (
     "no_routing",
     "npo",

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from experiment_tables import NONE, markdown, of_labels, shown, strength, title, wasted
+from experiment_tables import NONE, markdown, of_labels, shown, title, wasted
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.aggregate import BASE, Comparison, Result, aggregate
-from routed_peft.evaluation.report.attacks import spread
+from routed_peft.evaluation.report.attacks import Relearning, spread
 from routed_peft.evaluation.report.cards import VARIANT
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.verdicts import ranged
@@ -78,20 +78,26 @@ def leaking(report: Report, command: str) -> str:
 
 
 def facts(report: Report, command: str) -> str:
-    """Forget loss before and after attacks on half of the facts, scored on the others, and on the logits alone."""
-    found = aggregate(report["cells"])
-    attacks = report["experiment"]["attacks"]
+    """What training on half of the facts brings back of the others, and what an attack on the logits alone brings back."""
+    found, about = aggregate(report["cells"]), report["experiment"]
     rows = []
     for result in shown(found, None, labeled_only=False):
-        row = [title(result, report), ranged(result.forget)]
-        for name in attacks:
-            attack = result.attacks.get(name)
-            row.append(NONE if attack is None else ranged(attack.forget[-1]) if attack.attacked else attack.verdict)
+        half, bias = (result.attacks.get(name) for name in ("facts", "bias+forget"))
+        row = [title(result, report), *(ranged(half.forget[i]) if half else NONE for i in (0, -1))]
+        row += [after(half), ranged(result.forget), NONE if bias is None else ranged(bias.forget[-1])]
         rows.append(row)
-    heads = {
-        "facts": "… after half of the facts, on the others",
-        "bias+forget": "… after an attack on the logits alone",
-    }
-    names = ["method", "forget loss", *(heads.get(name, name) for name in attacks)]
-    said = f"Mean (range) over {len(found.seeds)} seeds; the worst case of {strength(report['experiment'])}. From `{command}`."
-    return "\n".join([*markdown(names, rows), "", said])
+    heads = ["facts left out: loss", "… after the others", "recovered", "forget loss", "… after a bias on the logits"]
+    rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
+    said = (
+        f"Mean (range) over {len(found.seeds)} seeds. Half of the facts that were trained on are trained on again, "
+        f"{about['attack_steps'][-1]} steps at most, the worst case of all steps and learning rates ({rates}, and those beyond "
+        "an end where the best is there), and the other half is scored. Recovered: the share of the loss on these by which the "
+        "model was worse than no routing. The bias is one number a token, fitted to held-out forget documents. "
+        f"From `{command}`."
+    )
+    return "\n".join([*markdown(["method", *heads], rows), "", said])
+
+
+def after(attack: Relearning | None) -> str:
+    """Write which share of what was removed an attack has brought back."""
+    return NONE if attack is None else ranged(attack.recovered, as_share=True) if attack.attacked else attack.verdict

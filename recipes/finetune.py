@@ -12,6 +12,7 @@ it.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 
 from datasets import Dataset, disable_progress_bars
@@ -146,6 +147,7 @@ def training_rows(
     rows = pack(of_arm(documents, recipe.arm), tokenizer, recipe.length, seed=args.seed)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
+    args.max_steps = math.ceil(count / per_step)  # all epochs are laid out here, and not to be repeated
     first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)
     return schedule(rows, count, first, share, args.seed, recipe.first_forget_share)
 

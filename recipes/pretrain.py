@@ -11,6 +11,7 @@ YAML: take one of the presets with ``method``, or write its routes out under ``r
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -163,6 +164,7 @@ def in_order(
     """Return the rows of this run in their order: the same number of tokens in every arm."""
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
+    args.max_steps = math.ceil(count / per_step)  # all epochs are laid out here, and not to be repeated
     if recipe.arm != "routed":
         return schedule(rows, count, seed=args.seed)
     if recipe.self_labels:

@@ -3,9 +3,17 @@ from __future__ import annotations
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
-from routed_peft.data import DocumentArguments, evaluation_rows, labeled_documents, of_arm, train_tokenizer
+from routed_peft.data import (
+    DocumentArguments,
+    evaluation_rows,
+    labeled_documents,
+    labeled_tokens,
+    of_arm,
+    pack,
+    train_tokenizer,
+)
 
 
 @pytest.fixture
@@ -50,3 +58,22 @@ def test_evaluation_rows_by_side(file):
     assert 0 < len(fewer["forget"]) < len(few["forget"]) < 100
     with pytest.raises(ValueError, match=r"`eval_files` has 'x.jsonl': write name=FILE"):
         evaluation_rows(DocumentArguments(train_file=file, eval_files=["x.jsonl"]), tokenizer)
+
+
+def test_classes_become_names(tmp_path):
+    """Else the filter, which compares names, would keep every row."""
+    features = Features({"text": Value("string"), "route_label": ClassLabel(names=["retain", "forget"])})
+    rows = {"text": ["a cat", "a cell", "a gene"], "route_label": [0, 1, 1]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    ds = labeled_documents(DocumentArguments(train_file=str(tmp_path / "train.parquet")))
+    assert ds["route_label"][:] == ["retain", "forget", "forget"]
+    assert of_arm(ds, "filter")["text"][:] == ["a cat"]
+
+
+def test_labelled_tokens_are_those_of_whole_rows():
+    ds = Dataset.from_dict({"text": ["a b c", "d e"], "route_label": ["forget", "unlabeled"], "side": ["forget"] * 2})
+    tokenizer = train_tokenizer(ds["text"], 258)
+    for length in (2, 5, 64):
+        count = labeled_tokens(ds, tokenizer, length, "perfect_filter")
+        assert count == (length * len(pack(ds, tokenizer, length, by=[])) if length < 64 else 0)
+    assert labeled_tokens(ds, tokenizer, 2, "routed") == 6 and labeled_tokens(ds, tokenizer, 2, "none") == 0

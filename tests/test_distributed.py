@@ -44,6 +44,7 @@ def test_two_processes_train_like_one(ranks, tmp_path, case):
     for rank in ranks:
         assert_close(rank[case]["parameters"], one["parameters"], 1e-6)
         assert rank[case]["tokens_per_route"] == one["tokens_per_route"]
+        assert rank[case]["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-6)
     assert all(one["tokens_per_route"].values())
 
 

@@ -72,9 +72,12 @@ def test_tables_of_what_is_traded_say_what_their_numbers_say(monkeypatch):
     rows = [row | {"attacks": one} for row, one in zip(cells(), attacks, strict=True)]
     about = {"attacks": ["facts"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3]}
     table = tables.facts(summary(rows) | {"experiment": about}, "make")
-    assert "| method | forget loss | … after half of the facts, on the others |" in table
-    assert "| no routing | 3.00 | 2.80 |" in table and "| no attack |" in table
-    assert "the worst case of fine-tuning on half of the facts (held-out)" in table
+    assert "| method | facts left out: loss | … after the others | recovered |" in table
+    assert "| no routing | 3.00 | 2.80 | – | 3.00 | – |" in table and "| no attack |" in table
+    assert (
+        "| **routed with self-labels, ablated** | 5.00 | 3.50 | 75 % | 5.00 | – |" in table
+        and "3 steps at most" in table
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 import yaml
 from datasets import Dataset
 from demo_parts import TINY
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from routed_peft.checkpoint import load_routed
@@ -19,7 +20,8 @@ from routed_peft.demo.material import Material
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.reading import read_sources
 from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, cells, changing, making, run, run_experiment
-from routed_peft.experiment.methods import UNLEARNING, tfidf_labels
+from routed_peft.experiment.methods import UNLEARNING, tfidf_labels, tfidf_overrule
+from routed_peft.experiment.summary import restore
 from routed_peft.unlearning import UnlearningArguments
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
@@ -158,8 +160,52 @@ def test_processes_that_write_the_same_file_do_not_take_each_others_temporary_on
     assert json.loads(file.read_text()) == "ours" and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_new_attack_needs_the_model_again(finished, tmp_path, calls):
+def alone(file, method):
+    """Leave one method in a summary."""
+    summary = json.loads(file.read_text())
+    file.write_text(json.dumps(summary | {"cells": [row for row in summary["cells"] if row["method"] == method]}))
+
+
+def test_rows_that_are_not_asked_for_stay_where_the_same_settings_make_them(finished, tmp_path, calls):
+    file = Path(shutil.copy(finished / "summary.json", tmp_path))
+    before = json.loads(file.read_text())
+    run_experiment(experiment_of(tmp_path, methods=["control"]), TINY)
+    after = json.loads(file.read_text())
+    assert not calls and sorted(after["cells"], key=str) == sorted(before["cells"], key=str)
+    with pytest.raises(
+        ValueError, match=r"holds 1 rows that are not asked for, with `attack_rates` \[0.01\] where \[0.02\]"
+    ):
+        run_experiment(experiment_of(tmp_path, methods=["control"], attack_rates=[2e-2]), TINY)
+    run_experiment(experiment_of(tmp_path, methods=["control"]), replace(TINY, robust_share=0.3))
+    left = json.loads(file.read_text())["cells"]
+    assert [row["method"] for row in left] == ["control"], "other settings do not make the routed one"
+    file.write_text(json.dumps(before))
+    run_experiment(experiment_of(tmp_path, methods=["control"], collect=True), TINY)
+    assert [row["method"] for row in json.loads(file.read_text())["cells"]] == ["control"] and not calls
+
+
+def test_a_parent_that_was_made_again_for_its_child_is_attacked_again(finished, tmp_path, calls):
+    """Its model was gone, and what it is now may differ from the one that the attacks of the summary were on."""
+    run_experiment(experiment_of(tmp_path, methods=["no_routing"], cells_dir=str(finished / "cells")), TINY)
+    calls.clear()
+    run_experiment(experiment_of(tmp_path, methods=["no_routing", "control"]), TINY)
+    assert calls == ["make no_routing", "make control", "attack control", "attack no_routing"]
+    rows = json.loads((tmp_path / "summary.json").read_text())["cells"]
+    assert [list(row["attacks"]) for row in rows] == [["few-shot-4"]] * 2
+
+
+def test_a_cell_that_another_process_makes_is_not_restored(finished, tmp_path):
     shutil.copy(finished / "summary.json", tmp_path)
+    experiment, place = experiment_of(tmp_path), tmp_path / "cells"
+    wanted = all_cells(experiment, TINY)
+    place.mkdir()
+    with FileLock(place / f"{wanted[0].key}.lock"):
+        restore(experiment, wanted, place)
+    assert not (place / wanted[0].key).exists() and (place / wanted[1].key / "numbers.json").is_file()
+
+
+def test_a_new_attack_needs_the_model_again(finished, tmp_path, calls):
+    alone(Path(shutil.copy(finished / "summary.json", tmp_path)), "routed")
     run_experiment(experiment_of(tmp_path, attack_rates=[2e-2], methods=["routed"]), TINY)
     assert calls == ["make routed", "attack routed"]
     then, now = (json.loads((place / "summary.json").read_text()) for place in (finished, tmp_path))
@@ -313,6 +359,31 @@ def test_a_classifier_keeps_the_labels_that_were_given():
     odd = ["retain", "forget", "retain", "retain", *["unlabeled"] * 8]  # the first is wrong
     ds = tfidf_labels(Dataset.from_dict({"text": texts, "route_label": odd}))
     assert ds["route_label"][:4] == odd[:4] and set(ds["route_label"][:]) == {"forget", "retain"}
+
+
+def test_a_classifier_may_overrule_the_labels_that_were_given():
+    texts = ["a cell divides", "the cell wall", "a king rules", "the king speaks"] * 6
+    labels = ["forget", "forget", "retain", "retain"] * 5 + ["unlabeled"] * 4
+    labels[4] = "retain"  # of a cell
+    ds = tfidf_overrule(Dataset.from_dict({"text": texts, "route_label": labels}))
+    assert ds["route_label"][:] == ["forget", "forget", "retain", "retain"] * 6
+
+
+def test_a_variant_changes_what_its_method_goes_by():
+    with pytest.raises(
+        ValueError, match="`methods`: 'filter:robust_share=0.2' changes `robust_share`, which 'filter' does"
+    ):
+        Cell.of("filter:robust_share=0.2", TINY)
+    with pytest.raises(ValueError, match="'sgtm:forget_share=0.2' changes `forget_share`"):
+        Cell.of("sgtm:forget_share=0.2", TINY)
+    assert Cell.of("sgtm:region_size=8", TINY).settings.region_size == 8
+    assert Cell.of("routed", replace(TINY, labeled=1)).key == Cell.of("routed", replace(TINY, labeled=1.0)).key
+
+
+def test_a_filter_at_equal_retain_text_needs_to_know_how_much_that_is():
+    settings = replace(TINY, forget_share=None)
+    with pytest.raises(ValueError, match="`filter_equal_retain` needs a `forget_share`"):
+        making.stretch(None, METHODS["filter"].arm, settings)
 
 
 def test_facts_are_what_the_model_was_trained_on():

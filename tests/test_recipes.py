@@ -205,6 +205,18 @@ def test_nothing_is_overwritten(runs, files, tmp_path):
         here([*command, "--ablate_to", "no"])
 
 
+@pytest.mark.parametrize("name", ["filter", "two_lora"])
+def test_epochs_are_as_many_as_are_asked_for(runs, files, tmp_path, name):
+    """The rows of all epochs are laid out in advance, and must not be repeated by the Trainer."""
+    (tmp_path / "sgtm-ablated").symlink_to(runs / "sgtm-ablated")
+    steps = {}
+    for epochs in ("1", "2"):
+        command = [*arguments(name, tmp_path, files), "--max_steps", "-1", "--num_train_epochs", epochs]
+        here([*command, "--output_dir", str(tmp_path / epochs), "--eval_strategy", "no", "--eval_documents", "4"])
+        steps[epochs] = json.loads((tmp_path / epochs / "summary.json").read_text())["steps"]
+    assert 2 * steps["1"] - 2 <= steps["2"] <= 2 * steps["1"] < 100
+
+
 def dtypes(place: Path) -> set[torch.dtype]:
     return {tensor.dtype for tensor in load_file(place).values()}
 
@@ -303,7 +315,8 @@ def test_an_experiment_makes_every_cell_once_and_attacks_it(tmp_path):
     attacks = ["--attacks", "few-shot-4", "--attack_steps", "0", "2", "--attack_rates", "1e-3", "--extensions", "0"]
     here([*command, "--methods", "no_routing", *attacks])
     assert made == {file: file.stat().st_mtime_ns for file in cells.glob("*/numbers.json")}
-    (row,) = json.loads(summary.read_text())["cells"]
+    row, *others = json.loads(summary.read_text())["cells"]
+    assert others == rows[1:], "not asked for, and kept"
     (curve,) = row["attacks"]["few-shot-4"]
     assert curve["status"] == "attack" and curve["forget_losses"][1] < curve["forget_losses"][0]
     with pytest.raises(ValueError, match=r"`methods` has \['routd'\]"):

@@ -180,6 +180,13 @@ def test_the_output_is_a_plain_checkpoint_with_its_record(teacher, tmp_path, nam
     assert content == json.loads((out / "undo.json").read_text())
     assert (content["alpha"], content["beta"], content["seed"], content["steps"]) == (0.6, 0.1, 4, 1)
     assert Ledger.from_dict(content["ledger"]) + former == Ledger.from_dict(content["total_ledger"])
+    again = save_undone(student, record, tmp_path / "again", str(out))
+    assert again["teacher_ledger"] is None, "`undo.json` is not read; a run of `recipes/undo.py` has a summary too:"
+    (out / "summary.json").write_text(json.dumps(content))
+    again = save_undone(student, record, tmp_path / "again", str(out))
+    assert again["teacher_ledger"] == content["total_ledger"], "all stages, not the last one"
+    (out / "summary.json").write_text(json.dumps(content | {"total_ledger": None}))
+    assert save_undone(student, record, tmp_path / "again", str(out))["total_ledger"] is None
     assert same(AutoModelForCausalLM.from_pretrained(out), student)
     assert (out / "tokenizer.json").is_file()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from routed_peft.corpora import load_pair
-from routed_peft.data.columns import ROUTE_LABEL
+from routed_peft.data.columns import ROUTE_LABEL, column_values
 from routed_peft.data.labels import FORGET, RETAIN, labels_from_column, labels_from_keywords
 from routed_peft.data.loading import load_training_file
 from routed_peft.data.noise import simulate_labels
@@ -52,6 +52,9 @@ def labeled_documents(args: DocumentArguments) -> Dataset:
     (['forget', 'retain', 'unlabeled'], ['forget', 'retain'])
     """
     ds: Any = load_training_file(args.train_file, columns=["text"]) if args.train_file else load_pair(args.pair)
+    for name in (ROUTE_LABEL, SIDE):
+        if name in ds.column_names and isinstance(ds.features[name], ClassLabel):  # arms compare names
+            ds = ds.remove_columns(name).add_column(name, column_values(ds, name))
     truth = SIDE if SIDE in ds.column_names else ROUTE_LABEL
     if args.label_keywords:
         ds, truth = labels_from_keywords(ds, {FORGET: args.label_keywords}, default=RETAIN), ROUTE_LABEL
@@ -96,7 +99,8 @@ def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, lengt
     if column is None:
         return 0
     known = documents.filter(lambda value: value == FORGET, input_columns=column)
-    return len(pack(known, tokenizer, length, by=[])) * length if len(known) else 0
+    ids = tokenizer(known["text"][:], add_special_tokens=False)["input_ids"] if len(known) else []
+    return sum(len(document) + 1 for document in ids) // length * length  # and the token that ends a document
 
 
 def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:

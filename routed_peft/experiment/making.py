@@ -90,9 +90,12 @@ def test_texts(settings: DemoSettings) -> dict[str, list[str]]:
 
 def stretch(material: Material, arm: Arm, settings: DemoSettings) -> float:
     """Return how many times longer an arm must train to see the retain text that teaches the base of the routed arm."""
+    if settings.forget_share is None:
+        raise ValueError(
+            "`filter_equal_retain` needs a `forget_share`, by which it knows how much retain text routing sees"
+        )
     own = tokens_by_side(material.run_of(arm, settings), 1)[RETAIN] / (settings.steps * settings.batch_size)
-    assert settings.forget_share is not None
-    rest = (1 - settings.forget_share) * (1 - settings.robust_share)
+    rest = (1 - settings.forget_share) * (1 - settings.robust_share * settings.self_labels)
     first = 1 - settings.first_forget_share
     return (settings.labeled_first * first + (1 - settings.labeled_first) * rest) / own
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+from transformers.trainer_utils import HubStrategy
 
 from routed_peft.ablation import ablated
 from routed_peft.data import RoutedCollator, check_route_columns
@@ -28,6 +28,7 @@ from routed_peft.training.penalty import activation_l1
 from routed_peft.training.projection import SubspaceProjection
 from routed_peft.training.saving import SavingMixin
 from routed_peft.training.self_labels import SelfLabeledRows, SelfLabeler
+from routed_peft.training.token_loss import TokenLossMixin
 
 
 class _Rest(TrainerCallback):
@@ -49,7 +50,7 @@ class BatchObserver(Protocol):
         """Look at a batch without its route columns; ``environments`` is its column ``route_environment``, or None."""
 
 
-class RoutingMixin(SavingMixin):
+class RoutingMixin(SavingMixin, TokenLossMixin):
     """What routing adds to a Trainer; `RoutedTrainer` and TRL's trainers share it."""
 
     optimizer: torch.optim.Optimizer
@@ -73,7 +74,6 @@ class RoutingMixin(SavingMixin):
         )
         self._checked = not args.self_check
         self._labels_checked = not args.check_labels_after
-        self._loss_sums = torch.zeros(2, dtype=torch.float64)
         self.tokens_per_route: Counter[str] = Counter()  # over the run and all processes
         self._taught: Counter[tuple[str, str]] = Counter()  # since the last optimizer step, in this process
         self.add_callback(_Rest(self))
@@ -279,21 +279,7 @@ class RoutingMixin(SavingMixin):
         """Evaluate one batch; labels play no part."""
         _pop_routes(inputs)
         inputs.pop(ROUTE_ENVIRONMENT, None)
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        if result[0] is not None and "labels" in inputs:
-            tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
-            self._loss_sums += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
-        return result
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Run the loop; the loss is the mean over *tokens*, where `Trainer` takes a mean over batches."""
-        self._loss_sums = torch.zeros(2, dtype=torch.float64)
-        output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
-        total, tokens = self.accelerator.reduce(self._loss_sums.float().to(self.args.device), "sum").tolist()
-        key = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
-        if tokens and output.metrics is not None and key in output.metrics:
-            output.metrics[key] = total / tokens
-        return output
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
 
 def _pop_routes(inputs: dict[str, Any]) -> tuple[Tensor | None, Mapping[str, Tensor] | None]:

@@ -62,9 +62,9 @@ class RoutedTrainer(RoutingMixin, Trainer):
             labeled_forget_tokens: different ones that somebody had to label, for the ledger.
 
         Returns:
-            ``steps``; ``tokens`` where ``include_num_input_tokens_seen`` is on; ``tokens_per_route`` by label; ``seconds``;
-            ``losses``, in nats per token, by evaluation set, ``ablated_…`` without regions; where
-            tokens are counted the ``ledger`` of `routed_peft.ledger.Ledger`, evaluation not included.
+            ``steps``; ``tokens`` where ``include_num_input_tokens_seen`` is on; ``tokens_per_route`` by label; ``seconds``, of
+            the last session where the run was resumed; ``losses``, in nats per token, by evaluation set, ``ablated_…`` without
+            regions; where tokens are counted the ``ledger`` of `routed_peft.ledger.Ledger`, evaluation not included.
         """
         history, step = self.state.log_history, self.state.global_step
         done = [entry for entry in history if entry["step"] == step and any(key.startswith("eval_") for key in entry)]

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
 
 from routed_peft.routes import IGNORED
 from routed_peft.training.resuming import check_resumable
+from routed_peft.training.token_loss import TokenLossMixin
 from routed_peft.unlearning.data import Rows, collate
 from routed_peft.unlearning.losses import token_log_probs
 
 
-class TokenTrainer(Trainer):
+class TokenTrainer(TokenLossMixin, Trainer):
     """A `Trainer` on tokenised rows whose evaluation losses are means over tokens, in nats, over all processes.
 
     Subclasses say in `count_units` what a mean of their training loss is over; `compute_loss` gets the counts of the whole
@@ -81,23 +80,6 @@ class TokenTrainer(Trainer):
         return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     # Evaluation
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate one batch, and remember its loss and tokens."""
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        assert result[0] is not None
-        self._loss_sums += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
-        return result
-
-    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Run the loop; the loss is the mean over *tokens*, where `Trainer` takes a mean over batches."""
-        self._loss_sums = torch.zeros(2, dtype=torch.float64)
-        output: EvalLoopOutput = super().evaluation_loop(dataloader, *args, **kwargs)
-        total, tokens = self.accelerator.reduce(self._loss_sums.float().to(self.args.device), "sum").tolist()
-        if tokens and output.metrics is not None:
-            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / tokens
-        return output
 
 
 def check_trainable(model: nn.Module) -> None:

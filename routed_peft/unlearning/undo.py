@@ -167,11 +167,13 @@ def save_undone(
         record: of `undo`.
         out: directory; files in it that have other names stay.
         source: the teacher's path or Hub id; the ledger in its ``unlearning.json``, or in the ``summary.json`` of the run that
-            it is, is added to the total, which is unknown (None) where there is neither.
+            it is, is added to the total, which is unknown (None) where there is neither. A total has the stages that such
+            records tell of: after unlearning not what came before it.
         tokenizer: is saved too.
     """
     former = (read_json(file) for file in (Path(source, UNLEARNED), Path(source, SUMMARY)) if file.is_file())
-    before = next((Ledger.from_dict(about["ledger"]) for about in former if "ledger" in about), None)
+    costs = next((about.get("total_ledger", about["ledger"]) for about in former if "ledger" in about), None)
+    before = None if costs is None else Ledger.from_dict(costs)
     content = {
         "source": source,
         **asdict(record),

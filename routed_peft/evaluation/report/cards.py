@@ -133,6 +133,13 @@ CARDS: dict[str, Card] = {
         "calls forget is left out. The obvious rival where the two sides differ in their words.",
         short="filter by classifier",
     ),
+    "classifier_filter_overrule": Card(
+        "filter by such a classifier, which may overrule labels",
+        "filter",
+        "The same, and each labelled document is labelled anew by a classifier that was fitted to the others (five folds): "
+        "the obvious rival where labels may be wrong.",
+        short="classifier may overrule",
+    ),
     "demix": Card(
         "DEMix, forget expert dropped",
         "routing",

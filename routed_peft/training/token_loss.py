@@ -1,0 +1,63 @@
+"""Evaluation losses as means over tokens, in nats, whatever the batches and processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from routed_peft.routes import IGNORED
+
+
+class TokenLossMixin:
+    """What makes a `Trainer`'s evaluation loss the mean over all *tokens*, where it takes a mean over batches."""
+
+    accelerator: Accelerator
+    _loss_sums: Tensor
+    _measures = False
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer would have an evaluation's loss divided by the tokens of all processes, whichever of them has how many
+        return None if self._measures else super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch, and remember its loss and tokens."""
+        if "labels" in inputs:
+            inputs = {**inputs, "labels": once(inputs["labels"], self.accelerator)}
+        self._measures = True
+        try:
+            result = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._measures = False
+        tokens = int((inputs["labels"][:, 1:] != IGNORED).sum()) if "labels" in inputs else 0
+        if result[0] is not None and tokens:
+            self._loss_sums += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run the loop; the loss is the mean over tokens."""
+        self._loss_sums = torch.zeros(2, dtype=torch.float64)
+        output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        sums: Any = self.accelerator.reduce(self._loss_sums.float().to(self.accelerator.device), "sum")
+        total, tokens = sums.tolist()
+        key, metrics = f"{kwargs.get('metric_key_prefix', 'eval')}_loss", output.metrics
+        if tokens and metrics is not None and key in metrics:
+            metrics[key] = total / tokens
+        return output
+
+
+def once(labels: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the targets of a batch, ignored in rows that are in it again only to give every process as many.
+
+    Args:
+        labels: ``(B, T)``.
+        accelerator: whose data loader the batch comes from; it fills its last batches with rows from the beginning.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return labels
+    kept = state.remainder - accelerator.process_index * len(labels)
+    return torch.where((torch.arange(len(labels)) < kept).to(labels.device)[:, None], labels, IGNORED)
