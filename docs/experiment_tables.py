@@ -217,11 +217,11 @@ def self_labels(results: Sequence[Result]) -> list[str]:
         (r, r.number("found_precision"), r.number("found_recall")) for r in results if r.condition.method == "routed"
     ]
     said = [
-        f"{precision.mean:.2f} / {recall.mean:.2f} at {result.condition.labels}"
+        f"{recall.mean:.2f}/{precision.mean:.2f} at {result.condition.labels}"
         for result, precision, recall in found
         if precision and recall and result.condition.labeled != 1
     ]
-    return [f"Precision / recall of self-labels: {', '.join(said)}."] if said else []
+    return [f"Recall/precision of self-labels: {', '.join(said)}."] if said else []
 
 
 def named(found: Sequence[tuple[Labels, Comparison]], met: bool | None) -> str:

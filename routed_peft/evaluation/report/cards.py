@@ -163,7 +163,8 @@ CARDS: dict[str, Card] = {
         "routing",
         "Selective gradient masking. Rows labelled forget teach only the region, rows labelled retain are seen without it, "
         "unlabelled rows teach both and are absorbed by whichever side knows them already. The paper’s region has an attention "
-        "head beside MLP units; here it is extra MLP units alone.",
+        "head beside MLP units; here it is extra MLP units alone. Rows come in their natural shares, without a start on "
+        "labelled ones.",
         "SGTM, arXiv 2512.05648, section 3",
         "SGTM",
     ),
