@@ -42,7 +42,7 @@ class Material:
     Attributes:
         tokenizer: trained on the training text of both sides.
         documents: training documents, with their text and the ``route_label`` that they came with.
-        rows: packed training rows, with ``side`` (the truth) and ``route_label`` (what is known of it).
+        rows: packed training rows, with ``side`` (the truth, of most of its tokens) and ``route_label`` (what is known of it).
         validation: side -> packed rows for the curves.
         files: what the lm-eval tasks read: ``forget_file``, ``retain_file``.
         attacker: forget documents of the validation split, for relearning.
@@ -72,7 +72,8 @@ class Material:
             train, labeled=settings.labeled, recall=settings.recall, precision=settings.precision, seed=settings.seed
         )
         labeled = documents if relabel is None else relabel(documents)
-        rows = pack(labeled, tokenizer, settings.length, seed=settings.seed)
+        by, majority = ([ROUTE_LABEL], ["side"]) if settings.mixed_rows else (None, [])
+        rows = pack(labeled, tokenizer, settings.length, by, seed=settings.seed, majority=majority)
         held_out = load_pair(settings.pair, "validation")
         packed = pack(held_out, tokenizer, settings.length, by=["side"], seed=settings.seed)
         validation = {side: first_of(packed, side, settings.validation_rows) for side in SIDES}

@@ -26,6 +26,8 @@ class DemoSettings:
             both sides share, at the price of a little of what they do not.
         frequency_weights: whether forget rows teach the base, in the routed arm, as far as their tokens are as common in retain
             text (`routed_peft.data.token_frequency_weights`), and at ``base_weight`` otherwise; with self-labels only.
+        mixed_rows: whether rows mix the sides of documents that have the same label, or none. By default they do not, as a page
+            of a longer text does not: then the truth has sorted unlabelled text into rows.
         region_learning_rate: peak learning rate of the region, in the routed arm; None for ``learning_rate``.
         evaluations: how often the validation losses are taken during training.
         validation_rows: packed rows per side for that.
@@ -62,6 +64,7 @@ class DemoSettings:
     overrule: bool = False
     base_weight: float = 0.0
     frequency_weights: bool = False
+    mixed_rows: bool = False
     region_learning_rate: float | None = None
     seed: int = 0
     evaluations: int = 10

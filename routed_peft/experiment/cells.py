@@ -17,7 +17,8 @@ ROUTING = (*SETTINGS, "self_labels", "base_weight", "frequency_weights", "region
 """Settings that mean something to routed arms alone."""
 VARIABLE = (*ROUTING, "region_size")
 """Settings in which a routed arm may differ from the others of an experiment."""
-ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "frequency_weights": False}
+ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "frequency_weights": False,
+         "mixed_rows": False}  # fmt: skip
 """Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
 SPLITS = ("validation", "train")
 LABELS = ("labeled", "recall", "precision")
@@ -196,7 +197,7 @@ def irrelevant(method: Method) -> list[str]:
     return [
         *ATTACKING,
         *(() if routed or method.equal_retain else ROUTING),
-        *(() if method.labels else LABELS),
+        *(() if method.labels else (*LABELS, "mixed_rows")),
     ]
 
 
