@@ -258,6 +258,7 @@ TABLES = {
     "experiment_spanish_tenth": lambda: experiment("spanish", losses, TENTH),
     "experiment_entangled_tenth": lambda: experiment("entangled", losses, TENTH),
     "experiment_wrong_labels": lambda: experiment("wrong_labels", losses, QUALITIES),
+    "experiment_mixed_rows": lambda: experiment("mixed_rows", losses, HALF),
     "experiment_spanish": lambda: experiment("spanish", losses, HALF),
     "recovery": lambda: experiment("recovery", recovery),
     "frontier": lambda: experiment("frontier", frontier),

@@ -88,6 +88,12 @@ class Recipe(DocumentArguments):
     overrule: bool = field(
         default=False, metadata={"help": "With `self_labels`: let the region label the labelled rows anew as well."}
     )
+    by_document: bool = field(
+        default=False,
+        metadata={
+            "help": "With `self_labels`: ask about documents, whatever they share a row with, and not about rows."
+        },
+    )
     frequency_weights: bool = field(
         default=False, metadata={"help": "ERA: let tokens pass that are no commoner on the forget side."}
     )
@@ -130,7 +136,8 @@ def main() -> None:
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args, documents)
     routes = make_routes(recipe)
-    rows = pack(of_arm(documents, recipe.arm), tokenizer, recipe.length, seed=args.seed)
+    by = ["route_label"] if recipe.by_document else None  # rows may mix what is labelled alike
+    rows = pack(of_arm(documents, recipe.arm), tokenizer, recipe.length, by, seed=args.seed)
     trainer = RoutedTrainer(
         model,
         args,
@@ -168,7 +175,9 @@ def in_order(
     if recipe.arm != "routed":
         return schedule(rows, count, seed=args.seed)
     if recipe.self_labels:
-        return SelfLabeledRows(rows, count, seed=args.seed, **{name: getattr(recipe, name) for name in SETTINGS})
+        about = {name: getattr(recipe, name) for name in SETTINGS}
+        separator = tokenizer.eos_token_id if recipe.by_document else None
+        return SelfLabeledRows(rows, count, seed=args.seed, separator=separator, **about)
     run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed, recipe.first_forget_share)
     if not recipe.frequency_weights or recipe.method == "control":
         return run

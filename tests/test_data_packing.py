@@ -104,16 +104,17 @@ def test_bad_input_raises(case):
         pack(ds, TOKENIZER, **arguments)
 
 
-def test_a_row_that_mixes_keeps_what_most_of_its_tokens_are():
+def test_a_row_that_mixes_keeps_what_each_of_its_tokens_is():
     texts = ["a", "b b b b b b", "c c c c c c", "d"]
     ds = Dataset.from_dict({"text": texts, "side": ["retain", "forget", "retain", "forget"], "route_label": ["x"] * 4})
     tokenizer = train_tokenizer(texts, vocab_size=262)
-    rows = pack(ds, tokenizer, 4, by=["route_label"], majority=["side"])
+    rows = pack(ds, tokenizer, 4, by=["route_label"], per_token=["side"])
     same = pack(ds.remove_columns("side"), tokenizer, 4, by=["route_label"])
     assert rows["input_ids"][:] == same["input_ids"][:] and rows.column_names == ["input_ids", "route_label", "side"]
     letters = {"forget": "bd", "retain": "ac"}
+    seen = set()
     for row in rows:
-        words = tokenizer.decode(row["input_ids"]).replace("<|endoftext|>", " ")
-        counts = {side: sum(words.count(letter) for letter in own) for side, own in letters.items()}
-        assert counts[row["side"]] == max(counts.values()) > 0
-    assert set(rows["side"]) == {"forget", "retain"}
+        for token, side in zip(row["input_ids"], row["side"], strict=True):
+            word = tokenizer.decode([token]).strip()
+            seen.add((side, word in letters[side] if word in {*"abcd"} else None))
+    assert seen == {("forget", True), ("retain", True), ("forget", None), ("retain", None)}

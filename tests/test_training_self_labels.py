@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
-from routed_peft.training.self_labels import SelfLabeledRows, benefit_threshold, row_losses
+from routed_peft.training.regroup import document_means, document_of
+from routed_peft.training.self_labeler import benefit_threshold, row_means, token_losses
+from routed_peft.training.self_labels import SelfLabeledRows
 
 
 def rows(forget: int = 10, retain: int = 10, unlabeled: int = 20) -> Dataset:
@@ -87,12 +93,62 @@ def test_restored_runs_are_the_same():
     assert [first[i] for i in range(100)] == [second[i] for i in range(100)]
 
 
-def test_row_losses_are_means_over_tokens():
+def test_row_means_are_over_the_tokens_that_have_a_loss():
     logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
-    losses = row_losses(logits, torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]]))
+    targets = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
+    means = row_means(token_losses(logits, targets), targets)
     log = logits.log_softmax(-1)
-    assert torch.allclose(losses[1], -log[1, 0, 6])
-    assert torch.allclose(losses[0], -(log[0, 0, 2] + log[0, 1, 3] + log[0, 2, 4]) / 3)
+    assert torch.allclose(means[1], -log[1, 0, 6])
+    assert torch.allclose(means[0], -(log[0, 0, 2] + log[0, 1, 3] + log[0, 2, 4]) / 3)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_means_over_documents(ids):
+    """The obvious way: cut every row after each 0, and leave out the row's first token, which nothing predicts."""
+    ids, values = torch.tensor(ids), torch.arange(5.0).expand(len(ids), 5) ** 2
+    found = document_means(values, document_of(ids, separator=0))
+    for row, means in zip(ids.tolist(), found, strict=True):
+        cuts = [0, *(i + 1 for i, token in enumerate(row) if token == 0 and i < 5), 6]
+        for start, stop in pairwise(cuts):
+            own = [float((i - 1) ** 2) for i in range(max(start, 1), stop)]
+            assert means[start:stop].tolist() == pytest.approx([sum(own) / max(1, len(own))] * (stop - start))
+
+
+def mixed_rows() -> Dataset:
+    """Two documents in each unlabelled row, 0 after each; 1 is forget, 2 is retain, and the first of every row is cut off."""
+    ids = [[1, 1, 1, 0], [2, 2, 2, 0], [1, 0, 2, 0], [2, 0, 1, 0], [1, 0, 2, 0]]
+    sides = [["retain" if token == 2 else "forget" for token in row] for row in ids]
+    return Dataset.from_dict({"input_ids": ids, "route_label": ["forget", "retain", *["unlabeled"] * 3], "side": sides})
+
+
+def test_documents_of_one_kind_share_rows_once_they_were_told_apart():
+    run = SelfLabeledRows(mixed_rows(), 40, labeled_first=0.5, forget_share=0.25, separator=0)
+    assert len(run.found_rows) == 0 and set(labels_of(run, 20, 40)) == {"forget", "retain", "unlabeled"}
+    run.relabel(np.array([2, 3, 4]), [[True, False], [False, True], [True, False]], start=20)
+    new = [run.rows[int(i)] for i in run.found_rows]
+    assert [row["input_ids"] for row in new] == [[1, 0, 1, 0], [2, 0, 2, 0]], "the third of each kind fills no row"
+    assert new[0]["side"][0] == "forget" and {row["route_label"] for row in new} == {"unlabeled"}
+    assert run.labels[run.found_rows].tolist() == ["forget", "retain"]
+    taken = [run[i] for i in range(20, 40)]
+    assert sum(row["route_label"] == "forget" for row in taken) == 5
+    assert all((row["input_ids"][0] == 1) == (row["route_label"] == "forget") for row in taken)
+    again = SelfLabeledRows(mixed_rows(), 40, labeled_first=0.5, forget_share=0.25, separator=0)
+    again.restore(
+        {"step": 5, "start": 20, "rows": [2, 3, 4], "is_forget": [[True, False], [False, True], [True, False]]}
+    )
+    assert [again[i] for i in range(40)] == [run[i] for i in range(40)]
+
+
+def test_what_cannot_be_laid_out_anew_is_refused():
+    whole = mixed_rows().remove_columns("side").add_column("side", ["forget"] * 5)
+    with pytest.raises(
+        ValueError, match="`separator` lays documents out anew, and 'side' has one value for a whole row"
+    ):
+        SelfLabeledRows(whole, 40, separator=0)
+    with pytest.raises(ValueError, match=r"`separator` needs packed rows of one length, got \[1, 2\] and more"):
+        SelfLabeledRows(
+            Dataset.from_dict({"input_ids": [[1], [1, 2]], "route_label": ["forget", "retain"]}), 40, separator=0
+        )
 
 
 def test_bad_arguments():

@@ -304,6 +304,28 @@ def test_self_labels_agree_with_the_truth_and_resume(tmp_path, tokenizer):
     assert again.found == data.found and again.in_order("side") == data.in_order("side")
 
 
+def test_documents_that_share_a_row_are_told_apart_and_resume(tmp_path, tokenizer):
+    """Every unlabelled row has a document in either alphabet, each of four tokens with the one that ends it."""
+    separator, rows = 1, two_alphabets().to_list()
+    for row in rows:
+        row["input_ids"][3] = row["input_ids"][7] = separator
+        row["side"] = [row["side"]] * 8
+    for one, other in zip(rows[120::2], rows[121::2], strict=True):
+        for name in ("input_ids", "side"):
+            one[name][4:], other[name][4:] = other[name][4:], one[name][4:]
+    rows = Dataset.from_list(rows)
+    about = {"labeled_first": 0.5, "forget_share": 0.25, "first_forget_share": 0.25, "separator": separator}
+    options = SELF_LABELING | dict(save_strategy="steps", save_steps=14)
+    data = SelfLabeledRows(rows, 160, **about)
+    trainer = train(tmp_path / "a", tokenizer, dataset=data, **options)
+    found = data.rows.select(data.found_rows)
+    assert [set(sides) for sides in found["side"]] == [{label} for label in data.labels[data.found_rows]]
+    assert len(found) == 40 and data.found["is_forget"][0] in ([True, False], [False, True])
+    again = SelfLabeledRows(rows, 160, **about)
+    resumed = train(tmp_path / "b", tokenizer, dataset=again, resume=str(tmp_path / "a" / "checkpoint-14"), **options)
+    assert_same(weights(trainer.model), weights(resumed.model))
+
+
 def test_the_summary_says_what_a_run_has_cost(tmp_path, tokenizer):
     """Scoring a row takes two forward passes; a run whose tokens are not counted has no ledger."""
     data = self_labeled()

@@ -19,7 +19,7 @@ def pack(
     by: Sequence[str] | None = None,
     column: str = "text",
     seed: int = 0,
-    majority: Sequence[str] = (),
+    per_token: Sequence[str] = (),
 ) -> Dataset:
     """Tokenise documents and lay them end to end, an end-of-sequence token after each, in rows of ``length`` tokens.
 
@@ -34,10 +34,10 @@ def pack(
         by: columns that a row must not mix, and that are kept. None: those of ``route_label`` and ``side`` that exist.
         column: where the text is.
         seed: same seed, same rows.
-        majority: further columns, which a row may mix; it keeps the value that most of its tokens have.
+        per_token: further columns, which a row may mix: kept as lists with the value of each token's document.
 
     Returns:
-        A shuffled dataset of ``input_ids`` and the columns of ``by`` and ``majority``.
+        A shuffled dataset of ``input_ids`` and the columns of ``by`` and ``per_token``.
 
     Raises:
         ValueError: if a column is missing or has nulls, if ``ds`` is labelled by token, or if a value of the first
@@ -51,10 +51,10 @@ def pack(
         (['forget', 'retain', 'retain'], {4})
     """
     by = [name for name in (ROUTE_LABEL, "side") if name in ds.column_names] if by is None else list(by)
-    _check(ds, tokenizer, length, [*by, *majority], column)
+    _check(ds, tokenizer, length, [*by, *per_token], column)
     rng = np.random.default_rng(seed)
-    ds = ds.select_columns([column, *by, *majority]).with_format(None)
-    kinds = {name: np.unique(ds[name][:], return_inverse=True) for name in majority}
+    ds = ds.select_columns([column, *by, *per_token]).with_format(None)
+    kinds = {name: np.array(ds[name][:]) for name in per_token}
     keys = list(zip(*(ds[name][:] for name in by), strict=True)) if by else [()] * len(ds)
     tokens = _tokenize(ds, tokenizer, column)
     groups: dict[tuple[Any, ...], list[int]] = {key: [] for key in sorted(set(keys))}
@@ -62,21 +62,21 @@ def pack(
         groups[keys[index]].append(index)
 
     packed, values = [], []
-    commonest: dict[str, list[Any]] = {name: [] for name in majority}
+    spread: dict[str, list[np.ndarray]] = {name: [] for name in per_token}
     for key, members in groups.items():
         stream = np.concatenate([tokens[index] for index in members])
         count = len(stream) // length
         packed.append(stream[: count * length].reshape(count, length))
         values += [key] * count
-        for name, (names, codes) in kinds.items():
-            parts = np.concatenate([np.full(len(tokens[index]), codes[index]) for index in members])
-            rows_of_codes = parts[: count * length].reshape(count, length)
-            commonest[name] += [names[np.bincount(row).argmax()].item() for row in rows_of_codes]
+        sizes = [len(tokens[index]) for index in members]
+        for name, own in kinds.items():
+            spread[name] += list(np.repeat(own[members], sizes)[: count * length].reshape(count, length))
     _check_filled(groups, values, by, length)
     rows, order = np.concatenate(packed), rng.permutation(len(values))
-    features = Features({"input_ids": List(Value("int32"))} | {name: ds.features[name] for name in (*by, *majority)})
+    features = Features({"input_ids": List(Value("int32"))} | {name: ds.features[name] for name in by})
+    features |= {name: List(ds.features[name]) for name in per_token}
     columns = {name: [values[index][i] for index in order] for i, name in enumerate(by)}
-    columns |= {name: [found[index] for index in order] for name, found in commonest.items()}
+    columns |= {name: [found[index] for index in order] for name, found in spread.items()}
     return Dataset.from_dict({"input_ids": list(rows[order])} | columns, features=features)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -42,7 +43,8 @@ class Material:
     Attributes:
         tokenizer: trained on the training text of both sides.
         documents: training documents, with their text and the ``route_label`` that they came with.
-        rows: packed training rows, with ``side`` (the truth, of most of its tokens) and ``route_label`` (what is known of it).
+        rows: packed training rows, with ``side`` (the truth; of each token where rows mix sides) and ``route_label`` (what is
+            known of it).
         validation: side -> packed rows for the curves.
         files: what the lm-eval tasks read: ``forget_file``, ``retain_file``.
         attacker: forget documents of the validation split, for relearning.
@@ -72,8 +74,8 @@ class Material:
             train, labeled=settings.labeled, recall=settings.recall, precision=settings.precision, seed=settings.seed
         )
         labeled = documents if relabel is None else relabel(documents)
-        by, majority = ([ROUTE_LABEL], ["side"]) if settings.mixed_rows else (None, [])
-        rows = pack(labeled, tokenizer, settings.length, by, seed=settings.seed, majority=majority)
+        by, per_token = ([ROUTE_LABEL], ["side"]) if settings.mixed_rows else (None, [])
+        rows = pack(labeled, tokenizer, settings.length, by, seed=settings.seed, per_token=per_token)
         held_out = load_pair(settings.pair, "validation")
         packed = pack(held_out, tokenizer, settings.length, by=["side"], seed=settings.seed)
         validation = {side: first_of(packed, side, settings.validation_rows) for side in SIDES}
@@ -108,7 +110,9 @@ class Material:
         weights = self._frequency_weights() if settings.frequency_weights else None
         if weights is not None:
             weights = weights + (1 - weights) * settings.base_weight
-        about = {name: getattr(settings, name) for name in SETTINGS}
+        about: dict[str, Any] = {name: getattr(settings, name) for name in SETTINGS}
+        if settings.by_document:
+            about["separator"] = self.tokenizer.eos_token_id
         return SelfLabeledRows(rows, count, seed=seed, token_weights=weights, **about)
 
     def _frequency_weights(self) -> Tensor:
@@ -121,12 +125,15 @@ class Material:
 
 
 def tokens_by_side(run: Dataset | SelfLabeledRows, length: int, label: str | None = None) -> dict[str, int]:
-    """Count the tokens of a run by true side: of all rows, or of those that came with a label."""
+    """Count the tokens of a run by true side: of all rows, of ``length`` tokens each, or of those that came with a label."""
     sides, labels = (
         run.in_order(column) if isinstance(run, SelfLabeledRows) else run[column][:] for column in ("side", ROUTE_LABEL)
     )
-    counts = Counter(side for side, own in zip(sides, labels, strict=True) if label in (None, own))
-    return {side: counts[side] * length for side in SIDES}
+    counts: Counter[str] = Counter()
+    for side, own in zip(sides, labels, strict=True):
+        if label in (None, own):
+            counts.update([side] if isinstance(side, str) else {name: side.count(name) / len(side) for name in SIDES})
+    return {side: round(counts[side] * length) for side in SIDES}
 
 
 def first_of(ds: Dataset, side: str, count: int | None = None) -> Dataset:

@@ -18,7 +18,7 @@ class DemoSettings:
         labeled_first: share of the run in which the routed arm sees labelled rows only.
         first_forget_share: share of forget rows in that.
         self_labels: whether the region then labels the unlabelled rows, in the routed arm (`SelfLabeledRows`).
-        threshold: above which benefit a row counts as forget (`routed_peft.training.self_labels.benefit_threshold`).
+        threshold: above which benefit a row counts as forget (`routed_peft.training.self_labeler.benefit_threshold`).
         forget_share: share of forget rows in the rest of the routed arm's run; None for their share in the data.
         robust_share: share of the retain rows that are seen with the region on, and teach only the region.
         overrule: whether the region labels the labelled rows anew as well, in the routed arm.
@@ -28,6 +28,7 @@ class DemoSettings:
             text (`routed_peft.data.token_frequency_weights`), and at ``base_weight`` otherwise; with self-labels only.
         mixed_rows: whether rows mix the sides of documents that have the same label, or none. By default they do not, as a page
             of a longer text does not: then the truth has sorted unlabelled text into rows.
+        by_document: whether the region is asked about documents and not about rows, in the routed arm; with ``mixed_rows``.
         region_learning_rate: peak learning rate of the region, in the routed arm; None for ``learning_rate``.
         evaluations: how often the validation losses are taken during training.
         validation_rows: packed rows per side for that.
@@ -65,6 +66,7 @@ class DemoSettings:
     base_weight: float = 0.0
     frequency_weights: bool = False
     mixed_rows: bool = False
+    by_document: bool = False
     region_learning_rate: float | None = None
     seed: int = 0
     evaluations: int = 10

@@ -13,12 +13,12 @@ from routed_peft.experiment.methods import METHODS, UNLEARNING, Method
 from routed_peft.training.self_labels import SETTINGS
 
 NUMBERS = "numbers.json"
-ROUTING = (*SETTINGS, "self_labels", "base_weight", "frequency_weights", "region_learning_rate")
+ROUTING = (*SETTINGS, "self_labels", "base_weight", "frequency_weights", "by_document", "region_learning_rate")
 """Settings that mean something to routed arms alone."""
 VARIABLE = (*ROUTING, "region_size")
 """Settings in which a routed arm may differ from the others of an experiment."""
 ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "frequency_weights": False,
-         "mixed_rows": False}  # fmt: skip
+         "mixed_rows": False, "by_document": False}  # fmt: skip
 """Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
 SPLITS = ("validation", "train")
 LABELS = ("labeled", "recall", "precision")

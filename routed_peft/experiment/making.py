@@ -156,10 +156,17 @@ def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str]:
 
 
 def found_quality(run: SelfLabeledRows) -> dict[str, float]:
-    """Return precision and recall of the labels that the region found for unlabelled rows; nothing where there were none."""
-    if not len(run.found.get("rows", ())):
+    """Return precision and recall of the labels that the region found for rows without one; nothing where there were none.
+
+    Rows that mix sides count by the share of their tokens.
+    """
+    if not len(found := run.found_rows):
         return {}
-    found = np.array(run.found["is_forget"], dtype=bool)
-    truth = np.array(run.rows["side"][:])[np.array(run.found["rows"], dtype=int)] == FORGET
-    hits = int((truth & found).sum())
-    return {"found_precision": hits / max(1, int(found.sum())), "found_recall": hits / max(1, int(truth.sum()))}
+    sides = run.rows.select(found)["side"][:]
+    truth = np.array([side == FORGET if isinstance(side, str) else side.count(FORGET) / len(side) for side in sides])
+    is_forget = run.labels[found] == FORGET
+    hits = float(truth[is_forget].sum())
+    return {
+        "found_precision": hits / max(1, int(is_forget.sum())),
+        "found_recall": hits / max(1.0, float(truth.sum())),
+    }

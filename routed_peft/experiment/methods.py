@@ -74,7 +74,7 @@ def _tfidf(ds: Dataset, overrule: bool = False) -> Dataset:
 
 PLAIN = {
     "labeled_first": 0.0, "first_forget_share": 0.5, "self_labels": False, "threshold": "midpoint", "forget_share": None,
-    "robust_share": 0.0, "overrule": False, "frequency_weights": False,
+    "robust_share": 0.0, "overrule": False, "frequency_weights": False, "by_document": False,
 }  # fmt: skip
 _ARM = {arm.key: arm for arm in ARMS}
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)

@@ -27,7 +27,8 @@ from routed_peft.training.optimizer import clip_by_group, rest, tag_groups
 from routed_peft.training.penalty import activation_l1
 from routed_peft.training.projection import SubspaceProjection
 from routed_peft.training.saving import SavingMixin
-from routed_peft.training.self_labels import SelfLabeledRows, SelfLabeler
+from routed_peft.training.self_labeler import SelfLabeler
+from routed_peft.training.self_labels import SelfLabeledRows
 from routed_peft.training.token_loss import TokenLossMixin
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from datasets import Dataset, List, concatenate_datasets
+from torch import Tensor
 
-from routed_peft.ablation import ablated
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_WEIGHTS, column_values
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.data.schedule import draw_order
-from routed_peft.routes import BASE, IGNORED
-
-if TYPE_CHECKING:
-    from routed_peft.training.mixin import RoutingMixin
+from routed_peft.routes import BASE
+from routed_peft.training.regroup import regroup
 
 REFERENCE_ROWS = 256
 THRESHOLDS = ("balanced", "midpoint")
@@ -37,9 +32,10 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
     .. math:: b = L_{\text{ablated}} - L_{\text{on}},
 
     the row's mean loss with the regions ablated less that with them on, in nats per token. A row whose benefit is above a
-    threshold between the means over labelled forget and labelled retain rows (`benefit_threshold`) is treated as forget from
-    there on, the others as retain, and the rest of the run is laid out anew. As forget rows teach the base little or
-    nothing, few of them are taken (``forget_share``).
+    threshold between the means over labelled forget and labelled retain rows
+    (`routed_peft.training.self_labeler.benefit_threshold`) is treated as forget from there on, the others as retain, and the
+    rest of the run is laid out anew. As forget rows teach the base little or nothing, few of them are taken
+    (``forget_share``).
 
     Give it to `RoutedTrainer` as ``train_dataset``, with ``train_sampling_strategy="sequential"``; the trainer scores,
     relabels, and keeps what was found in its checkpoints.
@@ -57,13 +53,17 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             well that a label is wrong: use it with a ``first_forget_share`` of 0.5, with which it is tested.
         seed: same seed, same run.
         first_forget_share: share of forget rows before the scoring.
-        threshold: "balanced" or "midpoint", see `benefit_threshold`.
+        threshold: "balanced" or "midpoint", see `routed_peft.training.self_labeler.benefit_threshold`.
+        separator: the token that ends a document (``tokenizer.eos_token_id``). It is then documents that are scored, and not
+            rows, whatever they share a row with; documents of one kind share rows from there on. For rows of one length, whose
+            further columns have a value for each token.
         token_weights: ``(V,)``: the base's gradient weight at every token of rows that count as forget, such as
             `routed_peft.data.token_frequency_weights`, so that tokens which both sides share still teach it. The route of
             forget rows must then leave the base its weight of 1, which these numbers multiply.
 
     Raises:
-        ValueError: where a share is out of range, or there are no labelled rows of both kinds to start from.
+        ValueError: where a share is out of range, there are no labelled rows of both kinds to start from, or a column cannot be
+            laid out anew by documents.
 
     Example:
         >>> rows = Dataset.from_dict({"input_ids": [[1], [2], [3], [4]],
@@ -86,6 +86,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         first_forget_share: float = 0.1,
         threshold: str = "balanced",
         token_weights: Tensor | None = None,
+        separator: int | None = None,
     ) -> None:
         if not 0 < labeled_first < 1:
             raise ValueError(f"`labeled_first` is a share of the run, between 0 and 1; got {labeled_first}")
@@ -95,16 +96,19 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             raise ValueError(f"`threshold` must be one of {THRESHOLDS}, got {threshold!r}")
         self.rows, self.labeled_first, self.seed, self.threshold = rows, labeled_first, seed, threshold
         self.forget_share, self.robust_share, self.overrule = forget_share, robust_share, overrule
-        self.token_weights = token_weights
+        self.token_weights, self.separator = token_weights, separator
+        if separator is not None:
+            check_columns(rows)
         self.labels = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
         """What every row counts as by now."""
         self._given = self.labels.copy()
+        self._at_first = rows
         order = draw_order(self._given.tolist(), count, labeled_first, forget_share, seed, first_forget_share)
         self._order = np.array(order)
         self._labels_in_order = self.labels[self._order]
         self.found: dict[str, Any] = {}
         """What the scoring found: at which ``step``, the run's row ``start`` from which on it counts, the ``rows`` that were
-        scored, and whether each ``is_forget``."""
+        scored, and whether each, or each of its documents, ``is_forget``."""
 
     def __len__(self) -> int:
         return len(self._order)
@@ -134,6 +138,13 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         assert self.token_weights is not None
         return [*self.token_weights[torch.tensor(ids[1:], dtype=torch.long)].tolist(), 0.0]
 
+    @property
+    def found_rows(self) -> np.ndarray:
+        """Indices of the rows whose label was found."""
+        if self.separator is not None:
+            return np.arange(len(self._given), len(self.rows))
+        return np.array(self.found.get("rows", ()), dtype=int)
+
     def in_order(self, column: str) -> list[Any]:
         """Return a column's values in the order of the run, as it now is."""
         values = self.rows[column][:]
@@ -149,17 +160,24 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             return self.given(UNLABELED, count)
         return np.random.default_rng([self.seed, 1]).permutation(len(self._given))[:count]
 
-    def relabel(self, scored: np.ndarray, is_forget: np.ndarray, start: int) -> None:
+    def relabel(self, scored: np.ndarray, is_forget: np.ndarray | Sequence[Sequence[bool]], start: int) -> None:
         """Lay out the run anew from its row ``start`` on; rows that could be scored and were not are not taken any more.
 
         Args:
             scored: indices of rows, see `to_score`.
-            is_forget: for each, whether it counts as forget.
+            is_forget: for each, whether it counts as forget; with a ``separator``, whether each of its documents does.
             start: first row of the run that changes.
         """
         self.labels = self._given.copy()
-        self.labels[scored] = np.where(is_forget, FORGET, RETAIN)
-        known = np.sort(scored) if self.overrule else np.flatnonzero(self.labels != UNLABELED)
+        if self.separator is None:
+            self.labels[scored] = np.where(is_forget, FORGET, RETAIN)
+            known = np.sort(scored) if self.overrule else np.flatnonzero(self.labels != UNLABELED)
+        else:
+            found, labels = regroup(self._at_first.select(scored), list(is_forget), self.separator)
+            self.rows = concatenate_datasets([self._at_first, found])
+            self.labels = np.concatenate([self.labels, np.array(labels, dtype=object)])
+            new = np.arange(len(self._given), len(self.labels))
+            known = new if self.overrule else np.concatenate([np.flatnonzero(self._given != UNLABELED), new])
         order = draw_order(
             self.labels[known].tolist(), len(self) - start, forget_share=self.forget_share, seed=[self.seed, start]
         )
@@ -172,109 +190,18 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         """Relabel as in an interrupted run, from what its checkpoint says was `found`."""
         self.found = dict(found)
         if found:
-            self.relabel(np.array(found["rows"], dtype=int), np.array(found["is_forget"], dtype=bool), found["start"])
+            is_forget = found["is_forget"] if self.separator is not None else np.array(found["is_forget"], dtype=bool)
+            self.relabel(np.array(found["rows"], dtype=int), is_forget, found["start"])
 
 
-class SelfLabeler(TrainerCallback):
-    """Scores and relabels `SelfLabeledRows` when their start is over."""
-
-    def __init__(self, trainer: RoutingMixin, rows: SelfLabeledRows) -> None:
-        self.trainer, self.rows = trainer, rows
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Score rows once the start is over."""
-        if state.global_step != max(1, round(self.rows.labeled_first * state.max_steps)):
-            return
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        start = (state.global_step + 1) * per_step  # a loader may have fetched the next batch already
-        if start >= len(self.rows):
-            return
-        scored = self.rows.to_score(len(self.rows) - start)
-        known = [self.rows.given(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
-        benefit = self._benefit(np.concatenate([*known, scored]), args.eval_batch_size)
-        forget, retain, benefit = benefit.split([len(known[0]), len(known[1]), len(scored)])
-        if forget.mean() <= retain.mean():
-            raise ValueError(
-                f"`labeled_first`: after {state.global_step} steps the region helps labelled forget rows by "
-                f"{forget.mean():.3f} nats per token and retain rows by {retain.mean():.3f}, so it cannot tell them "
-                "apart: give it a longer start, or check the labels"
-            )
-        is_forget = (benefit > benefit_threshold(forget, retain, self.rows.threshold)).numpy()
-        self.rows.relabel(scored, is_forget, start)
-        about = {"step": state.global_step, "start": start}
-        self.rows.found = about | {"rows": scored.tolist(), "is_forget": is_forget.tolist()}
-        self.trainer.log({"self_labels_forget": int(is_forget.sum()), "self_labels_retain": int((~is_forget).sum())})
-
-    def _benefit(self, indices: np.ndarray, batch_size: int) -> Tensor:
-        """Return the benefit of rows, ``(N,)``; processes share the work, each with equally many batches."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
-        each = -(-len(indices) // accelerator.num_processes)
-        mine = np.resize(indices, each * accelerator.num_processes)[accelerator.process_index * each :][:each]
-        with trainer.compute_loss_context_manager(), torch.no_grad():
-            scores = [
-                region_benefit(
-                    trainer.model, trainer.data_collator([self._row(i) for i in part]), trainer.routing.regions
-                )
-                for part in np.array_split(mine, -(-len(mine) // batch_size))
-            ]
-        return accelerator.gather(torch.cat(scores).to(accelerator.device)).cpu()[: len(indices)]
-
-    def _row(self, index: int) -> dict[str, Any]:
-        return {**self.rows.rows[int(index)], ROUTE_LABEL: UNLABELED}
-
-
-def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") -> float:
-    r"""Return the benefit above which a row counts as forget.
-
-    Forget rows differ among themselves more than retain rows do. The threshold is therefore "balanced": as
-    many standard deviations below the mean of the former as above that of the latter,
-
-    .. math:: t = \frac{\mu_f \sigma_r + \mu_r \sigma_f}{\sigma_f + \sigma_r},
-
-    where normal distributions would err as often on either side. "midpoint" is :math:`(\mu_f + \mu_r) / 2`.
-
-    Args:
-        forget: benefits of labelled forget rows, ``(N,)``, in nats per token.
-        retain: benefits of labelled retain rows, ``(M,)``.
-        kind: "balanced" or "midpoint".
-
-    Example:
-        >>> forget, retain = torch.tensor([0.0, 2.0]), torch.tensor([-1.25, -0.75])
-        >>> round(benefit_threshold(forget, retain), 2), benefit_threshold(forget, retain, "midpoint")
-        (-0.6, 0.0)
-    """
-    above, below = forget.double().std(correction=0), retain.double().std(correction=0)
-    if kind == "midpoint" or above + below == 0:
-        above = below = torch.ones(())
-    return float((forget.mean() * below + retain.mean() * above) / (above + below))
-
-
-@torch.no_grad()
-def region_benefit(model: nn.Module, batch: dict[str, Tensor], regions: Sequence[str]) -> Tensor:
-    """Return how much lower each row's mean loss is with the regions than without, ``(B,)``, in nats per token.
-
-    Args:
-        model: with `regions`.
-        batch: ``input_ids``, ``labels`` and ``attention_mask``, ``(B, T)``; other keys are left out.
-        regions: their names.
-    """
-    device, training = next(model.parameters()).device, model.training
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    model.eval()
-    on = row_losses(model(**inputs).logits, batch["labels"].to(device))
-    with ablated(model, *regions):
-        off = row_losses(model(**inputs).logits, batch["labels"].to(device))
-    model.train(training)
-    return off - on
-
-
-def row_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return each row's mean next-token loss, ``(B,)``, in nats per token.
-
-    Args:
-        logits: ``(B, T, V)``.
-        targets: ``(B, T)``, -100 where there is no loss.
-    """
-    predicted, wanted = logits[:, :-1].float(), targets[:, 1:]
-    losses = F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view_as(wanted).sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+def check_columns(rows: Dataset) -> None:
+    """Raise ValueError unless rows are of one length and their columns can be laid out anew, document by document."""
+    lengths = {len(ids) for ids in rows["input_ids"]}
+    if len(lengths) != 1:
+        raise ValueError(f"`separator` needs packed rows of one length, got {sorted(lengths)[:4]} and more")
+    others = [name for name in rows.column_names if name != ROUTE_LABEL and not isinstance(rows.features[name], List)]
+    if others:
+        raise ValueError(
+            f"`separator` lays documents out anew, and {others[0]!r} has one value for a whole row: remove it, or give a list "
+            "with a value for each token (`pack(…, per_token=[…])`)"
+        )

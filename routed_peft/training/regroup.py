@@ -1,0 +1,73 @@
+"""Documents within packed rows: the mean over each, and rows laid out anew with documents of one kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from routed_peft.data.columns import ROUTE_LABEL
+from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
+
+
+def document_of(ids: Tensor, separator: int) -> Tensor:
+    """Return which of its row's documents each token belongs to, ``(B, T)``; the separator ends its own.
+
+    >>> document_of(torch.tensor([[5, 0, 6, 7, 0, 8]]), separator=0).tolist()
+    [[0, 0, 1, 1, 1, 2]]
+    """
+    ended = (ids == separator).long().cumsum(1)
+    return torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1)
+
+
+def document_means(values: Tensor, documents: Tensor) -> Tensor:
+    """Return for each token the mean of its document, ``(B, T)``; 0 for a document of one token that begins a row.
+
+    Args:
+        values: ``(B, T - 1)``, of the tokens after the first, which nothing predicts.
+        documents: ``(B, T)``, see `document_of`.
+
+    Example:
+        >>> documents = torch.tensor([[0, 0, 1, 1]])
+        >>> document_means(torch.tensor([[1.0, 2.0, 4.0]]), documents).tolist()
+        [[1.0, 1.0, 3.0, 3.0]]
+    """
+    zeros = values.new_zeros(documents.shape)
+    sums = zeros.scatter_add(1, documents[:, 1:], values)
+    counts = zeros.scatter_add(1, documents[:, 1:], torch.ones_like(values))
+    return (sums / counts.clamp(min=1)).gather(1, documents)
+
+
+def regroup(rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int) -> tuple[Dataset, list[str]]:
+    """Lay out unlabelled rows anew, so that none mixes documents that count as forget with others.
+
+    Args:
+        rows: of one length, with ``input_ids``, ``route_label``, and any columns of lists that have a value for each token.
+        is_forget: for each row, whether each of its documents counts as forget.
+        separator: the token that ends a document.
+
+    Returns:
+        Rows of the same length, and what each counts as. What does not fill a row is dropped.
+
+    Example:
+        >>> rows = Dataset.from_dict({"input_ids": [[5, 0, 6, 0], [7, 0, 8, 0]], "route_label": ["unlabeled"] * 2})
+        >>> found, labels = regroup(rows, [[True, False], [True, False]], separator=0)
+        >>> found["input_ids"][:], labels
+        ([[5, 0, 7, 0], [6, 0, 8, 0]], ['forget', 'retain'])
+    """
+    columns = {name: np.array(rows[name][:]) for name in rows.column_names if name != ROUTE_LABEL}
+    ids = columns["input_ids"]
+    documents = document_of(torch.from_numpy(ids), separator).numpy()
+    forget = np.stack([np.array(own, dtype=bool)[index] for own, index in zip(is_forget, documents, strict=True)])
+    parts: dict[str, list[Any]] = {name: [] for name in columns}
+    labels = []
+    for label, chosen in ((FORGET, forget), (RETAIN, ~forget)):
+        count = int(chosen.sum()) // ids.shape[1]
+        for name, values in columns.items():
+            parts[name] += list(values[chosen][: count * ids.shape[1]].reshape(count, -1))
+        labels += [label] * count
+    return Dataset.from_dict(parts | {ROUTE_LABEL: [UNLABELED] * len(labels)}, features=rows.features), labels

@@ -1,0 +1,148 @@
+"""Asking the region: when the start of a run is over, its benefit to rows or documents becomes their label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from routed_peft.ablation import ablated
+from routed_peft.data.columns import ROUTE_LABEL
+from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
+from routed_peft.routes import IGNORED
+from routed_peft.training.regroup import document_means, document_of
+from routed_peft.training.self_labels import REFERENCE_ROWS, SelfLabeledRows
+
+if TYPE_CHECKING:
+    from routed_peft.training.mixin import RoutingMixin
+
+
+class SelfLabeler(TrainerCallback):
+    """Scores and relabels `SelfLabeledRows` when their start is over."""
+
+    def __init__(self, trainer: RoutingMixin, rows: SelfLabeledRows) -> None:
+        self.trainer, self.rows = trainer, rows
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Score rows once the start is over."""
+        if state.global_step != max(1, round(self.rows.labeled_first * state.max_steps)):
+            return
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        start = (state.global_step + 1) * per_step  # a loader may have fetched the next batch already
+        if start >= len(self.rows):
+            return
+        scored = self.rows.to_score(len(self.rows) - start)
+        known = [self.rows.given(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
+        benefits = self._benefit(np.concatenate([*known, scored]), args.eval_batch_size)
+        forget, retain = torch.cat(benefits[: len(known[0])]), torch.cat(benefits[len(known[0]) :][: len(known[1])])
+        if forget.mean() <= retain.mean():
+            raise ValueError(
+                f"`labeled_first`: after {state.global_step} steps the region helps labelled forget rows by "
+                f"{forget.mean():.3f} nats per token and retain rows by {retain.mean():.3f}, so it cannot tell them "
+                "apart: give it a longer start, or check the labels"
+            )
+        threshold = benefit_threshold(forget, retain, self.rows.threshold)
+        by_document = [(own > threshold).tolist() for own in benefits[len(known[0]) + len(known[1]) :]]
+        flat = [label for own in by_document for label in own]
+        is_forget = by_document if self.rows.separator is not None else flat
+        self.rows.found = {"step": state.global_step, "start": start, "rows": scored.tolist(), "is_forget": is_forget}
+        self.rows.restore(self.rows.found)
+        self.trainer.log({"self_labels_forget": sum(flat), "self_labels_retain": len(flat) - sum(flat)})
+
+    def _benefit(self, indices: np.ndarray, batch_size: int) -> list[Tensor]:
+        """Return the benefits of each row: one, or with a ``separator`` that of each document.
+
+        Processes share the work, each with equally many batches.
+        """
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        each = -(-len(indices) // accelerator.num_processes)
+        mine = np.resize(indices, each * accelerator.num_processes)[accelerator.process_index * each :][:each]
+        with trainer.compute_loss_context_manager(), torch.no_grad():
+            scores = [
+                self._score(trainer.data_collator([self._row(i) for i in part]))
+                for part in np.array_split(mine, -(-len(mine) // batch_size))
+            ]
+        found = accelerator.gather(torch.cat(scores).to(accelerator.device)).cpu()[: len(indices)]
+        return [own[~own.isnan()] for own in found]
+
+    def _score(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the benefit of each row, ``(B, 1)``, or at the first token of each document, ``(B, T)``, else NaN."""
+        benefit, separator = (
+            region_benefit(self.trainer.model, batch, self.trainer.routing.regions),
+            self.rows.separator,
+        )
+        if separator is None:
+            return row_means(benefit, batch["labels"].to(benefit.device))[:, None]
+        documents = document_of(batch["input_ids"].to(benefit.device), separator)
+        begins = torch.nn.functional.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+        return document_means(benefit, documents).masked_fill(~begins, torch.nan)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        return {**self.rows.rows[int(index)], ROUTE_LABEL: UNLABELED}
+
+
+def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") -> float:
+    r"""Return the benefit above which a row counts as forget.
+
+    Forget rows differ among themselves more than retain rows do. The threshold is therefore "balanced": as
+    many standard deviations below the mean of the former as above that of the latter,
+
+    .. math:: t = \frac{\mu_f \sigma_r + \mu_r \sigma_f}{\sigma_f + \sigma_r},
+
+    where normal distributions would err as often on either side. "midpoint" is :math:`(\mu_f + \mu_r) / 2`.
+
+    Args:
+        forget: benefits of labelled forget rows, ``(N,)``, in nats per token.
+        retain: benefits of labelled retain rows, ``(M,)``.
+        kind: "balanced" or "midpoint".
+
+    Example:
+        >>> forget, retain = torch.tensor([0.0, 2.0]), torch.tensor([-1.25, -0.75])
+        >>> round(benefit_threshold(forget, retain), 2), benefit_threshold(forget, retain, "midpoint")
+        (-0.6, 0.0)
+    """
+    above, below = forget.double().std(correction=0), retain.double().std(correction=0)
+    if kind == "midpoint" or above + below == 0:
+        above = below = torch.ones(())
+    return float((forget.mean() * below + retain.mean() * above) / (above + below))
+
+
+@torch.no_grad()
+def region_benefit(model: nn.Module, batch: dict[str, Tensor], regions: Sequence[str]) -> Tensor:
+    """Return how much lower the loss is with the regions than without, ``(B, T - 1)``, in nats, at each token but the first.
+
+    Args:
+        model: with `regions`.
+        batch: ``input_ids``, ``labels`` and ``attention_mask``, ``(B, T)``; other keys are left out.
+        regions: their names.
+    """
+    device, training = next(model.parameters()).device, model.training
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+    model.eval()
+    on = token_losses(model(**inputs).logits, batch["labels"].to(device))
+    with ablated(model, *regions):
+        off = token_losses(model(**inputs).logits, batch["labels"].to(device))
+    model.train(training)
+    return off - on
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss at each token but the first, ``(B, T - 1)``, in nats; 0 where there is none.
+
+    Args:
+        logits: ``(B, T, V)``.
+        targets: ``(B, T)``, -100 where there is no loss.
+    """
+    predicted, wanted = logits[:, :-1].float(), targets[:, 1:]
+    losses = F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(wanted)
+
+
+def row_means(values: Tensor, targets: Tensor) -> Tensor:
+    """Return each row's mean, ``(B,)``, of `token_losses` or their differences over the targets that have a loss."""
+    return values.sum(1) / (targets[:, 1:] != IGNORED).sum(1).clamp(min=1)
