@@ -351,6 +351,7 @@ def test_the_page_holds_numbers_provenance_cards_and_caveats(report):
         "arXiv 2512.05648",
         "met, on 2 seeds only",
         "What this does not show",
+        "are spared rows that mix sides",
         "org/model",
         "routed-peft relearn org/model",
         "No description is known of this method.",

@@ -10,6 +10,10 @@ from routed_peft.evaluation.report.cards import card
 from routed_peft.evaluation.report.page import number
 from routed_peft.evaluation.report.verdicts import SEEDS
 
+SORTED = (
+    "Rows hold documents of one side, those without a label too, as a page of a longer text would. Methods that judge rows are "
+    "spared rows that mix sides; those that judge documents gain nothing by it."
+)
 _BESIDE = {BASE: "no routing", ORACLE: "the perfect filter", FILTER: "the filter with the same labels"}
 _FAMILIES = {"placebo": "a placebo", "output": "an output-based method"}
 

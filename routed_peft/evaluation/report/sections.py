@@ -11,7 +11,7 @@ from routed_peft.corpora import PAIRS
 from routed_peft.evaluation.report.aggregate import Comparison, Condition, Quality, Result, aggregate
 from routed_peft.evaluation.report.attacks import Relearning, of_summary
 from routed_peft.evaluation.report.cards import Card, card, in_order
-from routed_peft.evaluation.report.caveats import caveats, caveats_of_attacks
+from routed_peft.evaluation.report.caveats import SORTED, caveats, caveats_of_attacks
 from routed_peft.evaluation.report.costs import Costs, costs
 from routed_peft.evaluation.report.figures import Figure, figures
 from routed_peft.evaluation.report.page import share
@@ -90,7 +90,7 @@ class Section:
     @property
     def caveats(self) -> list[str]:
         """What it leaves open."""
-        return list(caveats(self.found))
+        return [*caveats(self.found), *([] if self.settings.get("mixed_rows") else [SORTED])]
 
     @cached_property
     def costs(self) -> list[tuple[Result, Costs]]:
