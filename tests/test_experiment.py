@@ -289,7 +289,7 @@ def test_a_cell_that_fails_is_named_at_the_end_and_the_others_are_made(finished,
     assert [cell["method"] for cell in json.loads(file.read_text())["cells"]] == ["perfect_filter"]
 
 
-def test_keys_hold_what_a_cell_depends_on():
+def test_keys_hold_what_a_cell_depends_on(monkeypatch):
     routed = Cell.of("routed", TINY)
     assert Cell.of("routed", replace(TINY, robust_share=0.2)).key != routed.key
     assert Cell.of("routed", replace(TINY, overrule=True)).key != routed.key
@@ -298,10 +298,15 @@ def test_keys_hold_what_a_cell_depends_on():
     assert Cell.of("routed", replace(TINY, relearn_steps=(0, 9))).key == routed.key, (
         "the demo's own attack is no part of it"
     )
+    rmu = Cell.of("rmu", TINY).key
+    monkeypatch.setattr(cells, "HOW", [50, 4, 0.05])
+    assert Cell.of("rmu", TINY).key != rmu and Cell.of("routed", TINY).key == routed.key, (
+        "unlearnt in half of the steps"
+    )
     plain = Cell.of("no_routing", TINY)
     assert Cell.of("no_routing", replace(TINY, labeled=0.1, robust_share=0.2)).key == plain.key, "it looks at no labels"
-    cells = all_cells(Experiment("unused", methods=["no_routing", "filter"], labeled_shares=[0.1, 0.5]), TINY)
-    assert len(cells) == 3 * (1 + 2), "what ignores labels is made once a seed"
+    found = all_cells(Experiment("unused", methods=["no_routing", "filter"], labeled_shares=[0.1, 0.5]), TINY)
+    assert len(found) == 3 * (1 + 2), "what ignores labels is made once a seed"
     whole = replace(TINY, labeled=1.0)
     assert Cell.of("filter", whole).key == Cell.of("perfect_filter", TINY).key, "one directory for two rows"
     none = replace(TINY, labeled=0.0)

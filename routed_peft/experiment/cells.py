@@ -9,7 +9,7 @@ from typing import Any
 
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.cards import VARIANT
-from routed_peft.experiment.methods import METHODS, UNLEARNING, Method
+from routed_peft.experiment.methods import ALLOWED_RISE, EXTENSIONS, METHODS, UNLEARNING, UNLEARNING_STEPS, Method
 from routed_peft.training.self_labels import SETTINGS
 
 NUMBERS = "numbers.json"
@@ -17,6 +17,12 @@ ROUTING = (*SETTINGS, "self_labels", "base_weight", "frequency_weights", "by_doc
 """Settings that mean something to routed arms alone."""
 VARIABLE = (*ROUTING, "region_size")
 """Settings in which a routed arm may differ from the others of an experiment."""
+HOW = (
+    []
+    if (UNLEARNING_STEPS, EXTENSIONS, ALLOWED_RISE) == (100, 4, 0.05)
+    else [UNLEARNING_STEPS, EXTENSIONS, ALLOWED_RISE]
+)
+"""How long unlearning takes, and how its rate is chosen: part of a key where it is not what it was at first."""
 ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "frequency_weights": False,
          "mixed_rows": False, "by_document": False}  # fmt: skip
 """Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
@@ -111,7 +117,7 @@ class Cell:
         """Name of its directory: what it depends on, in short."""
         settings, left_out = asdict(self.settings), irrelevant(self.method)
         relevant = {k: v for k, v in settings.items() if k not in left_out and (k not in ADDED or v != ADDED[k])}
-        unlearning = [self.method.unlearning, self.method.rates] if self.method.change in UNLEARNING else []
+        unlearning = [self.method.unlearning, self.method.rates, *HOW] if self.method.change in UNLEARNING else []
         about = json.dumps([self.name, relevant, *unlearning, *self._made_from()], sort_keys=True)
         share = f"-{self.settings.labeled:g}" if self.method.labels else ""
         digest = hashlib.sha256(about.encode()).hexdigest()[:8]

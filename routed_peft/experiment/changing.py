@@ -22,17 +22,12 @@ from routed_peft.demo.material import SIDES, Material
 from routed_peft.demo.measuring import open_model
 from routed_peft.demo.training import bf16_helps
 from routed_peft.experiment.cells import Cell
-from routed_peft.experiment.methods import METHODS
+from routed_peft.experiment.methods import ALLOWED_RISE, EXTENSIONS, METHODS, UNLEARNING_STEPS
 from routed_peft.ledger import Ledger
 from routed_peft.unlearning import UndoArguments, UnlearningArguments, undo, unlearn
 
 UNDO_LOOKS = 40
 """How often UNDO's stop rule looks at retain loss."""
-UNLEARNING_STEPS = 100
-EXTENSIONS = 4
-"""How many learning rates are tried beyond those that a method has to begin with."""
-ALLOWED_RISE = 0.05
-"""Share by which unlearning may raise the validation loss on retain text; its learning rate is chosen under that limit."""
 
 
 def change(cell: Cell, parent: Path, out: Path, material: Material) -> dict[str, Any]:

@@ -76,6 +76,11 @@ PLAIN = {
     "labeled_first": 0.0, "first_forget_share": 0.5, "self_labels": False, "threshold": "midpoint", "forget_share": None,
     "robust_share": 0.0, "overrule": False, "frequency_weights": False, "by_document": False,
 }  # fmt: skip
+UNLEARNING_STEPS = 100
+EXTENSIONS = 4
+"""How many learning rates are tried beyond those that a method has to begin with."""
+ALLOWED_RISE = 0.05
+"""Share by which unlearning may raise the validation loss on retain text; its learning rate is chosen under that limit."""
 _ARM = {arm.key: arm for arm in ARMS}
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 UNLEARNING: dict[
