@@ -212,15 +212,14 @@ def relearned(result: Result, report: Report, seeds: int) -> str:
 
 
 def self_labels(results: Sequence[Result]) -> list[str]:
-    """Say how well the region labelled the rows that had no label, in the routed arm."""
-    found = [
-        (r, r.number("found_precision"), r.number("found_recall")) for r in results if r.condition.method == "routed"
-    ]
-    said = [
-        f"{recall.mean:.2f}/{precision.mean:.2f} at {result.condition.labels}"
-        for result, precision, recall in found
-        if precision and recall and result.condition.labeled != 1
-    ]
+    """Say how well the region labelled what had no label, in routed arms."""
+    said = []
+    for result in results:
+        method, _, changes = result.condition.method.partition(":")
+        precision, recall = result.number("found_precision"), result.number("found_recall")
+        if method == "routed" and precision and recall and result.condition.labeled != 1:
+            which = f" ({changes.replace('_', ' ')})" if changes else ""
+            said.append(f"{recall.mean:.2f}/{precision.mean:.2f} at {result.condition.labels}{which}")
     return [f"Recall/precision of self-labels: {', '.join(said)}."] if said else []
 
 
