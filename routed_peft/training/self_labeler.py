@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from routed_peft.training.mixin import RoutingMixin
 
 
+NO_DOCUMENT = torch.inf
+"""Stands where no document begins, so that every row has as many numbers."""
+
+
 class SelfLabeler(TrainerCallback):
     """Scores and relabels `SelfLabeledRows` when their start is over."""
 
@@ -40,7 +44,7 @@ class SelfLabeler(TrainerCallback):
         known = [self.rows.given(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
         benefits = self._benefit(np.concatenate([*known, scored]), args.eval_batch_size)
         forget, retain = torch.cat(benefits[: len(known[0])]), torch.cat(benefits[len(known[0]) :][: len(known[1])])
-        if forget.mean() <= retain.mean():
+        if not forget.mean() > retain.mean():  # nor where the model has diverged
             raise ValueError(
                 f"`labeled_first`: after {state.global_step} steps the region helps labelled forget rows by "
                 f"{forget.mean():.3f} nats per token and retain rows by {retain.mean():.3f}, so it cannot tell them "
@@ -68,19 +72,16 @@ class SelfLabeler(TrainerCallback):
                 for part in np.array_split(mine, -(-len(mine) // batch_size))
             ]
         found = accelerator.gather(torch.cat(scores).to(accelerator.device)).cpu()[: len(indices)]
-        return [own[~own.isnan()] for own in found]
+        return [own[own != NO_DOCUMENT] for own in found]
 
     def _score(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the benefit of each row, ``(B, 1)``, or at the first token of each document, ``(B, T)``, else NaN."""
-        benefit, separator = (
-            region_benefit(self.trainer.model, batch, self.trainer.routing.regions),
-            self.rows.separator,
-        )
-        if separator is None:
+        """Return the benefit of each row, ``(B, 1)``, or at the first token of each document, ``(B, T)``."""
+        benefit = region_benefit(self.trainer.model, batch, self.trainer.routing.regions)
+        if (separator := self.rows.separator) is None:
             return row_means(benefit, batch["labels"].to(benefit.device))[:, None]
         documents = document_of(batch["input_ids"].to(benefit.device), separator)
-        begins = torch.nn.functional.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
-        return document_means(benefit, documents).masked_fill(~begins, torch.nan)
+        begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+        return document_means(benefit, documents).masked_fill(~begins, NO_DOCUMENT)
 
     def _row(self, index: int) -> dict[str, Any]:
         return {**self.rows.rows[int(index)], ROUTE_LABEL: UNLABELED}
