@@ -11,6 +11,7 @@ from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result, aggregate, complete_seeds
 from routed_peft.evaluation.report.cards import card, in_order
+from routed_peft.evaluation.report.cards import named as variant_name
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
 from routed_peft.evaluation.report.verdicts import ranged, targets
@@ -218,7 +219,7 @@ def self_labels(results: Sequence[Result]) -> list[str]:
         method, _, changes = result.condition.method.partition(":")
         precision, recall = result.number("found_precision"), result.number("found_recall")
         if method == "routed" and precision and recall and result.condition.labeled != 1:
-            which = f" ({changes.replace('_', ' ')})" if changes else ""
+            which = f" ({variant_name(changes)})" if changes else ""
             said.append(f"{recall.mean:.2f}/{precision.mean:.2f} at {result.condition.labels}{which}")
     return [f"Recall/precision of self-labels: {', '.join(said)}."] if said else []
 

@@ -38,6 +38,7 @@ OVERVIEW: list[tuple[str, str, list[Labels]]] = [
     ("biology", "biology", [*TENTH, *HALF, *ALL]),
     ("spanish", "Spanish", [*TENTH, *HALF, *ALL]),
     ("entangled", "entangled", [*TENTH, *HALF]),
+    ("mixed_rows", "biology, mixed rows", HALF),
     ("wrong_labels", "biology, wrong labels", QUALITIES[1:]),
 ]
 """Experiments, their names for readers, and the labels of which the overview tells."""
