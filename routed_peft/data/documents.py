@@ -93,7 +93,7 @@ def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, lengt
     >>> ds = Dataset.from_dict({"text": ["a b c"] * 8, "route_label": ["forget", "unlabeled"] * 4, "side": ["forget"] * 8})
     >>> tokenizer = train_tokenizer(ds["text"], 270)
     >>> [labeled_tokens(ds, tokenizer, 4, arm) for arm in ("none", "filter", "perfect_filter")]
-    [0, 24, 48]
+    [0, 16, 32]
     """
     column = {"routed": ROUTE_LABEL, "filter": ROUTE_LABEL, "perfect_filter": SIDE}.get(arm)
     if column is None:
