@@ -9,9 +9,17 @@ from routed_peft.data import FORGET
 from routed_peft.evaluation.measures import Crossing
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
-from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result, aggregate, complete_seeds
-from routed_peft.evaluation.report.cards import card, in_order
-from routed_peft.evaluation.report.cards import named as variant_name
+from routed_peft.evaluation.report.aggregate import (
+    BASE,
+    FILTER,
+    ORACLE,
+    Comparison,
+    Condition,
+    Result,
+    aggregate,
+    complete_seeds,
+)
+from routed_peft.evaluation.report.cards import card, in_order, variant_name
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
 from routed_peft.evaluation.report.verdicts import ranged, targets
@@ -33,11 +41,9 @@ def losses(report: Report, command: str, labels: Sequence[Labels], methods: Coll
         labels: share of documents that carry one, recall and precision.
         methods: keys; all by default, at several kinds of labels those that look at them.
     """
-    found = [(kind, of_labels(report["cells"], kind)) for kind in labels]
-    count = max(len(comparison.seeds) for _, comparison in found)
+    found, count = most_seeds(report, labels)
     if not count:
         return f"Not run yet: `{command}`."
-    found = [(kind, comparison) for kind, comparison in found if len(comparison.seeds) == count]
     results = [r for _, comparison in found for r in shown(comparison, methods, labeled_only=len(labels) > 1)]
     whole = aggregate([cell for cell in report["cells"] if cell["seed"] in found[0][1].seeds])  # all its filters
     columns: dict[str, Callable[[Result], str]] = {"labels": lambda r: r.condition.labels} if len(labels) > 1 else {}
@@ -93,16 +99,13 @@ def overview(parts: Sequence[tuple[str, Report, str, Sequence[Labels]]], methods
     rows, said = [], []
     attacks: dict[str, list[str]] = {}
     for name, report, command, labels in parts:
-        found = [(kind, of_labels(report["cells"], kind)) for kind in labels]
-        if not (count := max(len(comparison.seeds) for _, comparison in found)):
+        found, count = most_seeds(report, labels)
+        if not count:
             continue
-        found = [(kind, comparison) for kind, comparison in found if len(comparison.seeds) == count]
         results = [r for _, comparison in found for r in shown(comparison, methods, labeled_only=True)]
-        results = [
-            r for r in results if not (r.condition.method == FILTER and r.condition.labels == "100 %")
-        ]  # the perfect one
-        ends = (found[0][1].get(BASE), found[0][1].get(ORACLE))
-        for r in (*ends[:1], *results, *ends[1:]):
+        perfect = Condition(FILTER, 1.0, 1.0, 1.0)  # has a row of its own
+        results = [r for r in results if r.condition != perfect]
+        for r in (found[0][1].get(BASE), *results, found[0][1].get(ORACLE)):
             assert r is not None, "complete seeds have both"
             tax = ranged(r.tax) if r in results else NONE
             numbers = [
@@ -151,6 +154,13 @@ def recovery(report: Report, command: str) -> str:
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table."""
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def most_seeds(report: Report, labels: Sequence[Labels]) -> tuple[list[tuple[Labels, Comparison]], int]:
+    """Sum up an experiment at those kinds of labels that most seeds have, and say how many seeds that is."""
+    found = [(kind, of_labels(report["cells"], kind)) for kind in labels]
+    count = max(len(comparison.seeds) for _, comparison in found)
+    return [(kind, comparison) for kind, comparison in found if len(comparison.seeds) == count], count
 
 
 def of_labels(cells: list[dict[str, Any]], labels: Labels) -> Comparison:

@@ -13,7 +13,7 @@ from routed_peft.data.columns import ROUTE_LABEL, column_values
 from routed_peft.data.labels import FORGET, RETAIN, labels_from_column, labels_from_keywords
 from routed_peft.data.loading import load_training_file
 from routed_peft.data.noise import simulate_labels
-from routed_peft.data.packing import pack
+from routed_peft.data.packing import pack, tokenize
 
 SIDE = "side"
 """Column of what documents truly are."""
@@ -99,8 +99,7 @@ def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, lengt
     if column is None:
         return 0
     known = documents.filter(lambda value: value == FORGET, input_columns=column)
-    ids = tokenizer(known["text"][:], add_special_tokens=False)["input_ids"] if len(known) else []
-    return sum(len(document) + 1 for document in ids) // length * length  # and the token that ends a document
+    return sum(map(len, tokenize(known, tokenizer, "text"))) // length * length
 
 
 def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:

@@ -56,7 +56,7 @@ def pack(
     ds = ds.select_columns([column, *by, *per_token]).with_format(None)
     kinds = {name: np.array(ds[name][:]) for name in per_token}
     keys = list(zip(*(ds[name][:] for name in by), strict=True)) if by else [()] * len(ds)
-    tokens = _tokenize(ds, tokenizer, column)
+    tokens = tokenize(ds, tokenizer, column)
     groups: dict[tuple[Any, ...], list[int]] = {key: [] for key in sorted(set(keys))}
     for index in rng.permutation(len(ds)):
         groups[keys[index]].append(index)
@@ -80,7 +80,8 @@ def pack(
     return Dataset.from_dict({"input_ids": list(rows[order])} | columns, features=features)
 
 
-def _tokenize(ds: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> list[np.ndarray]:
+def tokenize(ds: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> list[np.ndarray]:
+    """Return the tokens of each document, with the one that ends it."""
     eos = tokenizer.eos_token_id
     return [
         np.array([*ids, eos], dtype=np.int32)

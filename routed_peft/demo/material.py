@@ -124,6 +124,15 @@ class Material:
         return token_frequency_weights(self.tokenizer, forget, retain)
 
 
+def share_of(side: str | list[str], name: str) -> float:
+    """Return the share of a row's tokens that are of the side ``name``.
+
+    >>> share_of("forget", "forget"), share_of(["forget", "retain"], "forget")
+    (1.0, 0.5)
+    """
+    return float(side == name) if isinstance(side, str) else side.count(name) / len(side)
+
+
 def tokens_by_side(run: Dataset | SelfLabeledRows, length: int, label: str | None = None) -> dict[str, int]:
     """Count the tokens of a run by true side: of all rows, of ``length`` tokens each, or of those that came with a label."""
     sides, labels = (
@@ -132,7 +141,7 @@ def tokens_by_side(run: Dataset | SelfLabeledRows, length: int, label: str | Non
     counts: Counter[str] = Counter()
     for side, own in zip(sides, labels, strict=True):
         if label in (None, own):
-            counts.update([side] if isinstance(side, str) else {name: side.count(name) / len(side) for name in SIDES})
+            counts.update({name: share_of(side, name) for name in SIDES})
     return {side: round(counts[side] * length) for side in SIDES}
 
 

@@ -101,13 +101,12 @@ class Cell:
     def of(cls, shown: str, settings: DemoSettings) -> Cell:
         """Return the cell of a method, or of a variant of it, under an experiment's settings."""
         asked, _, changes = shown.partition(VARIANT)
-        settings = replace(settings, labeled=float(settings.labeled), **variant(changes))
+        changed = variant(changes)
+        settings = replace(settings, labeled=float(settings.labeled), **changed)
         name, plain = twin(asked, settings), DemoSettings()
         method = METHODS[name]
         neutral = {key: getattr(plain, key) for key in irrelevant(method)}
-        if fixed := [
-            key for key in variant(changes) if key in irrelevant(METHODS[asked]) or key in METHODS[asked].settings
-        ]:
+        if fixed := sorted({*irrelevant(METHODS[asked]), *METHODS[asked].settings} & set(changed)):
             raise ValueError(f"`methods`: {shown!r} changes `{fixed[0]}`, which {asked!r} does not go by")
         labels = {key: getattr(settings, key) for key in LABELS} if METHODS[asked].labels else {}
         return cls(shown, name, method, replace(settings, **(neutral | method.settings)), labels)

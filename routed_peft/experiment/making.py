@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from routed_peft.corpora import PAIRS, load_pair
 from routed_peft.corpora.arithmetic import FACTS
 from routed_peft.data import FORGET, RETAIN, UNLABELED, labeled_tokens
-from routed_peft.demo.material import SIDES, Material, first_of, tokens_by_side
+from routed_peft.demo.material import SIDES, Material, first_of, share_of, tokens_by_side
 from routed_peft.demo.measuring import measure_model, open_model
 from routed_peft.demo.settings import Arm, DemoSettings
 from routed_peft.demo.training import REGION, regions_of, train_arm
@@ -162,8 +162,7 @@ def found_quality(run: SelfLabeledRows) -> dict[str, float]:
     """
     if not len(found := run.found_rows):
         return {}
-    sides = run.rows.select(found)["side"][:]
-    truth = np.array([side == FORGET if isinstance(side, str) else side.count(FORGET) / len(side) for side in sides])
+    truth = np.array([share_of(side, FORGET) for side in run.rows.select(found)["side"]])
     is_forget = run.labels[found] == FORGET
     hits = float(truth[is_forget].sum())
     return {

@@ -55,11 +55,9 @@ def restore(experiment: Experiment, cells: list[Cell], place: Path) -> None:
     Raises:
         ValueError: the file is no summary of an experiment, or of another version of this library.
     """
-    file = Path(experiment.summary_file)
-    summary = read_experiment(file) if file.exists() else {"cells": [], "experiment": {}}
+    summary = _read_summary(experiment)
     rows = {row["key"]: row for row in summary["cells"] if "key" in row}
-    then = {name: summary["experiment"].get(name, plain) for name, plain in ATTACK_SETTINGS.items()}
-    same = then == {name: getattr(experiment, name) for name in ATTACK_SETTINGS}
+    same = not _attacked_otherwise(experiment, summary)
     for cell in cells:
         row, folder = rows.get(cell.key), place / cell.key
         if row is None:
@@ -103,19 +101,28 @@ def further_rows(experiment: Experiment, settings: DemoSettings, cells: list[Cel
     Raises:
         ValueError: where these rows were attacked otherwise than the experiment asks.
     """
-    file = Path(experiment.summary_file)
-    summary = read_experiment(file) if file.exists() else {"cells": [], "experiment": {}}
+    summary = _read_summary(experiment)
     asked = {(cell.key, cell.shown) for cell in cells}
     rows = [row for row in summary["cells"] if (row.get("key"), row["method"]) not in asked and _of(row, settings)]
-    then = {name: summary["experiment"].get(name, plain) for name, plain in ATTACK_SETTINGS.items()}
-    now = {name: getattr(experiment, name) for name in ATTACK_SETTINGS}
-    odd = [name for name in ATTACK_SETTINGS if then[name] != now[name]]
+    odd = _attacked_otherwise(experiment, summary)
     if odd and any(row.get("attacks") for row in rows):
+        name, then = next(iter(odd.items()))
         raise ValueError(
-            f"`summary_file` {file} holds {len(rows)} rows that are not asked for, with `{odd[0]}` {then[odd[0]]} where "
-            f"{now[odd[0]]} is asked for now: name another file, or ask for all of them"
+            f"`summary_file` {experiment.summary_file} holds {len(rows)} rows that are not asked for, with `{name}` {then} "
+            f"where {getattr(experiment, name)} is asked for now: name another file, or ask for all of them"
         )
     return rows
+
+
+def _read_summary(experiment: Experiment) -> Mapping[str, Any]:
+    file = Path(experiment.summary_file)
+    return read_experiment(file) if file.exists() else {"cells": [], "experiment": {}}
+
+
+def _attacked_otherwise(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of attacks that a summary has other values of than the experiment, with these values."""
+    then = {name: summary["experiment"].get(name, plain) for name, plain in ATTACK_SETTINGS.items()}
+    return {name: value for name, value in then.items() if value != getattr(experiment, name)}
 
 
 def _of(row: Mapping[str, Any], settings: DemoSettings) -> bool:

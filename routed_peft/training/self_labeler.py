@@ -54,8 +54,7 @@ class SelfLabeler(TrainerCallback):
         by_document = [(own > threshold).tolist() for own in benefits[len(known[0]) + len(known[1]) :]]
         flat = [label for own in by_document for label in own]
         is_forget = by_document if self.rows.separator is not None else flat
-        self.rows.found = {"step": state.global_step, "start": start, "rows": scored.tolist(), "is_forget": is_forget}
-        self.rows.restore(self.rows.found)
+        self.rows.restore({"step": state.global_step, "start": start, "rows": scored.tolist(), "is_forget": is_forget})
         self.trainer.log({"self_labels_forget": sum(flat), "self_labels_retain": len(flat) - sum(flat)})
 
     def _benefit(self, indices: np.ndarray, batch_size: int) -> list[Tensor]:

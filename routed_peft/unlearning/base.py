@@ -79,8 +79,6 @@ class TokenTrainer(TokenLossMixin, Trainer):
         """Return ``model`` as it was before training wrapped it, also where its forward pass was made to use autocast."""
         return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
-    # Evaluation
-
 
 def check_trainable(model: nn.Module) -> None:
     """Raise ValueError unless ``model`` has trainable parameters, all of them in float32 or wider."""

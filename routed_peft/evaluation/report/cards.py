@@ -192,10 +192,10 @@ VARIANT = ":"
 """What stands between a method's key and the settings by which a variant of it differs."""
 
 
-def named(changes: str) -> str:
+def variant_name(changes: str) -> str:
     """Write the settings of a variant for readers.
 
-    >>> named("forget_share=0.2,by_document=true")
+    >>> variant_name("forget_share=0.2,by_document=true")
     'forget share=0.2, by document'
     """
     return changes.replace("=true", "").replace("_", " ").replace(",", ", ")
@@ -216,7 +216,7 @@ def card(method: str, settings: Mapping[str, Any] | None = None) -> Card:
     """
     base, _, changes = method.partition(VARIANT)
     if changes:
-        own, written = card(base, settings), named(changes)
+        own, written = card(base, settings), variant_name(changes)
         return replace(own, name=f"{own.name}, {written}", short=written)
     if method == "routed" and settings is not None and not settings.get("self_labels", True):
         about = "SGTM's routes, with a share of labelled rows as the settings say; the region is ablated."
