@@ -22,7 +22,7 @@ from routed_peft.evaluation.report.aggregate import (
 from routed_peft.evaluation.report.cards import card, in_order, variant_name
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
-from routed_peft.evaluation.report.verdicts import ranged, targets
+from routed_peft.evaluation.report.verdicts import ON, ROBUST, TAX, WAY, goals, ranged, targets
 
 Report = dict[str, Any]
 """A summary of `recipes/experiment.py`."""
@@ -89,42 +89,56 @@ def caption(
     return [*said, f"From `{command}`."]
 
 
-def overview(parts: Sequence[tuple[str, Report, str, Sequence[Labels]]], methods: Collection[str]) -> str:
+def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Collection[str], commands: str) -> str:
     """Several experiments in one table: what was removed, stays so, and has cost, over labels.
 
     Args:
-        parts: of each its title, the experiment, the command that made it, and kinds of labels.
-        methods: keys of those that look at labels; beside them stand no routing and the perfect filter.
+        parts: of each its title, the experiment, and kinds of labels.
+        methods: keys of those that look at labels; beside them stand no routing and the perfect filter, once.
+        commands: that made them.
     """
-    rows, said = [], []
+    rows: dict[tuple[str, ...], list[str]] = {}  # by what they say, so that what two experiments share comes once
     attacks: dict[str, list[str]] = {}
-    for name, report, command, labels in parts:
+    seeds = set()
+    for name, report, labels in parts:
         found, count = most_seeds(report, labels)
         if not count:
             continue
-        results = [r for _, comparison in found for r in shown(comparison, methods, labeled_only=True)]
-        perfect = Condition(FILTER, 1.0, 1.0, 1.0)  # has a row of its own
-        results = [r for r in results if r.condition != perfect]
-        for r in (found[0][1].get(BASE), *results, found[0][1].get(ORACLE)):
-            assert r is not None, "complete seeds have both"
-            tax = ranged(r.tax) if r in results else NONE
-            numbers = [
-                ranged(r.forget),
-                relearned(r, report, count),
-                ranged(r.retain),
-                ranged(r.way, as_share=True),
-                tax,
-            ]
-            rows.append([name, r.condition.labels, title(r, report), *numbers])
-        said.append(
-            f"{name}: {' '.join(self_labels(results))} Targets missed: {named(found, False)}. {count} seeds, from `{command}`."
-        )
+        seeds.add(count)
         attacks.setdefault(strength(report["experiment"]), []).append(name)
-    names = ["text", "labels", "method", "forget loss", RELEARNED, "retain loss", "way", "tax"]
-    lines = markdown(names, rows)
+        ends = [(found[0][1], found[0][1].get(method)) for method in (BASE, ORACLE)]
+        between = [(c, r) for _, c in found for r in shown(c, methods, labeled_only=True)]
+        between = [(c, r) for c, r in between if r.condition != Condition(FILTER, 1.0, 1.0, 1.0)]  # the perfect filter
+        for comparison, r in (ends[0], *between, ends[1]):
+            assert r is not None, "complete seeds have both"
+            row = overview_row(comparison, r, report, count)
+            rows.setdefault(tuple(row), [name, r.condition.labels, *row])
+    names = ["text", "labels", "method", "forget loss", RELEARNED, "retain loss", "way", "tax", "region on"]
     worst = "; ".join(f"of {attack} ({', '.join(texts)})" for attack, texts in attacks.items())
-    about = f"Mean (range) over seeds, nats per token on test text. Relearned: after the worst {worst}."
-    return "\n".join([*lines, "", about, "", *(f"- {one}" for one in said)])
+    about = (
+        f"Mean (range) over {' or '.join(map(str, sorted(seeds)))} seeds, nats per token on test text. Relearned: after the "
+        f"worst {worst}. Region on: forget and retain loss less those of no routing. ✗: a goal missed, that is at least "
+        f"{share(WAY[0.5])} of the way at half of the labels and {share(WAY[0.1])} at a tenth, tax at most {TAX:.2f}, "
+        f"relearned at least {ROBUST:.2f} of the perfect filter’s, region on at most {ON:.2f} on both sides. From {commands}."
+    )
+    return "\n".join([*markdown(names, list(rows.values())), "", about])
+
+
+def overview_row(found: Comparison, result: Result, report: Report, seeds: int) -> list[str]:
+    """Return what `overview` says of a method, with marks where a routed one misses a goal."""
+    labeled = result.condition.labeled
+    ours = result.condition.method.partition(":")[0] == "routed" and labeled is not None
+    aims = {goal.kind: goal for goal in goals(found, result, labeled)} if ours and labeled else {}
+    on = aims["on"].measured.replace("forget ", "").replace(", retain ", " / ") if "on" in aims else NONE
+    texts = {
+        "robust": relearned(result, report, seeds),
+        "": ranged(result.retain),
+        "way": ranged(result.way, as_share=True),
+        "tax": ranged(result.tax) if labeled is not None else NONE,
+        "on": on,
+    }
+    missed = {kind for kind, goal in aims.items() if goal.met is False}
+    return [title(result, report), ranged(result.forget), *(t + " ✗" * (kind in missed) for kind, t in texts.items())]
 
 
 def recovery(report: Report, command: str) -> str:

@@ -67,9 +67,12 @@ def experiment(name: str, write: Callable[..., str], *how: Any) -> str:
 
 def in_short() -> str:
     """Routing and filters on all texts and kinds of labels, in one table."""
-    command = "python recipes/experiment.py --config recipes/configs/experiment_{}.yaml"
-    parts = [(title, load(name), command.format(name), labels) for name, title, labels in OVERVIEW]
-    return overview([part for part in parts if part[1] is not None], FILTERS_AND_ROUTED)
+    parts = {name: (title, load(name), labels) for name, title, labels in OVERVIEW}
+    there = [name for name, part in parts.items() if part[1] is not None]
+    commands = (
+        f"`python recipes/experiment.py --config recipes/configs/experiment_{{{','.join(there)}}}.yaml`, one by one"
+    )
+    return overview([parts[name] for name in there], FILTERS_AND_ROUTED, commands)
 
 
 def step_time() -> str:

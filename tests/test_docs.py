@@ -16,8 +16,16 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).parent.parent
 
 
-def test_tables_of_the_readme_are_made_from_results():
+def test_tables_and_figures_of_the_readme_are_made_from_results():
     subprocess.run([sys.executable, ROOT / "docs" / "tables.py", "--check"], check=True)
+    subprocess.run([sys.executable, ROOT / "docs" / "figures.py", "--check"], check=True)
+
+
+def test_figures_of_the_readme_can_be_drawn(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    figures = importlib.import_module("figures")
+    for theme in figures.THEMES:
+        assert figures.draw(theme).startswith("<?xml") and figures.drawn(theme).name in (ROOT / "README.md").read_text()
 
 
 def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
@@ -35,13 +43,20 @@ def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
     assert "at least 95 % of the way: 66.7 % at 50 %" in table and table.endswith("From `make`.")
     assert tables.losses(report, "make", [(0.1, 1.0, 1.0)]) == "Not run yet: `make`."
     wide = report | {"cells": [*report["cells"], *(row for row in cells(0, labeled=1.0) if row["labeled"])]}
-    table = tables.overview([("verse", wide, "make", [(0.5, 1.0, 1.0), (1.0, 1.0, 1.0)])], ["filter", "routed"])
-    rows = [line.split(" | ")[:4] for line in table.splitlines() if line.startswith("| verse")]
+    parts = [("verse", wide, [(0.5, 1.0, 1.0), (1.0, 1.0, 1.0)]), ("again", wide, [(0.5, 1.0, 1.0)])]
+    table = tables.overview(parts, ["filter", "routed"], "`make`")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| verse")]
     named = [["–", "no routing", "3.00"], ["50 %", "filter, same labels", "3.50"], ["–", "perfect filter", "6.00"]]
     named.insert(2, ["50 %", "**routed with self-labels, ablated**", "5.00"])
-    assert [row[1:] for row in rows] == named, "one seed of all labels is not shown beside two of half"
-    assert "Relearned: after the worst of fine-tuning on all" in table and "2 seeds, from `make`." in table
-    alone = tables.overview([("verse", wide, "make", [(1.0, 1.0, 1.0)])], ["filter", "routed"])
+    assert [row[1:4] for row in rows] == named, "one seed of all labels is not shown beside two of half"
+    assert rows[2][6:] == ["67 % ✗", "0.10 ✗", "+0.05 / +0.05 |"], "what misses a goal says so"
+    assert "| again" not in table, "what two experiments share is said once"
+    assert (
+        "Relearned: after the worst of fine-tuning on all" in table
+        and "over 2 seeds" in table
+        and "From `make`." in table
+    )
+    alone = tables.overview([("verse", wide, [(1.0, 1.0, 1.0)])], ["filter", "routed"], "`make`")
     assert "| verse | 100 % | **routed" in alone and "| filter, same" not in alone, "that is the perfect filter"
     found = tables.recovery(summary(cells(labeled=1.0)) | {"experiment": about | {"attack_split": "train"}}, "make")
     assert "| **routed with self-labels, ablated** | 5.00 | 3.50 | 0.417 | > 3 (> 3 to > 3) |" in found

@@ -22,12 +22,14 @@ class Target:
     """One thing that was aimed at.
 
     Attributes:
+        kind: which of the goals, in a word.
         wanted: what.
         measured: what came out.
         met: whether it was reached; None where the numbers cannot tell.
         seeds: on how many it rests.
     """
 
+    kind: str
     wanted: str
     measured: str
     met: bool | None
@@ -37,7 +39,7 @@ class Target:
     def verdict(self) -> str:
         """Say whether it was met.
 
-        >>> Target("way at least 95 %", "98 %", True, 1).verdict
+        >>> Target("way", "way at least 95 %", "98 %", True, 1).verdict
         'met, on 1 seed only'
         """
         word = {True: "met", False: "missed", None: "cannot be told"}[self.met]
@@ -131,19 +133,26 @@ def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Ta
     for labeled in filter(None, found.shares if shares is None else shares):  # without labels nothing was routed
         routed = found.get(ROUTED, labeled, found.best_quality)
         if routed is not None:
-            result += _of_share(found, routed, labeled)
+            result += goals(found, routed, labeled)
     return [*result, *_of_placebos(found), *_of_steps(found), *_of_undo(found)]
 
 
-def _of_share(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]:
+def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]:
+    """Compare a routed model with what was aimed at for it.
+
+    Args:
+        found: the experiment; filters are looked up at the labels that are least wrong.
+        routed: the model.
+        labeled: share of labels, as in ``found``.
+    """
     where = f"{share(labeled)} of the labels"
     if labeled in WAY and routed.way is not None and routed.condition.quality in (None, (1.0, 1.0)):
         goal = WAY[labeled]
         wanted = f"{where}: at least {share(goal)} of the way"
-        yield Target(wanted, ranged(routed.way, True, 1), routed.way.mean >= goal, routed.way.n)
+        yield Target("way", wanted, ranged(routed.way, True, 1), routed.way.mean >= goal, routed.way.n)
     if routed.tax is not None:
         wanted = f"{where}: tax at most {TAX:.2f} nats at equal tokens"
-        yield Target(wanted, ranged(routed.tax), routed.tax.mean <= TAX, routed.tax.n)
+        yield Target("tax", wanted, ranged(routed.tax), routed.tax.mean <= TAX, routed.tax.n)
     for method, name, least in (
         (FILTER, "the filter with the same labels", 1.0),
         (ORACLE, "the perfect filter", ROBUST),
@@ -156,15 +165,15 @@ def _of_share(found: Comparison, routed: Result, labeled: float) -> Iterator[Tar
         wanted = f"{where}: forget loss after the worst attack " + (
             f"above that of {name}" if least == 1.0 else f"within {share(1 - least)} of {name}’s"
         )
-        yield Target(wanted, f"{ranged(own)} against {ranged(its)}", own.mean > least * its.mean if told else None,
-                     min(own.n, its.n))  # fmt: skip
+        kind, met = "filter" if method == FILTER else "robust", own.mean > least * its.mean if told else None
+        yield Target(kind, wanted, f"{ranged(own)} against {ranged(its)}", met, min(own.n, its.n))
     base = found.get(BASE)
     on = {side: routed.number(f"region_on_{side}_loss") for side in ("forget", "retain")}
     if base is not None and on["forget"] is not None and on["retain"] is not None:
         rises = {"forget": on["forget"].mean - base.forget.mean, "retain": on["retain"].mean - base.retain.mean}
         wanted = f"{where}: with its region on, at most {ON:.2f} nats above no routing on both sides"
         measured = ", ".join(f"{side} {'+' if rise >= 0 else ''}{number(rise)}" for side, rise in rises.items())
-        yield Target(wanted, measured, max(rises.values()) <= ON, min(on["forget"].n, base.forget.n))
+        yield Target("on", wanted, measured, max(rises.values()) <= ON, min(on["forget"].n, base.forget.n))
 
 
 def _of_placebos(found: Comparison) -> Iterator[Target]:
@@ -177,7 +186,7 @@ def _of_placebos(found: Comparison) -> Iterator[Target]:
         if card(method).family == "placebo" and placebo is not None:
             part = (placebo.forget.mean - base.forget.mean) / (routed.forget.mean - base.forget.mean)
             wanted = f"{card(method).name}: removes less than {share(PLACEBO)} of what routing removes"
-            yield Target(wanted, share(part), part < PLACEBO, min(placebo.forget.n, routed.forget.n))
+            yield Target("placebo", wanted, share(part), part < PLACEBO, min(placebo.forget.n, routed.forget.n))
 
 
 def _of_undo(found: Comparison) -> Iterator[Target]:
@@ -191,7 +200,7 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
             means = [one.forget[-1].mean for one in swept]
             wanted = f"attack “{attack}”: forget loss afterwards rises with UNDO’s alpha"
             met = means == sorted(means) if all(one.attacked for one in swept) else None
-            yield Target(wanted, " ".join(map(number, means)), met, min(one.forget[-1].n for one in swept))
+            yield Target("alpha", wanted, " ".join(map(number, means)), met, min(one.forget[-1].n for one in swept))
         fresh = found.get(f"{UNDO}1", labeled, found.best_quality)
         if oracle is None or fresh is None or not {attack} <= fresh.attacks.keys() & oracle.attacks.keys():
             continue
@@ -223,7 +232,7 @@ def _of_recovery(own: Relearning, its: Relearning, least: float, wanted: str) ->
     if own.recovery is not None and its.recovery is not None:
         met = at_least(own.recovery, least, its.recovery) if own.attacked and its.attacked else None
         seeds = min(own.forget[-1].n, its.forget[-1].n)
-        yield Target(wanted, f"{place(own.recovery)} against {place(its.recovery)}", met, seeds)
+        yield Target("steps", wanted, f"{place(own.recovery)} against {place(its.recovery)}", met, seeds)
 
 
 def at_least(own: Crossing, factor: float, other: Crossing) -> bool | None:
