@@ -20,8 +20,9 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("result
 HALF: list[Labels] = [(0.5, 1.0, 1.0)]
 TENTH: list[Labels] = [(0.1, 1.0, 1.0)]
 ALL: list[Labels] = [(1.0, 1.0, 1.0)]
-RIVALS = ("filter", "classifier_filter", "demix", "era", "sgtm", "routed")
-FILTERS_AND_ROUTED = ("filter", "classifier_filter", "classifier_filter_overrule", "routed")
+RIVALS = ("filter", "classifier_filter", "classifier_filter_balanced", "demix", "era", "sgtm", "routed")
+CLASSIFIERS = ("classifier_filter", "classifier_filter_balanced", "classifier_filter_overrule")
+FILTERS_AND_ROUTED = ("filter", *CLASSIFIERS, "routed")
 SHORT_ARITHMETIC = (
     "no_routing",
     "npo",

@@ -16,6 +16,18 @@ from datasets import Dataset
 
 Row = dict[str, Any]
 PACKAGED = Path(__file__).parent / "data"
+METADATA = {
+    "pair",
+    "limit",
+    "tokenizer",
+    "pretrained",
+    "revision",
+    "trust_remote_code",
+    "special_tokens",
+    "add_bos_token",
+}
+METADATA |= {"forget_file", "retain_file", "forget_mc_file", "retain_mc_file", "adjacent_mc_file"}
+"""What tasks read of lm-eval's metadata."""
 
 
 def read_rows(file: str | Path, argument: str) -> list[Row]:
@@ -26,12 +38,17 @@ def read_rows(file: str | Path, argument: str) -> list[Row]:
     """
     file = Path(file).expanduser()
     if not file.is_file():
-        raise ValueError(f"`{argument}` must be a JSONL file, got {str(file)!r}, which is not there; give a full path")
+        what = "a directory" if file.is_dir() else "not there; give a full path"
+        raise ValueError(f"`{argument}` must be a JSONL file, got {str(file)!r}, which is {what}")
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
         try:
             rows = [json.loads(line) for line in lines if line.strip()]
         except json.JSONDecodeError as error:
             raise ValueError(f"`{argument}` must hold one JSON object a line, but in {file} {error}") from error
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(
+                f"`{argument}` must be JSONL in UTF-8, plain or as `.gz`, which {file} is not: {error}"
+            ) from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(
             f"`{argument}` must hold one JSON object a line and at least one, got {file}; correct that file"

@@ -30,6 +30,7 @@ from routed_peft.data import (
     pack,
     schedule,
 )
+from routed_peft.evaluation.losses import check_length
 from routed_peft.training import RunDirectory, RunRecorder
 
 BASE_ADAPTER, REGION = "retain", "forget"
@@ -84,15 +85,18 @@ def main() -> None:
     args.train_base, args.base_adapters = False, [BASE_ADAPTER]
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
+    config = {"recipe": asdict(recipe), "training": args.to_dict()}
+    if args.resume_from_checkpoint:
+        run.check_same({"recipe": {name: value for name, value in config["recipe"].items() if name != "ablate_to"}})
     if args.process_index == 0:
         seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
-        config = {"recipe": asdict(recipe), "training": args.to_dict()}
         run.start(config, seeds, resume=bool(args.resume_from_checkpoint))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args)
+    check_length(model, tokenizer, recipe.length)
     trainer = RoutedTrainer(
         model,
         args,

@@ -37,6 +37,7 @@ from routed_peft.data import (
     train_tokenizer,
 )
 from routed_peft.evaluation import load_source
+from routed_peft.evaluation.losses import check_length
 from routed_peft.routes import routes_from_dict
 from routed_peft.training import RunDirectory, RunRecorder, SelfLabeledRows
 from routed_peft.training.self_labels import SETTINGS, THRESHOLDS
@@ -126,15 +127,18 @@ def main() -> None:
     args.dataloader_pin_memory = args.device.type != "cpu"
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
+    config = {"recipe": asdict(recipe), "training": args.to_dict()}
+    if args.resume_from_checkpoint:
+        run.check_same({"recipe": {name: value for name, value in config["recipe"].items() if name != "ablate_to"}})
     if args.process_index == 0:
         seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
-        config = {"recipe": asdict(recipe), "training": args.to_dict()}
         run.start(config, seeds, resume=bool(args.resume_from_checkpoint))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args, documents)
+    check_length(model, tokenizer, recipe.length)
     routes = make_routes(recipe)
     by = ["route_label"] if recipe.by_document else None  # rows may mix what is labelled alike
     rows = pack(of_arm(documents, recipe.arm), tokenizer, recipe.length, by, seed=args.seed)

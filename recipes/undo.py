@@ -14,15 +14,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
-from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 
 from routed_peft.corpora import load_pair
-from routed_peft.data import load_training_file, pack
+from routed_peft.data import load_texts, pack
+from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.unlearning import UndoArguments, check_tokenizers, mean_loss, save_undone, undo
+from routed_peft.unlearning import UndoArguments, check_evaluation, check_tokenizers, mean_loss, save_undone, undo
 
 SIDES = ("forget", "retain")
 
@@ -56,14 +57,19 @@ def main() -> None:
         raise ValueError("`model_name_or_path` is not set: name the teacher, a checkpoint or Hub id")
     args.include_num_input_tokens_seen = "non_padding"
     run = RunDirectory(args.output_dir)
+    config = {"recipe": asdict(recipe), "training": args.to_dict()}
+    if args.resume_from_checkpoint:
+        made = {name: getattr(args, name) for name in ("alpha", "beta", "topk", "seed")}
+        run.check_same({"recipe": config["recipe"], "training": made})
     if args.process_index == 0:
-        config = {"recipe": asdict(recipe), "training": args.to_dict()}
         run.start(config, {"seed": args.seed}, resume=bool(args.resume_from_checkpoint))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
     teacher, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
+    check_length(teacher, tokenizer, recipe.length)
     rows, held_out = text_rows(recipe, tokenizer), evaluation_rows(recipe, tokenizer)
+    check_evaluation(args, held_out)
     student = None
     if recipe.student:
         student, other = open_plain(recipe.student)
@@ -87,8 +93,8 @@ def main() -> None:
 
 def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return packed rows of unlabelled text."""
-    files = [load_training_file(file, columns=["text"]) for file in recipe.text_files] or [load_pair(recipe.pair)]
-    return pack(concatenate_datasets([ds.select_columns("text") for ds in files]), tokenizer, recipe.length, by=[])
+    documents = load_texts(recipe.text_files) if recipe.text_files else load_pair(recipe.pair).select_columns("text")
+    return pack(documents, tokenizer, recipe.length, by=[])
 
 
 def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
@@ -99,7 +105,7 @@ def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[
         if wrong := [entry for entry in recipe.eval_files if "=" not in entry]:
             raise ValueError(f"`eval_files` has {wrong[0]!r}: write name=FILE, such as retain={wrong[0]}")
         pairs = (entry.split("=", 1) for entry in recipe.eval_files)
-        sides = {name: load_training_file(file, columns=["text"]) for name, file in pairs}
+        sides = {name: load_texts([file]) for name, file in pairs}
     else:
         ds = load_pair(recipe.pair, "validation")
         sides = {name: ds.filter(lambda side, n=name: side == n, input_columns="side") for name in SIDES}

@@ -19,12 +19,16 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 
+from routed_peft.checkpoint.files import staged, write_json
 from routed_peft.data import DocumentArguments, evaluation_rows, labeled_documents, pack
+from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.unlearning import UNLEARNED, UnlearningArguments, mean_loss, unlearn
+from routed_peft.unlearning import UNLEARNED, UnlearningArguments, check_evaluation, mean_loss, unlearn
 
 SIDES = ("forget", "retain")
+METHOD = ("method", "gamma", "alpha", "retain_loss", "beta", "margin", "steering", "rmu_layer", "seed")
+"""What a run that resumes must have been begun with."""
 
 
 @dataclass
@@ -44,15 +48,19 @@ def main() -> None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint or Hub id in which to unlearn")
     args.include_num_input_tokens_seen = "non_padding"
     run = RunDirectory(args.output_dir)
+    seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
+    config = {"recipe": asdict(recipe), "training": args.to_dict()}
+    if args.resume_from_checkpoint:
+        run.check_same({"recipe": config["recipe"], "training": {name: getattr(args, name) for name in METHOD}})
     if args.process_index == 0:
-        seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
-        config = {"recipe": asdict(recipe), "training": args.to_dict()}
         run.start(config, seeds, resume=bool(args.resume_from_checkpoint))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
     model, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
+    check_length(model, tokenizer, recipe.length)
     rows, held_out = labeled_rows(recipe, tokenizer), evaluation_rows(recipe, tokenizer)
+    check_evaluation(args, held_out)
     before = {side: mean_loss(model, ds) for side, ds in held_out.items()}
     model, ledger = unlearn(
         model,
@@ -71,9 +79,10 @@ def main() -> None:
         "ledger": ledger.to_dict(),
     }
     if args.process_index == 0:
-        model.save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
-        Path(args.output_dir, UNLEARNED).write_text(json.dumps(summary, indent=2) + "\n")
+        with staged(Path(args.output_dir)) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            write_json(aside / UNLEARNED, summary)
         run.finish(summary)
         print(json.dumps(summary, indent=2))
 

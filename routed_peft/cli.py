@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from routed_peft.commands import COMMANDS
@@ -27,7 +28,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
             if ctx.params.get("debug"):
                 raise
             words = " ".join([str(error), *getattr(error, "__notes__", [])]).split()
@@ -155,9 +156,15 @@ def evaluate(
 
     from routed_peft.evaluation import evaluate_source, results_table
     from routed_peft.evaluation.harness import DEFAULT_TASKS
+    from routed_peft.tasks.utils import METADATA
 
     about = _metadata(metadata or [], {"forget_file": forget_file, "retain_file": retain_file})
     chosen = [name for entry in tasks or DEFAULT_TASKS for name in entry.split(",") if name]
+    ours = all(name.startswith("routed_") and name != "routed_wmdp" for name in chosen)
+    if ours and (unknown := sorted(about.keys() - METADATA)):
+        raise ValueError(
+            f"`--metadata` has {unknown[0]!r}, which no task reads: the keys are {', '.join(sorted(METADATA))}"
+        )
     subsets = {entry: entry.split("+") for entry in regions} if regions else None
     results = evaluate_source(
         src,

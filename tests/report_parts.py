@@ -14,7 +14,7 @@ SETTINGS = {"pair": "biology", "steps": 800, "batch_size": 16, "length": 128, "l
 def curve(
     rate: float, forget: list[float], retain: list[float] | None = None, status: str = "attack"
 ) -> dict[str, Any]:
-    losses = {"forget_losses": forget, "retain_losses": retain or [4.0] * len(forget)}
+    losses = {"forget_losses": forget, "retain_losses": retain or [3.5] * len(forget)}
     return {"learning_rate": rate, "status": status, "steps": STEPS, **losses}
 
 
@@ -31,9 +31,9 @@ def cells(seed: int = 0, labeled: float = 0.5) -> list[dict[str, Any]]:
     nan = math.nan
     attacked = [
         curve(3e-4, [5.0, 4.9, 4.8]),
-        curve(1e-3, [5.0, 4.0, 3.5], [4.0, 4.1, 4.5]),
-        curve(1e-2, [5.0, 3.8, 6.9], [4.0, 4.15, 5.0], "diverged"),
-        curve(3e-2, [5.0, nan, None], [4.0, None, nan], "diverged"),
+        curve(1e-3, [5.0, 4.0, 3.5], [3.5, 3.6, 4.0]),
+        curve(1e-2, [5.0, 3.8, 6.9], [3.5, 3.65, 4.5], "diverged"),
+        curve(3e-2, [5.0, nan, None], [3.5, None, nan], "diverged"),
     ]
     on = {"region_on_forget_loss": 3.05, "region_on_retain_loss": 3.55, "found_precision": 0.99, "found_recall": 0.9}
     tokens = {"tokens_by_side": {"forget": 500_000, "retain": 1_000_000}, "targets_by_label": {"forget": 250_000}}

@@ -131,6 +131,13 @@ def test_evaluate_measures_every_set_of_regions(run, tmp_path):
     assert report["metadata"]["forget_file"] == forget
 
 
+def test_metadata_that_no_task_reads_is_a_mistake_and_the_place_for_results_is_tried_first(run, tmp_path):
+    result = CliRunner().invoke(app, ["evaluate", str(run), "--metadata", "pari=spanish"])
+    assert result.exit_code == 1 and "has 'pari', which no task reads" in result.stderr
+    result = CliRunner().invoke(app, ["evaluate", str(run), "--out", str(tmp_path)])
+    assert result.exit_code == 1 and "is a directory: name a file in it" in result.stderr
+
+
 def test_a_limit_in_the_metadata_is_a_number_of_rows(run, tmp_path):
     forget = write_jsonl(tmp_path / "forget.jsonl", [{"text": "cell wall"}, {"text": "a gene"}])
     losses = []

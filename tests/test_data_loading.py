@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import pandas
 import pytest
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from routed_peft.corpora import load_pair
-from routed_peft.data import load_training_file, train_tokenizer
+from routed_peft.data import load_texts, load_training_file, train_tokenizer
 
 ROWS = [{"text": "a tree", "route_label": "forget"}, {"text": "a dog", "route_label": "retain"}]
 
@@ -56,6 +57,17 @@ def test_missing_and_unknown_files_raise(tmp_path):
     table.write_text("text,route_label\n")
     with pytest.raises(ValueError, match="`source` must be one of .jsonl"):
         load_training_file(table)
+
+
+def test_texts_of_several_files_follow_each_other(tmp_path):
+    pandas.DataFrame({"text": ["c"], "side": ["retain"]}).to_parquet(tmp_path / "b.parquet")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert load_texts([tmp_path / "a.jsonl", tmp_path / "b.parquet"])["text"][:] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="is a directory: name the files in it"):
+        load_texts([tmp_path])
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"a.jsonl' is empty"):
+        load_texts([tmp_path / "a.jsonl"])
 
 
 TEXTS = load_pair("biology", "validation")["text"][:]

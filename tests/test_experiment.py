@@ -20,7 +20,7 @@ from routed_peft.demo.material import Material
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.reading import read_sources
 from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, cells, changing, making, run, run_experiment
-from routed_peft.experiment.methods import UNLEARNING, tfidf_labels, tfidf_overrule
+from routed_peft.experiment.methods import UNLEARNING, tfidf_balanced, tfidf_labels, tfidf_overrule
 from routed_peft.experiment.summary import restore
 from routed_peft.unlearning import UnlearningArguments
 
@@ -364,6 +364,21 @@ def test_a_classifier_keeps_the_labels_that_were_given():
     odd = ["retain", "forget", "retain", "retain", *["unlabeled"] * 8]  # the first is wrong
     ds = tfidf_labels(Dataset.from_dict({"text": texts, "route_label": odd}))
     assert ds["route_label"][:4] == odd[:4] and set(ds["route_label"][:]) == {"forget", "retain"}
+
+
+def test_a_balanced_classifier_finds_the_rare_side():
+    """Where one side is rare, a probability of one half is seldom passed; so many deviations from either side's mean are."""
+    rare, common = (
+        ["a cell of the king", "the king of a cell"],
+        ["a king rules", "the king speaks", "a law of the king"],
+    )
+    texts = rare * 5 + common * 40
+    labels = ["forget"] * 5 + ["unlabeled"] * 5 + ["retain"] * 60 + ["unlabeled"] * 60
+    ds = Dataset.from_dict({"text": texts, "route_label": labels})
+    ds = ds.map(lambda row: {"text": row["text"].replace("cell", "word")} if row["route_label"] == "retain" else row)
+    plain, balanced = (relabel(ds)["route_label"][:] for relabel in (tfidf_labels, tfidf_balanced))
+    found = [sum(label == "forget" for label in labels[5:10]) for labels in (plain, balanced)]
+    assert found[1] == 5 >= found[0] and balanced[:5] == ["forget"] * 5 and set(balanced[70:]) == {"retain"}
 
 
 def test_a_classifier_may_overrule_the_labels_that_were_given():

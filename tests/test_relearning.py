@@ -111,8 +111,17 @@ def test_an_attack_that_diverges_or_helps_nobody_says_so():
     assert summarise(Attack.parse("retain"), [forgotten], 3.0)["recovery"] == {
         "steps": None,
         "tokens": None,
-        "share": 0.0,
+        "share": None,
     }
+    point = {"forget": 5.0, "retain": 4.0}
+    spiked = replace(
+        forgotten, points=tuple(Point(i, i, {k: v + x for k, v in point.items()}) for i, x in enumerate([0, 9, 0.5]))
+    )
+    assert spiked.status == "diverged", "it was far off on the way, and helped nobody"
+    useful = replace(spiked, points=(*spiked.points, Point(3, 3, {"forget": 4.0, "retain": 4.0})))
+    assert useful.status == "attack"
+    hardly = replace(forgotten, points=(Point(0, 0, point), Point(1, 1, {"forget": 4.99, "retain": 4.0})))
+    assert hardly.status == "no attack", "a hundredth of a nat is none"
     lost = replace(forgotten, points=(*forgotten.points, Point(2, 2, {"forget": math.nan, "retain": math.nan})))
     assert summarise(Attack.parse("retain"), [lost], 3.0)["recovery"]["share"] is None, "divergence is no robustness"
     victim = model()

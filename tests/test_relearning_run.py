@@ -3,18 +3,23 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from evaluation_parts import byte_tokenizer, tiny_llama, write_jsonl
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from relearning_parts import DATA, FORGET, model, tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
@@ -103,6 +108,32 @@ def test_a_repeated_command_runs_nothing_and_another_attack_is_added(places, att
     assert set(ran) == {"bias"}
 
 
+def test_another_attack_needs_no_other_again_and_another_reading_does(places, tmp_path, monkeypatch):
+    ran = []
+    whole = Victim.under
+    monkeypatch.setattr(Victim, "under", lambda self, *what: ran.append(what[0].name) or whole(self, *what))
+    source = shutil.copytree(places / "ablated", tmp_path / "model")
+    few = QUICK | {"learning_rates": [1e-3], "seeds": [0], "steps": [0, 1]}
+    less = replace(DATA, retain_train=(), unrelated_train=())
+    relearn_source(source, less, tmp_path / "out", ["forget"], **few)
+    relearn_source(source, DATA, tmp_path / "out", ["forget", "mixed"], **few)
+    assert ran == ["forget", "mixed"]
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    summary = relearn_source(source, DATA, tmp_path / "out", ["forget"], **few)
+    assert ran == ["forget", "mixed", "forget"]
+    first = summary["attacks"]["forget"]["envelope"][0]["mean"]
+    assert first == pytest.approx(summary["start"]["forget"], abs=1e-5)
+
+
+def test_a_model_of_a_short_context_is_attacked_within_it(places, tmp_path):
+    config = GPT2Config(vocab_size=300, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer().save_pretrained(tmp_path / "gpt2")
+    few = QUICK | {"learning_rates": [1e-2], "seeds": [0], "steps": [0, 1]}
+    assert relearn_source(tmp_path / "gpt2", DATA, tmp_path / "out", ["forget"], **few)["attacks"]["forget"]["verdict"]
+
+
 def test_run_export_and_regions_are_attacked_alike(places, attacked):
     start = {}
     for name, source, regions in (("ablated", "ablated", ()), ("on", "run", ["forget"])):
@@ -189,6 +220,10 @@ def test_the_commands_of_the_docs_run(places, tmp_path):
         (["--retain-test", "{empty}"], "`retain_test` must hold one JSON object a line and at least one"),
         (["--retain-test", "{blank}"], "`retain_test` must hold a non-empty `text`"),
         (["--reference-loss", "9.5"], "there is nothing to recover"),
+        (["--reference-loss", "nan"], "`reference` is a loss in nats per token, above 0, got nan"),
+        (["--retain-test", "{folder}"], "which is a directory"),
+        (["--retain-test", "{binary}"], "`retain_test` must be JSONL in UTF-8"),
+        (["--attack", "facts", "--facts", "{unknown}", "--reference", "{base}"], "the reference's facts loss"),
         (["--reference", "{ablated}"], "there is nothing to recover"),
         (["--reference", "{run}", "--reference-loss", "1"], "give one of them"),
         (["--reference", "{other}"], "the tokenizer of `reference`"),
@@ -212,6 +247,10 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(places, tmp_path, argume
         "ablated": places / "ablated",
         "other": tmp_path / "other",
     }
+    (tmp_path / "binary").write_bytes(b"PAR1\xa0")
+    write_jsonl(tmp_path / "unknown.jsonl", [{"text": f"{i}{i}{i}"} for i in range(4)])
+    names |= {"folder": tmp_path, "binary": tmp_path / "binary", "base": places / "base"}
+    names |= {"unknown": tmp_path / "unknown.jsonl"}
     names |= {name: tmp_path / f"{name}.jsonl" for name in ("empty", "blank")}
     filled = [argument.format(**names) for argument in arguments]
     result = call("relearn", places / "run", *files(places), "--out", tmp_path / "out", *filled)
@@ -239,6 +278,18 @@ def test_checkpoints_that_are_no_causal_language_models_are_refused(places, tmp_
     for wrong in (bert, t5, classifier, torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match="`model` must be a causal language model"):
             relearn(wrong, tokenizer(), "forget", DATA)
+    causal = model()
+    with torch.no_grad():
+        causal.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="are no numbers: its weights are damaged"):
+        relearn(causal, tokenizer(), "forget", DATA)
+    BertLMHeadModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bidirectional")
+    tokenizer().save_pretrained(tmp_path / "bidirectional")
+    with pytest.raises(ValueError, match="must be a causal language model, which BertLMHeadModel is not"):
+        open_plain(tmp_path / "bidirectional")
+    get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is an adapter without its model: merge it first"):
+        open_plain(tmp_path / "adapter")
     with pytest.raises(ValueError, match="has adapters"):
         relearn(get_peft_model(model(), RoutedConfig(size=2), "forget"), tokenizer(), "forget", DATA)
 
@@ -254,6 +305,9 @@ def test_a_summary_of_another_version_is_refused(places, attacked, tmp_path):
     summary = json.loads((places / "attacked/summary.json").read_text())
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"format": 2}))
     with pytest.raises(ValueError, match="has the format 2, this version of routed_peft reads 1"):
+        read_summary(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"attacks": {"forget": {"verdict": "attack"}}}))
+    with pytest.raises(ValueError, match=r"the attack 'forget' of .* lacks envelope, curves"):
         read_summary(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"verdict": "of a demo"}))
     with pytest.raises(ValueError, match="is no summary of relearning"):

@@ -68,7 +68,7 @@ def test_a_way_that_cannot_be_told_is_none():
 def test_an_attack_is_its_worst_case_over_rates_and_earlier_steps():
     attack = routed(cells()).attacks["forget"]
     assert attack.steps == (0, 1, 3) and [loss.mean for loss in attack.forget] == [5.0, 3.8, 3.5]
-    assert attack.retain.mean == 4.5, "of the model at rate 1e-3 and step 3"
+    assert attack.retain.mean == 4.0, "of the model at rate 1e-3 and step 3"
     assert attack.useful.mean == 3.8, "at step 3 retain loss rose by more than 5 %"
     assert attack.verdict == "attack" and attack.interior and attack.best_rates == (1e-3,)
     assert attack.learning_rates == (3e-4, 1e-3, 1e-2, 3e-2)
@@ -107,6 +107,22 @@ def test_what_lowers_no_loss_is_no_attack_and_what_diverges_is_no_robustness():
     assert some.attacks["forget"].verdict == "attack in 1 of 2 seeds" and some.attacks["forget"].attacked
     after = [target for target in targets(aggregate([*cells()[:4], broken])) if "attack" in target.wanted]
     assert after and all(target.met is None for target in after), "nothing is told by an attack that diverged"
+
+
+def test_an_attack_is_measured_against_the_model_before_it_was_perturbed():
+    worse = attacked(0, [5.4, 5.3, 5.2]) | {"forget_loss": 5.0}
+    assert routed([worse]).attacks["forget"].verdict == "no attack", "the model had 5.0 before"
+    hardly = attacked(0, [5.0, 4.99, 4.99])
+    assert routed([hardly]).attacks["forget"].verdict == "no attack", "a hundredth of a nat is none"
+
+
+def test_the_dotted_line_is_the_loss_on_what_is_scored():
+    rows = cells()
+    for row in rows:
+        row["attacks"] = {"facts": [curve(1e-3, [1.0, 0.9, 0.8] if row["method"] == "no_routing" else [4.0, 3.0, 2.5])]}
+    assert {one.attacks["facts"].reference for one in aggregate(rows).results.values()} == {1.0}, (
+        "not 3.0, of other text"
+    )
 
 
 def test_cells_must_be_attacked_at_the_same_steps():
@@ -409,6 +425,8 @@ def test_a_directory_stands_for_all_summaries_in_it(tmp_path):
     with pytest.raises(ValueError, match="holds no summary"):
         read_sources([tmp_path])
     write(tmp_path / "other.json", {"a": 1})
+    (tmp_path / "tsconfig.json").write_text("{ // no JSON")
+    (tmp_path / "folder.json").mkdir()
     with pytest.raises(ValueError, match="holds no summary"):
         read_sources([tmp_path])
     write(tmp_path / "b" / "summary.json", summary(cells()))

@@ -7,7 +7,7 @@ import pytest
 from training_parts import assert_same, train, weights
 
 from routed_peft.data import train_tokenizer
-from routed_peft.training.resuming import check_resumable
+from routed_peft.training.resuming import check_resumable, latest_resumable
 
 STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -30,7 +30,7 @@ def test_a_checkpoint_that_lost_its_state_is_refused(whole, tmp_path, tokenizer,
     run = shutil.copytree(whole[0], tmp_path / "run")
     (run / "checkpoint-4" / lost).unlink()
     (run / "checkpoint-6" / lost).unlink()
-    message = rf"checkpoint-6' cannot .* has no {lost} .* the complete checkpoint '{run / 'checkpoint-2'}'"
+    message = rf"checkpoint-6' cannot .* has no whole {lost} .* the complete checkpoint '{run / 'checkpoint-2'}'"
     with pytest.raises(ValueError, match=message):
         train(run, tokenizer, resume=str(run / "checkpoint-6"), **SAVING)
     with pytest.raises(ValueError, match=message):
@@ -41,7 +41,7 @@ def test_a_checkpoint_that_lost_its_state_is_refused(whole, tmp_path, tokenizer,
 
 def test_weights_alone_are_no_checkpoint(tmp_path, tokenizer):
     train(tmp_path, tokenizer, save_only_model=True, **SAVING)
-    message = r"has no optimizer.pt, scheduler.pt, rng_state.pth .*`save_only_model=True`.*; no earlier one"
+    message = r"has no whole optimizer.pt, scheduler.pt, rng_state.pth .*`save_only_model=True`.*; no earlier one"
     with pytest.raises(ValueError, match=message):
         train(tmp_path, tokenizer, resume=True, **SAVING)
 
@@ -49,8 +49,17 @@ def test_weights_alone_are_no_checkpoint(tmp_path, tokenizer):
 def checkpoint(folder: Path, *names: str) -> Path:
     folder.mkdir(parents=True)
     for name in ("scheduler.pt", "trainer_state.json", *names):
-        (folder / name).write_text("")
+        (folder / name).write_text("{}")
     return folder
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
+    assert latest_resumable(tmp_path) is None
+    for step in (2, 10):
+        checkpoint(tmp_path / f"checkpoint-{step}", "optimizer.pt", "rng_state.pth")
+    assert latest_resumable(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10/trainer_state.json").write_text('{"global_st')
+    assert latest_resumable(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_every_process_needs_its_random_state(tmp_path, caplog):
@@ -64,7 +73,7 @@ def test_every_process_needs_its_random_state(tmp_path, caplog):
         assert f"written by 2 processes and is resumed in {processes}" in caplog.text
     (two / "rng_state_1.pth").unlink()
     check_resumable(two, 0, processes=2)
-    with pytest.raises(ValueError, match=r"has no rng_state_1.pth .*no earlier one"):
+    with pytest.raises(ValueError, match=r"has no whole rng_state_1.pth .*no earlier one"):
         check_resumable(two, 1, processes=2)
 
 
@@ -73,7 +82,7 @@ def test_a_sharded_optimizer_has_other_names(tmp_path):
         check_resumable(checkpoint(tmp_path / f"checkpoint-{step}", "rng_state.pth", name), fsdp=True)
     lost = checkpoint(tmp_path / "checkpoint-10", "rng_state.pth", "optimizer.pt")
     with pytest.raises(
-        ValueError, match=r"has no optimizer.bin or optimizer_0 .*the complete checkpoint '.*/checkpoint-1'"
+        ValueError, match=r"has no whole optimizer.bin or optimizer_0 .*the complete checkpoint '.*/checkpoint-1'"
     ):
         check_resumable(lost, fsdp=True)
     later = checkpoint(tmp_path / "checkpoint-2", "rng_state.pth")

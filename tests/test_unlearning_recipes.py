@@ -14,7 +14,7 @@ import yaml
 from datasets import Dataset, enable_progress_bars
 from families import tiny
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from routed_peft import RoutedConfig, presets, save_routed
@@ -146,16 +146,20 @@ def test_undo_after_unlearning(place, tmp_path):
 
 
 def test_the_command_cleans_up_after_itself_alone(place, tmp_path):
-    """Stored outputs go, a model of the user's that lies beside them stays, and an unknown cost is said to be unknown."""
-    shutil.copytree(place / "plain", tmp_path / "out/teacher")
+    """Stored outputs go, files of the user's are left alone, and an unknown cost is said to be unknown."""
     more = ["--text", str(place / "train.jsonl"), "--steps", "2", "--length", "16", "--cpu", "--eval-steps", "1"]
-    for out, topk in ((tmp_path / "out", []), (tmp_path / "stored", ["--topk", "4"])):
-        result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(out), *more, *topk])
-        assert result.exit_code == 0, result.output
-        assert "has no record of its own" in " ".join(result.output.replace("│", " ").split())
-        assert json.loads((out / "undo.json").read_text())["total_ledger"] is None
-    assert (tmp_path / "out/teacher/model.safetensors").is_file()
-    assert not (tmp_path / "stored/teacher").exists() and not list((tmp_path / "stored").glob("checkpoint-*"))
+    out = tmp_path / "stored"
+    result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(out), *more, "--topk", "4"])
+    assert result.exit_code == 0, result.output
+    assert "has no record of its own" in " ".join(result.output.replace("│", " ").split())
+    assert json.loads((out / "undo.json").read_text())["total_ledger"] is None
+    assert not (out / "teacher").exists() and not list(out.glob("checkpoint-*"))
+    shutil.copytree(place / "plain", tmp_path / "theirs/checkpoint-9")
+    result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(tmp_path / "theirs"), *more])
+    assert result.exit_code == 1 and "holds files, and no run to continue" in result.stderr
+    assert (tmp_path / "theirs/checkpoint-9/model.safetensors").is_file()
+    result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(place / "plain"), *more])
+    assert result.exit_code == 1 and "OUT is SRC" in result.stderr
 
 
 def test_mistakes_are_explained(place, tmp_path):
@@ -166,6 +170,19 @@ def test_mistakes_are_explained(place, tmp_path):
     kept = write(tmp_path / "kept.jsonl", [{"text": "a chair", "route_label": "retain"}])
     with pytest.raises(ValueError, match=r"no document is labelled forget; the labels are \['retain'\]"):
         unlearn(place, tmp_path, "unlearn_npo", "--train_file", kept)
+    own = ["--train_file", str(place / "train.jsonl"), "--eval_strategy", "steps", "--length", "16"]
+    command = ["recipes/unlearn.py", "--config", str(CONFIGS["unlearn_npo"]), *own]
+    command += ["--model_name_or_path", str(place / "plain"), "--output_dir", str(tmp_path / "unseen")]
+    with pytest.raises(ValueError, match="there is no held-out text: name `eval_files`"):
+        here(command)
+
+
+def test_a_run_that_resumes_is_told_the_same(place, tmp_path):
+    command = ["recipes/undo.py", "--config", str(CONFIGS["undo"]), *SHORT, *files(place, "--text_files")]
+    command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(place / "plain")]
+    RunDirectory(tmp_path / "out").start({"training": {"alpha": 0.1}}, {})
+    with pytest.raises(ValueError, match="other settings, `alpha` 0.1 where 0.6"):
+        here([*command, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2")])
 
 
 # The command
@@ -213,7 +230,15 @@ def test_the_command_continues_where_it_was_killed(place, tmp_path, monkeypatch)
         assert undo(place, "plain", tmp_path / "killed", *settings).exit_code != 0
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
     other = undo(place, "plain", tmp_path / "killed", *settings, "--alpha", 0.7)
-    assert other.exit_code == 1 and "other settings, alpha 0.5 where 0.7" in other.stderr
+    assert other.exit_code == 1 and "other settings, `alpha` 0.5 where 0.7" in other.stderr
+    torn = shutil.copytree(tmp_path / "killed/checkpoint-2", tmp_path / "killed/checkpoint-4")
+    (torn / "trainer_state.json").write_text("")  # killed again, while it saved
+    teacher = place / "plain/model.safetensors"
+    kept = teacher.read_bytes()
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place / "plain")).save_pretrained(place / "plain")
+    changed = undo(place, "plain", tmp_path / "killed", *settings)
+    teacher.write_bytes(kept)
+    assert changed.exit_code == 1 and "other settings, `content`" in changed.stderr, "another teacher by the same name"
     result = undo(place, "plain", tmp_path / "killed", *settings)
     assert result.exit_code == 0, result.output
     assert same(tmp_path / "whole", tmp_path / "killed")
@@ -227,10 +252,12 @@ def test_the_command_continues_where_it_was_killed(place, tmp_path, monkeypatch)
         (["--alpha", 1.5], "`alpha` must be between 0 and 1"),
         (["--beta", -1], "`beta` must be between 0 and 1"),
         (["--text", "nowhere.jsonl"], "there is no file"),
+        (["--text", "{folder}"], "is a directory: name the files"),
+        (["--length", 4096], "the model reads 64 at once"),
     ],
 )
 def test_the_commands_mistakes_are_one_line(place, tmp_path, more, message):
-    result = undo(place, "plain", tmp_path / "out", *more)
+    result = undo(place, "plain", tmp_path / "out", *[str(one).format(folder=place) for one in more])
     lines = [line for line in result.stderr.splitlines() if line.startswith("routed-peft:")]
     assert result.exit_code == 1 and len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "out").exists()

@@ -61,16 +61,17 @@ def undo(
     """
     import shutil
 
-    from datasets import concatenate_datasets
     from rich.console import Console
-    from transformers.trainer_utils import get_last_checkpoint
 
-    from routed_peft.data import load_training_file, pack
+    from routed_peft.data import load_texts, pack
+    from routed_peft.evaluation.losses import check_length
     from routed_peft.evaluation.relearning.run import open_plain
+    from routed_peft.regions.fingerprint import fingerprint
     from routed_peft.training import RunDirectory, RunRecorder
-    from routed_peft.unlearning import UndoArguments, save_undone
+    from routed_peft.training.resuming import latest_resumable
+    from routed_peft.unlearning import UndoArguments, save_undone, spent
     from routed_peft.unlearning import undo as distil
-    from routed_peft.unlearning.teacher_cache import ABOUT
+    from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows
 
     settings: dict[str, Any] = {
         "source": src,
@@ -105,13 +106,19 @@ def undo(
         use_cpu=cpu,
         seed=seed,
     )
-    documents = [load_training_file(file, columns=["text"]).select_columns("text") for file in text]
-    held_out = None if retain is None else load_training_file(retain, columns=["text"])
-    args.resume_from_checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
     run = RunDirectory(out)
-    _check_settings(out, settings)
+    if args.process_index == 0:  # the others may come when it has begun
+        _check_place(src, out)
+    run.check_same(settings)
+    spent(src)  # what it says wrong is said now
+    documents = load_texts(text)
+    held_out = None if retain is None else load_texts([retain])
     teacher, tokenizer = open_plain(src, revision=revision)
-    rows = pack(concatenate_datasets(documents), tokenizer, length, by=[])
+    check_length(teacher, tokenizer, length, "--length")
+    rows = pack(documents, tokenizer, length, by=[])
+    settings |= {"teacher": fingerprint(teacher), "rows": hash_rows(rows), "processes": args.world_size}
+    run.check_same(settings)
+    args.resume_from_checkpoint = latest_resumable(out, args.world_size)
     if args.process_index == 0:
         run.start(settings, {"seed": seed}, resume=args.resume_from_checkpoint is not None)
     student, record = distil(
@@ -132,22 +139,17 @@ def undo(
         Console().print(_table(content, out))
 
 
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError where ``out`` holds a finished run, or one that was begun otherwise."""
-    import json
-
+def _check_place(src: str, out: Path) -> None:
+    """Raise ValueError where ``out`` is the source, or holds a finished run or what no such run left there."""
+    from routed_peft.checkpoint.files import in_use
     from routed_peft.training.records import RUN, SUMMARY
 
+    if out.resolve() == Path(src).resolve():
+        raise ValueError(f"OUT is SRC, {src}: the student would take the teacher's place; name another directory")
     if (out / SUMMARY).is_file():
         raise ValueError(f"{out} holds a finished run ({SUMMARY}): name another directory, or move it away")
-    if not (out / RUN).is_file():
-        return
-    before = json.loads((out / RUN).read_text(encoding="utf-8"))["config"]
-    if odd := sorted(key for key in settings if before.get(key) != settings[key]):
-        raise ValueError(
-            f"{out} holds a run with other settings, {odd[0]} {before.get(odd[0])!r} where {settings[odd[0]]!r} is asked for: "
-            "repeat the command as it was, or name another directory"
-        )
+    if in_use(out) and not (out / RUN).is_file():
+        raise ValueError(f"{out} holds files, and no run to continue ({RUN}): name a new directory, or an empty one")
 
 
 def _table(content: dict[str, Any], out: Path) -> Any:

@@ -20,7 +20,7 @@ from routed_peft.data.labels import (
     labels_from_keywords,
     labels_from_tokens,
 )
-from routed_peft.data.loading import load_training_file
+from routed_peft.data.loading import load_texts, load_training_file
 from routed_peft.data.noise import label_statistics, simulate_labels
 from routed_peft.data.packing import pack
 from routed_peft.data.schedule import schedule
@@ -46,6 +46,7 @@ __all__ = [
     "labels_from_column",
     "labels_from_keywords",
     "labels_from_tokens",
+    "load_texts",
     "load_training_file",
     "of_arm",
     "pack",

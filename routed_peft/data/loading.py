@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
 
 from routed_peft.data.columns import ROUTE_LABEL
 
@@ -29,7 +29,7 @@ def load_training_file(
         streaming: read rows as they are needed, into an IterableDataset.
 
     Raises:
-        ValueError: if a column is missing, or the kind of file is unknown.
+        ValueError: if a column is missing, the file is empty, or its kind is unknown.
         FileNotFoundError: if there is no such file.
 
     Example:
@@ -47,6 +47,8 @@ def load_training_file(
     if path.is_file():
         if reader is None:
             raise ValueError(f"`source` must be one of {', '.join(_READERS)}, or a Hub dataset, got {name!r}")
+        if not path.stat().st_size:
+            raise ValueError(f"{name!r} is empty: it must hold a row at least")
         ds = load_dataset(reader, data_files=name, split="train", streaming=streaming)
     else:
         ds = load_dataset(name, split=split, streaming=streaming)
@@ -57,3 +59,17 @@ def load_training_file(
             "(`routed_peft.data` has functions that add labels)"
         )
     return ds
+
+
+def load_texts(files: Sequence[str | os.PathLike[str]]) -> Dataset:
+    """Load the column ``text`` of several training files, one after the other.
+
+    Raises:
+        ValueError: a file is a directory, of which a part would be taken; and what `load_training_file` raises.
+    """
+    if folders := [str(file) for file in files if Path(file).is_dir()]:
+        raise ValueError(f"{folders[0]!r} is a directory: name the files in it that count, one by one")
+    parts = [load_training_file(file, columns=["text"]).select_columns("text") for file in files]
+    return concatenate_datasets(
+        [part.cast_column("text", Value("string")) for part in parts]
+    )  # Parquet has long strings

@@ -31,6 +31,21 @@ def context_length(model: nn.Module, tokenizer: Any) -> int:
     return int(length) if length is not None and length < 10**18 else 2048  # transformers' "not set"
 
 
+def check_length(model: nn.Module, tokenizer: Any, length: int, argument: str = "length") -> None:
+    """Raise ValueError where rows of ``length`` tokens are more than a model reads at once.
+
+    >>> check_length(nn.Linear(1, 1), None, 4096)
+    Traceback (most recent call last):
+    ...
+    ValueError: `length` is 4096 tokens a row, and the model reads 2048 at once: set it to 2048 or less
+    """
+    most = context_length(model, tokenizer)
+    if length > most:
+        raise ValueError(
+            f"`{argument}` is {length} tokens a row, and the model reads {most} at once: set it to {most} or less"
+        )
+
+
 def first_token(tokenizer: Any) -> int:
     """Return the token before every text: that which begins a sequence, else that which ends one."""
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -108,6 +108,8 @@ def evaluate_source(
     """
     layout = read_layout(src, revision, **hub_arguments(from_pretrained_kwargs))
     configurations = _configurations(str(src), [] if layout is None else layout.regions, regions)
+    if output is not None:
+        _check_writable(Path(output))
     model, tokenizer = load_source(src, "all", revision, tokenizer, **from_pretrained_kwargs)
     if device is not None:
         model.to(device)
@@ -139,6 +141,16 @@ def _configurations(
     if unknown := sorted({name for value in chosen.values() for name in value} - set(names)):
         raise ValueError(f"`regions` names {unknown}; the regions of {src!r} are {list(names)}")
     return chosen
+
+
+def _check_writable(file: Path) -> None:
+    """Raise where a file could not be written, before hours are spent on what goes into it."""
+    if file.is_dir():
+        raise ValueError(f"`output` {str(file)!r} is a directory: name a file in it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.touch()
+    aside.unlink()
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

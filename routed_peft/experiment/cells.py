@@ -170,7 +170,9 @@ def twin(name: str, settings: DemoSettings) -> str:
         ('no_routing', 'control', 'no_routing', 'perfect_filter', 'routed')
     """
     method = METHODS[name]
-    if name in ("filter", "classifier_filter") and all(getattr(settings, label) == 1 for label in LABELS):
+    if name in ("filter", "classifier_filter", "classifier_filter_balanced") and all(
+        getattr(settings, label) == 1 for label in LABELS
+    ):
         return "perfect_filter"
     if not method.labels or settings.labeled > 0:
         return name

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
-from routed_peft.data import UNLABELED
+from routed_peft.data import FORGET, RETAIN, UNLABELED
 from routed_peft.demo.settings import ARMS, Arm
+from routed_peft.training.self_labeler import benefit_threshold
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,29 @@ def tfidf_labels(ds: Dataset) -> Dataset:
     return _tfidf(ds)
 
 
+def tfidf_balanced(ds: Dataset) -> Dataset:
+    """The same, with the threshold of self-labels, `benefit_threshold`: of scores that labelled documents get from others."""
+    return _tfidf(ds, balanced=True)
+
+
 def tfidf_overrule(ds: Dataset) -> Dataset:
     """The same, and label every labelled document anew by a classifier that was trained on four fifths of the others."""
     return _tfidf(ds, overrule=True)
 
 
-def _tfidf(ds: Dataset, overrule: bool = False) -> Dataset:
+def _tfidf(ds: Dataset, overrule: bool = False, balanced: bool = False) -> Dataset:
     texts, labels = ds["text"][:], np.array(ds["route_label"][:])
     features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True).fit_transform(texts)
     known = np.flatnonzero(labels != UNLABELED)
     classifier = LogisticRegression(C=10, max_iter=1000).fit(features[known], labels[known])
-    given = np.where(labels == UNLABELED, classifier.predict(features), labels)
+    found = classifier.predict(features)
+    if balanced:
+        towards, _ = classifier.classes_  # forget: names are sorted, and scores are those of the second
+        assert towards == FORGET
+        held_out = -cross_val_predict(classifier, features[known], labels[known], cv=5, method="decision_function")
+        forget, retain = (torch.from_numpy(held_out[labels[known] == side]) for side in (FORGET, RETAIN))
+        found = np.where(-classifier.decision_function(features) > benefit_threshold(forget, retain), FORGET, RETAIN)
+    given = np.where(labels == UNLABELED, found, labels)
     if overrule:
         given[known] = cross_val_predict(classifier, features[known], labels[known], cv=5)
     return ds.remove_columns("route_label").add_column("route_label", given.tolist())
@@ -100,6 +114,7 @@ METHODS = {
     "filter": Method(_ARM["filter"]),
     "filter_equal_retain": Method(_ARM["filter"], equal_retain=True),
     "classifier_filter": Method(_ARM["filter"], relabel=tfidf_labels),
+    "classifier_filter_balanced": Method(_ARM["filter"], relabel=tfidf_balanced),
     "classifier_filter_overrule": Method(_ARM["filter"], relabel=tfidf_overrule),
     "routed": Method(_ARM["routed"]),
     "sgtm": Method(_ARM["routed"], PLAIN),

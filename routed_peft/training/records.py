@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from routed_peft.checkpoint.files import in_use
+from routed_peft.checkpoint.files import in_use, read_json
 from routed_peft.checkpoint.save import versions
 
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
@@ -85,6 +85,23 @@ class RunDirectory:
             self.keep(lambda point: True)  # mends a line that was cut short
         else:
             (self.path / METRICS).unlink(missing_ok=True)
+
+    def check_same(self, config: Mapping[str, Any]) -> None:
+        """Raise ValueError where ``run.json`` tells of another ``config``, in what both of them name: of a run that resumes.
+
+        Example:
+            >>> import tempfile
+            >>> run = RunDirectory(tempfile.mkdtemp())
+            >>> run.start({"recipe": {"alpha": 0.1}, "logging": 10}, seeds={})
+            >>> run.check_same({"recipe": {"alpha": 0.2}})
+            Traceback (most recent call last):
+            ...
+            ValueError: ... holds a run with other settings, `alpha` 0.1 where 0.2 is asked for: repeat the command as it ...
+        """
+        if not (self.path / RUN).is_file():
+            return
+        before = read_json(self.path / RUN).get("config", {})
+        _check_same(self.path, before, _plain(config))
 
     def log(self, **point: Any) -> None:
         """Append one point to ``metrics.jsonl``."""
@@ -196,6 +213,17 @@ def hardware() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }
+
+
+def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key in sorted(before.keys() & now.keys()):
+        if isinstance(now[key], Mapping) and isinstance(before[key], Mapping):
+            _check_same(place, before[key], now[key])
+        elif before[key] != now[key]:
+            raise ValueError(
+                f"{place} holds a run with other settings, `{key}` {before[key]!r} where {now[key]!r} is asked for: repeat the "
+                "command as it was, or name another directory"
+            )
 
 
 def _split(logs: Mapping[str, Any]) -> tuple[str, bool, str]:

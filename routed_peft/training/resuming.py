@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -45,17 +46,40 @@ def check_resumable(checkpoint: str | Path, process_index: int = 0, processes: i
     else:
         advice = "no earlier one beside it is complete: start anew, or from its weights (`load_routed(…, is_trainable=True)`)"
     raise ValueError(
-        f"{str(checkpoint)!r} cannot be resumed from, as it has no {', '.join(missing)} (lost, or never written: checkpoints "
-        f"of `save_only_model=True` and of `save_model` hold weights alone); {advice}"
+        f"{str(checkpoint)!r} cannot be resumed from, as it has no whole {', '.join(missing)} (lost, cut short, or never "
+        f"written: checkpoints of `save_only_model=True` and of `save_model` hold weights alone); {advice}"
     )
+
+
+def latest_resumable(run: str | Path, processes: int = 1) -> str | None:
+    """Return the newest checkpoint of a run from which it can go on; None where there is none.
+
+    One that a kill cut short is passed over: `Trainer` writes in place, the state of the run last.
+
+    Args:
+        run: directory of the run.
+        processes: of the run that resumes.
+    """
+    found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
+    whole = [path for path in found if not _missing(path, 0, processes, fsdp=False)]
+    return str(max(whole, key=_step)) if whole else None
 
 
 def _missing(folder: Path, process_index: int, processes: int, fsdp: bool) -> list[str]:
     optimizers = ("optimizer.bin", "optimizer_0") if fsdp else ("optimizer.pt",)
     missing = [] if any((folder / name).exists() for name in optimizers) else [" or ".join(optimizers)]
-    missing += [name for name in (SCHEDULER_NAME, TRAINER_STATE_NAME) if not (folder / name).is_file()]
+    missing += [SCHEDULER_NAME] if not (folder / SCHEDULER_NAME).is_file() else []
+    missing += [TRAINER_STATE_NAME] if not _readable(folder / TRAINER_STATE_NAME) else []
     random = _random_state(process_index, processes)
     return missing if (folder / random).is_file() or _writers(folder) else [*missing, random]
+
+
+def _readable(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _random_state(process_index: int, processes: int) -> str:

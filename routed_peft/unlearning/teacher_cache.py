@@ -13,6 +13,7 @@ from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from routed_peft.checkpoint.files import read_json, write_json
 from routed_peft.regions.fingerprint import fingerprint
@@ -66,7 +67,7 @@ class TeacherCache:
             raise ValueError(f"`k` must be between 1 and {vocabulary}, the size of the vocabulary, got {k}")
         tokens = sum(len(ids) for ids in input_ids(rows))
         about = {
-            "k": k, "rows": len(rows), "tokens": tokens, "rows_sha256": _hash(rows), "teacher": fingerprint(teacher)
+            "k": k, "rows": len(rows), "tokens": tokens, "rows_sha256": hash_rows(rows), "teacher": fingerprint(teacher)
         }  # fmt: skip
         if (folder / ABOUT).is_file():
             if (found := read_json(folder / ABOUT)) != about:
@@ -78,7 +79,9 @@ class TeacherCache:
             os.replace(folder / f".{ABOUT}", folder / ABOUT)
         missing = [i for i in range(-(-len(rows) // SHARD)) if not _path(folder, i).is_file()]
         state.wait_for_everyone()  # all have seen what is missing before anyone fills it
-        for i in missing[state.process_index :: state.num_processes]:
+        mine = missing[state.process_index :: state.num_processes]
+        quiet = not state.is_main_process or len(mine) < 2
+        for i in tqdm(mine, desc="the teacher's outputs", unit="file", disable=quiet, leave=False):
             chosen = range(i * SHARD, min((i + 1) * SHARD, len(rows)))
             _store(_path(folder, i), teacher, [rows[j] for j in chosen], k, batch_size)
         state.wait_for_everyone()
@@ -114,7 +117,8 @@ def _store(path: Path, teacher: nn.Module, rows: list[Any], k: int, batch_size: 
     os.replace(aside, path)
 
 
-def _hash(rows: Rows) -> str:
+def hash_rows(rows: Rows) -> str:
+    """Return the SHA-256 of the tokens of rows."""
     digest = hashlib.sha256()
     for ids in input_ids(rows):
         digest.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())

@@ -157,6 +157,17 @@ def _cache(teacher: PreTrainedModel, rows: Rows, args: UndoArguments) -> Teacher
     return TeacherCache.make(folder, teacher, rows, args.topk, args.per_device_eval_batch_size)
 
 
+def spent(source: str | Path) -> Ledger | None:
+    """Return what a checkpoint has cost, as its ``unlearning.json`` or ``summary.json`` says; None where neither does.
+
+    Raises:
+        ValueError: these are not readable, or hold a ledger that is none.
+    """
+    former = (read_json(file) for file in (Path(source, UNLEARNED), Path(source, SUMMARY)) if file.is_file())
+    costs = next((about.get("total_ledger", about["ledger"]) for about in former if "ledger" in about), None)
+    return None if costs is None else Ledger.from_dict(costs)
+
+
 def save_undone(
     student: PreTrainedModel, record: UndoRecord, out: str | Path, source: str, tokenizer: Any = None
 ) -> dict[str, Any]:
@@ -171,9 +182,7 @@ def save_undone(
             records tell of: after unlearning not what came before it.
         tokenizer: is saved too.
     """
-    former = (read_json(file) for file in (Path(source, UNLEARNED), Path(source, SUMMARY)) if file.is_file())
-    costs = next((about.get("total_ledger", about["ledger"]) for about in former if "ledger" in about), None)
-    before = None if costs is None else Ledger.from_dict(costs)
+    before = spent(source)
     content = {
         "source": source,
         **asdict(record),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from routed_peft.evaluation.losses import IGNORED, token_losses
+from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.data import Batch
 
@@ -65,15 +66,21 @@ class Curve:
         """Return what became of the attack.
 
         "diverged": the loss is not a number, or all that was measured ends more than `DIVERGED` nats above its start (text
-        that is merely forgotten, while other text is learnt, is no divergence). "no attack": the loss was never below the
-        start. Else "attack". Neither of the first two says anything about robustness.
+        that is merely forgotten, while other text is learnt, is no divergence), or was there on the way and the loss never
+        came below the start by `TOLERANCE`. "no attack": it never did. Else "attack". Neither of the first two says
+        anything about robustness.
         """
         losses = self.losses(self.target)
+        lowered = min(losses) < self.start[self.target] - TOLERANCE
         if not all(map(math.isfinite, losses)):
             return "diverged"
-        if all(self.losses(name)[-1] > start + DIVERGED for name, start in self.start.items()):
+        above = [
+            all(loss > start + DIVERGED for loss, start in zip(scores, self.start.values(), strict=True))
+            for scores in zip(*map(self.losses, self.start), strict=True)
+        ]
+        if above[-1] or any(above) and not lowered:
             return "diverged"
-        return "attack" if min(losses) < self.start[self.target] else "no attack"
+        return "attack" if lowered else "no attack"
 
     def losses(self, split: str) -> list[float]:
         """Return one score at every step."""
@@ -120,6 +127,7 @@ def run_curve(
     scores: Mapping[str, float] = {}
     for step in steps:
         model.train()
+        told = 0
         for _ in range(step - done if whole and optimizer is not None else 0):
             ids, mask, targets = (tensor.to(device) for tensor in next(stream))
             count = int((targets != IGNORED).sum())
@@ -131,9 +139,11 @@ def run_curve(
             if not (whole := bool(norm.isfinite())):
                 break
             optimizer.step()
+            tick(1)
+            told += 1
         scores = measure(model) if whole else {name: math.nan for name in scores}
         whole = whole and all(map(math.isfinite, scores.values()))
-        tick(step - done)
+        tick(step - done - told)
         done = step
         yield Point(step, tokens, dict(scores))
 

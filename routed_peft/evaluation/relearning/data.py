@@ -15,6 +15,13 @@ from routed_peft.evaluation.relearning.attacks import Attack
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SCORED = ("forget_test", "retain_test")
+_TRAINED: dict[str, tuple[str, ...]] = {
+    "forget": ("forget_train",),
+    "mixed": ("forget_train", "retain_train"),
+    "retain": ("retain_train",),
+    "unrelated": ("unrelated_train",),
+    "facts": ("facts",),
+}
 
 
 @dataclass(frozen=True)
@@ -80,21 +87,21 @@ class AttackData:
         }
         return cls(**kept)
 
+    def concerning(self, attack: Attack) -> dict[str, list[str]]:
+        """Return those of the attributes on which what comes of an attack depends."""
+        trained = () if attack.method == "none" else _TRAINED[attack.data]
+        scored = (*SCORED, "facts") if attack.data == "facts" else SCORED
+        return {name: list(getattr(self, name)) for name in (*scored, *trained)}
+
     def for_training(self, attack: Attack, seed: int) -> list[list[str]]:
         """Return the documents that an attack trains on, a list for each side that shares its batches.
 
         Raises:
             ValueError: where there are none, or fewer than the attack takes.
         """
-        kinds = {
-            "forget": ("forget_train",),
-            "mixed": ("forget_train", "retain_train"),
-            "retain": ("retain_train",),
-            "unrelated": ("unrelated_train",),
-        }
         if attack.data == "facts":
             return [self.halves(seed)[0]]
-        return [self._documents(attack, name, seed) for name in kinds[attack.data]]
+        return [self._documents(attack, name, seed) for name in _TRAINED[attack.data]]
 
     def halves(self, seed: int) -> tuple[list[str], list[str]]:
         """Return the facts that are trained on, and those that are scored."""
@@ -122,15 +129,19 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def training_batches(tokenizer: Any, sides: Sequence[Sequence[str]], attack: Attack, seed: int) -> Iterator[Batch]:
+def training_batches(
+    tokenizer: Any, sides: Sequence[Sequence[str]], attack: Attack, seed: int, most: int | None = None
+) -> Iterator[Batch]:
     """Yield batches without end: inputs, attention mask and targets, as `token_losses` takes them.
 
-    Each document stands between the token that begins and the one that ends a sequence; long ones become several rows. Every
+    Each document stands between the token that begins and the one that ends a sequence; what is longer than a row of the
+    attack, or than ``most`` tokens that a model reads at once, becomes several rows. Every
     side contributes equally many rows to a batch, in an order drawn anew for every pass; a side with fewer rows than that
     contributes all of them to every batch.
     """
     share = attack.batch_size // len(sides)
-    streams = [_stream(_rows(tokenizer, texts, attack.length), share, seed + 1000 * i) for i, texts in enumerate(sides)]
+    length = attack.length if most is None else min(attack.length, most)
+    streams = [_stream(_rows(tokenizer, texts, length), share, seed + 1000 * i) for i, texts in enumerate(sides)]
     for parts in zip(*streams, strict=True):
         yield pad([(row[:-1], row[1:]) for part in parts for row in part])
 

@@ -13,11 +13,13 @@ from typing import Any
 from rich.table import Table
 
 from routed_peft.evaluation.measures import WorstCase, recovered, to_recover, within_utility, worst_case
+from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import Curve
 from routed_peft.training.records import SUMMARY
 
 FORMAT, KIND = 1, "relearning"
+_RESULT = ("envelope", "curves", "verdict", "interior", "learning_rates", "start", "target")
 RISE = 0.05
 """How much a useful model's retain loss may have risen by an attack, as a share."""
 
@@ -31,13 +33,13 @@ def summarise(attack: Attack, curves: Sequence[Curve], reference: float | None =
         reference: the target's loss of the model from which nothing was removed, where it is known.
 
     Returns:
-        ``verdict``: "attack", or "no attack" where no rate lowered the loss, or "diverged" where all of them diverged.
+        ``verdict``: "attack", or "no attack" where no rate lowered the loss by `TOLERANCE`, or "diverged" where all diverged.
         ``envelope``: one entry for each step, see `WorstCase`; with ``tokens``, ``retain`` and whether the rate was
         ``interior`` to the grid. ``useful``: the same, limited to states whose retain loss rose by 5 % at most. ``recovery``
         of either, where there is a reference: ``steps`` and ``tokens`` (see `to_recover`; None where nothing was trained, and
-        tokens also where no curve is whole) and the ``share`` at the last step (see `recovered`). Steps and tokens
-        are None too where the verdict is not "attack", and the share where it is "diverged". ``start``, ``interior`` at
-        the last step, ``learning_rates`` with their statuses, ``curves``.
+        tokens also where no curve is whole) and the ``share`` at the last step (see `recovered`). All
+        three are None too where the verdict is not "attack". ``start``, ``interior`` at the last step (not where there was no
+        attack), ``learning_rates`` with their statuses, ``curves``.
     """
     rates = sorted({curve.learning_rate for curve in curves})
     by_rate = {rate: [curve for curve in curves if curve.learning_rate == rate] for rate in rates}
@@ -58,11 +60,12 @@ def summarise(attack: Attack, curves: Sequence[Curve], reference: float | None =
     ):
         result["useful"] = _envelope(by_rate, retain, attack.target, start, reference, useful)
     statuses = {curve.status for curve in curves}
-    lowered = result["envelope"][-1]["mean"] < start[attack.target]
+    lowered = result["envelope"][-1]["mean"] < start[attack.target] - TOLERANCE
+    result["interior"] = lowered and result["interior"]
     result["verdict"] = "attack" if lowered else "diverged" if statuses == {"diverged"} else "no attack"
     for part in (result, result.get("useful", {})):
         if "recovery" in part and not lowered:  # what was no attack says nothing of robustness
-            part["recovery"] |= {"steps": None, "tokens": None} | ({"share": None} if statuses == {"diverged"} else {})
+            part["recovery"] |= {"steps": None, "tokens": None, "share": None}
     result["curves"] = [_curve(curve) for curve in curves]
     return result
 
@@ -130,6 +133,11 @@ def read_summary(place: str | Path) -> dict[str, Any]:
             f"{str(file)!r} has the format {summary.get('format')}, this version of routed_peft reads {FORMAT}: run the "
             "command again that wrote it (its run.json names it; finished curves are kept)"
         )
+    for name, result in summary["attacks"].items() if isinstance(summary.get("attacks"), dict) else [("?", {})]:
+        if missing := [key for key in _RESULT if key not in result]:
+            raise ValueError(
+                f"the attack {name!r} of {str(file)!r} lacks {', '.join(missing)}: was the file changed by hand?"
+            )
     return dict(summary)
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
-from routed_peft.evaluation.losses import TextLoss
+from routed_peft.evaluation.losses import TextLoss, context_length
 from routed_peft.evaluation.measures import worst_case
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import Curve, Measure, Point, log_spaced, run_curve
@@ -56,6 +56,7 @@ def relearn(
         seeds: of the order of the data, of which documents there are, and of what is drawn.
         steps: ascending from 0; when to measure.
         measure: scores the model instead of `data`; needs at least the attack's target, lower being better for the attacker.
+            With ``records``, ``names`` tell it from others.
         extensions: how many rates may be added beyond either end of the grid.
         records: where finished curves are written to, a point each line, and from where they are not run again.
         names: what every point says of itself besides, such as ``{"arm": "routed"}``.
@@ -66,8 +67,8 @@ def relearn(
         The curves, rates ascending, seeds in order.
 
     Raises:
-        ValueError: what `Victim`, `AttackData` and `TextLoss` raise, and on empty or unordered ``learning_rates``, ``seeds``
-            or ``steps``.
+        ValueError: what `Victim`, `AttackData` and `TextLoss` raise, on empty or unordered ``learning_rates``, ``seeds``
+            or ``steps``, and on a ``measure`` with ``records`` and without ``names``.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,6 +84,10 @@ def relearn(
     attack = Attack.parse(attack) if isinstance(attack, str) else attack
     rates = sorted(attack.learning_rates if learning_rates is None else learning_rates)
     check_settings(attack, data, rates, seeds, steps)
+    if measure is not None and records is not None and not names:
+        raise ValueError(
+            "`names` must say what `measure` measures, so that `records` of something else are not taken for it"
+        )
     if attack.method == "none":
         rates, seeds, steps, extensions = [0.0], [seeds[0]], [0], 0
     victim = Victim(model)
@@ -130,8 +135,14 @@ class _Sweep:
     ) -> None:
         self.victim, self.tokenizer, self.attack, self.data, self.steps = victim, tokenizer, attack, data, steps
         self.measure, self.records = measure, records
-        about = [asdict(attack), asdict(data), steps, fingerprint(victim.model)]
-        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+        about = [
+            asdict(attack),
+            data.concerning(attack),
+            steps,
+            fingerprint(victim.model),
+            _reading(victim.model, tokenizer),
+        ]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
         self.names = {**names, "digest": digest}
         self.start: dict[int, Mapping[str, float]] = {}
         self._losses: dict[int, dict[str, TextLoss]] = {}
@@ -156,7 +167,8 @@ class _Sweep:
     def _curve(self, rate: float, seed: int, tick: Callable[[int], Any]) -> Curve:
         attack, model, score = self.attack, self.victim.model, self._score(seed)
         start = self._start(seed)
-        batches = training_batches(self.tokenizer, self.data.for_training(attack, seed), attack, seed)
+        most = context_length(model, self.tokenizer)
+        batches = training_batches(self.tokenizer, self.data.for_training(attack, seed), attack, seed, most)
         with self.victim.under(attack, seed) as parameters:
             points = tuple(run_curve(model, attack, parameters, batches, rate, self.steps, score, tick))
         return Curve(attack.name, attack.target, rate, seed, start, points)
@@ -200,6 +212,16 @@ class _Sweep:
         scores = [{k: math.nan if v is None else v for k, v in point.items() if k not in known} for point in points]
         read = (Point(point["step"], point["tokens"], score) for point, score in zip(points, scores, strict=True))
         return Curve(self.attack.name, self.attack.target, *cell, self._start(cell[1]), tuple(read))
+
+
+def _reading(model: nn.Module, tokenizer: Any) -> list[Any]:
+    """Return what decides, beside the weights, how a model reads a text: its configuration and the tokenizer."""
+    config: Any = model.config
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    settings = {key: value for key, value in config.to_dict().items() if key not in volatile}
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    words = tokenizer.get_vocab() if fast is None else fast.to_str()
+    return [settings, words, tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
 def _edges(curves: Mapping[Cell, Curve], seeds: Sequence[int], steps: Sequence[int]) -> list[int]:

@@ -48,6 +48,7 @@ class Relearning:
             attack; None where these are not known. Reached by weaker attacks than a whole recovery.
         recovered: share of what was removed that the last step has brought back, seed by seed (`recovered`), where that was
             more than `REMOVED`; None likewise.
+        reference: loss of the never-unlearnt model before any attack, on the text that is scored; None where not known.
         area: normalised area under the relearning curve (`relearning_area`); None where there is nothing to compare with.
         way: at each step, from no routing to perfect filter under the same attack; None likewise.
     """
@@ -64,6 +65,7 @@ class Relearning:
     recovery_by_seed: tuple[Crossing, ...] = ()
     halfway: Crossing | None = None
     recovered: Spread | None = None
+    reference: float | None = None
     area: Spread | None = None
     way: tuple[Spread | None, ...] = ()
 
@@ -91,6 +93,7 @@ class _Seed:
     interior: bool
     rates: tuple[float, ...]
     best: float
+    before: float
 
 
 def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], oracle: Mapping[int, Row]) -> Relearning:
@@ -111,7 +114,8 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
     Raises:
         ValueError: where seeds were not measured at the same steps.
     """
-    found, low, high = ({s: _seed(c["attacks"][name]) for s, c in own.items() if name in c.get("attacks", {})}
+    target = Attack.parse(name).target
+    found, low, high = ({s: _seed(c, name, target) for s, c in own.items() if name in c.get("attacks", {})}
                         for own in (cells, base, oracle))  # fmt: skip
     grids = {seed.steps for own in (found, low, high) for seed in own.values()}
     if len(grids) > 1:
@@ -119,19 +123,18 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
             f"the attack {name!r} was measured at different steps, {sorted(grids)}: attack all cells alike"
         )
     (steps,) = grids
-    if Attack.parse(name).target == FORGET:
+    if target == FORGET:
         reference, ceiling = (
             {seed: own[seed]["forget_loss"] for seed in found if seed in own} for own in (base, oracle)
         )
     else:  # other text is scored, on which other models were measured under the same attack alone
         reference, ceiling = ({seed: own[seed].forget[0] for seed in found if seed in own} for own in (low, high))
-    before = {
-        s: cells[s]["forget_loss"] if Attack.parse(name).target == FORGET else own.forget[0] for s, own in found.items()
-    }
+    before = {s: own.before for s, own in found.items()}
     midway = {seed: (loss + ceiling[seed]) / 2 for seed, loss in reference.items() if seed in ceiling}
     ends = [seed for seed in found if seed in low and seed in high]
     return Relearning(
         steps=steps,
+        reference=statistics.fmean(reference.values()) if reference else None,
         forget=tuple(Spread.of(values) for values in zip(*(seed.forget for seed in found.values()), strict=True)),
         retain=spread([seed.retain for seed in found.values()]),
         useful=spread([seed.useful for seed in found.values()]),
@@ -178,6 +181,7 @@ def of_summary(result: Mapping[str, Any]) -> Relearning:
     useful = result.get("useful", {}).get("envelope")
     return Relearning(
         steps=tuple(entry["step"] for entry in envelope),
+        reference=result.get("reference"),
         forget=tuple(_entry(entry, count) for entry in envelope),
         retain=spread([_number(last["retain"])]),
         useful=_entry(useful[-1], count) if useful else None,
@@ -190,27 +194,31 @@ def of_summary(result: Mapping[str, Any]) -> Relearning:
     )
 
 
-def _seed(curves: Sequence[Row]) -> _Seed:
-    curves = sorted(curves, key=lambda curve: curve["learning_rate"])
+def _seed(cell: Row, name: str, target: str) -> _Seed:
+    curves = sorted(cell["attacks"][name], key=lambda curve: curve["learning_rate"])
     forget = {curve["learning_rate"]: [[_number(loss) for loss in curve["forget_losses"]]] for curve in curves}
     retain = {curve["learning_rate"]: [[_number(loss) for loss in curve["retain_losses"]]] for curve in curves}
     rates = tuple(forget)
     steps = curves[0]["steps"][: len(forget[rates[0]][0])]  # what trains nothing is measured once
     cases = worst_case(steps, forget)
     last = cases[-1]
-    before = retain[rates[0]][0][0]
-    useful = worst_case(steps, forget, within_utility(retain, before)) if math.isfinite(before) else cases
+    before = cell["forget_loss"] if target == FORGET else cases[0].mean  # perturbing comes before the first step
+    allowed = within_utility(retain, cell["retain_loss"])
+    whole = any(
+        math.isfinite(curve[0]) for own in allowed.values() for curve in own
+    )  # else perturbed beyond what is useful
     statuses = {curve["status"] for curve in curves}
-    lowered = "attack" in statuses or last.mean < cases[0].mean
+    lowered = last.mean < before - TOLERANCE
     return _Seed(
         steps=tuple(steps),
         forget=tuple(case.mean for case in cases),
         retain=retain[last.learning_rate][0][steps.index(last.at)],
-        useful=useful[-1].mean,
+        useful=worst_case(steps, forget, allowed)[-1].mean if whole else math.nan,
         verdict="attack" if lowered else "diverged" if statuses == {"diverged"} else "no attack",
         interior=last.at == 0 or rates[0] < last.learning_rate < rates[-1],
         rates=rates,
         best=last.learning_rate,
+        before=before,
     )
 
 

@@ -133,6 +133,13 @@ CARDS: dict[str, Card] = {
         "calls forget is left out. The obvious rival where the two sides differ in their words.",
         short="filter by classifier",
     ),
+    "classifier_filter_balanced": Card(
+        "filter by such a classifier, threshold of self-labels",
+        "filter",
+        "The same, with a threshold as many standard deviations from the mean score of either side (of labelled documents, by "
+        "five folds), which is how self-labels choose theirs: more retain text is lost, and less forget text kept.",
+        short="classifier, balanced",
+    ),
     "classifier_filter_overrule": Card(
         "filter by such a classifier, which may overrule labels",
         "filter",

@@ -123,15 +123,13 @@ def _by_labels(found: Comparison, settings: Mapping[str, Any]) -> Figure:
 def _relearning(found: Comparison, settings: Mapping[str, Any]) -> Figure:
     panels = []
     shares: list[float | None] = [*sorted(_shares(found), key=lambda labeled: abs(labeled - 0.5))] or [None]
-    base = found.get(BASE)
     for labeled in shares:
         for attack in found.attacks:
             for group in _groups(found):
                 results = [found.get(method, labeled, found.best_quality) for method in group]
                 own = {r.condition.method: r.attacks[attack] for r in results if r and attack in r.attacks}
                 lines = [curve(card(method, settings).label, one, style(method)) for method, one in own.items()]
-                level = base.forget.mean if base else None
-                panels += _attack_panel(lines, own, attack, labeled, level, folded=labeled != shares[0])
+                panels += _attack_panel(lines, own, attack, labeled, folded=labeled != shares[0])
     return Figure("relearning", "Relearning", _ENVELOPE, panels)
 
 
@@ -185,7 +183,8 @@ def _wrong_labels(found: Comparison, settings: Mapping[str, Any]) -> Figure:
 
 _ENVELOPE = (
     "Forget loss that an attacker reaches by fine-tuning: at every step the lowest over all learning rates and earlier steps, "
-    f"mean over seeds. {SEEDS} The step axis is log(1 + step). Dotted: the loss of the model that was never unlearnt."
+    f"mean over seeds. {SEEDS} The step axis is log(1 + step). Dotted, where it is known and the same for all: the loss of the "
+    "model that was never unlearnt."
 )
 
 
@@ -194,9 +193,10 @@ def _attack_panel(
     own: Mapping[str, Relearning],
     attack: str,
     labeled: float | None,
-    level: float | None = None,
     folded: bool = False,
 ) -> list[Panel]:
+    known = {one.reference for one in ([own[BASE]] if BASE in own else own.values()) if one.reference is not None}
+    level = known.pop() if len(known) == 1 else None
     steps = max((one.steps for one in own.values()), key=len, default=())
     if len(steps) < 2:
         return []

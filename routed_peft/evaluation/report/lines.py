@@ -21,6 +21,7 @@ STYLES = {
     "filter": Style("orange"),
     "filter_equal_retain": Style("orange", ":", "^", 1.5),
     "classifier_filter": Style("orange", "--", "s"),
+    "classifier_filter_balanced": Style("orange", "--", "D"),
     "classifier_filter_overrule": Style("orange", "-.", "v"),
     "era": Style("sky", ":", "^"),
     "demix": Style("sky", "-.", "D"),

@@ -59,7 +59,7 @@ def read_sources(places: Sequence[str | Path]) -> list[Source]:
     files: dict[Path, Path] = {}
     for place in map(Path, places):
         if place.is_dir():
-            found = [file for file in _candidates(place) if _is_summary(_load(file))]
+            found = [file for file in _candidates(place) if _counts(file)]
             if not found:
                 raise ValueError(
                     f"{str(place)!r} holds no summary: recipes/experiment.py writes one to its `summary_file`, and "
@@ -75,7 +75,7 @@ def read_sources(places: Sequence[str | Path]) -> list[Source]:
 
 
 def _candidates(folder: Path) -> Iterable[Path]:
-    return sorted([*folder.glob("*.json"), *folder.glob(f"*/{SUMMARY}")])
+    return sorted(file for file in (*folder.glob("*.json"), *folder.glob(f"*/{SUMMARY}")) if file.is_file())
 
 
 def _load(file: Path) -> Any:
@@ -83,6 +83,16 @@ def _load(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is no JSON ({error}): was it cut short? Write it anew") from None
+
+
+def _counts(file: Path) -> bool:
+    """Say whether a file of a directory is a summary; one that is called summary.json must be whole."""
+    try:
+        return _is_summary(_load(file))
+    except ValueError:
+        if file.name == SUMMARY:
+            raise
+        return False
 
 
 def _is_summary(content: Any) -> bool:
