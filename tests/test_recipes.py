@@ -324,13 +324,13 @@ def test_an_experiment_makes_every_cell_once_and_attacks_it(tmp_path):
     assert [row["labeled"] for row in rows] == [None, 0.5, None, 0.5, 0.8, 0.8]
     assert {"region_on_retain_loss", "found_recall", "validation_forget_loss"} <= rows[1].keys()
     made = {file: file.stat().st_mtime_ns for file in cells.glob("*/numbers.json")}
-    attacks = ["--attacks", "few-shot-4", "--attack_steps", "0", "5", "--attack_rates", "0.03", "--extensions", "0"]
+    attacks = ["--attacks", "few-shot-4", "--attack_steps", "0", "2", "--attack_rates", "1e-3", "--extensions", "0"]
     here([*command, "--methods", "no_routing", *attacks])
     assert made == {file: file.stat().st_mtime_ns for file in cells.glob("*/numbers.json")}
     row, *others = json.loads(summary.read_text())["cells"]
     assert others == rows[1:], "not asked for, and kept"
     (curve,) = row["attacks"]["few-shot-4"]
-    assert curve["status"] == "attack" and curve["forget_losses"][1] < curve["forget_losses"][0]
+    assert curve["forget_losses"][1] < curve["forget_losses"][0], "two steps do something, if too little to count"
     with pytest.raises(ValueError, match=r"`methods` has \['routd'\]"):
         here([*command, "--methods", "routd"])
 

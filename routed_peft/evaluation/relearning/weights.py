@@ -105,8 +105,9 @@ def check_causal(model: nn.Module) -> None:
             logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         fits = logits.dim() == 3 and logits.shape[:2] == ids.shape and logits.shape[-1] >= vocabulary(model)
         whole = fits and bool(logits.isfinite().all())
-        atol = 1e-3 * float(logits.abs().max()) if whole else 0.0
-        causal = fits and (not whole or torch.allclose(logits[0, :2], logits[1, :2], rtol=1e-3, atol=atol))
+        near = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 1e-3
+        atol = near * float(logits.abs().max()) if whole else 0.0
+        causal = fits and (not whole or torch.allclose(logits[0, :2], logits[1, :2], rtol=near, atol=atol))
     except (AttributeError, ValueError):  # no logits, or more inputs wanted
         causal, whole = False, True
     if not whole:
