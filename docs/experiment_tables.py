@@ -11,8 +11,6 @@ from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
 from routed_peft.evaluation.report.aggregate import (
     BASE,
-    FILTER,
-    ORACLE,
     Comparison,
     Condition,
     Result,
@@ -22,7 +20,8 @@ from routed_peft.evaluation.report.aggregate import (
 from routed_peft.evaluation.report.cards import card, in_order, variant_name
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
-from routed_peft.evaluation.report.verdicts import ON, ROBUST, TAX, WAY, goals, ranged, targets
+from routed_peft.evaluation.report.verdicts import ranged, targets
+from routed_peft.experiment.methods import METHODS
 
 Report = dict[str, Any]
 """A summary of `recipes/experiment.py`."""
@@ -62,7 +61,7 @@ def losses(report: Report, command: str, labels: Sequence[Labels], methods: Coll
     kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
     names = [list(columns)[i] for i in kept]
     lines = markdown(names, [[row[i] for i in kept] for row in rows])
-    return "\n".join([*lines, "", " ".join(caption(report, found, results, names, count, command))])
+    return "\n".join([*lines, "", " ".join(caption(report, found, results, names, count, command, methods))])
 
 
 def caption(
@@ -72,6 +71,7 @@ def caption(
     names: Collection[str],
     count: int,
     command: str,
+    methods: Collection[str] | None = None,
 ) -> list[str]:
     """Return the sentences below `losses`: what its columns mean, what was missed, and the command."""
     settings = report["settings"]
@@ -86,59 +86,26 @@ def caption(
     said.append(f"Targets missed: {named(found, False)}.")
     if (open_ones := named(found, None)) != "none":
         said.append(f"Cannot be told: {open_ones}.")
+    if absent := not_run(report, found, methods):
+        said.append(f"Asked for, and not run yet: {'; '.join(absent)}.")
     return [*said, f"From `{command}`."]
 
 
-def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Collection[str], commands: str) -> str:
-    """Several experiments in one table: what was removed, stays so, and has cost, over labels.
-
-    Args:
-        parts: of each its title, the experiment, and kinds of labels.
-        methods: keys of those that look at labels; beside them stand no routing and the perfect filter, once.
-        commands: that made them.
-    """
-    rows: dict[tuple[str, ...], list[str]] = {}  # by what they say, so that what two experiments share comes once
-    attacks: dict[str, list[str]] = {}
-    seeds = set()
-    for name, report, labels in parts:
-        found, count = most_seeds(report, labels)
-        if not count:
-            continue
-        seeds.add(count)
-        attacks.setdefault(strength(report["experiment"]), []).append(name)
-        ends = [(found[0][1], found[0][1].get(method)) for method in (BASE, ORACLE)]
-        between = [(c, r) for _, c in found for r in shown(c, methods, labeled_only=True)]
-        between = [(c, r) for c, r in between if r.condition != Condition(FILTER, 1.0, 1.0, 1.0)]  # the perfect filter
-        for comparison, r in (ends[0], *between, ends[1]):
-            assert r is not None, "complete seeds have both"
-            row = overview_row(comparison, r, report, count)
-            rows.setdefault(tuple(row), [name, r.condition.labels, *row])
-    names = ["text", "labels", "method", "forget loss", RELEARNED, "retain loss", "way", "tax", "region on"]
-    worst = "; ".join(f"of {attack} ({', '.join(texts)})" for attack, texts in attacks.items())
-    about = (
-        f"Mean (range) over {' or '.join(map(str, sorted(seeds)))} seeds, nats per token on test text. Relearned: after the "
-        f"worst {worst}. Region on: forget and retain loss less those of no routing. ✗: a goal missed, that is at least "
-        f"{share(WAY[0.5])} of the way at half of the labels and {share(WAY[0.1])} at a tenth, tax at most {TAX:.2f}, "
-        f"relearned at least {ROBUST:.2f} of the perfect filter’s, region on at most {ON:.2f} on both sides. From {commands}."
-    )
-    return "\n".join([*markdown(names, list(rows.values())), "", about])
-
-
-def overview_row(found: Comparison, result: Result, report: Report, seeds: int) -> list[str]:
-    """Return what `overview` says of a method, with marks where a routed one misses a goal."""
-    labeled = result.condition.labeled
-    ours = result.condition.method.partition(":")[0] == "routed" and labeled is not None
-    aims = {goal.kind: goal for goal in goals(found, result, labeled)} if ours and labeled else {}
-    on = aims["on"].measured.replace("forget ", "").replace(", retain ", " / ") if "on" in aims else NONE
-    texts = {
-        "robust": relearned(result, report, seeds),
-        "": ranged(result.retain),
-        "way": ranged(result.way, as_share=True),
-        "tax": ranged(result.tax) if labeled is not None else NONE,
-        "on": on,
-    }
-    missed = {kind for kind, goal in aims.items() if goal.met is False}
-    return [title(result, report), ranged(result.forget), *(t + " ✗" * (kind in missed) for kind, t in texts.items())]
+def not_run(report: Report, found: Sequence[tuple[Labels, Comparison]], methods: Collection[str] | None) -> list[str]:
+    """Name the methods that an experiment asks for, and that have no row at some of these labels, with those labels."""
+    absent: dict[str, list[str]] = {}
+    for (labeled, recall, precision), comparison in found:
+        for method in report["experiment"].get("methods", ()):
+            if methods is not None and method.partition(":")[0] not in methods:
+                continue
+            looks = METHODS[method.partition(":")[0]].labels
+            if looks and labeled == recall == precision == 1 and method not in ("filter", "routed"):
+                continue  # nothing that it would add is left to find
+            own = comparison.get(method, labeled, (recall, precision)) if looks else comparison.get(method)
+            if own is None or len(own.cells) < len(comparison.seeds):
+                kind = Condition(method, labeled, recall, precision).labels if looks else ""
+                absent.setdefault(card(method, report["settings"]).name, []).append(kind)
+    return [f"{name} ({'; '.join(kinds)})" if any(kinds) else name for name, kinds in absent.items()]
 
 
 def recovery(report: Report, command: str) -> str:
@@ -199,6 +166,8 @@ def shown(found: Comparison, methods: Collection[str] | None, labeled_only: bool
 def title(result: Result, report: Report) -> str:
     """Name a method; ours stands out."""
     name = card(result.condition.method, report["settings"]).name
+    if result.condition.labeled == 1 and result.condition.quality == (1.0, 1.0):
+        name = name.replace(" with self-labels", "")  # there is nothing left for them to find
     return f"**{name}**" if result.condition.method == "routed" else name
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from experiment_tables import Labels, losses, overview, recovery
+from experiment_tables import Labels, losses, recovery
+from overview_table import overview
 from tradeoff_tables import facts, frontier, leaking
 
 from routed_peft.evaluation.measures import Spread

@@ -44,22 +44,30 @@ def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
     assert tables.losses(report, "make", [(0.1, 1.0, 1.0)]) == "Not run yet: `make`."
     wide = report | {"cells": [*report["cells"], *(row for row in cells(0, labeled=1.0) if row["labeled"])]}
     parts = [("verse", wide, [(0.5, 1.0, 1.0), (1.0, 1.0, 1.0)]), ("again", wide, [(0.5, 1.0, 1.0)])]
-    table = tables.overview(parts, ["filter", "routed"], "`make`")
+    overview = importlib.import_module("overview_table").overview
+    table = overview(parts, ["filter", "routed"], "`make`")
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| verse")]
     named = [["–", "no routing", "3.00"], ["50 %", "filter, same labels", "3.50"], ["–", "perfect filter", "6.00"]]
     named.insert(2, ["50 %", "**routed with self-labels, ablated**", "5.00"])
     assert [row[1:4] for row in rows] == named, "one seed of all labels is not shown beside two of half"
-    assert rows[2][6:] == ["67 % ✗", "0.10 ✗", "+0.05 / +0.05 |"], "what misses a goal says so"
+    assert rows[2][6:10] == ["67 % ✗", "0.10 ✗", "0.20", "+0.05 / +0.05"], "what misses a goal says so"
+    asked = wide | {"experiment": about | {"methods": ["filter", "routed", "classifier_filter"]}}
+    absent = "Asked for, and not run yet: filter by a TF-IDF classifier of these labels (50 %)."
+    assert absent in tables.losses(asked, "make", [(0.5, 1.0, 1.0)])
+    assert absent.replace("yet: ", "yet: verse: ").replace(".", "") in overview(
+        [("verse", asked, [(0.5, 1.0, 1.0)])], ["filter", "classifier_filter", "routed"], "`make`"
+    )
+    assert "Asked for" not in table
     assert "| again" not in table, "what two experiments share is said once"
     assert (
         "Relearned: after the worst of fine-tuning on all" in table
         and "over 2 seeds" in table
         and "From `make`." in table
     )
-    alone = tables.overview([("verse", wide, [(1.0, 1.0, 1.0)])], ["filter", "routed"], "`make`")
+    alone = overview([("verse", wide, [(1.0, 1.0, 1.0)])], ["filter", "routed"], "`make`")
     assert "| verse | 100 % | **routed" in alone and "| filter, same" not in alone, "that is the perfect filter"
     found = tables.recovery(summary(cells(labeled=1.0)) | {"experiment": about | {"attack_split": "train"}}, "make")
-    assert "| **routed with self-labels, ablated** | 5.00 | 3.50 | 0.417 | > 3 (> 3 to > 3) |" in found
+    assert "| **routed, ablated** | 5.00 | 3.50 | 0.417 | > 3 (> 3 to > 3) |" in found
     assert "| no routing | 3.00 | – | – | 0 |" in found and "(the training set's)" in found
     assert "within 0.02 nats" in found and "{" not in found
     assert tables.strength(about | {"attacks": ["few-shot-4"]}).startswith(

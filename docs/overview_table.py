@@ -1,0 +1,100 @@
+"""README's table of all experiments on text: routing and filters, over texts and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from experiment_tables import (
+    COST,
+    NONE,
+    RELEARNED,
+    Labels,
+    Report,
+    markdown,
+    most_seeds,
+    not_run,
+    relearned,
+    shown,
+    strength,
+    title,
+)
+
+from routed_peft.evaluation.measures import Spread
+from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Condition, Result
+from routed_peft.evaluation.report.costs import costs
+from routed_peft.evaluation.report.page import share
+from routed_peft.evaluation.report.verdicts import ON, ROBUST, TAX, WAY, goals, ranged
+
+BEST = "over perfect"
+
+
+def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Collection[str], commands: str) -> str:
+    """Several experiments in one table: what was removed, stays so, and has cost, over labels.
+
+    Args:
+        parts: of each its title, the experiment, and kinds of labels.
+        methods: keys of those that look at labels; beside them stand no routing and the perfect filter, once.
+        commands: that made them.
+    """
+    rows: dict[tuple[str, ...], list[str]] = {}  # by what they say, so that what two experiments share comes once
+    attacks: dict[str, list[str]] = {}
+    seeds, absent = set(), set()
+    for name, report, labels in parts:
+        found, count = most_seeds(report, labels)
+        if not count:
+            continue
+        seeds.add(count)
+        attacks.setdefault(strength(report["experiment"]), []).append(name)
+        ends = [(found[0][1], found[0][1].get(method)) for method in (BASE, ORACLE)]
+        between = [(c, r) for _, c in found for r in shown(c, methods, labeled_only=True)]
+        between = [(c, r) for c, r in between if r.condition != Condition(FILTER, 1.0, 1.0, 1.0)]  # the perfect filter
+        for comparison, r in (ends[0], *between, ends[1]):
+            assert r is not None, "complete seeds have both"
+            row = overview_row(comparison, r, report, count)
+            absent |= {(name, what) for what in not_run(report, found, methods)}
+            rows.setdefault(tuple(row), [name, r.condition.labels, *row])
+    names = ["text", "labels", "method", "forget loss", RELEARNED, "retain loss", "way", "tax", BEST, "region on", COST]
+    worst = "; ".join(f"of {attack} ({', '.join(texts)})" for attack, texts in attacks.items())
+    about = (
+        f"Mean (range) over {' or '.join(map(str, sorted(seeds)))} seeds, nats per token on test text. Relearned: after the "
+        f"worst {worst}. {BEST.capitalize()}: retain loss less the perfect filter’s, which spends all of its tokens on retain "
+        f"text. Region on: forget and retain loss less those of no routing. ✗: a goal missed, that is at least "
+        f"{share(WAY[0.5])} of the way at half of the labels and {share(WAY[0.1])} at a tenth, where they are right, tax at "
+        f"most {TAX:.2f}, relearned at least {ROBUST:.2f} of the perfect filter’s loss, region on at most {ON:.2f} on both "
+        f"sides. From {commands}."
+    )
+    if absent:
+        about += f" Asked for, and not run yet: {'; '.join(f'{name}: {what}' for name, what in sorted(absent))}."
+    return "\n".join([*markdown(names, list(rows.values())), "", about])
+
+
+def overview_row(found: Comparison, result: Result, report: Report, seeds: int) -> list[str]:
+    """Return what `overview` says of a method, with marks where a routed one misses a goal."""
+    labeled = result.condition.labeled
+    ours = result.condition.method.partition(":")[0] == "routed" and labeled is not None
+    aims = {goal.kind: goal for goal in goals(found, result, labeled)} if ours and labeled else {}
+    on = aims["on"].measured.replace("forget ", "").replace(", retain ", " / ") if "on" in aims else NONE
+    texts = {
+        "robust": relearned(result, report, seeds),
+        "": ranged(result.retain),
+        "way": ranged(result.way, as_share=True),
+        "tax": ranged(result.tax) if labeled is not None else NONE,
+        "best": ranged(above_best(found, result)),
+        "on": on,
+    }
+    missed = {kind for kind, goal in aims.items() if goal.met is False}
+    paid = costs(found, result).compute
+    return [
+        title(result, report),
+        ranged(result.forget),
+        *(text + " ✗" * (kind in missed) for kind, text in texts.items()),
+        f"{paid.mean:.2f}" if paid else NONE,
+    ]
+
+
+def above_best(found: Comparison, result: Result) -> Spread | None:
+    """Return retain loss less that of the perfect filter, seed by seed."""
+    best = found.get(ORACLE)
+    if best is None or result.condition == best.condition:
+        return None
+    return Spread.of([result.cells[seed]["retain_loss"] - cell["retain_loss"] for seed, cell in best.cells.items()])
