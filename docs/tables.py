@@ -40,8 +40,9 @@ OVERVIEW: list[tuple[str, str, list[Labels]]] = [
     ("biology", "biology", [*TENTH, *HALF, *ALL]),
     ("spanish", "Spanish", [*TENTH, *HALF, *ALL]),
     ("entangled", "entangled", [*TENTH, *HALF]),
-    ("mixed_rows", "biology, mixed rows", HALF),
-    ("wrong_labels", "biology, wrong labels", QUALITIES[1:]),
+    ("mixed_rows", "biology in mixed rows", HALF),
+    ("entangled_mixed", "entangled in mixed rows", HALF),
+    ("wrong_labels", "biology with wrong labels", QUALITIES[1:]),
 ]
 """Experiments, their names for readers, and the labels of which the overview tells."""
 SHARES = [(share, 1.0, 1.0) for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
@@ -265,6 +266,7 @@ TABLES = {
     "experiment_entangled_tenth": lambda: experiment("entangled", losses, TENTH),
     "experiment_wrong_labels": lambda: experiment("wrong_labels", losses, QUALITIES),
     "experiment_mixed_rows": lambda: experiment("mixed_rows", losses, HALF),
+    "experiment_entangled_mixed": lambda: experiment("entangled_mixed", losses, HALF),
     "experiment_spanish": lambda: experiment("spanish", losses, HALF),
     "recovery": lambda: experiment("recovery", recovery),
     "frontier": lambda: experiment("frontier", frontier),

@@ -173,6 +173,11 @@ def test_targets_are_met_or_missed_by_the_numbers():
     )
 
 
+def test_targets_of_a_variant_are_told_where_there_is_nothing_else():
+    rows = [row | {"method": row["method"].replace("routed", "routed:by_document=true")} for row in cells()]
+    assert [t.met for t in targets(aggregate(rows)) if t.kind == "tax"] == [False]
+
+
 def test_steps_half_way_back_tell_where_no_attack_recovers():
     """No routing has 3, the perfect filter 6 before any attack: half of the way back is 4.5 for every model."""
     found = aggregate(cells(labeled=1.0))

@@ -134,14 +134,14 @@ CARDS: dict[str, Card] = {
         short="filter by classifier",
     ),
     "classifier_filter_balanced": Card(
-        "filter by such a classifier, threshold of self-labels",
+        "filter by a TF-IDF classifier, balanced threshold",
         "filter",
-        "The same, with a threshold as many standard deviations from the mean score of either side (of labelled documents, by "
+        "The same classifier, with a threshold as many standard deviations from the mean score of either side (of labelled documents, by "
         "five folds), which is how self-labels choose theirs: more retain text is lost, and less forget text kept.",
         short="classifier, balanced",
     ),
     "classifier_filter_overrule": Card(
-        "filter by such a classifier, which may overrule labels",
+        "filter by a TF-IDF classifier that may overrule labels",
         "filter",
         "The same, and each labelled document is labelled anew by a classifier that was fitted to the others (five folds): "
         "the obvious rival where labels may be wrong.",

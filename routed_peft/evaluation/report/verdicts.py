@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from routed_peft.evaluation.measures import Crossing, Spread
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
 from routed_peft.evaluation.report.attacks import Relearning
-from routed_peft.evaluation.report.cards import UNDO, card, in_order
+from routed_peft.evaluation.report.cards import UNDO, VARIANT, card, in_order
 from routed_peft.evaluation.report.page import number, place, share
 
 ROUTED = "routed"
@@ -126,12 +126,14 @@ def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Ta
     """Compare an experiment with what was aimed at, as far as it has the numbers; of labels that are least wrong.
 
     Args:
-        found: the experiment.
+        found: the experiment; where it has routed models in variants alone, the first of these is looked at.
         shares: of labels that are looked at; all by default.
     """
     result: list[Target] = []
+    variants = [method for method in in_order(found.methods) if method.partition(VARIANT)[0] == ROUTED]
+    ours = ROUTED if ROUTED in variants or not variants else variants[0]
     for labeled in filter(None, found.shares if shares is None else shares):  # without labels nothing was routed
-        routed = found.get(ROUTED, labeled, found.best_quality)
+        routed = found.get(ours, labeled, found.best_quality)
         if routed is not None:
             result += goals(found, routed, labeled)
     return [*result, *_of_placebos(found), *_of_steps(found), *_of_undo(found)]
