@@ -136,7 +136,7 @@ CARDS: dict[str, Card] = {
     "classifier_filter_balanced": Card(
         "filter by a TF-IDF classifier, balanced threshold",
         "filter",
-        "The same classifier, with a threshold as many standard deviations from the mean score of either side (of labelled documents, by "
+        "The same, with a threshold as many standard deviations from the mean score of either side (of labelled documents, by "
         "five folds), which is how self-labels choose theirs: more retain text is lost, and less forget text kept.",
         short="classifier, balanced",
     ),
