@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import sys
@@ -13,7 +14,7 @@ from routed_peft.evaluation.report.figures import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "results" / "biology.json"
-METHODS = ("no_routing", "filter", "classifier_filter", "routed", "perfect_filter")
+METHODS = ("no_routing", "filter", "classifier_filter", "classifier_filter_balanced", "routed", "perfect_filter")
 THEMES = {"light": LIGHT, "dark": DARK}
 
 
@@ -30,7 +31,10 @@ def mark() -> str:
 def draw(theme: str) -> str:
     """Return the figure: forget loss over shares of labels, before an attack and after the worst."""
     report = json.loads(RESULT.read_text())
-    found = aggregate([cell for cell in report["cells"] if cell["method"] in METHODS])
+    cells = [cell for cell in report["cells"] if cell["method"] in METHODS]
+    seeds = collections.Counter((cell["method"], cell["labeled"]) for cell in cells)
+    whole = [cell for cell in cells if seeds[cell["method"], cell["labeled"]] == len(report["experiment"]["seeds"])]
+    found = aggregate(whole)  # what is still being made is not drawn
     (labels,) = (figure for figure in figures(found, report["settings"]) if figure.key == "labels")
     return render([panel.draw for panel in labels.panels], THEMES[theme]).decode() + mark()
 

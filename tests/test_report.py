@@ -136,6 +136,14 @@ def test_the_worst_attack_is_the_one_that_ends_lowest():
     assert routed([row]).worst.forget[-1].mean == 2.0
 
 
+def test_what_one_attack_spared_is_not_the_more_robust():
+    rows = cells()
+    rows[0]["attacks"]["mixed"] = [curve(1e-3, [3.0, 2.5, 2.4])]
+    found = aggregate(rows)
+    assert found.get("no_routing").worst.forget[-1].mean == 2.4
+    assert found.get("perfect_filter").worst is None, "not attacked in every way"
+
+
 def test_facts_are_compared_with_facts():
     """An attack that scores other text has a reference of its own, and is not the worst case on held-out documents."""
     rows = cells()

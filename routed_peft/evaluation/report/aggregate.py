@@ -77,6 +77,7 @@ class Result:
             the filter too where there is only one.
         tax_equal_retain: the same against the filter at equal retain text.
         attacks: name -> what the attack brings back.
+        expected: names of the attacks that any condition of the experiment has.
     """
 
     condition: Condition
@@ -85,6 +86,7 @@ class Result:
     tax: Spread | None
     tax_equal_retain: Spread | None
     attacks: Mapping[str, Relearning] = field(default_factory=dict)
+    expected: frozenset[str] = frozenset()
 
     @property
     def forget(self) -> Spread:
@@ -107,7 +109,9 @@ class Result:
 
     @property
     def worst(self) -> Relearning | None:
-        """The attack that ends at the lowest loss on held-out forget text; None where no attack was scored on it."""
+        """The attack that ends lowest on held-out forget text; None where none is scored on it, or one is missing."""
+        if any(name not in self.attacks for name in self.expected if Attack.parse(name).target == FORGET):
+            return None  # spared by the strongest, it would look robust
         alike = [attack for name, attack in self.attacks.items() if Attack.parse(name).target == FORGET]
         return min(alike, key=lambda attack: attack.forget[-1].mean, default=None)
 
@@ -189,6 +193,7 @@ def aggregate(cells: Iterable[Row]) -> Comparison:
         groups.setdefault(Condition.of(cell), {})[cell["seed"]] = cell
     base, oracle = groups.get(Condition(BASE), {}), groups.get(Condition(ORACLE), {})
     results = {}
+    expected = frozenset(name for own in groups.values() for cell in own.values() for name in cell.get("attacks", {}))
     for condition, own in groups.items():
         names = dict.fromkeys(name for cell in own.values() for name in cell.get("attacks", {}))
         results[condition] = Result(
@@ -202,6 +207,7 @@ def aggregate(cells: Iterable[Row]) -> Comparison:
             tax=_tax(own, _same_labels(condition, FILTER, groups)),
             tax_equal_retain=_tax(own, _same_labels(condition, FILTER_EQUAL_RETAIN, groups)),
             attacks={name: relearning(name, own, base, oracle) for name in names},
+            expected=expected,
         )
     return Comparison(results)
 
