@@ -14,7 +14,7 @@ from routed_peft.evaluation.report.figures import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "results" / "biology.json"
-METHODS = ("no_routing", "filter", "classifier_filter", "classifier_filter_balanced", "routed", "perfect_filter")
+METHODS = ("no_routing", "filter", "classifier_filter_balanced", "routed", "perfect_filter")
 THEMES = {"light": LIGHT, "dark": DARK}
 
 

@@ -150,6 +150,11 @@ def draw_lines(axes: Axes, theme: Theme, lines: Sequence[Line], gap: float = 0.0
     ends = [line.points[-1] for line in lines]
     gap *= high - low
     heights = within(spread([min(y, high) for _, y in ends], gap), low, high, gap)
+    last = max((x for x, _ in ends), default=0.0)
+    for i, (x, y) in enumerate(ends):
+        if x < last:  # its name stands among the others' lines
+            others = [_along(line.points, x) for line in lines if line is not lines[i]]
+            heights[i] = clear_of(min(y, high), [*others, *heights[:i]], low, high, gap)
     beside = offset_copy(axes.transData, fig=axes.get_figure(root=True), x=12, units="points")
     for line, (x, y), height in zip(lines, ends, heights, strict=True):
         color = theme.colors[line.style.color]
@@ -164,6 +169,22 @@ def draw_lines(axes: Axes, theme: Theme, lines: Sequence[Line], gap: float = 0.0
             annotation_clip=False,
             arrowprops=leader if abs(height - min(y, high)) > gap / 3 else None,
         )
+
+
+def _along(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Return the height of a line beside ``x``: of its first point to the right, or of its last one."""
+    return next((y for there, y in points if there > x), points[-1][1])
+
+
+def clear_of(value: float, taken: Sequence[float], low: float, high: float, gap: float) -> float:
+    """Return the place nearest to a value that is ``gap`` from all taken ones, lower ones first; the value if there is none.
+
+    >>> clear_of(1.0, [1.0, 1.5], low=0.0, high=4.0, gap=0.5), clear_of(1.0, [1.0, 0.5], low=0.0, high=4.0, gap=0.5)
+    (0.5, 1.5)
+    """
+    places = (value + sign * i * gap / 2 for i in range(1 + round(2 * (high - low) / gap)) for sign in (-1, 1))
+    free = (p for p in places if low <= p <= high and all(abs(p - other) >= gap * (1 - 1e-9) for other in taken))
+    return next(free, value)
 
 
 def within(values: Sequence[float], low: float, high: float, gap: float) -> list[float]:
