@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from routed_peft.data import FORGET
+from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.measures import Crossing
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
@@ -21,6 +22,7 @@ from routed_peft.evaluation.report.cards import card, in_order, variant_name
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
 from routed_peft.evaluation.report.verdicts import ranged, targets
+from routed_peft.experiment.cells import adds_nothing
 from routed_peft.experiment.methods import METHODS
 
 Report = dict[str, Any]
@@ -96,11 +98,12 @@ def not_run(report: Report, found: Sequence[tuple[Labels, Comparison]], methods:
     absent: dict[str, list[str]] = {}
     for (labeled, recall, precision), comparison in found:
         for method in report["experiment"].get("methods", ()):
-            if methods is not None and method.partition(":")[0] not in methods:
+            base = method.partition(":")[0]
+            if methods is not None and base not in methods:
                 continue
-            looks = METHODS[method.partition(":")[0]].labels
-            if looks and labeled == recall == precision == 1 and method not in ("filter", "routed"):
-                continue  # nothing that it would add is left to find
+            looks = METHODS[base].labels
+            if adds_nothing(base, DemoSettings(labeled=labeled, recall=recall, precision=precision)):
+                continue
             own = comparison.get(method, labeled, (recall, precision)) if looks else comparison.get(method)
             if own is None or len(own.cells) < len(comparison.seeds):
                 kind = Condition(method, labeled, recall, precision).labels if looks else ""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import json
 import sys
 from pathlib import Path
 
-from routed_peft.evaluation.report.aggregate import aggregate
+from routed_peft.evaluation.report.aggregate import Comparison, aggregate
 from routed_peft.evaluation.report.drawing import DARK, LIGHT, render
 from routed_peft.evaluation.report.figures import figures
 
@@ -31,10 +30,9 @@ def mark() -> str:
 def draw(theme: str) -> str:
     """Return the figure: forget loss over shares of labels, before an attack and after the worst."""
     report = json.loads(RESULT.read_text())
-    cells = [cell for cell in report["cells"] if cell["method"] in METHODS]
-    seeds = collections.Counter((cell["method"], cell["labeled"]) for cell in cells)
-    whole = [cell for cell in cells if seeds[cell["method"], cell["labeled"]] == len(report["experiment"]["seeds"])]
-    found = aggregate(whole)  # what is still being made is not drawn
+    found = aggregate(cell for cell in report["cells"] if cell["method"] in METHODS)
+    whole = {condition: one for condition, one in found.results.items() if len(one.cells) == len(found.seeds)}
+    found = Comparison(whole)  # what is still being made is not drawn
     (labels,) = (figure for figure in figures(found, report["settings"]) if figure.key == "labels")
     return render([panel.draw for panel in labels.panels], THEMES[theme]).decode() + mark()
 

@@ -18,11 +18,11 @@ from experiment_tables import (
     strength,
     title,
 )
+from tradeoff_tables import region_on
 
-from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Condition, Result
 from routed_peft.evaluation.report.costs import costs
-from routed_peft.evaluation.report.page import share
+from routed_peft.evaluation.report.page import number, share
 from routed_peft.evaluation.report.verdicts import ON, ROBUST, TAX, WAY, goals, ranged
 
 BEST = "over perfect"
@@ -45,13 +45,13 @@ def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Col
             continue
         seeds.add(count)
         attacks.setdefault(strength(report["experiment"]), []).append(name)
+        absent |= {(name, what) for what in not_run(report, found, methods)}
         ends = [(found[0][1], found[0][1].get(method)) for method in (BASE, ORACLE)]
         between = [(c, r) for _, c in found for r in shown(c, methods, labeled_only=True)]
         between = [(c, r) for c, r in between if r.condition != Condition(FILTER, 1.0, 1.0, 1.0)]  # the perfect filter
         for comparison, r in (ends[0], *between, ends[1]):
             assert r is not None, "complete seeds have both"
             row = overview_row(comparison, r, report, count)
-            absent |= {(name, what) for what in not_run(report, found, methods)}
             rows.setdefault(tuple(row), [name, r.condition.labels, *row])
     names = ["text", "labels", "method", "forget loss", RELEARNED, "retain loss", "way", "tax", BEST, "region on", COST]
     worst = "; ".join(f"of {attack} ({', '.join(texts)})" for attack, texts in attacks.items())
@@ -73,14 +73,14 @@ def overview_row(found: Comparison, result: Result, report: Report, seeds: int) 
     labeled = result.condition.labeled
     ours = result.condition.method.partition(":")[0] == "routed" and labeled is not None
     aims = {goal.kind: goal for goal in goals(found, result, labeled)} if ours and labeled else {}
-    on = aims["on"].measured.replace("forget ", "").replace(", retain ", " / ") if "on" in aims else NONE
+    rises = [region_on(found, result, side) for side in ("forget", "retain")] if "on" in aims else []
     texts = {
         "robust": relearned(result, report, seeds),
         "": ranged(result.retain),
         "way": ranged(result.way, as_share=True),
         "tax": ranged(result.tax) if labeled is not None else NONE,
-        "best": ranged(above_best(found, result)),
-        "on": on,
+        "best": ranged(result.tax_perfect) if result.condition.method != ORACLE else NONE,
+        "on": " / ".join(f"{'+' * (one.mean >= 0)}{number(one.mean)}" for one in rises if one) or NONE,
     }
     missed = {kind for kind, goal in aims.items() if goal.met is False}
     paid = costs(found, result).compute
@@ -90,11 +90,3 @@ def overview_row(found: Comparison, result: Result, report: Report, seeds: int) 
         *(text + " ✗" * (kind in missed) for kind, text in texts.items()),
         f"{paid.mean:.2f}" if paid else NONE,
     ]
-
-
-def above_best(found: Comparison, result: Result) -> Spread | None:
-    """Return retain loss less that of the perfect filter, seed by seed."""
-    best = found.get(ORACLE)
-    if best is None or result.condition == best.condition:
-        return None
-    return Spread.of([result.cells[seed]["retain_loss"] - cell["retain_loss"] for seed, cell in best.cells.items()])

@@ -127,12 +127,11 @@ def main() -> None:
     args.dataloader_pin_memory = args.device.type != "cpu"
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
-    config = {"recipe": asdict(recipe), "training": args.to_dict()}
-    if args.resume_from_checkpoint:
-        run.check_same({"recipe": {name: value for name, value in config["recipe"].items() if name != "ablate_to"}})
     if args.process_index == 0:
         seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
-        run.start(config, seeds, resume=bool(args.resume_from_checkpoint))
+        config = {"recipe": asdict(recipe), "training": args.to_dict()}
+        same = {"recipe": {name: value for name, value in config["recipe"].items() if name != "ablate_to"}}
+        run.start(config, seeds, resume=bool(args.resume_from_checkpoint), same=same)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

@@ -57,12 +57,11 @@ def main() -> None:
         raise ValueError("`model_name_or_path` is not set: name the teacher, a checkpoint or Hub id")
     args.include_num_input_tokens_seen = "non_padding"
     run = RunDirectory(args.output_dir)
-    config = {"recipe": asdict(recipe), "training": args.to_dict()}
-    if args.resume_from_checkpoint:
-        made = {name: getattr(args, name) for name in ("alpha", "beta", "topk", "seed")}
-        run.check_same({"recipe": config["recipe"], "training": made})
     if args.process_index == 0:
-        run.start(config, {"seed": args.seed}, resume=bool(args.resume_from_checkpoint))
+        config = {"recipe": asdict(recipe), "training": args.to_dict()}
+        made = {name: getattr(args, name) for name in ("alpha", "beta", "topk", "seed")}
+        same = {"recipe": config["recipe"], "training": made}
+        run.start(config, {"seed": args.seed}, resume=bool(args.resume_from_checkpoint), same=same)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

@@ -27,7 +27,7 @@ from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.unlearning import UNLEARNED, UnlearningArguments, check_evaluation, mean_loss, unlearn
 
 SIDES = ("forget", "retain")
-METHOD = ("method", "gamma", "alpha", "retain_loss", "beta", "margin", "steering", "rmu_layer", "seed")
+METHOD = (*UnlearningArguments.__annotations__, "seed")
 """What a run that resumes must have been begun with."""
 
 
@@ -48,12 +48,11 @@ def main() -> None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint or Hub id in which to unlearn")
     args.include_num_input_tokens_seen = "non_padding"
     run = RunDirectory(args.output_dir)
-    seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
-    config = {"recipe": asdict(recipe), "training": args.to_dict()}
-    if args.resume_from_checkpoint:
-        run.check_same({"recipe": config["recipe"], "training": {name: getattr(args, name) for name in METHOD}})
     if args.process_index == 0:
-        run.start(config, seeds, resume=bool(args.resume_from_checkpoint))
+        seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
+        config = {"recipe": asdict(recipe), "training": args.to_dict()}
+        same = {"recipe": config["recipe"], "training": {name: getattr(args, name) for name in METHOD}}
+        run.start(config, seeds, resume=bool(args.resume_from_checkpoint), same=same)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

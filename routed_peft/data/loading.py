@@ -70,6 +70,5 @@ def load_texts(files: Sequence[str | os.PathLike[str]]) -> Dataset:
     if folders := [str(file) for file in files if Path(file).is_dir()]:
         raise ValueError(f"{folders[0]!r} is a directory: name the files in it that count, one by one")
     parts = [load_training_file(file, columns=["text"]).select_columns("text") for file in files]
-    return concatenate_datasets(
-        [part.cast_column("text", Value("string")) for part in parts]
-    )  # Parquet has long strings
+    alike = [part.cast_column("text", Value("string")) for part in parts]  # Parquet of pandas has long strings
+    return concatenate_datasets(alike)

@@ -52,6 +52,7 @@ class RunDirectory:
         seeds: Mapping[str, int],
         command: Sequence[str] | None = None,
         resume: bool = False,
+        same: Mapping[str, Any] | None = None,
     ) -> None:
         """Write ``run.json``, and begin the points anew unless the run resumes.
 
@@ -60,10 +61,13 @@ class RunDirectory:
             seeds: by name.
             command: arguments that started the run; those of this process by default.
             resume: keep the points there are.
+            same: that part of the config which a run that resumes must have been begun with, see `check_same`.
 
         Raises:
-            ValueError: if the directory holds the records of a run that has finished.
+            ValueError: if the directory holds the records of a run that has finished, or was begun otherwise.
         """
+        if resume and same is not None:
+            self.check_same(same)
         if (self.path / SUMMARY).exists() and not resume:
             raise ValueError(
                 f"{self.path} holds a finished run ({SUMMARY}): name another directory, resume it, or move it away"

@@ -127,8 +127,8 @@ def run_curve(
     scores: Mapping[str, float] = {}
     for step in steps:
         model.train()
-        told = 0
-        for _ in range(step - done if whole and optimizer is not None else 0):
+        left = step - done
+        for _ in range(left if whole and optimizer is not None else 0):
             ids, mask, targets = (tensor.to(device) for tensor in next(stream))
             count = int((targets != IGNORED).sum())
             assert optimizer is not None
@@ -140,10 +140,10 @@ def run_curve(
                 break
             optimizer.step()
             tick(1)
-            told += 1
+            left -= 1
         scores = measure(model) if whole else {name: math.nan for name in scores}
         whole = whole and all(map(math.isfinite, scores.values()))
-        tick(step - done - told)
+        tick(left)
         done = step
         yield Point(step, tokens, dict(scores))
 

@@ -129,19 +129,15 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def training_batches(
-    tokenizer: Any, sides: Sequence[Sequence[str]], attack: Attack, seed: int, most: int | None = None
-) -> Iterator[Batch]:
+def training_batches(tokenizer: Any, sides: Sequence[Sequence[str]], attack: Attack, seed: int) -> Iterator[Batch]:
     """Yield batches without end: inputs, attention mask and targets, as `token_losses` takes them.
 
-    Each document stands between the token that begins and the one that ends a sequence; what is longer than a row of the
-    attack, or than ``most`` tokens that a model reads at once, becomes several rows. Every
+    Each document stands between the token that begins and the one that ends a sequence; long ones become several rows. Every
     side contributes equally many rows to a batch, in an order drawn anew for every pass; a side with fewer rows than that
     contributes all of them to every batch.
     """
     share = attack.batch_size // len(sides)
-    length = attack.length if most is None else min(attack.length, most)
-    streams = [_stream(_rows(tokenizer, texts, length), share, seed + 1000 * i) for i, texts in enumerate(sides)]
+    streams = [_stream(_rows(tokenizer, texts, attack.length), share, seed + 1000 * i) for i, texts in enumerate(sides)]
     for parts in zip(*streams, strict=True):
         yield pad([(row[:-1], row[1:]) for part in parts for row in part])
 

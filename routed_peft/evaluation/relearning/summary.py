@@ -133,7 +133,9 @@ def read_summary(place: str | Path) -> dict[str, Any]:
             f"{str(file)!r} has the format {summary.get('format')}, this version of routed_peft reads {FORMAT}: run the "
             "command again that wrote it (its run.json names it; finished curves are kept)"
         )
-    for name, result in summary["attacks"].items() if isinstance(summary.get("attacks"), dict) else [("?", {})]:
+    if not isinstance(summary.get("attacks"), dict):
+        raise ValueError(f"{str(file)!r} lacks its attacks: was the file changed by hand?")
+    for name, result in summary["attacks"].items():
         if missing := [key for key in _RESULT if key not in result]:
             raise ValueError(
                 f"the attack {name!r} of {str(file)!r} lacks {', '.join(missing)}: was the file changed by hand?"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -167,8 +167,8 @@ class _Sweep:
     def _curve(self, rate: float, seed: int, tick: Callable[[int], Any]) -> Curve:
         attack, model, score = self.attack, self.victim.model, self._score(seed)
         start = self._start(seed)
-        most = context_length(model, self.tokenizer)
-        batches = training_batches(self.tokenizer, self.data.for_training(attack, seed), attack, seed, most)
+        within = replace(attack, length=min(attack.length, context_length(model, self.tokenizer)))
+        batches = training_batches(self.tokenizer, self.data.for_training(attack, seed), within, seed)
         with self.victim.under(attack, seed) as parameters:
             points = tuple(run_curve(model, attack, parameters, batches, rate, self.steps, score, tick))
         return Curve(attack.name, attack.target, rate, seed, start, points)

@@ -104,15 +104,12 @@ def check_causal(model: nn.Module) -> None:
         with torch.no_grad(), mode_kept(model):
             logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         fits = logits.dim() == 3 and logits.shape[:2] == ids.shape and logits.shape[-1] >= vocabulary(model)
-        whole = fits and bool(logits.isfinite().all())
-        near = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 1e-3
-        atol = near * float(logits.abs().max()) if whole else 0.0
-        causal = fits and (not whole or torch.allclose(logits[0, :2], logits[1, :2], rtol=near, atol=atol))
     except (AttributeError, ValueError):  # no logits, or more inputs wanted
-        causal, whole = False, True
-    if not whole:
+        fits = False
+    if fits and not logits.isfinite().all():
         raise ValueError(f"what this {name} puts out are no numbers: its weights are damaged, so make it anew")
-    if not causal:
+    near = 1e-5 if fits and logits.dtype in (torch.float32, torch.float64) else 1e-3
+    if not fits or not torch.allclose(logits[0, :2], logits[1, :2], rtol=near, atol=near * float(logits.abs().max())):
         raise ValueError(
             f"`model` must be a causal language model, which {name} is not: it does not predict the next token"
         )

@@ -76,6 +76,7 @@ class Result:
         tax: retain loss less that of the filter with the same labels, likewise. Methods without labels are compared with
             the filter too where there is only one.
         tax_equal_retain: the same against the filter at equal retain text.
+        tax_perfect: the same against the perfect filter.
         attacks: name -> what the attack brings back.
         expected: names of the attacks that any condition of the experiment has.
     """
@@ -85,6 +86,7 @@ class Result:
     way: Spread | None
     tax: Spread | None
     tax_equal_retain: Spread | None
+    tax_perfect: Spread | None
     attacks: Mapping[str, Relearning] = field(default_factory=dict)
     expected: frozenset[str] = frozenset()
 
@@ -206,6 +208,7 @@ def aggregate(cells: Iterable[Row]) -> Comparison:
             ),
             tax=_tax(own, _same_labels(condition, FILTER, groups)),
             tax_equal_retain=_tax(own, _same_labels(condition, FILTER_EQUAL_RETAIN, groups)),
+            tax_perfect=_tax(own, oracle),
             attacks={name: relearning(name, own, base, oracle) for name in names},
             expected=expected,
         )

@@ -204,9 +204,8 @@ def _seed(cell: Row, name: str, target: str) -> _Seed:
     last = cases[-1]
     before = cell["forget_loss"] if target == FORGET else cases[0].mean  # perturbing comes before the first step
     allowed = within_utility(retain, cell["retain_loss"])
-    whole = any(
-        math.isfinite(curve[0]) for own in allowed.values() for curve in own
-    )  # else perturbed beyond what is useful
+    # a model that perturbing leaves of no use has no such state
+    whole = any(math.isfinite(curve[0]) for own in allowed.values() for curve in own)
     statuses = {curve["status"] for curve in curves}
     lowered = last.mean < before - TOLERANCE
     return _Seed(
