@@ -83,6 +83,10 @@ class Recipe(DocumentArguments):
             "choices": list(THRESHOLDS),
         },
     )
+    score_again_at: float | None = field(
+        default=None,
+        metadata={"help": "With `self_labels`: share of the run after which the region labels rows once more."},
+    )
     robust_share: float = field(
         default=0.0, metadata={"help": "With `self_labels`: share of retain rows that teach only the region."}
     )

@@ -84,13 +84,36 @@ def test_token_weights_let_shared_tokens_of_forget_rows_teach_the_base():
     assert kinds == {"forget", "robust", "retain"} and "route_weights" not in SelfLabeledRows(rows(), 100)[0]
 
 
+def scoring(rows: list[int], is_forget: list, start: int) -> dict:
+    return {"step": start, "start": start, "rows": rows, "is_forget": is_forget, "tokens": 7}
+
+
 def test_restored_runs_are_the_same():
+    """After two scorings, the second of which found other rows; and rows that were trained on before serve anew."""
     first, second = (SelfLabeledRows(rows(), 100, labeled_first=0.2, robust_share=0.3) for _ in range(2))
-    scored = first.given("unlabeled")
-    first.relabel(scored, np.arange(20) % 2 == 0, start=30)
-    second.restore({})
-    second.restore({"step": 5, "start": 30, "rows": scored.tolist(), "is_forget": (np.arange(20) % 2 == 0).tolist()})
+    at_first = [first[i] for i in range(100)]
+    once = scoring(first.to_score(20).tolist(), (np.arange(20) % 2 == 0).tolist(), 30)
+    again = scoring(first.to_score(15).tolist(), (np.arange(15) % 3 == 0).tolist(), 60)
+    first.add(once)
+    between = [first[i] for i in range(30, 60)]
+    first.add(again)
+    assert [first[i] for i in range(30, 60)] == between, "the second scoring leaves what is behind it"
+    assert first.scored_tokens == 14 and len(first.found_rows) == 15
+    second.restore([once, again])
     assert [first[i] for i in range(100)] == [second[i] for i in range(100)]
+    second.restore([])
+    assert [second[i] for i in range(100)] == at_first and second.scored_tokens == 0
+
+
+def test_found_rows_are_judged_by_found_ones_where_these_overruled_the_given():
+    run = SelfLabeledRows(rows(), 100, labeled_first=0.2, overrule=True)
+    assert set(run.reference("forget")) == set(range(10))
+    scored = run.to_score(30)
+    run.add(scoring(scored.tolist(), (scored % 2 == 0).tolist(), 30))
+    assert set(run.reference("forget")) == set(scored[scored % 2 == 0])
+    obeys = SelfLabeledRows(rows(), 100, labeled_first=0.2)
+    obeys.add(scoring([20, 21], [True, False], 30))
+    assert set(obeys.reference("forget")) == set(range(10))
 
 
 def test_row_means_are_over_the_tokens_that_have_a_loss():
@@ -133,9 +156,14 @@ def test_documents_of_one_kind_share_rows_once_they_were_told_apart():
     assert sum(row["route_label"] == "forget" for row in taken) == 5
     assert all((row["input_ids"][0] == 1) == (row["route_label"] == "forget") for row in taken)
     again = SelfLabeledRows(mixed_rows(), 40, labeled_first=0.5, forget_share=0.25, separator=0)
-    again.restore(
-        {"step": 5, "start": 20, "rows": [2, 3, 4], "is_forget": [[True, False], [False, True], [True, False]]}
-    )
+    found = scoring([2, 3, 4], [[True, False], [False, True], [True, False]], 20)
+    again.restore([found])
+    assert [again[i] for i in range(40)] == [run[i] for i in range(40)]
+    before = [run[i] for i in range(20, 30)]
+    run.relabel(np.array([2, 3, 4]), [[False, False], [False, True], [True, False]], start=30)
+    assert [run[i] for i in range(20, 30)] == before, "their rows stay where they were"
+    assert [run.rows[int(i)]["input_ids"] for i in run.found_rows] == [[1, 0, 1, 0], [1, 0, 2, 0], [2, 0, 2, 0]]
+    again.restore([found, scoring([2, 3, 4], [[False, False], [False, True], [True, False]], 30)])
     assert [again[i] for i in range(40)] == [run[i] for i in range(40)]
 
 
@@ -154,6 +182,8 @@ def test_what_cannot_be_laid_out_anew_is_refused():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`labeled_first` is a share of the run, between 0 and 1; got 0"):
         SelfLabeledRows(rows(), 10, labeled_first=0.0)
+    with pytest.raises(ValueError, match=r"`score_again_at` is .* between `labeled_first` \(0.2\) and 1; got 0.2"):
+        SelfLabeledRows(rows(), 10, labeled_first=0.2, score_again_at=0.2)
     with pytest.raises(ValueError, match="`robust_share` is a share"):
         SelfLabeledRows(rows(), 10, robust_share=1.0)
     with pytest.raises(ValueError, match="the data has only the labels"):

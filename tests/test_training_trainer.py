@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from peft import LoraConfig
 from torch import nn
 from training_parts import LABELS, arguments, assert_same, model_of, rows, train, weights
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from routed_peft import GradientRouting, RoutedConfig, RoutedTrainer, load_routed, presets
 from routed_peft.data import RoutedCollator, train_tokenizer
@@ -276,10 +277,18 @@ def two_alphabets(tokens: int = 8) -> Dataset:
     return Dataset.from_list(data)
 
 
-def self_labeled(first_forget_share: float = 0.25, **options) -> SelfLabeledRows:
+def self_labeled(rows: Dataset | None = None, first_forget_share: float = 0.25, **options) -> SelfLabeledRows:
     """A start of ten steps, too short to learn much from a tenth of its rows."""
     start = {"labeled_first": 0.5, "first_forget_share": first_forget_share}
-    return SelfLabeledRows(two_alphabets(), 160, forget_share=0.25, **start, **options)
+    return SelfLabeledRows(rows or two_alphabets(), 160, forget_share=0.25, **start, **options)
+
+
+def swapped(rows: Dataset, numbers: Sequence[int]) -> Dataset:
+    """The same rows with wrong labels at some numbers."""
+    other = {"forget": "retain", "retain": "forget"}
+    return rows.map(
+        lambda row, i: {"route_label": other[row["side"]] if i in numbers else row["route_label"]}, with_indices=True
+    )
 
 
 SELF_LABELING = dict(
@@ -294,14 +303,14 @@ def test_self_labels_agree_with_the_truth_and_resume(tmp_path, tokenizer):
     data = self_labeled(robust_share=0.2)
     trainer = train(tmp_path / "a", tokenizer, dataset=data, **options)
     assert data.labels.tolist() == data.rows["side"][:]
-    assert data.found["step"] == 10 and data.found["start"] == 11 * 8
+    assert [(scoring["step"], scoring["start"]) for scoring in data.scorings] == [(10, 11 * 8)]
     taken = trainer.tokens_per_route
     assert taken["unlabeled"] <= 8 * 7 and sum(taken.values()) == 160 * 7
     assert 0.2 < 1 - data.in_order("side")[11 * 8 :].count("retain") / (160 - 11 * 8) < 0.3  # forget_share
     again = self_labeled(robust_share=0.2)
     resumed = train(tmp_path / "b", tokenizer, dataset=again, resume=str(tmp_path / "a" / "checkpoint-14"), **options)
     assert_same(weights(trainer.model), weights(resumed.model))
-    assert again.found == data.found and again.in_order("side") == data.in_order("side")
+    assert again.scorings == data.scorings and again.in_order("side") == data.in_order("side")
 
 
 def test_documents_that_share_a_row_are_told_apart_and_resume(tmp_path, tokenizer):
@@ -320,7 +329,7 @@ def test_documents_that_share_a_row_are_told_apart_and_resume(tmp_path, tokenize
     trainer = train(tmp_path / "a", tokenizer, dataset=data, **options)
     found = data.rows.select(data.found_rows)
     assert [set(sides) for sides in found["side"]] == [{label} for label in data.labels[data.found_rows]]
-    assert len(found) == 40 and data.found["is_forget"][0] in ([True, False], [False, True])
+    assert len(found) == 40 and data.scorings[0]["is_forget"][0] in ([True, False], [False, True])
     again = SelfLabeledRows(rows, 160, **about)
     resumed = train(tmp_path / "b", tokenizer, dataset=again, resume=str(tmp_path / "a" / "checkpoint-14"), **options)
     assert_same(weights(trainer.model), weights(resumed.model))
@@ -332,7 +341,7 @@ def test_the_summary_says_what_a_run_has_cost(tmp_path, tokenizer):
     trainer = train(tmp_path / "a", tokenizer, dataset=data, include_num_input_tokens_seen="all", **SELF_LABELING)
     ledger = Ledger.from_dict(trainer.run_summary(labeled_forget_tokens=24)["ledger"])
     size = matmul_parameters(trainer.model)
-    scored = 8 * (len(data.found["rows"]) + sum(label != "unlabeled" for label in data.rows["route_label"]))
+    scored = 8 * (len(data.scorings[0]["rows"]) + sum(label != "unlabeled" for label in data.rows["route_label"]))
     assert scored == data.scored_tokens and self_labeled().scored_tokens == 0
     assert ledger == Ledger(6 * size * 160 * 8 + 2 * size * 2 * scored, 20, 160 * 8, 24)
     trainer.state.num_input_tokens_seen = 0
@@ -340,13 +349,37 @@ def test_the_summary_says_what_a_run_has_cost(tmp_path, tokenizer):
 
 
 def test_a_region_that_overrules_finds_wrong_labels(tmp_path, tokenizer):
-    data = self_labeled(overrule=True, first_forget_share=0.5)
-    wrong = np.arange(0, 120, 11)  # of both sides
+    """Eleven of 120 are wrong, of either side, and two of the 72 that were asked about afterwards."""
+    wrong = range(0, 120, 11)
+    data = self_labeled(swapped(two_alphabets(), wrong), overrule=True, first_forget_share=0.5)
     sides = np.array(data.rows["side"][:], dtype=object)
-    data._given[wrong] = np.where(sides[wrong] == "forget", "retain", "forget")
     train(tmp_path, tokenizer, dataset=data, **SELF_LABELING)
-    scored = np.array(data.found["rows"])
-    assert set(wrong) & set(scored.tolist()) and (data.labels[scored] == sides[scored]).all()
+    scored = np.array(data.scorings[0]["rows"])
+    mended = np.intersect1d(wrong, scored)
+    assert len(mended) > 3 and (data.labels[mended] == sides[mended]).mean() > 0.5
+    assert (data.labels[scored] == sides[scored]).mean() > 0.95
+
+
+def test_a_second_scoring_counts_from_where_it_was_and_resumes(tmp_path, tokenizer):
+    options = SELF_LABELING | dict(save_strategy="steps", save_steps=4)
+    about = {"rows": swapped(two_alphabets(), range(0, 120, 23)), "overrule": True, "score_again_at": 0.7}
+    data = self_labeled(first_forget_share=0.5, **about)
+    trainer = train(tmp_path / "a", tokenizer, dataset=data, **options)
+    assert [(scoring["step"], scoring["start"]) for scoring in data.scorings] == [(10, 11 * 8), (14, 15 * 8)]
+    logged = [entry for entry in trainer.state.log_history if "self_labels_forget" in entry]
+    assert [entry["step"] for entry in logged] == [10, 14]
+    asked = sum(len(scoring["rows"]) for scoring in data.scorings)
+    assert 8 * asked < data.scored_tokens <= 8 * (asked + 2 * 120)
+    scored = np.array(data.scorings[1]["rows"])
+    assert (data.labels[scored] == np.array(data.rows["side"][:], dtype=object)[scored]).all()
+    for step in (12, 16):  # between the two, and after
+        again = self_labeled(first_forget_share=0.5, **about)
+        resume = str(tmp_path / "a" / f"checkpoint-{step}")
+        resumed = train(tmp_path / f"{step}", tokenizer, dataset=again, resume=resume, **options)
+        assert_same(weights(trainer.model), weights(resumed.model))
+        assert again.scorings == data.scorings
+    afresh = train(tmp_path / "c", tokenizer, dataset=data, **options)
+    assert_same(weights(trainer.model), weights(afresh.model))  # rows that served before forget what was found
 
 
 def test_self_labels_refuse_what_they_cannot_do(tmp_path, tokenizer):
@@ -355,10 +388,13 @@ def test_self_labels_refuse_what_they_cannot_do(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="`train_sampling_strategy` to 'sequential'"):
         train(tmp_path / "a", tokenizer, dataset=self_labeled())
     with pytest.raises(ValueError, match="cannot tell them apart"):
-        swapped = two_alphabets().map(lambda row: {"route_label": "forget" if row["side"] == "retain" else "retain"})
         data = self_labeled()
-        data._given[:120] = np.array(swapped["route_label"][:120], dtype=object)  # the labels turn round under way
-        train(tmp_path / "a", tokenizer, dataset=data, **SELF_LABELING)
+
+        class TurnRound(TrainerCallback):  # the labels, under way
+            def on_step_begin(self, args, state, control, **kwargs):
+                data._given[:120] = swapped(two_alphabets(), range(120))["route_label"][:120]
+
+        train(tmp_path / "a", tokenizer, dataset=data, callbacks=[TurnRound()], **SELF_LABELING)
 
 
 def test_quantised_like_frozen_modules_stay_unswapped(tmp_path, tokenizer):

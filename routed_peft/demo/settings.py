@@ -19,6 +19,7 @@ class DemoSettings:
         first_forget_share: share of forget rows in that.
         self_labels: whether the region then labels the unlabelled rows, in the routed arm (`SelfLabeledRows`).
         threshold: above which benefit a row counts as forget (`routed_peft.training.self_labeler.benefit_threshold`).
+        score_again_at: share of the run after which the region labels rows once more; None for never.
         forget_share: share of forget rows in the rest of the routed arm's run; None for their share in the data.
         robust_share: share of the retain rows that are seen with the region on, and teach only the region.
         overrule: whether the region labels the labelled rows anew as well, in the routed arm.
@@ -60,6 +61,7 @@ class DemoSettings:
     first_forget_share: float = 0.1
     self_labels: bool = True
     threshold: str = "balanced"
+    score_again_at: float | None = None
     forget_share: float | None = 0.1
     robust_share: float = 0.05
     overrule: bool = False

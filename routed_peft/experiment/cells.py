@@ -23,8 +23,8 @@ HOW = (
     else [UNLEARNING_STEPS, EXTENSIONS, ALLOWED_RISE]
 )
 """How long unlearning takes, and how its rate is chosen: part of a key where it is not what it was at first."""
-ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "frequency_weights": False,
-         "mixed_rows": False, "by_document": False}  # fmt: skip
+ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "score_again_at": None,
+         "frequency_weights": False, "mixed_rows": False, "by_document": False}  # fmt: skip
 """Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
 SPLITS = ("validation", "train")
 LABELS = ("labeled", "recall", "precision")

@@ -64,31 +64,32 @@ def tfidf_balanced(ds: Dataset) -> Dataset:
 
 
 def tfidf_overrule(ds: Dataset) -> Dataset:
-    """The same, and label every labelled document anew by a classifier that was trained on four fifths of the others."""
-    return _tfidf(ds, overrule=True)
+    """Label so every document, labelled ones by the classifier that was not trained on them."""
+    return _tfidf(ds, balanced=True, overrule=True)
 
 
-def _tfidf(ds: Dataset, overrule: bool = False, balanced: bool = False) -> Dataset:
+def _tfidf(ds: Dataset, balanced: bool = False, overrule: bool = False) -> Dataset:
     texts, labels = ds["text"][:], np.array(ds["route_label"][:])
     features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True).fit_transform(texts)
     known = np.flatnonzero(labels != UNLABELED)
     classifier = LogisticRegression(C=10, max_iter=1000).fit(features[known], labels[known])
-    found = classifier.predict(features)
+    towards, _ = classifier.classes_  # forget: names are sorted, and scores are those of the second
+    assert towards == FORGET
+    scores, threshold = -classifier.decision_function(features), 0.0
     if balanced:
-        towards, _ = classifier.classes_  # forget: names are sorted, and scores are those of the second
-        assert towards == FORGET
         held_out = -cross_val_predict(classifier, features[known], labels[known], cv=5, method="decision_function")
         forget, retain = (torch.from_numpy(held_out[labels[known] == side]) for side in (FORGET, RETAIN))
-        found = np.where(-classifier.decision_function(features) > benefit_threshold(forget, retain), FORGET, RETAIN)
-    given = np.where(labels == UNLABELED, found, labels)
-    if overrule:
-        given[known] = cross_val_predict(classifier, features[known], labels[known], cv=5)
+        threshold = benefit_threshold(forget, retain)
+        if overrule:
+            scores[known] = held_out
+    found = np.where(scores > threshold, FORGET, RETAIN)
+    given = found if overrule else np.where(labels == UNLABELED, found, labels)
     return ds.remove_columns("route_label").add_column("route_label", given.tolist())
 
 
 PLAIN = {
-    "labeled_first": 0.0, "first_forget_share": 0.5, "self_labels": False, "threshold": "midpoint", "forget_share": None,
-    "robust_share": 0.0, "overrule": False, "frequency_weights": False, "by_document": False,
+    "labeled_first": 0.0, "first_forget_share": 0.5, "self_labels": False, "threshold": "midpoint", "score_again_at": None,
+    "forget_share": None, "robust_share": 0.0, "overrule": False, "frequency_weights": False, "by_document": False,
 }  # fmt: skip
 UNLEARNING_STEPS = 100
 EXTENSIONS = 4

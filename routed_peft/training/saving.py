@@ -45,7 +45,7 @@ class SavingMixin(_Host):
                 train_base=self.args.train_base,
                 base_adapters=self.args.base_adapters,
                 tokens_per_route=dict(self.tokens_per_route),
-                extra={"self_labels": rows.found} if isinstance(rows, SelfLabeledRows) else None,
+                extra={"self_labels": rows.scorings} if isinstance(rows, SelfLabeledRows) else None,
                 state_dict=state_dict,
             )
 
@@ -77,7 +77,7 @@ class SavingMixin(_Host):
         saved = json.loads(Path(resume_from_checkpoint, "routing.json").read_text())
         self.tokens_per_route = Counter(saved["tokens_per_route"])
         if isinstance(self.train_dataset, SelfLabeledRows):
-            self.train_dataset.restore(saved["extra"].get("self_labels", {}))
+            self.train_dataset.restore(saved["extra"].get("self_labels", []))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:

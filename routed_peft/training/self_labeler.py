@@ -16,7 +16,7 @@ from routed_peft.data.columns import ROUTE_LABEL
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.routes import IGNORED
 from routed_peft.training.regroup import document_means, document_of
-from routed_peft.training.self_labels import REFERENCE_ROWS, SelfLabeledRows
+from routed_peft.training.self_labels import SelfLabeledRows
 
 if TYPE_CHECKING:
     from routed_peft.training.mixin import RoutingMixin
@@ -32,17 +32,25 @@ class SelfLabeler(TrainerCallback):
     def __init__(self, trainer: RoutingMixin, rows: SelfLabeledRows) -> None:
         self.trainer, self.rows = trainer, rows
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what an earlier run with the same rows found."""
+        if state.global_step == 0:
+            self.rows.restore([])
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Score rows once the start is over."""
-        if state.global_step != max(1, round(self.rows.labeled_first * state.max_steps)):
+        """Score rows once the start is over, and again where that is asked for."""
+        if state.global_step not in {max(1, round(share * state.max_steps)) for share in self.rows.score_at}:
             return
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         start = (state.global_step + 1) * per_step  # a loader may have fetched the next batch already
         if start >= len(self.rows):
             return
         scored = self.rows.to_score(len(self.rows) - start)
-        known = [self.rows.given(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
-        benefits = self._benefit(np.concatenate([*known, scored]), args.eval_batch_size)
+        known = [self.rows.reference(label) for label in (FORGET, RETAIN)]
+        asked = np.concatenate([*known, scored])
+        benefits = self._benefit(asked, args.eval_batch_size)
         forget, retain = torch.cat(benefits[: len(known[0])]), torch.cat(benefits[len(known[0]) :][: len(known[1])])
         if not forget.mean() > retain.mean():  # nor where the model has diverged
             raise ValueError(
@@ -54,7 +62,9 @@ class SelfLabeler(TrainerCallback):
         by_document = [(own > threshold).tolist() for own in benefits[len(known[0]) + len(known[1]) :]]
         flat = [label for own in by_document for label in own]
         is_forget = by_document if self.rows.separator is not None else flat
-        self.rows.restore({"step": state.global_step, "start": start, "rows": scored.tolist(), "is_forget": is_forget})
+        tokens = sum(len(ids) for ids in self.rows.rows.select(asked)["input_ids"])
+        found = {"rows": scored.tolist(), "is_forget": is_forget, "tokens": tokens}
+        self.rows.add({"step": state.global_step, "start": start} | found)
         self.trainer.log({"self_labels_forget": sum(flat), "self_labels_retain": len(flat) - sum(flat)})
 
     def _benefit(self, indices: np.ndarray, batch_size: int) -> list[Tensor]:

@@ -18,7 +18,15 @@ from routed_peft.training.regroup import regroup
 
 REFERENCE_ROWS = 256
 THRESHOLDS = ("balanced", "midpoint")
-SETTINGS = ("labeled_first", "first_forget_share", "threshold", "forget_share", "robust_share", "overrule")
+SETTINGS = (
+    "labeled_first",
+    "first_forget_share",
+    "threshold",
+    "score_again_at",
+    "forget_share",
+    "robust_share",
+    "overrule",
+)
 """What can be set of `SelfLabeledRows`, beside the seed; recipes and experiments use the same names."""
 
 
@@ -54,6 +62,8 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         seed: same seed, same run.
         first_forget_share: share of forget rows before the scoring.
         threshold: "balanced" or "midpoint", see `routed_peft.training.self_labeler.benefit_threshold`.
+        score_again_at: share of the run after which the region is asked once more, None for never. By then it knows its side
+            better, and what it finds counts in place of what it found at first.
         separator: the token that ends a document (``tokenizer.eos_token_id``). It is then documents that are scored, and not
             rows, whatever they share a row with; documents of one kind share rows from there on. For rows of one length, whose
             further columns have a value for each token.
@@ -87,28 +97,51 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         threshold: str = "balanced",
         token_weights: Tensor | None = None,
         separator: int | None = None,
+        score_again_at: float | None = None,
     ) -> None:
         if not 0 < labeled_first < 1:
             raise ValueError(f"`labeled_first` is a share of the run, between 0 and 1; got {labeled_first}")
+        if score_again_at is not None and not labeled_first < score_again_at < 1:
+            raise ValueError(
+                f"`score_again_at` is a share of the run, between `labeled_first` ({labeled_first}) and 1; got {score_again_at}"
+            )
         if not 0 <= robust_share < 1:
             raise ValueError(f"`robust_share` is a share, at least 0 and less than 1; got {robust_share}")
         if threshold not in THRESHOLDS:
             raise ValueError(f"`threshold` must be one of {THRESHOLDS}, got {threshold!r}")
-        self.rows, self.labeled_first, self.seed, self.threshold = rows, labeled_first, seed, threshold
+        self.rows, self.seed, self.threshold = rows, seed, threshold
+        self.score_at = (labeled_first,) if score_again_at is None else (labeled_first, score_again_at)
+        """Shares of the run after which rows are scored."""
         self.forget_share, self.robust_share, self.overrule = forget_share, robust_share, overrule
         self.token_weights, self.separator = token_weights, separator
         if separator is not None:
             check_columns(rows)
-        self.labels = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
-        """What every row counts as by now."""
-        self._given = self.labels.copy()
+        self._given = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
         self._at_first = rows
         order = draw_order(self._given.tolist(), count, labeled_first, forget_share, seed, first_forget_share)
-        self._order = np.array(order)
+        self._order_at_first = np.array(order)
+        self.restore([])
+
+    def restore(self, scorings: Sequence[dict[str, Any]]) -> None:
+        """Lay out the run as in an interrupted one, by the `scorings` in its checkpoint; as at first without any."""
+        self.rows = self._at_first
+        self.labels = self._given.copy()
+        """What every row counts as by now."""
+        self.found_rows = np.array([], dtype=int)
+        """Indices of the rows whose label was found."""
+        self._order = self._order_at_first.copy()
         self._labels_in_order = self.labels[self._order]
-        self.found: dict[str, Any] = {}
-        """What the scoring found: at which ``step``, the run's row ``start`` from which on it counts, the ``rows`` that were
-        scored, and whether each, or each of its documents, ``is_forget``."""
+        self.scorings: list[dict[str, Any]] = []
+        """What each scoring found: at which ``step``, the run's row ``start`` from which on it counts, the ``rows`` that were
+        scored, whether each, or each of its documents, ``is_forget``, and how many ``tokens`` it took."""
+        for scoring in scorings:
+            self.add(scoring)
+
+    def add(self, scoring: dict[str, Any]) -> None:
+        """Relabel by what a scoring found, see `scorings`."""
+        self.scorings.append(scoring)
+        found = scoring["is_forget"] if self.separator is not None else np.array(scoring["is_forget"], dtype=bool)
+        self.relabel(np.array(scoring["rows"], dtype=int), found, scoring["start"])
 
     def __len__(self) -> int:
         return len(self._order)
@@ -116,11 +149,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
     @property
     def scored_tokens(self) -> int:
         """Tokens of the rows whose benefit was taken, those included against which the others were judged."""
-        if not self.found:
-            return 0
-        known = [self.given(label, REFERENCE_ROWS).tolist() for label in (FORGET, RETAIN)]
-        rows = self.rows.select([*self.found["rows"], *known[0], *known[1]])
-        return sum(len(ids) for ids in rows["input_ids"])
+        return sum(scoring["tokens"] for scoring in self.scorings)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, label = int(self._order[index]), self._labels_in_order[index]
@@ -138,13 +167,6 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         assert self.token_weights is not None
         return [*self.token_weights[torch.tensor(ids[1:], dtype=torch.long)].tolist(), 0.0]
 
-    @property
-    def found_rows(self) -> np.ndarray:
-        """Indices of the rows whose label was found."""
-        if self.separator is not None:
-            return np.arange(len(self._given), len(self.rows))
-        return np.array(self.found.get("rows", ()), dtype=int)
-
     def in_order(self, column: str) -> list[Any]:
         """Return a column's values in the order of the run, as it now is."""
         values = self.rows[column][:]
@@ -152,13 +174,22 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def given(self, label: str, count: int | None = None) -> np.ndarray:
         """Return the indices of rows that came with this label, in an order that is random but always the same."""
-        return np.random.default_rng([self.seed, 1]).permutation(np.flatnonzero(self._given == label))[:count]
+        return self._shuffled(np.flatnonzero(self._given == label))[:count]
+
+    def reference(self, label: str) -> np.ndarray:
+        """Return the indices of rows of a side by which others are judged: given ones, or found ones that overruled these."""
+        if self.overrule and self.scorings:
+            return self._shuffled(self.found_rows[self.labels[self.found_rows] == label])[:REFERENCE_ROWS]
+        return self.given(label, REFERENCE_ROWS)
+
+    def _shuffled(self, indices: np.ndarray) -> np.ndarray:
+        return np.random.default_rng([self.seed, 1]).permutation(indices)
 
     def to_score(self, count: int) -> np.ndarray:
         """Return the indices of at most ``count`` rows that the region is asked about, in the order of `given`."""
         if not self.overrule:
             return self.given(UNLABELED, count)
-        return np.random.default_rng([self.seed, 1]).permutation(len(self._given))[:count]
+        return self._shuffled(np.arange(len(self._given)))[:count]
 
     def relabel(self, scored: np.ndarray, is_forget: np.ndarray | Sequence[Sequence[bool]], start: int) -> None:
         """Lay out the run anew from its row ``start`` on; rows that could be scored and were not are not taken any more.
@@ -168,16 +199,17 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             is_forget: for each, whether it counts as forget; with a ``separator``, whether each of its documents does.
             start: first row of the run that changes.
         """
-        self.labels = self._given.copy()
         if self.separator is None:
+            self.labels = self._given.copy()
             self.labels[scored] = np.where(is_forget, FORGET, RETAIN)
-            known = np.sort(scored) if self.overrule else np.flatnonzero(self.labels != UNLABELED)
-        else:
+            self.found_rows = np.sort(scored)
+        else:  # rows of an earlier scoring stay, for the run has gone through them
             found, labels = regroup(self._at_first.select(scored), list(is_forget), self.separator)
-            self.rows = concatenate_datasets([self._at_first, found])
+            self.found_rows = len(self.rows) + np.arange(len(labels))
+            self.rows = concatenate_datasets([self.rows, found])
             self.labels = np.concatenate([self.labels, np.array(labels, dtype=object)])
-            new = np.arange(len(self._given), len(self.labels))
-            known = new if self.overrule else np.concatenate([np.flatnonzero(self._given != UNLABELED), new])
+        given = np.array([], dtype=int) if self.overrule else np.flatnonzero(self._given != UNLABELED)
+        known = np.union1d(given, self.found_rows)
         order = draw_order(
             self.labels[known].tolist(), len(self) - start, forget_share=self.forget_share, seed=[self.seed, start]
         )
@@ -185,13 +217,6 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         labels = self.labels[self._order[start:]]
         robust = np.random.default_rng([self.seed, start]).random(len(labels)) < self.robust_share
         self._labels_in_order[start:] = np.where(robust & (labels == RETAIN), FORGET, labels)
-
-    def restore(self, found: dict[str, Any]) -> None:
-        """Relabel as in an interrupted run, from what its checkpoint says was `found`."""
-        self.found = dict(found)
-        if found:
-            is_forget = found["is_forget"] if self.separator is not None else np.array(found["is_forget"], dtype=bool)
-            self.relabel(np.array(found["rows"], dtype=int), is_forget, found["start"])
 
 
 def check_columns(rows: Dataset) -> None:
