@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "routed_peft"
 
 # layer -> the layers it may import. Regions and routing do not know each other: they meet in PEFT's adapter names.
 MAY_IMPORT = {
+    "files": set(),
     "functional": set(),
     "routes": set(),
     "architectures": set(),
@@ -21,11 +22,12 @@ MAY_IMPORT = {
     "ledger": set(),
     "routing": {"functional", "routes", "architectures"},
     "regions": {"routes", "architectures", "subspaces"},
-    "subspaces": {"architectures"},
+    "subspaces": {"architectures", "files"},
     "data": {"routes", "corpora"},
     "checkpoint": {"routes", "regions"},
     "ablation": {"routes", "regions", "checkpoint"},
     "training": {
+        "files",
         "functional",
         "routes",
         "presets",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from routed_peft.checkpoint import load_routed
 from routed_peft.checkpoint.fetch import fetch, hub_arguments
 from routed_peft.checkpoint.layout import ROUTING, Layout
 from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
+from routed_peft.files import written_whole
 
 Regions = Literal["all"] | Sequence[str]
 
@@ -154,8 +154,5 @@ def _check_writable(file: Path) -> None:
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write aside, then rename: an interrupted write leaves the file that was there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    with written_whole(file) as aside:
+        aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -19,6 +18,7 @@ from filelock import FileLock, Timeout
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.reading import EXPERIMENT_FORMAT, read_experiment
 from routed_peft.experiment.cells import LABELS, NUMBERS, Cell, Experiment
+from routed_peft.files import written_whole
 from routed_peft.training.records import RUN
 
 ATTACK_SETTINGS = {"attack_rates": None, "attack_steps": None, "extensions": None, "attack_split": "validation"}
@@ -26,11 +26,9 @@ ATTACK_SETTINGS = {"attack_rates": None, "attack_steps": None, "extensions": Non
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write ``content`` aside, then rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # of this process: all of them write the summary
-    aside.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
-    aside.rename(file)
+    """Write all of ``content``, or none."""
+    with written_whole(file) as aside:
+        aside.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def finite(content: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from routed_peft.checkpoint.files import read_json, write_json
+from routed_peft.files import written_whole
 from routed_peft.monitoring.alarms import Alarms
 from routed_peft.monitoring.report import Ledger
 
@@ -122,9 +123,7 @@ def rank(
 
 
 def replace_json(path: Path, data: Any) -> Path:
-    """Write JSON aside, then rename it to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    write_json(aside, data)
-    os.replace(aside, path)
+    """Write JSON to ``path``, all of it or none."""
+    with written_whole(path) as aside:
+        write_json(aside, data)
     return path

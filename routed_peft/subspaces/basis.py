@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from routed_peft.files import written_whole
 
 _METADATA = "routed_peft_subspace"
 _SHARED = "U"
@@ -159,13 +160,8 @@ class Subspace:
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file: ``U``, or ``U.0``, ``U.1``, …, with the provenance as JSON in its metadata."""
         path = Path(path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
-        try:
+        with written_whole(path) as aside:
             save_file(self._named(), aside, metadata={"format": "pt", _METADATA: json.dumps(self.describe())})
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from routed_peft.checkpoint.files import in_use, read_json
 from routed_peft.checkpoint.save import versions
+from routed_peft.files import written_whole
 
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
 _LIBRARIES = ("accelerate", "datasets", "tokenizers", "numpy")  # beside those that a checkpoint names
@@ -255,8 +256,5 @@ def _plain(value: Any) -> Any:
 
 
 def _write(file: Path, content: str) -> None:
-    """Write aside, then rename: an interrupted write leaves the file that was there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text(content, encoding="utf-8")
-    os.replace(aside, file)
+    with written_whole(file) as aside:
+        aside.write_text(content, encoding="utf-8")

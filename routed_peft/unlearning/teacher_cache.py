@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from routed_peft.checkpoint.files import read_json, write_json
+from routed_peft.files import written_whole
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.unlearning.data import Rows, collate, input_ids
 from routed_peft.unlearning.losses import topk_log_probs
@@ -74,9 +74,8 @@ class TeacherCache:
                 odd = next(key for key in about.keys() | found.keys() if about.get(key) != found.get(key))
                 raise ValueError(f"{folder} holds outputs with another `{odd}`: name another directory, or remove it")
         elif state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / f".{ABOUT}", about)
-            os.replace(folder / f".{ABOUT}", folder / ABOUT)
+            with written_whole(folder / ABOUT) as aside:
+                write_json(aside, about)
         missing = [i for i in range(-(-len(rows) // SHARD)) if not _path(folder, i).is_file()]
         state.wait_for_everyone()  # all have seen what is missing before anyone fills it
         mine = missing[state.process_index :: state.num_processes]
@@ -112,9 +111,8 @@ def _store(path: Path, teacher: nn.Module, rows: list[Any], k: int, batch_size: 
         found = topk_log_probs(logits.to(torch.promote_types(logits.dtype, torch.float32)), k)
         for store, new in zip((values, entries, tail), found, strict=True):
             store[start : start + batch_size, : logits.shape[1]] = new.to(store)
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file(dict(zip(NAMES, (values, entries, tail), strict=True)), aside)
-    os.replace(aside, path)
+    with written_whole(path) as aside:
+        save_file(dict(zip(NAMES, (values, entries, tail), strict=True)), aside)
 
 
 def hash_rows(rows: Rows) -> str:

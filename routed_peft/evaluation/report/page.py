@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import jinja2
 
 from routed_peft.evaluation.measures import Crossing
 from routed_peft.evaluation.report.drawing import DARK, LIGHT, Draw, render
+from routed_peft.files import written_whole
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 
@@ -73,7 +73,6 @@ def inline(svg: bytes) -> str:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Write aside, then rename."""
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_bytes(content)
-    os.replace(aside, file)
+    """Write all of a file, or none."""
+    with written_whole(file) as aside:
+        aside.write_bytes(content)
