@@ -105,17 +105,6 @@ def test_restored_runs_are_the_same():
     assert [second[i] for i in range(100)] == at_first and second.scored_tokens == 0
 
 
-def test_found_rows_are_judged_by_found_ones_where_these_overruled_the_given():
-    run = SelfLabeledRows(rows(), 100, labeled_first=0.2, overrule=True)
-    assert set(run.reference("forget")) == set(range(10))
-    scored = run.to_score(30)
-    run.add(scoring(scored.tolist(), (scored % 2 == 0).tolist(), 30))
-    assert set(run.reference("forget")) == set(scored[scored % 2 == 0])
-    obeys = SelfLabeledRows(rows(), 100, labeled_first=0.2)
-    obeys.add(scoring([20, 21], [True, False], 30))
-    assert set(obeys.reference("forget")) == set(range(10))
-
-
 def test_row_means_are_over_the_tokens_that_have_a_loss():
     logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
@@ -203,5 +192,18 @@ def test_the_balanced_threshold_lies_as_many_deviations_from_either_side():
     same = torch.ones(3)
     assert benefit_threshold(same, -same) == 0.0, "the midpoint where nothing varies"
     assert benefit_threshold(same[:1], -same[:1]) == 0.0
-    with pytest.raises(ValueError, match=r"`threshold` must be one of \('balanced', 'midpoint'\), got 'mean'"):
+    with pytest.raises(
+        ValueError, match=r"`threshold` must be one of \('balanced', 'median', 'midpoint'\), got 'mean'"
+    ):
         SelfLabeledRows(rows(), 10, threshold="mean")
+
+
+def test_wrong_labels_hardly_move_the_threshold_of_medians():
+    generator = torch.Generator().manual_seed(0)
+    forget, retain = (torch.randn(10_000, generator=generator) * wide + at for wide, at in ((0.5, 1.0), (0.1, -0.5)))
+    clean = [benefit_threshold(forget, retain, kind) for kind in ("balanced", "median")]
+    assert abs(clean[0] - clean[1]) < 0.02, "the same where both sides are normal"
+    swapped = torch.cat([forget[2000:], retain[:2000]]), torch.cat([retain[2000:], forget[:2000]])
+    balanced, median = (benefit_threshold(*swapped, kind) for kind in ("balanced", "median"))
+    errors = [(forget <= t).double().mean() + (retain > t).double().mean() for t in (balanced, median)]
+    assert errors[1] < 0.02 < 4 * errors[1] < errors[0]

@@ -349,20 +349,23 @@ def test_the_summary_says_what_a_run_has_cost(tmp_path, tokenizer):
 
 
 def test_a_region_that_overrules_finds_wrong_labels(tmp_path, tokenizer):
-    """Eleven of 120 are wrong, of either side, and two of the 72 that were asked about afterwards."""
+    """Eleven of 120 are wrong, of either side."""
     wrong = range(0, 120, 11)
-    data = self_labeled(swapped(two_alphabets(), wrong), overrule=True, first_forget_share=0.5)
+    data = self_labeled(swapped(two_alphabets(), wrong), overrule=True, first_forget_share=0.5, threshold="median")
     sides = np.array(data.rows["side"][:], dtype=object)
     train(tmp_path, tokenizer, dataset=data, **SELF_LABELING)
     scored = np.array(data.scorings[0]["rows"])
-    mended = np.intersect1d(wrong, scored)
-    assert len(mended) > 3 and (data.labels[mended] == sides[mended]).mean() > 0.5
-    assert (data.labels[scored] == sides[scored]).mean() > 0.95
+    assert set(wrong) & set(scored.tolist()) and (data.labels[scored] == sides[scored]).all()
 
 
 def test_a_second_scoring_counts_from_where_it_was_and_resumes(tmp_path, tokenizer):
     options = SELF_LABELING | dict(save_strategy="steps", save_steps=4)
-    about = {"rows": swapped(two_alphabets(), range(0, 120, 23)), "overrule": True, "score_again_at": 0.7}
+    about = {
+        "rows": swapped(two_alphabets(), range(0, 120, 23)),
+        "overrule": True,
+        "score_again_at": 0.7,
+        "threshold": "median",
+    }
     data = self_labeled(first_forget_share=0.5, **about)
     trainer = train(tmp_path / "a", tokenizer, dataset=data, **options)
     assert [(scoring["step"], scoring["start"]) for scoring in data.scorings] == [(10, 11 * 8), (14, 15 * 8)]

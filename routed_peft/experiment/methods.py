@@ -60,29 +60,29 @@ def tfidf_labels(ds: Dataset) -> Dataset:
 
 def tfidf_balanced(ds: Dataset) -> Dataset:
     """The same, with the threshold of self-labels, `benefit_threshold`: of scores that labelled documents get from others."""
-    return _tfidf(ds, balanced=True)
+    return _tfidf(ds, "balanced")
 
 
 def tfidf_overrule(ds: Dataset) -> Dataset:
-    """Label so every document, labelled ones by the classifier that was not trained on them."""
-    return _tfidf(ds, balanced=True, overrule=True)
+    """Label every document, labelled ones by a classifier that was not trained on them, and with medians for the threshold."""
+    return _tfidf(ds, "median", overrule=True)
 
 
-def _tfidf(ds: Dataset, balanced: bool = False, overrule: bool = False) -> Dataset:
+def _tfidf(ds: Dataset, threshold: str | None = None, overrule: bool = False) -> Dataset:
     texts, labels = ds["text"][:], np.array(ds["route_label"][:])
     features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True).fit_transform(texts)
     known = np.flatnonzero(labels != UNLABELED)
     classifier = LogisticRegression(C=10, max_iter=1000).fit(features[known], labels[known])
     towards, _ = classifier.classes_  # forget: names are sorted, and scores are those of the second
     assert towards == FORGET
-    scores, threshold = -classifier.decision_function(features), 0.0
-    if balanced:
+    scores, above = -classifier.decision_function(features), 0.0
+    if threshold is not None:
         held_out = -cross_val_predict(classifier, features[known], labels[known], cv=5, method="decision_function")
         forget, retain = (torch.from_numpy(held_out[labels[known] == side]) for side in (FORGET, RETAIN))
-        threshold = benefit_threshold(forget, retain)
+        above = benefit_threshold(forget, retain, threshold)
         if overrule:
             scores[known] = held_out
-    found = np.where(scores > threshold, FORGET, RETAIN)
+    found = np.where(scores > above, FORGET, RETAIN)
     given = found if overrule else np.where(labels == UNLABELED, found, labels)
     return ds.remove_columns("route_label").add_column("route_label", given.tolist())
 

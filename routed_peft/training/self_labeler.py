@@ -16,7 +16,7 @@ from routed_peft.data.columns import ROUTE_LABEL
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.routes import IGNORED
 from routed_peft.training.regroup import document_means, document_of
-from routed_peft.training.self_labels import SelfLabeledRows
+from routed_peft.training.self_labels import REFERENCE_ROWS, SelfLabeledRows
 
 if TYPE_CHECKING:
     from routed_peft.training.mixin import RoutingMixin
@@ -48,7 +48,7 @@ class SelfLabeler(TrainerCallback):
         if start >= len(self.rows):
             return
         scored = self.rows.to_score(len(self.rows) - start)
-        known = [self.rows.reference(label) for label in (FORGET, RETAIN)]
+        known = [self.rows.given(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
         asked = np.concatenate([*known, scored])
         benefits = self._benefit(asked, args.eval_batch_size)
         forget, retain = torch.cat(benefits[: len(known[0])]), torch.cat(benefits[len(known[0]) :][: len(known[1])])
@@ -104,22 +104,30 @@ def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") ->
 
     .. math:: t = \frac{\mu_f \sigma_r + \mu_r \sigma_f}{\sigma_f + \sigma_r},
 
-    where normal distributions would err as often on either side. "midpoint" is :math:`(\mu_f + \mu_r) / 2`.
+    where normal distributions would err as often on either side. "median" puts the median in place of the mean and the median
+    absolute deviation in place of the standard deviation, which a few wrong labels hardly move. "midpoint" is
+    :math:`(\mu_f + \mu_r) / 2`.
 
     Args:
         forget: benefits of labelled forget rows, ``(N,)``, in nats per token.
         retain: benefits of labelled retain rows, ``(M,)``.
-        kind: "balanced" or "midpoint".
+        kind: "balanced", "median" or "midpoint".
 
     Example:
         >>> forget, retain = torch.tensor([0.0, 2.0]), torch.tensor([-1.25, -0.75])
         >>> round(benefit_threshold(forget, retain), 2), benefit_threshold(forget, retain, "midpoint")
         (-0.6, 0.0)
     """
-    above, below = forget.double().std(correction=0), retain.double().std(correction=0)
+    (mu_f, above), (mu_r, below) = (_middle_and_spread(side.double(), kind) for side in (forget, retain))
     if kind == "midpoint" or above + below == 0:
         above = below = torch.ones(())
-    return float((forget.mean() * below + retain.mean() * above) / (above + below))
+    return float((mu_f * below + mu_r * above) / (above + below))
+
+
+def _middle_and_spread(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == "median":
+        return values.median(), (values - values.median()).abs().median()
+    return values.mean(), values.std(correction=0)
 
 
 @torch.no_grad()

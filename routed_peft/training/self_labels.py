@@ -17,7 +17,7 @@ from routed_peft.routes import BASE
 from routed_peft.training.regroup import regroup
 
 REFERENCE_ROWS = 256
-THRESHOLDS = ("balanced", "midpoint")
+THRESHOLDS = ("balanced", "median", "midpoint")
 SETTINGS = (
     "labeled_first",
     "first_forget_share",
@@ -58,10 +58,11 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             (compare core-robustness of GRAM, arXiv 2607.08077).
         overrule: whether labelled rows are asked too, and what is found counts in place of what was given; for labels that may
             be wrong. Otherwise a wrong label is obeyed to the end of the run. A region that has seen few forget rows tells less
-            well that a label is wrong: use it with a ``first_forget_share`` of 0.5, with which it is tested.
+            well that a label is wrong, and wrong labels move the mean of a side: use it with a ``first_forget_share`` of 0.5
+            and the ``threshold`` "median", with which it is tested.
         seed: same seed, same run.
         first_forget_share: share of forget rows before the scoring.
-        threshold: "balanced" or "midpoint", see `routed_peft.training.self_labeler.benefit_threshold`.
+        threshold: "balanced", "median" or "midpoint", see `routed_peft.training.self_labeler.benefit_threshold`.
         score_again_at: share of the run after which the region is asked once more, None for never. By then it knows its side
             better, and what it finds counts in place of what it found at first.
         separator: the token that ends a document (``tokenizer.eos_token_id``). It is then documents that are scored, and not
@@ -175,12 +176,6 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
     def given(self, label: str, count: int | None = None) -> np.ndarray:
         """Return the indices of rows that came with this label, in an order that is random but always the same."""
         return self._shuffled(np.flatnonzero(self._given == label))[:count]
-
-    def reference(self, label: str) -> np.ndarray:
-        """Return the indices of rows of a side by which others are judged: given ones, or found ones that overruled these."""
-        if self.overrule and self.scorings:
-            return self._shuffled(self.found_rows[self.labels[self.found_rows] == label])[:REFERENCE_ROWS]
-        return self.given(label, REFERENCE_ROWS)
 
     def _shuffled(self, indices: np.ndarray) -> np.ndarray:
         return np.random.default_rng([self.seed, 1]).permutation(indices)
