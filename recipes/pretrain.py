@@ -78,8 +78,8 @@ class Recipe(DocumentArguments):
     threshold: str = field(
         default="balanced",
         metadata={
-            "help": "With `self_labels`: where forget rows begin, as many standard deviations from either side or at the "
-            "midpoint of the means.",
+            "help": "With `self_labels`: where forget rows begin, as many standard deviations from either side's mean, as many "
+            "median deviations from either median, or at the midpoint of the means.",
             "choices": list(THRESHOLDS),
         },
     )

@@ -19,13 +19,11 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 
 from routed_peft.corpora import load_pair
-from routed_peft.data import load_texts, pack
+from routed_peft.data import RETAIN, DocumentArguments, evaluation_rows, load_texts, pack
 from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.unlearning import UndoArguments, check_evaluation, check_tokenizers, mean_loss, save_undone, undo
-
-SIDES = ("forget", "retain")
 
 
 @dataclass
@@ -67,7 +65,7 @@ def main() -> None:
 
     teacher, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
     check_length(teacher, tokenizer, recipe.length)
-    rows, held_out = text_rows(recipe, tokenizer), evaluation_rows(recipe, tokenizer)
+    rows, held_out = text_rows(recipe, tokenizer), held_out_rows(recipe, tokenizer)
     check_evaluation(args, held_out)
     student = None
     if recipe.student:
@@ -77,7 +75,7 @@ def main() -> None:
         teacher,
         rows,
         args,
-        held_out.get("retain"),
+        held_out.get(RETAIN),
         student=student,
         eval_dataset=held_out,
         tokenizer=tokenizer,
@@ -96,19 +94,19 @@ def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return pack(documents, tokenizer, recipe.length, by=[])
 
 
-def evaluation_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
+def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """Return held-out rows by name."""
     if recipe.eval_files and not recipe.text_files:
         raise ValueError(f"`eval_files` are used beside `text_files`, got none: the pair `{recipe.pair}` has its own")
-    if recipe.text_files:
-        if wrong := [entry for entry in recipe.eval_files if "=" not in entry]:
-            raise ValueError(f"`eval_files` has {wrong[0]!r}: write name=FILE, such as retain={wrong[0]}")
-        pairs = (entry.split("=", 1) for entry in recipe.eval_files)
-        sides = {name: load_texts([file]) for name, file in pairs}
-    else:
-        ds = load_pair(recipe.pair, "validation")
-        sides = {name: ds.filter(lambda side, n=name: side == n, input_columns="side") for name in SIDES}
-    return {name: pack(ds, tokenizer, recipe.length, by=[]) for name, ds in sides.items()}
+    text = recipe.text_files[0] if recipe.text_files else None  # which it is does not matter here
+    about = DocumentArguments(recipe.pair, text, eval_files=recipe.eval_files, length=recipe.length)
+    found = evaluation_rows(about, tokenizer)
+    if found and RETAIN not in found:
+        raise ValueError(
+            f"`eval_files` has {', '.join(found)}, and no {RETAIN}=FILE, by which training stops: name it, or leave "
+            "`eval_files` out to train for the whole budget"
+        )
+    return found
 
 
 if __name__ == "__main__":

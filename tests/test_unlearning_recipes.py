@@ -177,6 +177,13 @@ def test_mistakes_are_explained(place, tmp_path):
         here(command)
 
 
+def test_undo_says_that_it_has_nothing_to_stop_by(place, tmp_path):
+    command = ["recipes/undo.py", "--config", str(CONFIGS["undo"]), *SHORT, "--text_files", str(place / "train.jsonl")]
+    command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(place / "plain")]
+    with pytest.raises(ValueError, match="`eval_files` has retian, and no retain=FILE, by which training stops"):
+        here([*command, "--eval_files", f"retian={place / 'train.jsonl'}"])
+
+
 def test_a_run_that_resumes_is_told_the_same(place, tmp_path):
     command = ["recipes/undo.py", "--config", str(CONFIGS["undo"]), *SHORT, *files(place, "--text_files")]
     command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(place / "plain")]

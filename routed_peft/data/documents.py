@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from routed_peft.corpora import load_pair
 from routed_peft.data.columns import ROUTE_LABEL, column_values
 from routed_peft.data.labels import FORGET, RETAIN, labels_from_column, labels_from_keywords
-from routed_peft.data.loading import load_training_file
+from routed_peft.data.loading import load_texts, load_training_file
 from routed_peft.data.noise import simulate_labels
 from routed_peft.data.packing import pack, tokenize
 
@@ -112,7 +112,7 @@ def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase)
         if wrong := [entry for entry in args.eval_files if "=" not in entry]:
             raise ValueError(f"`eval_files` has {wrong[0]!r}: write name=FILE, such as forget={wrong[0]}")
         pairs = (entry.split("=", 1) for entry in args.eval_files)
-        sides = {name: load_training_file(file, columns=["text"]) for name, file in pairs}
+        sides = {name: load_texts([file]) for name, file in pairs}
     else:
         ds = load_pair(args.pair, "validation")
         sides = {name: ds.filter(lambda side, n=name: side == n, input_columns=SIDE) for name in (FORGET, RETAIN)}

@@ -143,8 +143,8 @@ CARDS: dict[str, Card] = {
     "classifier_filter_overrule": Card(
         "filter by a TF-IDF classifier that may overrule labels",
         "filter",
-        "The same, and each labelled document is labelled anew by a classifier that was fitted to the others (five folds): "
-        "the obvious rival where labels may be wrong.",
+        "Each labelled document is labelled anew, too, by a classifier that was fitted to the others (five folds), and the "
+        "threshold goes by medians, as that of self-labels which overrule: the obvious rival where labels may be wrong.",
         short="classifier may overrule",
     ),
     "demix": Card(
@@ -202,10 +202,10 @@ VARIANT = ":"
 def variant_name(changes: str) -> str:
     """Write the settings of a variant for readers.
 
-    >>> variant_name("forget_share=0.2,by_document=true")
-    'forget share=0.2, by document'
+    >>> variant_name('forget_share=0.2,by_document=true,threshold="median"')
+    'forget share=0.2, by document, threshold=median'
     """
-    return changes.replace("=true", "").replace("_", " ").replace(",", ", ")
+    return changes.replace("=true", "").replace("_", " ").replace(",", ", ").replace('"', "")
 
 
 def card(method: str, settings: Mapping[str, Any] | None = None) -> Card:
