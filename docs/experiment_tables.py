@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from routed_peft.data import FORGET
@@ -89,12 +89,14 @@ def caption(
     if (open_ones := named(found, None)) != "none":
         said.append(f"Cannot be told: {open_ones}.")
     if absent := not_run(report, found, methods):
-        said.append(f"Asked for, and not run yet: {'; '.join(absent)}.")
+        said.append(f"Asked for, and not run yet: {listed(absent)}.")
     return [*said, f"From `{command}`."]
 
 
-def not_run(report: Report, found: Sequence[tuple[Labels, Comparison]], methods: Collection[str] | None) -> list[str]:
-    """Name the methods that an experiment asks for, and that have no row at some of these labels, with those labels."""
+def not_run(
+    report: Report, found: Sequence[tuple[Labels, Comparison]], methods: Collection[str] | None
+) -> dict[str, list[str]]:
+    """Return the labels at which methods that an experiment asks for have no row, by the methods' names."""
     absent: dict[str, list[str]] = {}
     for (labeled, recall, precision), comparison in found:
         for method in report["experiment"].get("methods", ()):
@@ -108,7 +110,12 @@ def not_run(report: Report, found: Sequence[tuple[Labels, Comparison]], methods:
             if own is None or len(own.cells) < len(comparison.seeds):
                 kind = Condition(method, labeled, recall, precision).labels if looks else ""
                 absent.setdefault(card(method, report["settings"]).name, []).append(kind)
-    return [f"{name} ({'; '.join(kinds)})" if any(kinds) else name for name, kinds in absent.items()]
+    return absent
+
+
+def listed(absent: Mapping[str, Sequence[str]]) -> str:
+    """List methods, and in brackets where each is absent."""
+    return "; ".join(f"{name} ({'; '.join(kinds)})" if any(kinds) else name for name, kinds in absent.items())
 
 
 def recovery(report: Report, command: str) -> str:

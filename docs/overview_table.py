@@ -10,6 +10,7 @@ from experiment_tables import (
     RELEARNED,
     Labels,
     Report,
+    listed,
     markdown,
     most_seeds,
     not_run,
@@ -38,14 +39,16 @@ def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Col
     """
     rows: dict[tuple[str, ...], list[str]] = {}  # by what they say, so that what two experiments share comes once
     attacks: dict[str, list[str]] = {}
-    seeds, absent = set(), set()
+    seeds: set[int] = set()
+    absent: dict[str, list[str]] = {}
     for name, report, labels in parts:
         found, count = most_seeds(report, labels)
         if not count:
             continue
         seeds.add(count)
         attacks.setdefault(strength(report["experiment"]), []).append(name)
-        absent |= {(name, what) for what in not_run(report, found, methods)}
+        for method, kinds in not_run(report, found, methods).items():
+            absent.setdefault(method, []).append(f"{name}, {' and '.join(kinds)}" if any(kinds) else name)
         ends = [(found[0][1], found[0][1].get(method)) for method in (BASE, ORACLE)]
         between = [(c, r) for _, c in found for r in shown(c, methods, labeled_only=True)]
         between = [(c, r) for c, r in between if r.condition != Condition(FILTER, 1.0, 1.0, 1.0)]  # the perfect filter
@@ -64,7 +67,7 @@ def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Col
         f"sides. From {commands}."
     )
     if absent:
-        about += f" Asked for, and not run yet: {'; '.join(f'{name}: {what}' for name, what in sorted(absent))}."
+        about += f" Asked for, and not run yet: {listed(absent)}."
     return "\n".join([*markdown(names, list(rows.values())), "", about])
 
 
