@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from routed_peft.commands.options import Revision, Source
+
+if TYPE_CHECKING:
+    from routed_peft.unlearning import UndoArguments
 
 
 def undo(
@@ -59,19 +62,7 @@ def undo(
 
         routed-peft undo runs/sgtm undone --alpha 0.4 --text pretraining.jsonl --retain retain.jsonl
     """
-    import shutil
-
-    from rich.console import Console
-
-    from routed_peft.data import load_texts, pack
-    from routed_peft.evaluation.losses import check_length
-    from routed_peft.evaluation.relearning.run import open_plain
-    from routed_peft.regions.fingerprint import fingerprint
-    from routed_peft.training import RunDirectory, RunRecorder
-    from routed_peft.training.resuming import latest_resumable
-    from routed_peft.unlearning import UndoArguments, save_undone, spent
-    from routed_peft.unlearning import undo as distil
-    from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows
+    from routed_peft.unlearning import UndoArguments
 
     settings: dict[str, Any] = {
         "source": src,
@@ -106,34 +97,51 @@ def undo(
         use_cpu=cpu,
         seed=seed,
     )
+    _run(src, out, settings, args)
+
+
+def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> None:
+    import shutil
+
+    from rich.console import Console
+
+    from routed_peft.data import load_texts, pack
+    from routed_peft.evaluation.losses import check_length
+    from routed_peft.evaluation.relearning.run import open_plain
+    from routed_peft.regions.fingerprint import fingerprint
+    from routed_peft.training import RunDirectory, RunRecorder
+    from routed_peft.training.resuming import latest_resumable
+    from routed_peft.unlearning import save_undone, spent, undo
+    from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows
+
     run = RunDirectory(out)
     if args.process_index == 0:  # the others may come when it has begun
         _check_place(src, out)
     run.check_same(settings)
     spent(src)  # what it says wrong is said now
-    documents = load_texts(text)
+    documents, retain, length = load_texts(settings["text"]), settings["retain"], settings["length"]
     held_out = None if retain is None else load_texts([retain])
-    teacher, tokenizer = open_plain(src, revision=revision)
+    teacher, tokenizer = open_plain(src, revision=settings["revision"])
     check_length(teacher, tokenizer, length, "--length")
     rows = pack(documents, tokenizer, length, by=[])
     settings |= {"teacher": fingerprint(teacher), "rows": hash_rows(rows), "processes": args.world_size}
     run.check_same(settings)
     args.resume_from_checkpoint = latest_resumable(out, args.world_size)
     if args.process_index == 0:
-        run.start(settings, {"seed": seed}, resume=args.resume_from_checkpoint is not None)
-    student, record = distil(
+        run.start(settings, {"seed": args.seed}, resume=args.resume_from_checkpoint is not None)
+    student, record = undo(
         teacher,
         rows,
         args,
         None if held_out is None else pack(held_out, tokenizer, length, by=[]),
         tokenizer=tokenizer,
-        callbacks=[RunRecorder(run, method="undo", alpha=alpha, beta=beta)],
+        callbacks=[RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)],
     )
     if args.process_index == 0:
         content = save_undone(student, record, out, src, tokenizer)
         run.finish(content)
         cache = out / "teacher"
-        ours = topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve()
+        ours = args.topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve()
         for folder in [*out.glob("checkpoint-*"), *([cache] if ours else [])]:  # of no more use
             shutil.rmtree(folder)
         Console().print(_table(content, out))
