@@ -18,7 +18,7 @@ from routed_peft.evaluation.report.aggregate import (
     aggregate,
     complete_seeds,
 )
-from routed_peft.evaluation.report.cards import card, in_order, variant_name
+from routed_peft.evaluation.report.cards import base_of, card, in_order, variant_name
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
 from routed_peft.evaluation.report.verdicts import ranged, targets
@@ -100,7 +100,7 @@ def not_run(
     absent: dict[str, list[str]] = {}
     for (labeled, recall, precision), comparison in found:
         for method in report["experiment"].get("methods", ()):
-            base = method.partition(":")[0]
+            base = base_of(method)
             if methods is not None and base not in methods:
                 continue
             looks = METHODS[base].labels
@@ -168,7 +168,7 @@ def shown(found: Comparison, methods: Collection[str] | None, labeled_only: bool
         result
         for result in results
         if len(result.cells) == len(found.seeds)
-        and (methods is None or result.condition.method.partition(":")[0] in methods)
+        and (methods is None or base_of(result.condition.method) in methods)
         and (not labeled_only or result.condition.labeled is not None)
     ]
 

@@ -22,6 +22,7 @@ from experiment_tables import (
 from tradeoff_tables import region_on
 
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Condition, Result
+from routed_peft.evaluation.report.cards import base_of
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import number, share
 from routed_peft.evaluation.report.verdicts import ON, ROBUST, TAX, WAY, goals, ranged
@@ -74,7 +75,7 @@ def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Col
 def overview_row(found: Comparison, result: Result, report: Report, seeds: int) -> list[str]:
     """Return what `overview` says of a method, with marks where a routed one misses a goal."""
     labeled = result.condition.labeled
-    ours = result.condition.method.partition(":")[0] == "routed" and labeled is not None
+    ours = base_of(result.condition.method) == "routed" and labeled is not None
     aims = {goal.kind: goal for goal in goals(found, result, labeled)} if ours and labeled else {}
     rises = [region_on(found, result, side) for side in ("forget", "retain")] if "on" in aims else []
     texts = {

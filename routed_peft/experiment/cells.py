@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from routed_peft.demo.settings import DemoSettings
-from routed_peft.evaluation.report.cards import VARIANT
+from routed_peft.evaluation.report.cards import VARIANT, base_of
 from routed_peft.experiment.methods import ALLOWED_RISE, EXTENSIONS, METHODS, UNLEARNING, UNLEARNING_STEPS, Method
 from routed_peft.training.self_labels import SETTINGS
 
@@ -210,7 +210,7 @@ def irrelevant(method: Method) -> list[str]:
 
 def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
     """Return the cells of an experiment, those of a seed together, each once."""
-    if unknown := [name for name in experiment.methods if name.partition(VARIANT)[0] not in METHODS]:
+    if unknown := [name for name in experiment.methods if base_of(name) not in METHODS]:
         raise ValueError(f"`methods` has {unknown}; the methods are {list(METHODS)}")
     cells: dict[tuple[str, str], Cell] = {}
     for seed in experiment.seeds:
@@ -219,7 +219,7 @@ def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
             for labeled in experiment.labeled_shares:
                 here = replace(settings, seed=seed, labeled=labeled, recall=recall, precision=precision)
                 for name in experiment.methods:
-                    if len({*experiment.labeled_shares}) > 1 and adds_nothing(name.partition(VARIANT)[0], here):
+                    if len({*experiment.labeled_shares}) > 1 and adds_nothing(base_of(name), here):
                         continue
                     cell = Cell.of(name, here)
                     cells.setdefault((cell.key, name), cell)

@@ -208,6 +208,15 @@ def variant_name(changes: str) -> str:
     return changes.replace("=true", "").replace("_", " ").replace(",", ", ").replace('"', "")
 
 
+def base_of(method: str) -> str:
+    """Return the method of which this is a variant, or itself.
+
+    >>> base_of("routed:forget_share=0.2"), base_of("filter")
+    ('routed', 'filter')
+    """
+    return method.partition(VARIANT)[0]
+
+
 def card(method: str, settings: Mapping[str, Any] | None = None) -> Card:
     """Return the card of a method; one that says so where the method is not known.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from routed_peft.evaluation.measures import Crossing, Spread
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
 from routed_peft.evaluation.report.attacks import Relearning
-from routed_peft.evaluation.report.cards import UNDO, VARIANT, card, in_order
+from routed_peft.evaluation.report.cards import UNDO, base_of, card, in_order
 from routed_peft.evaluation.report.page import number, place, share
 
 ROUTED = "routed"
@@ -130,7 +130,7 @@ def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Ta
         shares: of labels that are looked at; all by default.
     """
     result: list[Target] = []
-    variants = [method for method in in_order(found.methods) if method.partition(VARIANT)[0] == ROUTED]
+    variants = [method for method in in_order(found.methods) if base_of(method) == ROUTED]
     ours = ROUTED if ROUTED in variants or not variants else variants[0]
     for labeled in filter(None, found.shares if shares is None else shares):  # without labels nothing was routed
         routed = found.get(ours, labeled, found.best_quality)
