@@ -181,6 +181,9 @@ def in_order(
     args.max_steps = math.ceil(count / per_step)  # all epochs are laid out here, and not to be repeated
     if recipe.arm != "routed":
         return schedule(rows, count, seed=args.seed)
+    own = ("threshold", "score_again_at", "robust_share", "overrule", "by_document")
+    if not recipe.self_labels and (odd := [name for name in own if getattr(recipe, name) != getattr(Recipe, name)]):
+        raise ValueError(f"`{odd[0]}` is about self-labels: add `--self_labels true`, or leave it out")
     if recipe.self_labels:
         about = {name: getattr(recipe, name) for name in SETTINGS}
         separator = tokenizer.eos_token_id if recipe.by_document else None

@@ -104,7 +104,7 @@ def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
     if found and RETAIN not in found:
         raise ValueError(
             f"`eval_files` has {', '.join(found)}, and no {RETAIN}=FILE, by which training stops: name it, or leave "
-            "`eval_files` out to train for the whole budget"
+            "`eval_files` out, with `--eval_strategy no`, to train for the whole budget"
         )
     return found
 

@@ -12,8 +12,8 @@ from pathlib import Path
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a place beside ``path`` to write to; at the end it is renamed to ``path``, unless writing failed.
 
-    An interrupted write leaves the file that was there, and processes that write the same file do not mix. Directories on the
-    way to it are made.
+    An interrupted write leaves the file that was there, and processes of one machine that write the same file do not mix.
+    Directories on the way to it are made.
 
     Example:
         >>> from tempfile import mkdtemp

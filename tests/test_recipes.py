@@ -205,12 +205,19 @@ def test_nothing_is_overwritten(runs, files, tmp_path):
         here([*command, "--ablate_to", "no"])
 
 
+def test_settings_of_self_labels_are_not_ignored(files, tmp_path):
+    with pytest.raises(
+        ValueError, match="`score_again_at` is about self-labels: add `--self_labels true`, or leave it"
+    ):
+        here([*arguments("sgtm", tmp_path, files), "--score_again_at", "0.4"])
+
+
 @pytest.mark.parametrize("by_document", ["false", "true"])
 def test_pretraining_with_self_labels(files, tmp_path, by_document):
     more = ["--self_labels", "true", "--labeled_first", "0.5", "--labeled", "0.5", "--recall", "1"]
     more += ["--max_steps", "80", "--learning_rate", "2e-2", "--by_document", by_document, "--eval_strategy", "no"]
     here([*arguments("sgtm", tmp_path, files), *more])
-    found = json.loads((tmp_path / "sgtm" / "routing.json").read_text())["extra"]["self_labels"]
+    (found,) = json.loads((tmp_path / "sgtm" / "routing.json").read_text())["extra"]["self_labels"]
     assert found["step"] == 40 and len(found["rows"]) == len(found["is_forget"]) > 0
     assert {type(label) for label in found["is_forget"]} == ({list} if by_document == "true" else {bool})
     ledger = Ledger.from_dict(json.loads((tmp_path / "sgtm" / "summary.json").read_text())["ledger"])

@@ -192,6 +192,8 @@ def test_the_balanced_threshold_lies_as_many_deviations_from_either_side():
     same = torch.ones(3)
     assert benefit_threshold(same, -same) == 0.0, "the midpoint where nothing varies"
     assert benefit_threshold(same[:1], -same[:1]) == 0.0
+    for kind in ("balanced", "median"):
+        assert benefit_threshold(torch.tensor([2.0, 4.0, 6.0]), -same, kind) == 1.5, "nor where one side does not"
     with pytest.raises(
         ValueError, match=r"`threshold` must be one of \('balanced', 'median', 'midpoint'\), got 'mean'"
     ):

@@ -147,7 +147,8 @@ def variant(changes: str) -> dict[str, Any]:
             found[name] = json.loads(value)
         except ValueError:
             raise ValueError(
-                f"`methods`: a variant is NAME=VALUE with a number, true, false or null, got {change!r}"
+                f"`methods`: a variant is NAME=VALUE with a number, true, false, null or text in double quotes, "
+                f"got {change!r}"
             ) from None
         if name not in VARIABLE:
             raise ValueError(f"`methods`: a variant changes one of {', '.join(VARIABLE)}, got {change!r}")

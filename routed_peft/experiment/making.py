@@ -156,7 +156,7 @@ def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str]:
 
 
 def found_quality(run: SelfLabeledRows) -> dict[str, float]:
-    """Return precision and recall of the labels that the region found for rows without one; nothing where there were none.
+    """Return precision and recall of the labels that the region found at its last scoring; nothing where there were none.
 
     Rows that mix sides count by the share of their tokens.
     """

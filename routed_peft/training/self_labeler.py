@@ -35,28 +35,44 @@ class SelfLabeler(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what an earlier run with the same rows found."""
+        """Forget what an earlier run with the same rows found; refuse scorings that would do nothing."""
         if state.global_step == 0:
             self.rows.restore([])
+        steps = self._steps(state)
+        last = max(steps)
+        if len(steps) < len(self.rows.score_at) or self._start(args, last) >= len(self.rows):
+            raise ValueError(
+                f"`{steps[last]}`: after step {last} of {state.max_steps} there is nothing left to label: score earlier, or train "
+                "for longer"
+            )
+
+    def _steps(self, state: TrainerState) -> dict[int, str]:
+        """Return after which steps rows are scored, and the setting that says so."""
+        names = zip(self.rows.score_at, ("labeled_first", "score_again_at"), strict=False)
+        return {max(1, round(share * state.max_steps)): name for share, name in names}
+
+    @staticmethod
+    def _start(args: TrainingArguments, step: int) -> int:
+        """Return the first row of the run that a scoring after this step changes."""
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return (step + 1) * per_step  # a loader may have fetched the next batch already
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Score rows once the start is over, and again where that is asked for."""
-        if state.global_step not in {max(1, round(share * state.max_steps)) for share in self.rows.score_at}:
+        name = self._steps(state).get(state.global_step)
+        if name is None:
             return
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        start = (state.global_step + 1) * per_step  # a loader may have fetched the next batch already
-        if start >= len(self.rows):
-            return
+        start = self._start(args, state.global_step)
         scored = self.rows.to_score(len(self.rows) - start)
         known = [self.rows.given(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
         asked = np.concatenate([*known, scored])
         benefits = self._benefit(asked, args.eval_batch_size)
         forget, retain = torch.cat(benefits[: len(known[0])]), torch.cat(benefits[len(known[0]) :][: len(known[1])])
-        if not forget.mean() > retain.mean():  # nor where the model has diverged
+        (mu_f, _), (mu_r, _) = (middle_and_spread(side, self.rows.threshold) for side in (forget, retain))
+        if not mu_f > mu_r:  # nor where the model has diverged
             raise ValueError(
-                f"`labeled_first`: after {state.global_step} steps the region helps labelled forget rows by "
-                f"{forget.mean():.3f} nats per token and retain rows by {retain.mean():.3f}, so it cannot tell them "
-                "apart: give it a longer start, or check the labels"
+                f"`{name}`: after {state.global_step} steps the region helps labelled forget rows by {mu_f:.3f} nats per token "
+                f"and retain rows by {mu_r:.3f}, so it cannot tell them apart: give it a longer start, or check the labels"
             )
         threshold = benefit_threshold(forget, retain, self.rows.threshold)
         by_document = [(own > threshold).tolist() for own in benefits[len(known[0]) + len(known[1]) :]]
@@ -118,16 +134,22 @@ def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") ->
         >>> round(benefit_threshold(forget, retain), 2), benefit_threshold(forget, retain, "midpoint")
         (-0.6, 0.0)
     """
-    (mu_f, above), (mu_r, below) = (_middle_and_spread(side.double(), kind) for side in (forget, retain))
-    if kind == "midpoint" or above + below == 0:
-        above = below = torch.ones(())
-    return float((mu_f * below + mu_r * above) / (above + below))
+    (mu_f, above), (mu_r, below) = (middle_and_spread(side, kind) for side in (forget, retain))
+    if kind == "midpoint" or 0 in (above, below):  # which says nothing of how far a side reaches
+        above = below = 1.0
+    return (mu_f * below + mu_r * above) / (above + below)
 
 
-def _middle_and_spread(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def middle_and_spread(values: Tensor, kind: str) -> tuple[float, float]:
+    """Return mean and standard deviation, or "median" and median absolute deviation; of an even number the lower middle one.
+
+    >>> middle_and_spread(torch.tensor([0.0, 1.0, 5.0]), "median")
+    (1.0, 1.0)
+    """
+    values = values.double()
     if kind == "median":
-        return values.median(), (values - values.median()).abs().median()
-    return values.mean(), values.std(correction=0)
+        return float(values.median()), float((values - values.median()).abs().median())
+    return float(values.mean()), float(values.std(correction=0))
 
 
 @torch.no_grad()

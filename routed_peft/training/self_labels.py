@@ -132,6 +132,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         """Indices of the rows whose label was found."""
         self._order = self._order_at_first.copy()
         self._labels_in_order = self.labels[self._order]
+        self._sides_in_order = self._labels_in_order.copy()
         self.scorings: list[dict[str, Any]] = []
         """What each scoring found: at which ``step``, the run's row ``start`` from which on it counts, the ``rows`` that were
         scored, whether each, or each of its documents, ``is_forget``, and how many ``tokens`` it took."""
@@ -156,7 +157,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         number, label = int(self._order[index]), self._labels_in_order[index]
         row = {**self.rows[number], ROUTE_LABEL: label}
         if self.token_weights is not None:
-            row[ROUTE_WEIGHTS] = {BASE: self._base_weights(row["input_ids"], label, self.labels[number])}
+            row[ROUTE_WEIGHTS] = {BASE: self._base_weights(row["input_ids"], label, self._sides_in_order[index])}
         return row
 
     def _base_weights(self, ids: Sequence[int], label: str, side: str) -> list[float]:
@@ -209,7 +210,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             self.labels[known].tolist(), len(self) - start, forget_share=self.forget_share, seed=[self.seed, start]
         )
         self._order[start:] = known[order]
-        labels = self.labels[self._order[start:]]
+        self._sides_in_order[start:] = labels = self.labels[self._order[start:]]
         robust = np.random.default_rng([self.seed, start]).random(len(labels)) < self.robust_share
         self._labels_in_order[start:] = np.where(robust & (labels == RETAIN), FORGET, labels)
 
