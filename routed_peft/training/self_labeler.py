@@ -42,8 +42,8 @@ class SelfLabeler(TrainerCallback):
         last = max(steps)
         if len(steps) < len(self.rows.score_at) or self._start(args, last) >= len(self.rows):
             raise ValueError(
-                f"`{steps[last]}`: after step {last} of {state.max_steps} there is nothing left to label: score earlier, or train "
-                "for longer"
+                f"`{steps[last]}`: after step {last} of {state.max_steps} there is nothing left to label: score earlier, or "
+                "train for longer"
             )
 
     def _steps(self, state: TrainerState) -> dict[int, str]:
