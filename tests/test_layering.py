@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "regions": {"routes", "architectures", "subspaces"},
     "subspaces": {"architectures", "files"},
     "data": {"routes", "corpora"},
-    "checkpoint": {"routes", "regions"},
+    "checkpoint": {"files", "routes", "regions"},
     "ablation": {"routes", "regions", "checkpoint"},
     "training": {
         "files",

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from routed_peft.files import written_whole
+
 LAST = "routing.json"
 """Leaves a directory first and enters it last: without it nothing counts as a saved run."""
 
@@ -43,8 +45,9 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` as readable JSON."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    """Write ``data`` as readable JSON, all of it or none."""
+    with written_whole(path) as aside:
+        aside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from routed_peft.checkpoint.files import read_json, write_json
-from routed_peft.files import written_whole
 from routed_peft.monitoring.alarms import Alarms
 from routed_peft.monitoring.report import Ledger
 
@@ -39,7 +38,8 @@ class Incident:
 
     def write(self, run_dir: str | os.PathLike[str]) -> Path:
         """Write ``incident.json`` into a run's directory, aside and then renamed."""
-        return replace_json(Path(run_dir) / INCIDENT, asdict(self))
+        write_json(path := Path(run_dir) / INCIDENT, asdict(self))
+        return path
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Incident:
@@ -120,10 +120,3 @@ def rank(
         named.append(name)
         explained += fed[name]
     return table, named
-
-
-def replace_json(path: Path, data: Any) -> Path:
-    """Write JSON to ``path``, all of it or none."""
-    with written_whole(path) as aside:
-        write_json(aside, data)
-    return path

@@ -10,9 +10,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from routed_peft.checkpoint.files import read_json
+from routed_peft.checkpoint.files import read_json, write_json
 from routed_peft.data.columns import ROUTE_ENVIRONMENT, ROUTE_LABEL, ROUTE_LABELS, ROUTE_QUARANTINE, column_values
-from routed_peft.monitoring.incidents import INCIDENT, Incident, replace_json
+from routed_peft.monitoring.incidents import INCIDENT, Incident
 
 INCIDENTS, QUARANTINE = "incidents", "quarantine.json"
 
@@ -46,7 +46,7 @@ def rollback(
     treatment = dict.fromkeys(incident.named, DROP) if treatment is None else dict(treatment)
     check_treatments(treatment)
     quarantine = {**read_quarantine(root), **treatment}
-    replace_json(root / QUARANTINE, quarantine)
+    write_json(root / QUARANTINE, quarantine)
     attic = root / INCIDENTS / str(len(past_incidents(root)) + 1)
     attic.mkdir(parents=True, exist_ok=True)
     for step, path in checkpoints(root).items():

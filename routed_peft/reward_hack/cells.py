@@ -58,11 +58,10 @@ def write_summary(experiment: Any, records: RunDirectory, summary: Mapping[str, 
     """Write the numbers of all cells to ``summary.json`` and to ``experiment.summary_file``; return them as read back."""
     plain: dict[str, Any] = json.loads(json.dumps(summary))  # keys as a reader finds them
     for file in [records.path / "summary.json", *([Path(experiment.summary_file)] if experiment.summary_file else [])]:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, plain)
     return plain
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write plain data aside, then rename."""
+    """Write all of plain data, or none."""
     write(file, (json.dumps(content, indent=1) + "\n").encode())

@@ -48,8 +48,7 @@ class SelfLabeler(TrainerCallback):
 
     def _steps(self, state: TrainerState) -> dict[int, str]:
         """Return after which steps rows are scored, and the setting that says so."""
-        names = zip(self.rows.score_at, ("labeled_first", "score_again_at"), strict=False)
-        return {max(1, round(share * state.max_steps)): name for share, name in names}
+        return {max(1, round(share * state.max_steps)): name for name, share in self.rows.score_at.items()}
 
     @staticmethod
     def _start(args: TrainingArguments, step: int) -> int:

@@ -111,8 +111,9 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         if threshold not in THRESHOLDS:
             raise ValueError(f"`threshold` must be one of {THRESHOLDS}, got {threshold!r}")
         self.rows, self.seed, self.threshold = rows, seed, threshold
-        self.score_at = (labeled_first,) if score_again_at is None else (labeled_first, score_again_at)
-        """Shares of the run after which rows are scored."""
+        again = {} if score_again_at is None else {"score_again_at": score_again_at}
+        self.score_at = {"labeled_first": labeled_first, **again}
+        """Shares of the run after which rows are scored, by the argument that says so."""
         self.forget_share, self.robust_share, self.overrule = forget_share, robust_share, overrule
         self.token_weights, self.separator = token_weights, separator
         if separator is not None:

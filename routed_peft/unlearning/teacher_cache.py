@@ -74,8 +74,7 @@ class TeacherCache:
                 odd = next(key for key in about.keys() | found.keys() if about.get(key) != found.get(key))
                 raise ValueError(f"{folder} holds outputs with another `{odd}`: name another directory, or remove it")
         elif state.is_main_process:
-            with written_whole(folder / ABOUT) as aside:
-                write_json(aside, about)
+            write_json(folder / ABOUT, about)
         missing = [i for i in range(-(-len(rows) // SHARD)) if not _path(folder, i).is_file()]
         state.wait_for_everyone()  # all have seen what is missing before anyone fills it
         mine = missing[state.process_index :: state.num_processes]
