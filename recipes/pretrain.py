@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
+from routed_peft.coherence import BATCH, HELD_OUT, restore_coherence
 from routed_peft.data import (
     DocumentArguments,
     add_frequency_weights,
@@ -164,7 +165,7 @@ def main() -> None:
         export(args.output_dir, target, keep=experts(recipe))
         summary["ablated"] = str(target)
         if recipe.coherence_steps:
-            summary["coherence"] = restore_coherence(rows, target, recipe.coherence_steps, args)
+            summary["coherence"] = make_coherent(rows, target, recipe.coherence_steps, args)
     run.finish(summary)
     print(json.dumps(summary, indent=2))
 
@@ -258,36 +259,16 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
 # After training
 
 
-def restore_coherence(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArguments) -> dict[str, object]:
-    """Fine-tune the ablated model on 64 retain rows as one batch, and keep the step that is best on other retain rows.
-
-    Gradient routing, arXiv 2410.04332, appendix on ERA; usually the first or second step is the best.
-    """
+def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArguments) -> dict[str, object]:
+    """Fine-tune the ablated model of ``src`` a little on labelled retain rows, into a directory beside it."""
     known = rows.filter(lambda label: label == "retain", input_columns="route_label")
     known = known if len(known) else of_arm(rows, "filter")
-    ids = torch.tensor(known[: min(len(known), 64 + 256)]["input_ids"], dtype=torch.long, device=args.device)
-    batch, held_out = ids[: min(64, len(ids) // 2)], ids[min(64, len(ids) // 2) :]
-    model = AutoModelForCausalLM.from_pretrained(src).to(args.device).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.1)
-
-    @torch.no_grad()
-    def validation() -> float:
-        parts = held_out.split(64)
-        return sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in parts) / len(held_out)
-
-    losses, best = [validation()], {name: p.clone() for name, p in model.state_dict().items()}
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        losses.append(validation())
-        if losses[-1] == min(losses):
-            best = {name: p.clone() for name, p in model.state_dict().items()}
-    model.load_state_dict(best)
+    model = AutoModelForCausalLM.from_pretrained(src).to(args.device)
+    found = restore_coherence(model, torch.tensor(known["input_ids"][: BATCH + HELD_OUT]), steps)
     target = src.with_name(src.name + "-coherent")
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(src).save_pretrained(target)
-    return {"model": str(target), "best_step": losses.index(min(losses)), "retain_losses": losses}
+    return {"model": str(target), **asdict(found)}
 
 
 if __name__ == "__main__":

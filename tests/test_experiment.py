@@ -20,7 +20,14 @@ from routed_peft.demo.material import Material
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.report.reading import read_sources
 from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, cells, changing, making, run, run_experiment
-from routed_peft.experiment.methods import UNLEARNING, tfidf_balanced, tfidf_labels, tfidf_overrule
+from routed_peft.experiment.methods import (
+    COHERENCE_RATES,
+    COHERENCE_STEPS,
+    UNLEARNING,
+    tfidf_balanced,
+    tfidf_labels,
+    tfidf_overrule,
+)
 from routed_peft.experiment.summary import restore
 from routed_peft.unlearning import UnlearningArguments
 
@@ -489,6 +496,24 @@ def test_demix_drops_the_forget_expert_and_keeps_the_other(finished):
     assert whole.base_model.model.config.intermediate_size == TINY.intermediate_size // 12
     assert cell["region_on_forget_loss"] != cell["forget_loss"] and cell["attacks"]
     assert "validation_retain_loss" not in cell
+
+
+def test_era_gets_its_coherence_back_from_retain_rows(finished):
+    summary = finished / "era.json"
+    run_experiment(experiment_of(finished, summary_file=str(summary), methods=["era", "era_coherent"]), TINY)
+    ablated, coherent = json.loads(summary.read_text())["cells"]
+    took = coherent["coherence"]
+    assert took["learning_rate"] in COHERENCE_RATES and len(took["retain_losses"]) == COHERENCE_STEPS + 1
+    assert 0 < took["best_step"] == took["retain_losses"].index(min(took["retain_losses"]))
+    assert coherent["retain_loss"] < ablated["retain_loss"] and coherent["attacks"]
+    assert coherent["ledger"]["flops"] > ablated["ledger"]["flops"]
+    assert coherent["ledger"]["serial_steps"] == ablated["ledger"]["serial_steps"] + COHERENCE_STEPS
+    assert coherent["ledger"]["labeled_forget_tokens"] == ablated["ledger"]["labeled_forget_tokens"]
+    assert "tokens_by_side" not in coherent, "it was trained on more, and nobody knows on what"
+    shares = experiment_of(finished, methods=["era", "era_coherent"], labeled_shares=[0.0, 1.0])
+    assert [(c.shown, c.name) for c in all_cells(shares, TINY)] == [
+        ("era", "control"), ("era", "era"), ("era_coherent", "era_coherent"),
+    ], "nothing is routed without labels, so that nothing can be mended"  # fmt: skip
 
 
 def test_rates_of_unlearning_are_said_to_be_best_within_their_grid_or_at_its_edge(finished):

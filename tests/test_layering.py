@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "tasks": {"corpora"},
     "presets": {"routes"},
     "ledger": set(),
+    "coherence": set(),
     "routing": {"functional", "routes", "architectures"},
     "regions": {"routes", "architectures", "subspaces"},
     "subspaces": {"architectures", "files"},

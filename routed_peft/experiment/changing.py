@@ -17,13 +17,21 @@ from transformers import PreTrainedModel
 
 from routed_peft.ablation import export
 from routed_peft.architectures import find_mlps, mlp_layout
+from routed_peft.coherence import BATCH, restore_coherence
 from routed_peft.data import FORGET, RETAIN
 from routed_peft.demo.material import SIDES, Material
 from routed_peft.demo.measuring import open_model
 from routed_peft.demo.training import bf16_helps
 from routed_peft.experiment.cells import Cell
-from routed_peft.experiment.methods import ALLOWED_RISE, EXTENSIONS, METHODS, UNLEARNING_STEPS
-from routed_peft.ledger import Ledger
+from routed_peft.experiment.methods import (
+    ALLOWED_RISE,
+    COHERENCE_RATES,
+    COHERENCE_STEPS,
+    EXTENSIONS,
+    METHODS,
+    UNLEARNING_STEPS,
+)
+from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.unlearning import UndoArguments, UnlearningArguments, undo, unlearn
 
 UNDO_LOOKS = 40
@@ -42,6 +50,8 @@ def change(cell: Cell, parent: Path, out: Path, material: Material) -> dict[str,
     about: dict[str, Any] = {}
     if kind == "random":
         remove_random_units(model, cell.settings.region_size, cell.settings.seed)
+    elif kind == "cohere":
+        about = coherent(model, material)
     elif kind == "undo":
         model, about = undone(model, cell, material, out.with_name("distillation"))
     else:
@@ -50,6 +60,16 @@ def change(cell: Cell, parent: Path, out: Path, material: Material) -> dict[str,
     model.save_pretrained(out)
     material.tokenizer.save_pretrained(out)
     return about
+
+
+def coherent(model: PreTrainedModel, material: Material) -> dict[str, Any]:
+    """Give an ablated model its coherence back, in place, by rows that are labelled retain; return what that took."""
+    known = np.flatnonzero(np.array(material.rows["route_label"][:]) == RETAIN)
+    rows = torch.tensor(material.rows.select(known)["input_ids"][:], dtype=torch.long)
+    found = restore_coherence(model, rows, COHERENCE_STEPS, COHERENCE_RATES)
+    tokens = COHERENCE_STEPS * min(BATCH, len(rows) // 2) * rows.shape[1]
+    ledger = Ledger.of_training(matmul_parameters(model), tokens=tokens, steps=COHERENCE_STEPS)
+    return {"coherence": asdict(found), "ledger": ledger.to_dict()}
 
 
 def undone(

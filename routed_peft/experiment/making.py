@@ -40,7 +40,7 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
         former = json.loads((parent / NUMBERS).read_text())
         before = Ledger.from_dict(former["ledger"])
         about["ledger"] = (before + own).to_dict()
-        if cell.method.change not in (*UNLEARNING, "undo"):  # these are trained on more
+        if cell.method.change not in (*UNLEARNING, "undo", "cohere"):  # these are trained on more
             about |= {name: former[name] for name in ("tokens_by_side",) if name in former}
         return about | measured(open_model(folder / cell.method.plain), settings, material)
     if cell.method.equal_retain:

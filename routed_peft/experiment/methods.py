@@ -30,7 +30,7 @@ class Method:
         equal_retain: whether it is trained until it has seen as much retain text as teaches the base of the routed arm.
         parent: the method from whose trained model this one is made.
         change: what is done to the parent's model: "ablate" its region, "random" units as many as the region has, a method
-            of `routed_peft.unlearning`, or "undo".
+            of `routed_peft.unlearning`, "undo", or "cohere" (`routed_peft.coherence`).
         unlearning: what its `routed_peft.unlearning.UnlearningArguments` say besides the method.
         rates: learning rates of unlearning that are tried to begin with.
         noise: alpha and beta of UNDO.
@@ -96,6 +96,10 @@ EXTENSIONS = 4
 """How many learning rates are tried beyond those that a method has to begin with."""
 ALLOWED_RISE = 0.05
 """Share by which unlearning may raise the validation loss on retain text; its learning rate is chosen under that limit."""
+COHERENCE_STEPS = 41
+"""After ablation, in ERA; as published."""
+COHERENCE_RATES = (5e-5, 3e-4)
+"""The published rate, and the published share of the peak rate of training, which is higher here: the better one counts."""
 _ARM = {arm.key: arm for arm in ARMS}
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 UNLEARNING: dict[
@@ -120,6 +124,7 @@ METHODS = {
     "routed": Method(_ARM["routed"]),
     "sgtm": Method(_ARM["routed"], PLAIN),
     "era": Method(replace(_ARM["routed"], era=True), PLAIN),
+    "era_coherent": Method(replace(_ARM["routed"], era=True), PLAIN, parent="era", change="cohere"),
     "demix": Method(replace(_ARM["routed"], demix=True), PLAIN),
     "control": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="ablate"),
     "random_units": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="random"),

@@ -163,6 +163,14 @@ CARDS: dict[str, Card] = {
         "−0.75, weighed by how much a token belongs to the forget side; unlabelled rows train everything. Without the "
         "paper's fine-tuning for coherence after ablation.",
         f"{_GRADIENT_ROUTING}, section 4.2",
+        "ERA, only ablated",
+    ),
+    "era_coherent": Card(
+        "ERA",
+        "routing",
+        "The former, and then up to 41 steps on 64 rows labelled retain as one batch, at two learning rates; the weights "
+        "with the lowest loss on other rows labelled retain are kept.",
+        f"{_GRADIENT_ROUTING}, section 4.2 and its appendix",
         "ERA",
     ),
     "sgtm": Card(
