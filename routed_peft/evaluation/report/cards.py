@@ -205,15 +205,19 @@ UNDO = "undo-"
 """What the keys of UNDO's methods begin with; then comes alpha."""
 VARIANT = ":"
 """What stands between a method's key and the settings by which a variant of it differs."""
+NAMED = {'overrule=true,first_forget_share=0.5,threshold="median",score_again_at=0.4': "may overrule labels"}
+"""Settings that belong together, and their name for readers."""
 
 
 def variant_name(changes: str) -> str:
-    """Write the settings of a variant for readers.
+    """Write the settings of a variant for readers, or their name where they have one.
 
     >>> variant_name('forget_share=0.2,by_document=true,threshold="median"')
     'forget share=0.2, by document, threshold=median'
+    >>> variant_name(next(iter(NAMED)))
+    'may overrule labels'
     """
-    return changes.replace("=true", "").replace("_", " ").replace(",", ", ").replace('"', "")
+    return NAMED.get(changes) or changes.replace("=true", "").replace("_", " ").replace(",", ", ").replace('"', "")
 
 
 def base_of(method: str) -> str:
