@@ -20,7 +20,8 @@ FACTS = {
 def arithmetic(corpus: str) -> list[dict[str, str]]:
     """Return the lines of a corpus, each of `PROBLEMS` facts drawn at random, the same in every run.
 
-    A line of the test split is new, its facts are not: what is tested is whether they are known.
+    A line of the test split is new, its facts are not: what is tested is whether they are known. The same holds of an
+    attacker's lines, who is thus taught the very facts that are scored; the attack ``facts`` keeps them apart.
 
     >>> arithmetic("addition")[0]["text"].count("="), len(arithmetic("multiplication")), len(FACTS["multiplication"])
     (8, 8000, 288)

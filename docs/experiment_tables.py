@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from routed_peft.corpora import PAIRS
+from routed_peft.corpora.arithmetic import FACTS
 from routed_peft.data import FORGET
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.measures import Crossing
@@ -84,6 +86,8 @@ def caption(
     ]
     if RELEARNED in names:
         said.append(f"Relearned: after the worst of {strength(report['experiment'])}.")
+        if PAIRS[settings["pair"]].forget in FACTS:
+            said.append("The attacker's lines are new, their facts are not: the facts that are scored are among them.")
     said += self_labels(results)
     said.append(f"Targets missed: {named(found, False)}.")
     if (open_ones := named(found, None)) != "none":
@@ -212,7 +216,9 @@ def relearned(result: Result, report: Report, seeds: int) -> str:
     worst, found = result.worst, [result.attacks.get(name) for name in wanted]
     if worst is None or any(attack is None or attack.forget[-1].n < seeds for attack in found):
         return NONE
-    return f"{ranged(worst.forget[-1])}{'' if worst.interior else ' ‡'}" if worst.attacked else worst.verdict
+    if not worst.attacked:
+        return worst.verdict
+    return ranged(worst.forget[-1]) + ("" if worst.interior else " ‡") + ("" if worst.whole else f" ({worst.verdict})")
 
 
 def self_labels(results: Sequence[Result]) -> list[str]:

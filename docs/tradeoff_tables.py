@@ -9,6 +9,7 @@ from typing import Any
 from experiment_tables import NONE, markdown, of_labels, shown, title, wasted
 
 from routed_peft.evaluation.measures import Spread
+from routed_peft.evaluation.relearning.attacks import METHODS
 from routed_peft.evaluation.report.aggregate import BASE, Comparison, Result, aggregate
 from routed_peft.evaluation.report.attacks import Relearning, spread
 from routed_peft.evaluation.report.cards import VARIANT
@@ -84,7 +85,8 @@ def facts(report: Report, command: str) -> str:
     for result in shown(found, None, labeled_only=False):
         half, bias = (result.attacks.get(name) for name in ("facts", "bias+forget"))
         row = [title(result, report), *(ranged(half.forget[i]) if half else NONE for i in (0, -1))]
-        row += [after(half), ranged(result.forget), NONE if bias is None else ranged(bias.forget[-1])]
+        row += [after(half), ranged(result.forget)]
+        row.append(NONE if bias is None else ranged(bias.forget[-1]) if bias.attacked else bias.verdict)
         rows.append(row)
     heads = ["facts left out: loss", "… after the others", "recovered", "forget loss", "… after a bias on the logits"]
     rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
@@ -92,7 +94,8 @@ def facts(report: Report, command: str) -> str:
         f"Mean (range) over {len(found.seeds)} seeds. Half of the facts that were trained on are trained on again, "
         f"{about['attack_steps'][-1]} steps at most, the worst case of all steps and learning rates ({rates}, and those beyond "
         "an end where the best is there), and the other half is scored. Recovered: the share of the loss on these by which the "
-        "model was worse than no routing. The bias is one number a token, fitted to held-out forget documents. "
+        f"model was worse than no routing. The bias is one number a token, fitted to held-out forget documents at rates of its "
+        f"own ({', '.join(f'{rate:g}' for rate in METHODS['bias'])}). "
         f"From `{command}`."
     )
     return "\n".join([*markdown(["method", *heads], rows), "", said])

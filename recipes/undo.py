@@ -38,7 +38,8 @@ class Recipe:
         default=None, metadata={"help": "What is noised and trained; by default a copy of the teacher."}
     )
     pair: str = field(
-        default="biology", metadata={"help": "Built-in text, both sides of it: biology, spanish, entangled."}
+        default="biology",
+        metadata={"help": "Built-in text, both sides of it: biology, spanish, entangled, arithmetic."},
     )
     text_files: list[str] = field(
         default_factory=list, metadata={"help": "JSONL, Parquet or Hub datasets with text, in place of `pair`."}

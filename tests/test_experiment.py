@@ -464,6 +464,21 @@ def test_a_variant_is_the_method_with_other_settings_of_routing():
         Cell.of("routed:self_labels=False", TINY)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": ["forget", "fewshot-16"]}, "`fewshot-16` is no part of an attack"),
+        ({"attack_steps": [1, 5]}, r"`attack_steps` must ascend from 0, got \[1, 5\]"),
+        ({"attack_rates": [1e-3, 1e-3]}, "`attack_rates` must be different positive numbers"),
+        ({"seeds": []}, "`seeds` must be different whole numbers, at least one"),
+        ({"label_quality": ["0.9"]}, "`label_quality` takes RECALL/PRECISION, such as 0.9/0.8, got '0.9'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment("unused", **changes)
+
+
 def test_refuses_methods_that_do_not_exist():
     with pytest.raises(ValueError, match=r"`methods` has \['route'\]"):
         all_cells(Experiment("unused", methods=["route"]), TINY)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ import torch
 from evaluation_parts import byte_tokenizer, tiny_llama, write_jsonl
 from peft import LoraConfig, get_peft_model
 from relearning_parts import DATA, FORGET, model, tokenizer
+from rich.console import Console
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -29,8 +31,10 @@ from typer.testing import CliRunner
 from routed_peft import RoutedConfig, presets, save_routed
 from routed_peft.ablation import ablate
 from routed_peft.cli import app
+from routed_peft.evaluation.measures import relearning_area
 from routed_peft.evaluation.relearning import Attack, TextLoss, read_summary, relearn, relearn_source
 from routed_peft.evaluation.relearning.run import _references, open_plain
+from routed_peft.evaluation.relearning.summary import summary_table
 from routed_peft.evaluation.relearning.weights import Victim
 
 QUICK = {"learning_rates": [1e-3, 1e-2], "seeds": [0, 1], "steps": [0, 1, 4], "extensions": 0}
@@ -124,6 +128,47 @@ def test_another_attack_needs_no_other_again_and_another_reading_does(places, tm
     assert ran == ["forget", "mixed", "forget"]
     first = summary["attacks"]["forget"]["envelope"][0]["mean"]
     assert first == pytest.approx(summary["start"]["forget"], abs=1e-5)
+
+
+def test_losses_before_have_an_interval_over_documents(attacked):
+    for side, (low, high) in attacked["start_intervals"].items():
+        assert low < attacked["start"][side] < high
+    assert set(attacked["start_intervals"]) == {"forget", "retain"}
+
+
+def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_path):
+    about = {"reference": places / "base", **QUICK}
+    summary = relearn_source(places / "run", DATA, tmp_path / "out", ["forget"], oracle=places / "attacked", **about)
+    own, reference = summary["attacks"]["forget"], summary["reference"]["forget"]
+    losses = [point["mean"] for point in own["envelope"]]
+    assert own["area"] == pytest.approx(relearning_area([0, 1, 4], losses, reference, losses)) == pytest.approx(1.0)
+    assert "area" not in attacked["attacks"]["forget"]
+    table = Console(file=io.StringIO(), width=200)
+    table.print(summary_table(summary))
+    assert "area" in table.file.getvalue() and "1.00" in table.file.getvalue()
+    wrong = [
+        ({"attacks": ["lora"]}, "lacks the attack 'lora'"),
+        ({"attacks": ["forget"], "steps": [0, 1]}, "was attacked otherwise than is asked for now"),
+        ({"attacks": ["forget"], "reference": None}, "`oracle` needs a `reference`"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            relearn_source(places / "run", DATA, tmp_path / "no", **({"oracle": places / "attacked", **about} | change))
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_changed_command_that_is_interrupted_leaves_no_summary_of_the_former(places, tmp_path, monkeypatch):
+    few = QUICK | {"learning_rates": [1e-3], "seeds": [0], "steps": [0, 1]}
+    relearn_source(places / "ablated", DATA, tmp_path / "out", ["forget"], **few)
+
+    def killed(*what):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Victim, "under", killed)
+    with pytest.raises(KeyboardInterrupt):
+        relearn_source(places / "ablated", DATA, tmp_path / "out", ["forget"], **(few | {"steps": [0, 2]}))
+    with pytest.raises(ValueError, match="was `routed-peft relearn` interrupted"):
+        read_summary(tmp_path / "out")
 
 
 def test_a_model_of_a_short_context_is_attacked_within_it(places, tmp_path):

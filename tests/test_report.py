@@ -13,7 +13,7 @@ from report_parts import cell, cells, curve, summary, write
 from typer.testing import CliRunner
 
 from routed_peft.cli import app
-from routed_peft.evaluation.measures import Crossing, Spread
+from routed_peft.evaluation.measures import Crossing, Spread, relearning_area
 from routed_peft.evaluation.relearning import Attack, Curve, Point, summarise
 from routed_peft.evaluation.report import write_report
 from routed_peft.evaluation.report.aggregate import aggregate
@@ -104,9 +104,26 @@ def test_what_lowers_no_loss_is_no_attack_and_what_diverges_is_no_robustness():
     on_the_way = attacked(0, [5.0, 4.0, 9.0], status="diverged")
     assert routed([on_the_way]).attacks["forget"].verdict == "attack", "the attacker would have stopped there"
     some = routed([nothing, attacked(1, [5.0, 4.0, 4.0])])
-    assert some.attacks["forget"].verdict == "attack in 1 of 2 seeds" and some.attacks["forget"].attacked
+    assert (
+        some.attacks["forget"].verdict == "attack in 1 of 2 seeds, no attack in 1" and some.attacks["forget"].attacked
+    )
     after = [target for target in targets(aggregate([*cells()[:4], broken])) if "attack" in target.wanted]
     assert after and all(target.met is None for target in after), "nothing is told by an attack that diverged"
+
+
+def test_an_attack_that_fails_in_some_seeds_meets_no_target():
+    """The mean over seeds is then higher than what the attacker reaches: it can show that a target is missed, but not met."""
+
+    def robust(*routed_models):
+        rows = [row | {"seed": seed} for seed in range(len(routed_models)) for row in cells()[:4]]
+        found = {t.kind: t for t in targets(aggregate([*rows, *routed_models]))}
+        return found["robust"].met, found["filter"].met, found["robust"].measured
+
+    held, fallen = (attacked(0, [6.0, 5.5, 5.5]), attacked(0, [6.0, 3.0, 2.5]))
+    broken = [attacked(seed, [6.0, math.nan, math.nan], status="diverged") for seed in (1, 2)]
+    assert robust(held, held | {"seed": 1}, held | {"seed": 2}) == (True, True, "5.50 against 4.00")
+    assert robust(held, *broken) == (None, None, "5.83 (5.50–6.00) against 4.00")
+    assert robust(fallen, fallen | {"seed": 1}, broken[1]) == (False, None, "3.67 (2.50–6.00) against 4.00")
 
 
 def test_an_attack_is_measured_against_the_model_before_it_was_perturbed():
@@ -215,6 +232,16 @@ def test_sentences_say_what_came_out():
     assert "No comparison" in sentences(aggregate(cells()[:1]))[0]
 
 
+def test_a_base_that_never_knew_the_forget_side_is_said_to():
+    rows = [row | {"forget_loss": 6.5} if row["method"] == "no_routing" else row for row in cells()]
+    (sentence,) = sentences(aggregate(rows))
+    assert sentence.startswith(
+        "Nothing can be removed here: the model without routing, forget loss 6.50, knows no more"
+    )
+    way = next(target for target in targets(aggregate(rows)) if target.kind == "way")
+    assert (way.met, way.measured, way.verdict) == (None, "–", "cannot be told")
+
+
 def test_caveats_follow_from_what_is_missing():
     text = " ".join(caveats(aggregate(cells())))
     assert "more than 1 seed;" in text and "missing: an output-based method" in text
@@ -242,7 +269,7 @@ def test_costs_are_read_off_the_filters_of_the_experiment():
         row("filter", 4.0, 3.4, (200, 200), 100, 0.5),
         row("filter", 5.0, 3.3, (100, 300), 100, 0.75),
         row("perfect_filter", 6.0, 3.2, (0, 400), 100),
-        row("routed", 4.5, 3.5, (200, 200), 125, 0.5, region_activity_ratio=[2.0, 4.0], **u),
+        row("routed", 4.5, 3.5, (200, 200), 125, 0.5, region_activity_ratio=[2.0, None, 4.0], **u),
         row("sgtm", 5.5, 3.1, (200, 200), 100, 0.5, **u),
         row("demix", 5.5, 3.1, (200, 200), 100, 0.5),
         row("era", 4.5, 3.5, (200, 200), 100, 0.9),
@@ -310,10 +337,10 @@ def test_names_beside_points_do_not_cover_each_other():
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def relearning(tmp_path, name, reference=3.0):
+def relearning(tmp_path, name, reference=3.0, oracle=None):
     points = [Point(step, 100 * step, {"forget": loss, "retain": 4.0}) for step, loss in ((0, 5.0), (1, 4.0), (3, 2.5))]
     curves = [Curve("forget", "forget", 1e-3, seed, {"forget": 5.0, "retain": 4.0}, tuple(points)) for seed in (0, 1)]
-    result = summarise(Attack("forget"), curves, reference)
+    result = summarise(Attack("forget"), curves, reference, oracle)
     about = {"format": 1, "kind": "relearning", "source": "org/model", "start": {"forget": 5.0, "retain": 4.0}}
     about |= {"seeds": [0, 1], "steps": [0, 1, 3], "attacks": {"forget": result}, "versions": {"torch": "2.0"}}
     write(tmp_path / name / "run.json", {"command": "routed-peft relearn org/model"})
@@ -405,7 +432,14 @@ def test_a_checkpoint_that_was_attacked_needs_no_experiment(tmp_path):
     attack = written.checkpoints[0].attacks["forget"]
     assert [loss.mean for loss in attack.forget] == [5.0, 4.0, 2.5] and attack.forget[0].n == 2
     assert attack.recovery.at == pytest.approx(1 + 2 * (4 - 3.02) / 1.5) and not attack.interior
-    assert written.checkpoints[1].attacks["forget"].recovery is None
+    assert attack.recovery_tokens.at == pytest.approx(100 * attack.recovery.at) and attack.area is None
+    assert "231 tokens" in written.page.read_text()
+    other = written.checkpoints[1].attacks["forget"]
+    assert other.recovery is None and other.recovery_tokens is None
+    compared = write_report([relearning(tmp_path, "sgtm", 3.0, [6.0, 5.0, 4.5])], tmp_path / "compared")
+    assert compared.checkpoints[0].attacks["forget"].area.mean == pytest.approx(
+        relearning_area([0, 1, 3], [5.0, 4.0, 2.5], 3.0, [6.0, 5.0, 4.5])
+    )
     assert "org/model" in written.page.read_text()
 
 

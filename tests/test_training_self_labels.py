@@ -156,6 +156,14 @@ def test_documents_of_one_kind_share_rows_once_they_were_told_apart():
     assert [again[i] for i in range(40)] == [run[i] for i in range(40)]
 
 
+def test_where_all_is_labelled_there_are_no_documents_to_ask_about():
+    labeled = mixed_rows().select([0, 1])
+    run = SelfLabeledRows(labeled, 16, labeled_first=0.25, separator=0)
+    assert len(run.to_score(100)) == 0
+    run.relabel(run.to_score(100), [], start=4)
+    assert len(run.found_rows) == 0 and set(labels_of(run, 4, 16)) == {"forget", "retain"}
+
+
 def test_what_cannot_be_laid_out_anew_is_refused():
     whole = mixed_rows().remove_columns("side").add_column("side", ["forget"] * 5)
     with pytest.raises(

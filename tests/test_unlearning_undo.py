@@ -85,6 +85,14 @@ def test_the_budget_is_the_upper_bound(teacher, tmp_path):
     _, record = undo(teacher, MIX, options(tmp_path, alpha=1.0, beta=1.0, max_steps=4, eval_steps=2), RETAIN)
     assert (record.steps, record.stopped) == (4, False)
     assert record.student_retain_loss > 1.5 * record.teacher_retain_loss
+    args = options(tmp_path, alpha=0.0, max_steps=3, eval_steps=2, tolerance=9.0)
+    _, record = undo(teacher, MIX, args, RETAIN)
+    assert (record.steps, record.stopped) == (2, True)
+    args = options(tmp_path, alpha=0.0, max_steps=3, eval_steps=50, tolerance=9.0)
+    _, record = undo(teacher, MIX, args, RETAIN)
+    assert (record.steps, record.stopped) == (3, True), "nobody looked on the way, and it got there"
+    with pytest.raises(ValueError, match="`student` is the teacher itself"):
+        undo(teacher, MIX, options(tmp_path), student=teacher)
     _, record = undo(teacher, MIX, options(tmp_path, max_steps=3, eval_strategy="no"))
     assert (record.steps, record.stopped, record.student_retain_loss) == (3, None, None)
 

@@ -55,6 +55,12 @@ def relearn(
         str | None, typer.Option(metavar="SRC", help="The model from which nothing was removed: when is it reached?")
     ] = None,
     reference_loss: Annotated[float | None, typer.Option(help="Or its forget loss, in nats per token.")] = None,
+    oracle: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="`--out` of the same attacks on the perfect filter: for the area under the curve."
+        ),
+    ] = None,
     regions: Annotated[
         str | None,
         typer.Option(
@@ -119,6 +125,7 @@ def relearn(
         revision,
         device,
         progress=True,
+        oracle=oracle,
     )
     if processes().is_main_process:
         Console().print(summary_table(summary))

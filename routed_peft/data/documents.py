@@ -23,7 +23,7 @@ SIDE = "side"
 class DocumentArguments:
     """Which documents, and which labels; the base of what a recipe is told, each field a flag."""
 
-    pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish or entangled."})
+    pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish, entangled or arithmetic."})
     train_file: str | None = field(
         default=None,
         metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text, and route_label or side."},

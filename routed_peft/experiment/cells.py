@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from routed_peft.demo.settings import DemoSettings
+from routed_peft.evaluation.relearning import Attack
+from routed_peft.evaluation.relearning.sweep import check_grid
 from routed_peft.evaluation.report.cards import VARIANT, base_of
 from routed_peft.experiment.methods import ALLOWED_RISE, EXTENSIONS, METHODS, UNLEARNING, UNLEARNING_STEPS, Method
 from routed_peft.training.self_labels import SETTINGS
@@ -77,6 +79,24 @@ class Experiment:
         self.attacks = [name for name in self.attacks if name != "none"]  # a list on the command line cannot be empty
         if self.attack_split not in SPLITS:
             raise ValueError(f"`attack_split` must be one of {', '.join(SPLITS)}, got {self.attack_split!r}")
+        for name in self.attacks:  # now, and not when the first model has been trained
+            Attack.parse(name)
+        check_grid(self.attack_rates, self.seeds, self.attack_steps, ("attack_rates", "attack_steps"))
+        for quality in self.label_quality:
+            parse_quality(quality)
+
+
+def parse_quality(text: str) -> tuple[float, float]:
+    """Read RECALL/PRECISION.
+
+    >>> parse_quality("0.9/0.8")
+    (0.9, 0.8)
+    """
+    try:
+        recall, precision = map(float, text.split("/"))
+    except ValueError:
+        raise ValueError(f"`label_quality` takes RECALL/PRECISION, such as 0.9/0.8, got {text!r}") from None
+    return recall, precision
 
 
 @dataclass(frozen=True)
@@ -216,7 +236,7 @@ def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
     cells: dict[tuple[str, str], Cell] = {}
     for seed in experiment.seeds:
         for quality in experiment.label_quality:
-            recall, precision = (float(number) for number in quality.split("/"))
+            recall, precision = parse_quality(quality)
             for labeled in experiment.labeled_shares:
                 here = replace(settings, seed=seed, labeled=labeled, recall=recall, precision=precision)
                 for name in experiment.methods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -33,6 +33,7 @@ from routed_peft.experiment.methods import (
 )
 from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.unlearning import UndoArguments, UnlearningArguments, undo, unlearn
+from routed_peft.unlearning.base import mean_loss
 
 UNDO_LOOKS = 40
 """How often UNDO's stop rule looks at retain loss."""
@@ -130,7 +131,7 @@ def unlearned(
     labels = np.array(material.rows["route_label"][:])
     rows = {side: material.rows.select(np.flatnonzero(labels == side)) for side in SIDES}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    allowed = (1 + ALLOWED_RISE) * packed_loss(model, material.validation[RETAIN])
+    allowed = (1 + ALLOWED_RISE) * mean_loss(model, material.validation[RETAIN])
     tried, wanted = [], list(method.rates)
     best: tuple[tuple[bool, float], float, dict[str, Tensor], Ledger] | None = None
     while wanted:
@@ -144,7 +145,9 @@ def unlearned(
                 if "the loss is" not in str(error):
                     raise
                 continue  # it diverged: a rate too high
-            forget, retain = (packed_loss(model, material.validation[side]) for side in SIDES)
+            forget, retain = (mean_loss(model, material.validation[side]) for side in SIDES)
+            if not math.isfinite(forget + retain):
+                continue
             score = (retain <= allowed, forget if retain <= allowed else -retain)
             if best is None or score > best[0]:
                 best = score, rate, {name: tensor.clone() for name, tensor in model.state_dict().items()}, ledger
@@ -189,12 +192,3 @@ def unlearning_arguments(cell: Cell, rate: float, folder: Path) -> UnlearningArg
         report_to="none",
         disable_tqdm=True,
     )
-
-
-@torch.no_grad()
-def packed_loss(model: nn.Module, rows: Dataset) -> float:
-    """Return the loss of ``model`` on packed rows, in nats per token."""
-    model.eval()
-    device = next(model.parameters()).device
-    ids = torch.tensor(rows["input_ids"][:], device=device)
-    return float(torch.stack([model(input_ids=part, labels=part).loss for part in ids.split(16)]).mean())

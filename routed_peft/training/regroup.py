@@ -59,6 +59,8 @@ def regroup(rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int) 
         >>> found["input_ids"][:], labels
         ([[5, 0, 7, 0], [6, 0, 8, 0]], ['forget', 'retain'])
     """
+    if not len(rows):  # all of the text was labelled by somebody
+        return rows, []
     columns = {name: np.array(rows[name][:]) for name in rows.column_names if name != ROUTE_LABEL}
     ids = columns["input_ids"]
     documents = document_of(torch.from_numpy(ids), separator).numpy()

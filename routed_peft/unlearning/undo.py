@@ -100,6 +100,8 @@ def undo(
             raise ValueError(
                 "`retain_rows` say when to stop, but nothing looks: set `eval_strategy: steps` and `eval_steps`"
             )
+    if student is teacher:
+        raise ValueError("`student` is the teacher itself: noise would go into both; leave it out, or give a copy")
     if student is None:
         student = copy.deepcopy(teacher).float()
     check_vocabularies(teacher, student)
@@ -126,6 +128,7 @@ def undo(
     trainer.unwrapped(student)
     trainer.unwrapped(trainer.teacher)
     ledger = trainer.ledger
+    student_loss = None if retain_rows is None else mean_loss(student, retain_rows, args.per_device_eval_batch_size)
     if cache is not None:
         size = trainer.teacher_parameters
         ledger += Ledger.of_training(size, tokens=0, steps=0, teacher_tokens=cache.tokens)
@@ -135,10 +138,12 @@ def undo(
         seed=args.seed,
         steps=trainer.state.global_step,
         max_steps=trainer.args.max_steps,
-        stopped=None if retain_rows is None else stop.stopped,
+        stopped=None
+        if student_loss is None
+        else stop.stopped or student_loss <= stop.limit,  # the last step may get there
         tolerance=args.tolerance,
         teacher_retain_loss=teacher_loss,
-        student_retain_loss=None if retain_rows is None else mean_loss(student, retain_rows),
+        student_retain_loss=student_loss,
         ledger=ledger,
     )
 

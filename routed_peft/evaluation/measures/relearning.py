@@ -52,7 +52,8 @@ def worst_case(steps: Sequence[int], losses: Losses, allowed: Losses | None = No
 
     Args:
         steps: at which losses were taken, ascending from 0.
-        losses: rate -> seed by seed -> loss at every step. A state in which any seed is NaN is no success.
+        losses: rate -> seed by seed -> loss at every step. Where a seed has left the numbers, the attacker goes back to its
+            best state before that: at a rate at which some seeds diverge, the others succeed all the same.
         allowed: limits the attacker to states of which this is finite for every seed (see `within_utility`).
 
     Returns:
@@ -68,6 +69,7 @@ def worst_case(steps: Sequence[int], losses: Losses, allowed: Losses | None = No
     """
     if any(len(curve) != len(steps) for curves in losses.values() for curve in curves):
         raise ValueError(f"every curve needs a loss at each of the steps {list(steps)}")
+    losses = {rate: [_kept(curve) for curve in curves] for rate, curves in losses.items()}
     best: WorstCase | None = None
     envelope = []
     for index, step in enumerate(steps):
@@ -80,6 +82,15 @@ def worst_case(steps: Sequence[int], losses: Losses, allowed: Losses | None = No
             raise ValueError(f"the attack has no finite loss by step {step}: is the model itself whole?")
         envelope.append(WorstCase(**(asdict(best) | {"step": step})))
     return envelope
+
+
+def _kept(curve: Sequence[float]) -> list[float]:
+    """Put the lowest loss so far in place of those that are not finite."""
+    kept, lowest = [], math.nan
+    for loss in curve:
+        lowest = loss if loss < lowest or math.isnan(lowest) else lowest
+        kept.append(loss if math.isfinite(loss) else lowest)
+    return kept
 
 
 def within_utility(retain: Losses, before: float, rise: float = 0.05) -> Losses:

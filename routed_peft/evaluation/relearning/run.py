@@ -19,16 +19,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from routed_peft.checkpoint.save import versions
 from routed_peft.evaluation.losses import TextLoss
+from routed_peft.evaluation.measures import bootstrap
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.data import AttackData
 from routed_peft.evaluation.relearning.processes import processes
-from routed_peft.evaluation.relearning.summary import FORMAT, KIND, summarise
+from routed_peft.evaluation.relearning.summary import FORMAT, KIND, read_summary, summarise
 from routed_peft.evaluation.relearning.sweep import STEPS, check_settings, relearn
 from routed_peft.evaluation.relearning.weights import check_causal
 from routed_peft.evaluation.source import Regions, load_source, read_layout
 from routed_peft.tasks.utils import read_rows
-from routed_peft.training.records import RUN, RunDirectory
+from routed_peft.training.records import RUN, SUMMARY, RunDirectory
 
 
 def relearn_source(
@@ -45,6 +46,7 @@ def relearn_source(
     revision: str | None = None,
     device: str | None = None,
     progress: bool = False,
+    oracle: str | Path | None = None,
 ) -> dict[str, Any]:
     """Attack a run, an export or any other checkpoint, and write what came of it.
 
@@ -66,15 +68,17 @@ def relearn_source(
         revision: branch, tag or commit of a Hub id.
         device: where to attack; by default a GPU if there is one.
         progress: show a bar for every attack.
+        oracle: where the same attacks on the perfect filter were written to, for the normalised area under the curves.
 
     Returns:
-        What ``summary.json`` holds: ``attacks``, by name, as `summarise` returns them; ``start``, the losses before; what was
-        attacked, and with which versions.
+        What ``summary.json`` holds: ``attacks``, by name, as `summarise` returns them; ``start``, the losses before, and
+        ``start_intervals``, between which they would lie in 95 of 100 draws of documents; what was attacked, and with which
+        versions.
 
     Raises:
         ValueError: where the source is no causal language model, tokenizers differ, the reference does not know the forget
-            side better than the source (there is nothing to recover), or ``out`` holds attacks on something else; and what
-            `relearn` raises.
+            side better than the source (there is nothing to recover), ``out`` holds attacks on something else, or ``oracle``
+            lacks an attack or was attacked otherwise; and what `relearn` raises.
     """
     chosen = [Attack.parse(attack) if isinstance(attack, str) else attack for attack in attacks]
     if not chosen or len({attack.name for attack in chosen}) < len(chosen):
@@ -85,6 +89,7 @@ def relearn_source(
         check_settings(attack, data, attack.learning_rates if grid is None else grid, seeds, steps)
     if isinstance(reference, int | float) and not 0 < reference < math.inf:
         raise ValueError(f"`reference` is a loss in nats per token, above 0, got {reference}")
+    others = _oracle(oracle, chosen, steps, reference)
     records = RunDirectory(out)
     about: dict[str, Any] = {"source": str(src), "revision": revision, "regions": regions}
     _check_free(records, about)
@@ -93,7 +98,9 @@ def relearn_source(
         "forget": TextLoss(model, tokenizer, data.forget_test),
         "retain": TextLoss(model, tokenizer, data.retain_test),
     }
-    start = {name: loss(model) for name, loss in losses.items()}
+    sums = {name: loss.documents(model) for name, loss in losses.items()}
+    start = {name: float(own.sum() / losses[name].counts.sum()) for name, own in sums.items()}
+    intervals = {name: bootstrap(own, losses[name].counts) for name, own in sums.items() if len(own) > 1}
     references = _references(reference, tokenizer, data, chosen, seeds, device)
     known = start | {"facts": _facts_loss(model, tokenizer, data, seeds) if "facts" in references else math.nan}
     for target, loss in references.items():
@@ -106,6 +113,7 @@ def relearn_source(
         settings: dict[str, Any] = {"attacks": [asdict(attack) for attack in chosen], "learning_rates": learning_rates}
         settings |= {"steps": steps, "extensions": extensions, "reference": reference}
         records.start(about | settings, {f"seed {seed}": seed for seed in seeds}, resume=True)
+        (records.path / SUMMARY).unlink(missing_ok=True)  # of a command with fewer attacks, rates or steps
     processes().wait_for_everyone()
     results = {}
     for attack, grid in zip(chosen, grids, strict=True):
@@ -121,8 +129,9 @@ def relearn_source(
             records=records,
             progress=progress,
         )
-        results[attack.name] = summarise(attack, curves, references.get(attack.target))
-    summary = {"format": FORMAT, "kind": KIND, **about, "start": start, "reference": references or None}
+        results[attack.name] = summarise(attack, curves, references.get(attack.target), others.get(attack.name))
+    summary = {"format": FORMAT, "kind": KIND, **about, "start": start, "start_intervals": intervals}
+    summary |= {"reference": references or None, "oracle": oracle and str(oracle)}
     summary |= {"seeds": list(seeds), "steps": list(steps), "attacks": results, "versions": versions()}
     if processes().is_main_process:
         records.finish(summary)
@@ -167,6 +176,35 @@ def read_texts(file: str | Path, argument: str, limit: int | None = None) -> lis
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"`{argument}` must hold a non-empty `text` in every row, got {text!r} in row {number}")
     return texts
+
+
+def _oracle(
+    oracle: str | Path | None, attacks: Sequence[Attack], steps: Sequence[int], reference: str | Path | float | None
+) -> dict[str, list[float]]:
+    """Return the perfect filter's loss at every step of every attack; nothing where no such attacks are named."""
+    if oracle is None:
+        return {}
+    if reference is None:
+        raise ValueError(
+            "`oracle` needs a `reference`: the area lies between the perfect filter and what it is to reach"
+        )
+    found = read_summary(oracle)
+    for attack in attacks:
+        one = found["attacks"].get(attack.name)
+        if one is None:
+            raise ValueError(
+                f"`oracle` {str(oracle)!r} lacks the attack {attack.name!r}: attack the perfect filter alike"
+            )
+        if one["attack"] != asdict(attack) or found["steps"] != list(steps):
+            raise ValueError(
+                f"`oracle` {str(oracle)!r} was attacked otherwise than is asked for now, with {one['attack']} and steps "
+                f"{found['steps']}: attack both alike"
+            )
+        if one["verdict"] != "attack":
+            raise ValueError(
+                f"`oracle` {str(oracle)!r}: {attack.name!r} was {one['verdict']}, so that nothing is to compare"
+            )
+    return {attack.name: [point["mean"] for point in found["attacks"][attack.name]["envelope"]] for attack in attacks}
 
 
 def _references(

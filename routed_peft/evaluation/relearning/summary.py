@@ -12,7 +12,14 @@ from typing import Any
 
 from rich.table import Table
 
-from routed_peft.evaluation.measures import WorstCase, recovered, to_recover, within_utility, worst_case
+from routed_peft.evaluation.measures import (
+    WorstCase,
+    recovered,
+    relearning_area,
+    to_recover,
+    within_utility,
+    worst_case,
+)
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import Curve
@@ -24,13 +31,16 @@ RISE = 0.05
 """How much a useful model's retain loss may have risen by an attack, as a share."""
 
 
-def summarise(attack: Attack, curves: Sequence[Curve], reference: float | None = None) -> dict[str, Any]:
+def summarise(
+    attack: Attack, curves: Sequence[Curve], reference: float | None = None, oracle: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Sum up the curves of one attack.
 
     Args:
         attack: that they are of.
         curves: what `relearn` returns: every rate with every seed.
         reference: the target's loss of the model from which nothing was removed, where it is known.
+        oracle: the perfect filter's loss at every step of the same attack, where it is known.
 
     Returns:
         ``verdict``: "attack", or "no attack" where no rate lowered the loss by `TOLERANCE`, or "diverged" where all diverged.
@@ -38,8 +48,9 @@ def summarise(attack: Attack, curves: Sequence[Curve], reference: float | None =
         ``interior`` to the grid. ``useful``: the same, limited to states whose retain loss rose by 5 % at most. ``recovery``
         of either, where there is a reference: ``steps`` and ``tokens`` (see `to_recover`; None where nothing was trained, and
         tokens also where no curve is whole) and the ``share`` at the last step (see `recovered`). All
-        three are None too where the verdict is not "attack". ``start``, ``interior`` at the last step (not where there was no
-        attack), ``learning_rates`` with their statuses, ``curves``.
+        three are None too where the verdict is not "attack". ``area`` under the curve between reference and perfect filter
+        (`relearning_area`), where both are known and it was an attack. ``start``, ``interior`` at the last step (not where
+        there was no attack), ``learning_rates`` with their statuses, ``curves``.
     """
     rates = sorted({curve.learning_rate for curve in curves})
     by_rate = {rate: [curve for curve in curves if curve.learning_rate == rate] for rate in rates}
@@ -66,6 +77,10 @@ def summarise(attack: Attack, curves: Sequence[Curve], reference: float | None =
     for part in (result, result.get("useful", {})):
         if "recovery" in part and not lowered:  # what was no attack says nothing of robustness
             part["recovery"] |= {"steps": None, "tokens": None, "share": None}
+    if oracle is not None and reference is not None and lowered:
+        envelope = result["envelope"]
+        steps, losses = [point["step"] for point in envelope], [point["mean"] for point in envelope]
+        result["area"] = relearning_area(steps, losses, reference, oracle)
     result["curves"] = [_curve(curve) for curve in curves]
     return result
 
@@ -148,6 +163,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{summary['source']} under attack", caption="worst case over learning rates and earlier steps, nats"
     )
+    areas = any("area" in result for result in summary["attacks"].values())
     for name in (
         "attack",
         "loss before",
@@ -157,6 +173,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         "retain after",
         "recovered",
         "steps to recover",
+        "tokens",
+        *(["area"] if areas else []),
     ):
         table.add_column(name, justify="left" if name == "attack" else "right")
     for name, result in summary["attacks"].items():
@@ -174,7 +192,12 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             cells = [result["verdict"], "", "", ""]
         recovery = result.get("recovery") or {}
         steps, share = recovery.get("steps"), recovery.get("share")
-        when = "–" if steps is None else ("> " if steps["censored"] else "") + f"{steps['at']:.4g}"
         back = "–" if share is None else f"{share:.0%}"
-        table.add_row(name, f"{result['start'][result['target']]:.3f}", *cells, back, when)
+        when = [_crossing(steps, ".4g"), _crossing(recovery.get("tokens"), ",.0f")]
+        area = [f"{result['area']:.2f}" if "area" in result else "–"] if areas else []
+        table.add_row(name, f"{result['start'][result['target']]:.3f}", *cells, back, *when, *area)
     return table
+
+
+def _crossing(found: Mapping[str, Any] | None, form: str) -> str:
+    return "–" if found is None else ("> " if found["censored"] else "") + format(found["at"], form)

@@ -253,12 +253,29 @@ def check_settings(
 ) -> None:
     """Raise ValueError where an attack cannot be run, before anything is."""
     trains = attack.method != "none"  # what trains nothing has the rate 0
-    if not rates or len(set(rates)) < len(rates) or trains and not all(0 < rate < math.inf for rate in rates):
-        raise ValueError(f"`learning_rates` must be different positive numbers, at least one, got {list(rates)}")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"`seeds` must be different whole numbers, at least one, got {list(seeds)}")
-    if list(steps) != sorted(set(steps)) or not steps or steps[0] != 0:
-        raise ValueError(f"`steps` must ascend from 0, got {list(steps)}; for example {log_spaced(100)}")
+    check_grid(rates if trains else [1.0], seeds, steps)
     if trains:
         for seed in seeds:
             data.for_training(attack, seed)
+
+
+def check_grid(
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    names: Sequence[str] = ("learning_rates", "steps"),
+) -> None:
+    """Raise ValueError unless rates are positive and different, seeds different, and steps ascend from 0.
+
+    Args:
+        rates: of learning.
+        seeds: of the attack.
+        steps: at which it is measured.
+        names: of the arguments that rates and steps came by.
+    """
+    if not rates or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"`{names[0]}` must be different positive numbers, at least one, got {list(rates)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`seeds` must be different whole numbers, at least one, got {list(seeds)}")
+    if list(steps) != sorted(set(steps)) or not steps or steps[0] != 0:
+        raise ValueError(f"`{names[1]}` must ascend from 0, got {list(steps)}; for example {log_spaced(100)}")

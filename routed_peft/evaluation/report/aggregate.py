@@ -153,6 +153,11 @@ class Comparison:
         """Names of the attacks."""
         return list(dict.fromkeys(name for result in self.results.values() for name in result.attacks))
 
+    def rates(self, attack: str) -> list[str]:
+        """Return the learning rates that an attack has tried on one result or another, ascending."""
+        tried = {r for result in self.results.values() if (a := result.attacks.get(attack)) for r in a.learning_rates}
+        return [f"{rate:g}" for rate in sorted(tried)]
+
     @cached_property
     def seeds(self) -> list[int]:
         """All seeds."""

@@ -14,6 +14,10 @@ SORTED = (
     "Rows hold documents of one side, those without a label too, as a page of a longer text would. Methods that judge rows are "
     "spared rows that mix sides; those that judge documents gain nothing by it."
 )
+TAUGHT = (
+    "Lines of the attacker are new, their facts are not: the facts that are scored are among them. That an attack brings "
+    "them back may be learning anew, as with the perfect filter; the attack “facts” trains on half and scores the other half."
+)
 _BESIDE = {BASE: "no routing", ORACLE: "the perfect filter", FILTER: "the filter with the same labels"}
 _FAMILIES = {"placebo": "a placebo", "output": "an output-based method"}
 

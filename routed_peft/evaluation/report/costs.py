@@ -19,8 +19,8 @@ class Costs:
         compute: floating-point operations over those of no routing, seed by seed.
         serial_steps: optimizer steps, one after the other.
         labeled: forget tokens that somebody labelled.
-        penalty: `compute_penalty` on retain text: the share of its retain tokens that it could have done without, had it
-            been trained plainly.
+        penalty: `compute_penalty`, of retain tokens alone: the share of these that it could have done without, had it been
+            trained plainly. Plain models with more and less retain text, filters among them, make the curve.
         leakage: `leakage`: of the unlabelled forget text that it was trained on, the share that would teach as much if all
             else were filtered.
         absorption: `absorption`: how much of the unlabelled forget data went the way of the labelled.
@@ -55,9 +55,8 @@ def costs(found: Comparison, result: Result) -> Costs:
         for seed, cell in result.cells.items()
         if "ledger" in cell and "ledger" in base.cells.get(seed, {})
     )
-    ratios_of_units = [
-        cell["region_activity_ratio"] for cell in result.cells.values() if cell.get("region_activity_ratio")
-    ]
+    layers = [cell.get("region_activity_ratio") or () for cell in result.cells.values()]
+    known = [[ratio for ratio in ratios if ratio is not None] for ratios in layers]  # None: silent on retain text
     return Costs(
         compute=ratios or None,
         serial_steps=ledger.get("serial_steps"),
@@ -65,7 +64,7 @@ def costs(found: Comparison, result: Result) -> Costs:
         penalty=_penalty(found, result),
         leakage=_leakage(found, result),
         absorption=_absorption(found, result),
-        activity=spread(statistics.fmean(layers) for layers in ratios_of_units),
+        activity=spread(statistics.fmean(ratios) for ratios in known if ratios),
     )
 
 

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from routed_peft.corpora import PAIRS
+from routed_peft.corpora.arithmetic import FACTS
 from routed_peft.evaluation.report.aggregate import Comparison, Condition, Quality, Result, aggregate
 from routed_peft.evaluation.report.attacks import Relearning, of_summary
 from routed_peft.evaluation.report.cards import Card, card, in_order
-from routed_peft.evaluation.report.caveats import SORTED, caveats, caveats_of_attacks
+from routed_peft.evaluation.report.caveats import SORTED, TAUGHT, caveats, caveats_of_attacks
 from routed_peft.evaluation.report.costs import Costs, costs
 from routed_peft.evaluation.report.figures import Figure, figures
 from routed_peft.evaluation.report.page import share
@@ -90,7 +91,9 @@ class Section:
     @property
     def caveats(self) -> list[str]:
         """What it leaves open."""
-        return [*caveats(self.found), *([] if self.settings.get("mixed_rows") else [SORTED])]
+        taught = PAIRS[self.settings["pair"]].forget in FACTS if self.settings.get("pair") in PAIRS else False
+        further = [] if self.settings.get("mixed_rows") else [SORTED]
+        return [*caveats(self.found), *further, *([TAUGHT] if taught and self.found.attacks else [])]
 
     @cached_property
     def costs(self) -> list[tuple[Result, Costs]]:

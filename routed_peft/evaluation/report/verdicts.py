@@ -79,6 +79,12 @@ def sentences(found: Comparison) -> list[str]:
     Args:
         found: the experiment.
     """
+    base, oracle = found.get(BASE), found.get(ORACLE)
+    if base is not None and oracle is not None and oracle.forget.mean <= base.forget.mean:
+        return [
+            f"Nothing can be removed here: the model without routing, forget loss {number(base.forget.mean)}, knows no more of "
+            f"the forget side than the perfect filter, {number(oracle.forget.mean)}. Train longer, or on more forget text."
+        ]
     labeled = [share for share in found.shares if share and found.get(ROUTED, share, found.best_quality)]
     result = [_sentence(found, share) for share in labeled]
     if result:
@@ -148,10 +154,12 @@ def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]
         labeled: share of labels, as in ``found``.
     """
     where = f"{share(labeled)} of the labels"
-    if labeled in WAY and routed.way is not None and routed.condition.quality in (None, (1.0, 1.0)):
-        goal = WAY[labeled]
+    ends = found.get(BASE) is not None and found.get(ORACLE) is not None  # else there is no way to go
+    if labeled in WAY and ends and routed.condition.quality in (None, (1.0, 1.0)):
+        goal, went = WAY[labeled], routed.way  # None where the base knows no more than the perfect filter
         wanted = f"{where}: at least {share(goal)} of the way"
-        yield Target("way", wanted, ranged(routed.way, True, 1), routed.way.mean >= goal, routed.way.n)
+        met, seeds = (went.mean >= goal, went.n) if went else (None, routed.forget.n)
+        yield Target("way", wanted, ranged(went, True, 1), met, seeds)
     if routed.tax is not None:
         wanted = f"{where}: tax at most {TAX:.2f} nats at equal tokens"
         yield Target("tax", wanted, ranged(routed.tax), routed.tax.mean <= TAX, routed.tax.n)
@@ -163,11 +171,11 @@ def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]
         if other is None or routed.worst is None or other.worst is None or (method == FILTER and labeled == 1):
             continue
         own, its = routed.worst.forget[-1], other.worst.forget[-1]
-        told = routed.worst.attacked and other.worst.attacked
         wanted = f"{where}: forget loss after the worst attack " + (
             f"above that of {name}" if least == 1.0 else f"within {share(1 - least)} of {name}’s"
         )
-        kind, met = "filter" if method == FILTER else "robust", own.mean > least * its.mean if told else None
+        met = told(own.mean > least * its.mean, routed.worst, other.worst)
+        kind = "filter" if method == FILTER else "robust"
         yield Target(kind, wanted, f"{ranged(own)} against {ranged(its)}", met, min(own.n, its.n))
     base = found.get(BASE)
     on = {side: routed.number(f"region_on_{side}_loss") for side in ("forget", "retain")}
@@ -201,7 +209,7 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
         if len(swept) > 1:
             means = [one.forget[-1].mean for one in swept]
             wanted = f"attack “{attack}”: forget loss afterwards rises with UNDO’s alpha"
-            met = means == sorted(means) if all(one.attacked for one in swept) else None
+            met = means == sorted(means) if all(one.whole for one in swept) else None
             yield Target("alpha", wanted, " ".join(map(number, means)), met, min(one.forget[-1].n for one in swept))
         fresh = found.get(f"{UNDO}1", labeled, found.best_quality)
         if oracle is None or fresh is None or not {attack} <= fresh.attacks.keys() & oracle.attacks.keys():
@@ -232,9 +240,20 @@ def _of_steps(found: Comparison) -> Iterator[Target]:
 def _of_recovery(own: Relearning, its: Relearning, least: float, wanted: str) -> Iterator[Target]:
     """Yield a target on the steps to recover, where both are known."""
     if own.recovery is not None and its.recovery is not None:
-        met = at_least(own.recovery, least, its.recovery) if own.attacked and its.attacked else None
+        met = told(at_least(own.recovery, least, its.recovery), own, its)
         seeds = min(own.forget[-1].n, its.forget[-1].n)
         yield Target("steps", wanted, f"{place(own.recovery)} against {place(its.recovery)}", met, seeds)
+
+
+def told(met: bool | None, own: Relearning, its: Relearning) -> bool | None:
+    """Return whether a model withstands attacks as well as another; None where an attack that was none decides it.
+
+    An attack that failed in some seed, because it diverged, say, makes a model look more robust than it is: ours, so that a
+    target is not known to be met, or the other one, so that it is not known to be missed.
+    """
+    if not (own.attacked and its.attacked):
+        return None
+    return met if (its if met is False else own).whole else None
 
 
 def at_least(own: Crossing, factor: float, other: Crossing) -> bool | None:
