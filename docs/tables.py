@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "rl", "recipes", "monitoring")))
 HALF: list[Labels] = [(0.5, 1.0, 1.0)]
 TENTH: list[Labels] = [(0.1, 1.0, 1.0)]
+FEW: list[Labels] = [(0.02, 1.0, 1.0)]
 ALL: list[Labels] = [(1.0, 1.0, 1.0)]
-RIVALS = ("filter", "classifier_filter", "classifier_filter_balanced", "demix", "era", "sgtm", "routed")
+RIVALS = ("filter", "classifier_filter", "classifier_filter_balanced", "demix", "era", "era_coherent", "sgtm", "routed")
 CLASSIFIERS = ("classifier_filter", "classifier_filter_balanced", "classifier_filter_overrule")
 FILTERS_AND_ROUTED = ("filter", *CLASSIFIERS, "routed")
 SHORT_ARITHMETIC = (
@@ -37,15 +38,15 @@ SHORT_ARITHMETIC = (
 )
 QUALITIES = [(0.5, recall, precision) for recall, precision in ((1.0, 1.0), (0.9, 0.9), (0.8, 0.8), (0.6, 0.9))]
 OVERVIEW: list[tuple[str, str, list[Labels]]] = [
-    ("biology", "biology", [*TENTH, *HALF, *ALL]),
+    ("biology", "biology", [*FEW, *TENTH, *HALF, *ALL]),
     ("spanish", "Spanish", [*TENTH, *HALF, *ALL]),
-    ("entangled", "entangled", [*TENTH, *HALF]),
+    ("entangled", "entangled", [*FEW, *TENTH, *HALF]),
     ("mixed_rows", "biology in mixed rows", HALF),
     ("entangled_mixed", "entangled in mixed rows", HALF),
     ("wrong_labels", "biology with wrong labels", QUALITIES[1:]),
 ]
 """Experiments, their names for readers, and the labels of which the overview tells."""
-SHARES = [(share, 1.0, 1.0) for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
+SHARES = [(share, 1.0, 1.0) for share in (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)]
 Arms = Collection[tuple[str | None, float | None]] | None
 MARK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
 

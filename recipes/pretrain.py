@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
+from routed_peft.checkpoint.files import staged, write_json
 from routed_peft.coherence import BATCH, HELD_OUT, restore_coherence
 from routed_peft.data import (
     DocumentArguments,
@@ -39,9 +40,13 @@ from routed_peft.data import (
 )
 from routed_peft.evaluation import load_source
 from routed_peft.evaluation.losses import check_length
+from routed_peft.evaluation.relearning.run import open_plain
+from routed_peft.placebo import silence_random_units
 from routed_peft.routes import routes_from_dict
 from routed_peft.training import RunDirectory, RunRecorder, SelfLabeledRows
 from routed_peft.training.self_labels import SETTINGS, THRESHOLDS
+
+PLACEBOS = ("control", "random")
 
 
 @dataclass
@@ -50,7 +55,11 @@ class Recipe(DocumentArguments):
 
     method: str = field(
         default="sgtm",
-        metadata={"help": "Whose routes; control is the placebo.", "choices": ["sgtm", "era", "demix", "control"]},
+        metadata={
+            "help": "Whose routes. Placebos, which route nothing: control ablates the region all the same, random silences as "
+            "many random units of every MLP in its place.",
+            "choices": ["sgtm", "era", "demix", *PLACEBOS],
+        },
     )
     routes: dict | str | None = field(
         default=None, metadata={"help": "Routes written out, in place of `method`: {label: {weights, ablated}}."}
@@ -162,7 +171,10 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     if target:
-        export(args.output_dir, target, keep=experts(recipe))
+        if recipe.method == "random":
+            write_placebo(args.output_dir, target, recipe, args.seed)
+        else:
+            export(args.output_dir, target, keep=experts(recipe))
         summary["ablated"] = str(target)
         if recipe.coherence_steps:
             summary["coherence"] = make_coherent(rows, target, recipe.coherence_steps, args)
@@ -190,7 +202,7 @@ def in_order(
         separator = tokenizer.eos_token_id if recipe.by_document else None
         return SelfLabeledRows(rows, count, seed=args.seed, separator=separator, **about)
     run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed, recipe.first_forget_share)
-    if not recipe.frequency_weights or recipe.method == "control":
+    if not recipe.frequency_weights or recipe.method in PLACEBOS:
         return run
     forget, retain = (
         documents.filter(lambda found, label=label: found == label, input_columns="route_label")
@@ -247,16 +259,26 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
     """Return the routes of the method, or all ones where this arm does not route."""
     if recipe.routes:
         routes = routes_from_dict(json.loads(recipe.routes) if isinstance(recipe.routes, str) else recipe.routes)
-    elif recipe.method == "control":
+    elif recipe.method in PLACEBOS:
         routes = presets.control()
     else:
         routes = {"sgtm": presets.sgtm, "era": presets.era, "demix": presets.demix}[recipe.method](recipe.region)
-    if recipe.base_weight is not None and recipe.method != "control":
+    if recipe.base_weight is not None and recipe.method not in PLACEBOS:
         routes["forget"] = replace(routes["forget"], weights={**routes["forget"].weights, "base": recipe.base_weight})
     return routes if recipe.arm == "routed" else presets.control(list(routes))
 
 
 # After training
+
+
+def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> None:
+    """Write the whole model of a run with random units silenced, as many as its region has, and which."""
+    model, tokenizer = open_plain(src, [recipe.region])
+    silence_random_units(model, recipe.size, seed)
+    with staged(target) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_json(aside / "placebo.json", {"source": src, "silenced_units_per_mlp": recipe.size, "seed": seed})
 
 
 def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArguments) -> dict[str, object]:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "presets": {"routes"},
     "ledger": set(),
     "coherence": set(),
+    "placebo": {"architectures"},
     "routing": {"functional", "routes", "architectures"},
     "regions": {"routes", "architectures", "subspaces"},
     "subspaces": {"architectures", "files"},

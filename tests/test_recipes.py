@@ -38,6 +38,8 @@ RUNS: dict[str, list[str]] = {
     "era": [*SMALL, "--size", "8", "--route_layers", "0", "--coherence_steps", "2", "--frequency_count", "1",
             "--frequency_bias", "1"],
     "demix": [*SMALL, "--size", "8"],
+    "random": [*SMALL, "--size", "8"],
+    "perfect_filter": [*SMALL, "--size", "8"],
     "filter": [*SMALL, "--size", "8", "--label_keywords", "cell", "gene", "virus", "enzyme", "--labeled", "1"],
     "two_lora": ["--rank", "2"],
 }  # fmt: skip
@@ -63,8 +65,8 @@ def files(tmp_path_factory) -> list[str]:
 
 def arguments(name: str, out: Path, files: list[str]) -> list[str]:
     recipe = "finetune" if name == "two_lora" else "pretrain"
-    config = CONFIGS["sgtm" if name == "filter" else name]
-    more = {"filter": ["--arm", "filter"], "two_lora": ["--model_name_or_path", str(out / "sgtm-ablated")]}
+    config = CONFIGS[name]
+    more = {"two_lora": ["--model_name_or_path", str(out / "sgtm-ablated")]}
     command = [f"recipes/{recipe}.py", "--config", str(config), "--output_dir", str(out / name), *more.get(name, [])]
     return [*command, *SHORT, *files, *RUNS[name]]
 
@@ -111,7 +113,7 @@ def runs(tmp_path_factory, files) -> Path:
 
 def test_every_config_is_run():
     elsewhere = {name for name in CONFIGS if name.startswith(ELSEWHERE)}
-    assert (set(RUNS) - {"filter"}) | elsewhere == set(CONFIGS)
+    assert set(RUNS) | elsewhere == set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -165,13 +167,36 @@ def test_labels_are_those_asked_for(runs):
     routes = {name: inspect_checkpoint(runs / name)["routes"] for name in RUNS}
     assert routes["sgtm_spanish"]["forget"]["weights"] == {"base": 0.25}
     assert routes["era"]["forget"]["weights"] == {"base": -0.75}
-    assert routes["control"] == routes["filter"]
+    assert routes["control"] == routes["random"] == routes["filter"] == routes["perfect_filter"]
+    assert tokens["perfect_filter"]["forget"] == 0 == tokens["perfect_filter"]["unlabeled"]
     assert routes["sgtm"] == routes["two_lora"]
 
 
 def test_only_the_routed_arm_is_ablated(runs):
     ablated = {folder.name.removesuffix("-ablated") for folder in runs.glob("*-ablated")}
-    assert ablated == {"sgtm", "control", "era", "demix", "two_lora"}
+    assert ablated == {"sgtm", "control", "random", "era", "demix", "two_lora"}
+
+
+def test_random_units_are_silenced_in_place_of_the_region(runs):
+    about = json.loads((runs / "random-ablated/placebo.json").read_text())
+    assert about == {"source": str(runs / "random"), "silenced_units_per_mlp": 8, "seed": 42}
+    assert inspect_checkpoint(runs / "random-ablated")["kind"] == "plain checkpoint"
+    model = AutoModelForCausalLM.from_pretrained(runs / "random-ablated")
+    silent = [layer.mlp.down_proj.weight.eq(0).all(0) for layer in model.model.layers]
+    assert [(len(units), int(units.sum())) for units in silent] == [(32 + 8, 8)] * 2
+    assert not torch.equal(*silent), "drawn anew for every layer"
+
+
+def test_rivals_differ_from_routing_in_nothing_else():
+    """Files of settings that are compared: the same but for what they are about."""
+    own = {"output_dir", "method", "arm", "labeled", "labeled_first"}
+    settings = {
+        name: yaml.safe_load(CONFIGS[name].read_text())
+        for name in ("sgtm", "control", "random", "filter", "perfect_filter")
+    }
+    shared = [{key: value for key, value in one.items() if key not in own} for one in settings.values()]
+    assert all(one == shared[0] for one in shared)
+    assert settings["filter"]["labeled"] == settings["sgtm"]["labeled"]
 
 
 def test_demix_keeps_its_retain_expert(runs):

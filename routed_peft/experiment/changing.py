@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from routed_peft.ablation import export
-from routed_peft.architectures import find_mlps, mlp_layout
 from routed_peft.coherence import BATCH, restore_coherence
 from routed_peft.data import FORGET, RETAIN
 from routed_peft.demo.material import SIDES, Material
@@ -32,6 +31,7 @@ from routed_peft.experiment.methods import (
     UNLEARNING_STEPS,
 )
 from routed_peft.ledger import Ledger, matmul_parameters
+from routed_peft.placebo import silence_random_units
 from routed_peft.unlearning import UndoArguments, UnlearningArguments, undo, unlearn
 from routed_peft.unlearning.base import mean_loss
 
@@ -50,7 +50,7 @@ def change(cell: Cell, parent: Path, out: Path, material: Material) -> dict[str,
     assert isinstance(model, PreTrainedModel)
     about: dict[str, Any] = {}
     if kind == "random":
-        remove_random_units(model, cell.settings.region_size, cell.settings.seed)
+        silence_random_units(model, cell.settings.region_size, cell.settings.seed)
     elif kind == "cohere":
         about = coherent(model, material)
     elif kind == "undo":
@@ -103,16 +103,6 @@ def undone(
         student, record = undo(model, material.rows, arguments, material.validation[RETAIN])
     about = {key: value for key, value in asdict(record).items() if key not in ("seed", "ledger")}
     return student, {"undo": about, "ledger": record.ledger.to_dict()}
-
-
-def remove_random_units(model: nn.Module, count: int, seed: int) -> None:
-    """Silence ``count`` hidden units of every MLP, drawn at random, by zeroing their column of the out-projection."""
-    generator = torch.Generator().manual_seed(seed)
-    for mlp in find_mlps(model).values():
-        down = getattr(mlp, mlp_layout(mlp).down)
-        units = torch.randperm(down.weight.shape[1], generator=generator)[:count]
-        with torch.no_grad():
-            down.weight[:, units.to(down.weight.device)] = 0.0
 
 
 def unlearned(

@@ -104,12 +104,12 @@ def _by_labels(found: Comparison, settings: Mapping[str, Any]) -> Figure:
         values["after the worst attack"] = after_worst
     for group in _groups(found) if len(found.shares) > 1 else ():
         for when, value in values.items():
-            places = [(labeled, labeled, found.best_quality) for labeled in found.shares]
+            places = [(math.sqrt(labeled), labeled, found.best_quality) for labeled in found.shares]
             draw = plot(
                 _lines(found, group, places, value, settings),
                 f"Forget loss, {when}",
-                "share of documents with a label",
-                {labeled: share(labeled) for labeled in found.shares},
+                "share of documents with a label (square-root scale)",  # small shares stand apart
+                {math.sqrt(labeled): share(labeled) for labeled in found.shares},
                 ideal=_ideal(found, value),
             )
             panels.append(Panel(draw, f"Forget loss {when}, by share of labels."))

@@ -1,0 +1,45 @@
+"""The placebo of ablation: units of a model that nobody chose are silenced, as many as a region has."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from routed_peft.architectures import find_mlps, mlp_layout
+
+
+def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
+    """Silence ``count`` hidden units of every MLP, drawn at random, by zeroing their column of the out-projection, in place.
+
+    What a model loses by that is what losing so many units costs; only what ablation takes beyond is the region's.
+
+    Args:
+        model: a plain model of an architecture whose MLPs are known.
+        count: units of each MLP; fewer than it has.
+        seed: of the draw.
+
+    Raises:
+        ValueError: where no MLP is known, or one has no more units than that.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 1, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **size))
+        >>> silence_random_units(model, 5, seed=0)
+        >>> int((model.model.layers[0].mlp.down_proj.weight == 0).all(0).sum())
+        5
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mlps = find_mlps(model)
+    if not mlps:
+        raise ValueError(f"{type(model).__name__} has no MLP of a known layout, of which units could be silenced")
+    for name, mlp in mlps.items():
+        down = getattr(mlp, mlp_layout(mlp).down)
+        axis = 0 if isinstance(down, Conv1D) else 1  # of its inputs
+        units = down.weight.shape[axis]
+        if count >= units:
+            raise ValueError(f"`count` must be below the units of every MLP, got {count}, and {name!r} has {units}")
+        chosen = torch.randperm(units, generator=generator)[:count]
+        with torch.no_grad():
+            down.weight.index_fill_(axis, chosen.to(down.weight.device), 0.0)
