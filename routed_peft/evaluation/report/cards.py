@@ -157,7 +157,7 @@ CARDS: dict[str, Card] = {
         "DEMix",
     ),
     "era": Card(
-        "ERA, ablated",
+        "ERA without its fine-tuning for coherence",
         "routing",
         "Expand, Route, Ablate. On rows labelled forget the gradient at the activations of the base's MLPs has the weight "
         "−0.75, weighed by how much a token belongs to the forget side; unlabelled rows train everything. Without the "
