@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from routed_peft.corpora import PAIRS
-from routed_peft.corpora.arithmetic import FACTS
 from routed_peft.data import FORGET
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.measures import Crossing
@@ -21,6 +19,7 @@ from routed_peft.evaluation.report.aggregate import (
     complete_seeds,
 )
 from routed_peft.evaluation.report.cards import base_of, card, in_order, variant_name
+from routed_peft.evaluation.report.caveats import teaches_facts
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
 from routed_peft.evaluation.report.verdicts import ranged, targets
@@ -86,7 +85,7 @@ def caption(
     ]
     if RELEARNED in names:
         said.append(f"Relearned: after the worst of {strength(report['experiment'])}.")
-        if PAIRS[settings["pair"]].forget in FACTS:
+        if teaches_facts(settings):
             said.append("The attacker's lines are new, their facts are not: the facts that are scored are among them.")
     said += self_labels(results)
     said.append(f"Targets missed: {named(found, False)}.")

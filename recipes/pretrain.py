@@ -25,7 +25,7 @@ from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
 from routed_peft.checkpoint.files import staged, write_json
-from routed_peft.coherence import BATCH, HELD_OUT, restore_coherence
+from routed_peft.coherence import MOST, restore_coherence
 from routed_peft.data import (
     DocumentArguments,
     add_frequency_weights,
@@ -286,7 +286,7 @@ def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArgu
     known = rows.filter(lambda label: label == "retain", input_columns="route_label")
     known = known if len(known) else of_arm(rows, "filter")
     model = AutoModelForCausalLM.from_pretrained(src).to(args.device)
-    found = restore_coherence(model, torch.tensor(known["input_ids"][: BATCH + HELD_OUT]), steps)
+    found = restore_coherence(model, torch.tensor(known["input_ids"][:MOST]), steps)
     target = src.with_name(src.name + "-coherent")
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(src).save_pretrained(target)

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 BATCH = 64
 HELD_OUT = 256
+MOST = BATCH + HELD_OUT
+"""Rows that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,15 @@ def restore_coherence(
             f"restoring coherence takes one of `steps`, of `learning_rates` and two retain `rows` at least, got {steps}, "
             f"{len(learning_rates)} and {len(rows)}"
         )
-    rows = rows[: BATCH + HELD_OUT].to(model.device)
-    batch, held_out = rows.tensor_split([min(BATCH, len(rows) // 2)])
+    batch, held_out = rows[:MOST].to(model.device).tensor_split([trained_rows(len(rows))])
     model.eval()  # no dropout, as published
     start = kept = _weights(model)
+    first = lowest = _loss(model, held_out)
     found: list[Coherence] = []
     for rate in learning_rates:
         model.load_state_dict(start)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
-        losses = [_loss(model, held_out)]
-        lowest = min([losses[0], *(min(tried.retain_losses) for tried in found)])
+        losses = [first]
         for _ in range(steps):
             optimizer.zero_grad()
             model(input_ids=batch, labels=batch).loss.backward()
@@ -79,6 +80,15 @@ def restore_coherence(
         found.append(Coherence(rate, losses.index(min(losses)), losses))
     model.load_state_dict(kept)
     return min(found, key=lambda tried: min(tried.retain_losses))
+
+
+def trained_rows(count: int) -> int:
+    """Return how many of so many rows are trained on; the others are held out.
+
+    >>> trained_rows(1000), trained_rows(100)
+    (64, 50)
+    """
+    return min(BATCH, count // 2)
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:

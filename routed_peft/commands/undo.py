@@ -72,6 +72,7 @@ def undo(
     }
     settings |= {"alpha": alpha, "beta": beta, "tolerance": tolerance, "steps": steps, "learning_rate": learning_rate}
     settings |= {"batch_size": batch_size, "length": length, "eval_steps": eval_steps, "topk": topk, "seed": seed}
+    look = min(eval_steps, steps)
     args = UndoArguments(
         str(out),
         alpha=alpha,
@@ -86,9 +87,9 @@ def undo(
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         eval_strategy="no" if retain is None else "steps",
-        eval_steps=min(eval_steps, steps),
+        eval_steps=look,
         save_strategy="steps",
-        save_steps=min(eval_steps, steps),
+        save_steps=look,
         save_total_limit=1,
         logging_steps=min(10, steps),
         include_num_input_tokens_seen="non_padding",

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from routed_peft.ablation import export
-from routed_peft.coherence import BATCH, restore_coherence
+from routed_peft.coherence import MOST, restore_coherence, trained_rows
 from routed_peft.data import FORGET, RETAIN
 from routed_peft.demo.material import SIDES, Material
 from routed_peft.demo.measuring import open_model
@@ -66,9 +66,9 @@ def change(cell: Cell, parent: Path, out: Path, material: Material) -> dict[str,
 def coherent(model: PreTrainedModel, material: Material) -> dict[str, Any]:
     """Give an ablated model its coherence back, in place, by rows that are labelled retain; return what that took."""
     known = np.flatnonzero(np.array(material.rows["route_label"][:]) == RETAIN)
-    rows = torch.tensor(material.rows.select(known)["input_ids"][:], dtype=torch.long)
+    rows = torch.tensor(material.rows.select(known[:MOST])["input_ids"][:], dtype=torch.long)
     found = restore_coherence(model, rows, COHERENCE_STEPS, COHERENCE_RATES)
-    tokens = COHERENCE_STEPS * min(BATCH, len(rows) // 2) * rows.shape[1]
+    tokens = COHERENCE_STEPS * trained_rows(len(rows)) * rows.shape[1]
     ledger = Ledger.of_training(matmul_parameters(model), tokens=tokens, steps=COHERENCE_STEPS)
     return {"coherence": asdict(found), "ledger": ledger.to_dict()}
 

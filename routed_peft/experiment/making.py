@@ -25,7 +25,6 @@ from routed_peft.evaluation.measures import bootstrap, region_activity
 from routed_peft.evaluation.relearning import Attack, AttackData, relearn
 from routed_peft.experiment.cells import NUMBERS, Cell, Experiment
 from routed_peft.experiment.changing import change
-from routed_peft.experiment.methods import UNLEARNING
 from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.training import RunDirectory, SelfLabeledRows
 
@@ -40,7 +39,7 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
         former = json.loads((parent / NUMBERS).read_text())
         before = Ledger.from_dict(former["ledger"])
         about["ledger"] = (before + own).to_dict()
-        if cell.method.change not in (*UNLEARNING, "undo", "cohere"):  # these are trained on more
+        if cell.method.change in ("ablate", "random"):  # the others are trained on more
             about |= {name: former[name] for name in ("tokens_by_side",) if name in former}
         return about | measured(open_model(folder / cell.method.plain), settings, material)
     if cell.method.equal_retain:

@@ -128,7 +128,10 @@ def undo(
     trainer.unwrapped(student)
     trainer.unwrapped(trainer.teacher)
     ledger = trainer.ledger
-    student_loss = None if retain_rows is None else mean_loss(student, retain_rows, args.per_device_eval_batch_size)
+    stopped = student_loss = None
+    if retain_rows is not None:
+        student_loss = mean_loss(student, retain_rows, args.per_device_eval_batch_size)
+        stopped = stop.stopped or student_loss <= stop.limit  # the last step may get there, unseen
     if cache is not None:
         size = trainer.teacher_parameters
         ledger += Ledger.of_training(size, tokens=0, steps=0, teacher_tokens=cache.tokens)
@@ -138,9 +141,7 @@ def undo(
         seed=args.seed,
         steps=trainer.state.global_step,
         max_steps=trainer.args.max_steps,
-        stopped=None
-        if student_loss is None
-        else stop.stopped or student_loss <= stop.limit,  # the last step may get there
+        stopped=stopped,
         tolerance=args.tolerance,
         teacher_retain_loss=teacher_loss,
         student_retain_loss=student_loss,

@@ -188,7 +188,7 @@ def _oracle(
         raise ValueError(
             "`oracle` needs a `reference`: the area lies between the perfect filter and what it is to reach"
         )
-    found = read_summary(oracle)
+    found, losses = read_summary(oracle), {}
     for attack in attacks:
         one = found["attacks"].get(attack.name)
         if one is None:
@@ -204,7 +204,8 @@ def _oracle(
             raise ValueError(
                 f"`oracle` {str(oracle)!r}: {attack.name!r} was {one['verdict']}, so that nothing is to compare"
             )
-    return {attack.name: [point["mean"] for point in found["attacks"][attack.name]["envelope"]] for attack in attacks}
+        losses[attack.name] = [point["mean"] for point in one["envelope"]]
+    return losses
 
 
 def _references(

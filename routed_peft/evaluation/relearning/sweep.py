@@ -253,7 +253,7 @@ def check_settings(
 ) -> None:
     """Raise ValueError where an attack cannot be run, before anything is."""
     trains = attack.method != "none"  # what trains nothing has the rate 0
-    check_grid(rates if trains else [1.0], seeds, steps)
+    check_grid(rates, seeds, steps, trains=trains)
     if trains:
         for seed in seeds:
             data.for_training(attack, seed)
@@ -264,6 +264,7 @@ def check_grid(
     seeds: Sequence[int],
     steps: Sequence[int],
     names: Sequence[str] = ("learning_rates", "steps"),
+    trains: bool = True,
 ) -> None:
     """Raise ValueError unless rates are positive and different, seeds different, and steps ascend from 0.
 
@@ -272,8 +273,9 @@ def check_grid(
         seeds: of the attack.
         steps: at which it is measured.
         names: of the arguments that rates and steps came by.
+        trains: whether anything is trained; else a rate may be 0.
     """
-    if not rates or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
+    if not rates or len(set(rates)) < len(rates) or trains and not all(0 < rate < math.inf for rate in rates):
         raise ValueError(f"`{names[0]}` must be different positive numbers, at least one, got {list(rates)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different whole numbers, at least one, got {list(seeds)}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+from routed_peft.corpora import PAIRS
+from routed_peft.corpora.arithmetic import FACTS
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison
 from routed_peft.evaluation.report.attacks import Relearning
 from routed_peft.evaluation.report.cards import card
@@ -18,8 +21,18 @@ TAUGHT = (
     "Lines of the attacker are new, their facts are not: the facts that are scored are among them. That an attack brings "
     "them back may be learning anew, as with the perfect filter; the attack “facts” trains on half and scores the other half."
 )
+"""Of pairs that `teaches_facts`."""
 _BESIDE = {BASE: "no routing", ORACLE: "the perfect filter", FILTER: "the filter with the same labels"}
 _FAMILIES = {"placebo": "a placebo", "output": "an output-based method"}
+
+
+def teaches_facts(settings: Mapping[str, Any]) -> bool:
+    """Return whether what is forgotten are single facts, which an attacker's lines share with those that are scored.
+
+    >>> teaches_facts({"pair": "arithmetic"}), teaches_facts({"pair": "biology"}), teaches_facts({})
+    (True, False, False)
+    """
+    return settings.get("pair") in PAIRS and PAIRS[settings["pair"]].forget in FACTS
 
 
 def caveats(found: Comparison) -> Iterator[str]:

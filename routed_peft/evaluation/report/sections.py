@@ -8,11 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from routed_peft.corpora import PAIRS
-from routed_peft.corpora.arithmetic import FACTS
 from routed_peft.evaluation.report.aggregate import Comparison, Condition, Quality, Result, aggregate
 from routed_peft.evaluation.report.attacks import Relearning, of_summary
 from routed_peft.evaluation.report.cards import Card, card, in_order
-from routed_peft.evaluation.report.caveats import SORTED, TAUGHT, caveats, caveats_of_attacks
+from routed_peft.evaluation.report.caveats import SORTED, TAUGHT, caveats, caveats_of_attacks, teaches_facts
 from routed_peft.evaluation.report.costs import Costs, costs
 from routed_peft.evaluation.report.figures import Figure, figures
 from routed_peft.evaluation.report.page import share
@@ -91,9 +90,9 @@ class Section:
     @property
     def caveats(self) -> list[str]:
         """What it leaves open."""
-        taught = PAIRS[self.settings["pair"]].forget in FACTS if self.settings.get("pair") in PAIRS else False
         further = [] if self.settings.get("mixed_rows") else [SORTED]
-        return [*caveats(self.found), *further, *([TAUGHT] if taught and self.found.attacks else [])]
+        further += [TAUGHT] if self.found.attacks and teaches_facts(self.settings) else []
+        return [*caveats(self.found), *further]
 
     @cached_property
     def costs(self) -> list[tuple[Result, Costs]]:
