@@ -190,8 +190,9 @@ def in_order(
 ) -> Dataset | SelfLabeledRows:
     """Return the rows of this run in their order: the same number of tokens in every arm."""
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
-    args.max_steps = math.ceil(count / per_step)  # all epochs are laid out here, and not to be repeated
+    if args.max_steps <= 0:
+        args.max_steps = math.ceil(args.num_train_epochs * len(rows) / per_step)
+    count = args.max_steps * per_step  # all epochs are laid out here, and not to be repeated
     if recipe.arm != "routed":
         return schedule(rows, count, seed=args.seed)
     own = ("threshold", "score_again_at", "robust_share", "overrule", "by_document")
@@ -285,7 +286,7 @@ def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArgu
     """Fine-tune the ablated model of ``src`` a little on labelled retain rows, into a directory beside it."""
     known = rows.filter(lambda label: label == "retain", input_columns="route_label")
     known = known if len(known) else of_arm(rows, "filter")
-    model = AutoModelForCausalLM.from_pretrained(src).to(args.device)
+    model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32).to(args.device)
     found = restore_coherence(model, torch.tensor(known["input_ids"][:MOST]), steps)
     target = src.with_name(src.name + "-coherent")
     model.save_pretrained(target)

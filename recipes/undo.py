@@ -57,6 +57,7 @@ def main() -> None:
     args.include_num_input_tokens_seen = "non_padding"
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
+        run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
         config = {"recipe": asdict(recipe), "training": args.to_dict()}
         made = {name: getattr(args, name) for name in ("alpha", "beta", "topk", "seed")}
         same = {"recipe": config["recipe"], "training": made}

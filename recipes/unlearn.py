@@ -24,7 +24,7 @@ from routed_peft.data import DocumentArguments, evaluation_rows, labeled_documen
 from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.unlearning import UNLEARNED, UnlearningArguments, check_evaluation, mean_loss, unlearn
+from routed_peft.unlearning import UNLEARNED, UnlearningArguments, check_evaluation, mean_loss, spent, unlearn
 
 SIDES = ("forget", "retain")
 METHOD = (*UnlearningArguments.__annotations__, "seed")
@@ -49,10 +49,12 @@ def main() -> None:
     args.include_num_input_tokens_seen = "non_padding"
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
+        run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
         seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
         config = {"recipe": asdict(recipe), "training": args.to_dict()}
         same = {"recipe": config["recipe"], "training": {name: getattr(args, name) for name in METHOD}}
         run.start(config, seeds, resume=bool(args.resume_from_checkpoint), same=same)
+    before_cost = spent(recipe.model_name_or_path)  # what it says wrong is said now
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
@@ -76,6 +78,7 @@ def main() -> None:
         "losses_before": before,
         "losses": {side: mean_loss(model, ds) for side, ds in held_out.items()},
         "ledger": ledger.to_dict(),
+        "total_ledger": None if before_cost is None else (before_cost + ledger).to_dict(),
     }
     if args.process_index == 0:
         with staged(Path(args.output_dir)) as aside:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from routed_peft.mode import evaluating
+
 BATCH = 64
 HELD_OUT = 256
 MOST = BATCH + HELD_OUT
@@ -46,7 +48,8 @@ def restore_coherence(
         learning_rates: all are tried from the same start.
 
     Raises:
-        ValueError: without a step, a learning rate, or two rows.
+        ValueError: without a step, a learning rate, or two rows, and for weights in low precision, where small steps round
+            to nothing.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,24 +64,29 @@ def restore_coherence(
             f"restoring coherence takes one of `steps`, of `learning_rates` and two retain `rows` at least, got {steps}, "
             f"{len(learning_rates)} and {len(rows)}"
         )
+    if narrow := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}:
+        raise ValueError(
+            f"`model` has weights in {narrow.pop()}, in which small steps round to nothing: load it with dtype=torch.float32"
+        )
     batch, held_out = rows[:MOST].to(model.device).tensor_split([trained_rows(len(rows))])
-    model.eval()  # no dropout, as published
     start = kept = _weights(model)
-    first = lowest = _loss(model, held_out)
     found: list[Coherence] = []
-    for rate in learning_rates:
-        model.load_state_dict(start)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
-        losses = [first]
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(input_ids=batch, labels=batch).loss.backward()
-            optimizer.step()
-            losses.append(_loss(model, held_out))
-            if losses[-1] < lowest:
-                lowest, kept = losses[-1], _weights(model)
-        found.append(Coherence(rate, losses.index(min(losses)), losses))
+    with evaluating(model):  # no dropout, as published
+        first = lowest = _loss(model, held_out)
+        for rate in learning_rates:
+            model.load_state_dict(start)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+            losses = [first]
+            for _ in range(steps):
+                optimizer.zero_grad()
+                model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                losses.append(_loss(model, held_out))
+                if losses[-1] < lowest:
+                    lowest, kept = losses[-1], _weights(model)
+            found.append(Coherence(rate, losses.index(min(losses)), losses))
     model.load_state_dict(kept)
+    model.zero_grad()
     return min(found, key=lambda tried: min(tried.retain_losses))
 
 

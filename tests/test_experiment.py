@@ -18,6 +18,7 @@ from routed_peft.checkpoint import load_routed
 from routed_peft.corpora import load_pair
 from routed_peft.demo.material import Material
 from routed_peft.demo.settings import DemoSettings
+from routed_peft.evaluation.relearning import Attack
 from routed_peft.evaluation.report.reading import read_sources
 from routed_peft.experiment import METHODS, Cell, Experiment, all_cells, cells, changing, making, run, run_experiment
 from routed_peft.experiment.methods import (
@@ -477,6 +478,19 @@ def test_a_variant_is_the_method_with_other_settings_of_routing():
 def test_what_cannot_be_run_is_refused_before_anything_is(changes, message):
     with pytest.raises(ValueError, match=message):
         Experiment("unused", **changes)
+
+
+def test_an_attack_without_enough_text_is_refused_before_anything_is_made(tmp_path, calls):
+    with pytest.raises(ValueError, match=r"few-shot-99999' trains on 99999 documents of `forget_train`"):
+        run_experiment(experiment_of(tmp_path, attacks=["few-shot-99999"]), TINY)
+    assert not calls
+
+
+def test_attackers_have_text_that_is_of_neither_side():
+    for pair in making.UNRELATED:
+        settings = replace(TINY, pair=pair)
+        data = making.attack_data(Attack.parse("unrelated"), settings, Experiment("unused"))
+        assert data.unrelated_train and not {*data.unrelated_train} & {*data.retain_train, *data.forget_train}
 
 
 def test_refuses_methods_that_do_not_exist():

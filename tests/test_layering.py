@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "routed_peft"
 # layer -> the layers it may import. Regions and routing do not know each other: they meet in PEFT's adapter names.
 MAY_IMPORT = {
     "files": set(),
+    "mode": set(),
     "functional": set(),
     "routes": set(),
     "architectures": set(),
@@ -20,7 +21,7 @@ MAY_IMPORT = {
     "tasks": {"corpora"},
     "presets": {"routes"},
     "ledger": set(),
-    "coherence": set(),
+    "coherence": {"mode"},
     "placebo": {"architectures"},
     "routing": {"functional", "routes", "architectures"},
     "regions": {"routes", "architectures", "subspaces"},
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     "ablation": {"routes", "regions", "checkpoint"},
     "training": {
         "files",
+        "mode",
         "functional",
         "routes",
         "presets",

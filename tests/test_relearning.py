@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -8,9 +9,11 @@ import pytest
 import torch
 from families import tiny
 from relearning_parts import DATA, FORGET, RETAIN, model, tokenizer
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from routed_peft.evaluation.relearning import Attack, AttackData, Curve, Point, TextLoss, log_spaced, relearn, summarise
 from routed_peft.evaluation.relearning.data import training_batches
+from routed_peft.evaluation.relearning.summary import summary_table
 from routed_peft.evaluation.relearning.weights import Victim, quantise
 from routed_peft.training import RunDirectory
 from routed_peft.unlearning.noise import add_noise
@@ -210,6 +213,31 @@ def test_rounding_leaves_so_many_values_for_each_output(family):
         assert torch.allclose(rounded, (row / step).round() * step, atol=1e-6) and len(rounded.unique()) <= 15
     head = "lm_head.weight"
     assert torch.equal(after[head], before[head])
+
+
+def test_experts_in_one_tensor_are_not_passed_over():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=2, **sizes))
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts.gate_up_proj' holds those of several experts"):
+        quantise(model, 8)
+
+
+def test_a_seed_that_diverged_keeps_the_retain_loss_of_the_state_it_goes_back_to():
+    start = {"forget": 5.0, "retain": 3.0}
+
+    def curve(seed, *pairs):
+        points = (Point(i, i, {"forget": f, "retain": r}) for i, (f, r) in enumerate(pairs))
+        return Curve("forget", "forget", 0.1, seed, start, tuple(points))
+
+    nan = math.nan
+    curves = [curve(0, (5.0, 3.0), (4.0, 3.5), (nan, nan)), curve(1, (5.0, 3.0), (4.5, 3.1), (2.0, 3.3))]
+    result = summarise(Attack("forget"), curves, reference=1.0)
+    last = result["envelope"][-1]
+    assert (last["mean"], last["retain"]) == (pytest.approx(3.0), pytest.approx((3.5 + 3.3) / 2))
+    summary = {"source": "a model", "attacks": {"forget": json.loads(json.dumps(result))}}
+    assert summary_table(summary).row_count == 1
+    summary["attacks"]["forget"]["envelope"][-1]["retain"] = None  # as files of earlier versions have it
+    assert summary_table(summary).row_count == 1
 
 
 def test_finished_curves_are_not_run_again_and_halves_are(tmp_path, monkeypatch):

@@ -157,6 +157,17 @@ def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_
     assert not (tmp_path / "no").exists()
 
 
+def test_an_oracle_of_which_nothing_came_back_holds_out_all_the_way(places, tmp_path):
+    """Rounding trains nothing, so that it has no area; retain text brings back nothing of what never was there."""
+    about = QUICK | {"learning_rates": [1e-6], "seeds": [0], "extensions": 0}
+    wanted = ["int8", "retain", "forget"]
+    filtered = relearn_source(places / "ablated", DATA, tmp_path / "oracle", wanted, **about)
+    assert filtered["attacks"]["retain"]["verdict"] == "no attack"
+    about |= {"learning_rates": [1e-3], "reference": places / "base", "oracle": tmp_path / "oracle"}
+    found = relearn_source(places / "run", DATA, tmp_path / "out", wanted, **about)["attacks"]
+    assert "area" not in found["int8"] and 0 < found["forget"]["area"] < 1
+
+
 def test_a_changed_command_that_is_interrupted_leaves_no_summary_of_the_former(places, tmp_path, monkeypatch):
     few = QUICK | {"learning_rates": [1e-3], "seeds": [0], "steps": [0, 1]}
     relearn_source(places / "ablated", DATA, tmp_path / "out", ["forget"], **few)

@@ -313,6 +313,11 @@ def test_self_labels_agree_with_the_truth_and_resume(tmp_path, tokenizer):
     assert again.scorings == data.scorings and again.in_order("side") == data.in_order("side")
 
 
+def test_rows_laid_out_for_another_length_are_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"laid out for a run of 160 and it takes 80, 10 steps of 8: .*`count=80`"):
+        train(tmp_path, tokenizer, dataset=self_labeled(), **SELF_LABELING | {"max_steps": 10})
+
+
 def test_documents_that_share_a_row_are_told_apart_and_resume(tmp_path, tokenizer):
     """Every unlabelled row has a document in either alphabet, each of four tokens with the one that ends it."""
     separator, rows = 1, two_alphabets().to_list()

@@ -124,16 +124,23 @@ def test_every_method_leaves_a_plain_checkpoint_and_its_records(place, tmp_path,
 
 
 def test_undo_after_unlearning(place, tmp_path):
-    before = unlearn(place, tmp_path / "teacher", "unlearn_maxent", "--forget_rows", "2")
+    """What a checkpoint has cost is added up over all stages, where it is known."""
+    assert unlearn(place, tmp_path / "of_unknown_cost", "unlearn_maxent")["total_ledger"] is None
+    pretraining = Ledger(flops=7, serial_steps=5, tokens=30, labeled_forget_tokens=10)
+    known = shutil.copytree(place / "plain", tmp_path / "known")
+    (known / "summary.json").write_text(json.dumps({"ledger": pretraining.to_dict()}))
+    source = ["--forget_rows", "2", "--model_name_or_path", str(known)]
+    before = unlearn(place, tmp_path / "teacher", "unlearn_maxent", *source)
     assert before["ledger"]["labeled_forget_tokens"] == 2 * 16
+    assert Ledger.from_dict(before["total_ledger"]) == pretraining + Ledger.from_dict(before["ledger"])
     command = ["recipes/undo.py", "--config", str(CONFIGS["undo"]), *SHORT, *files(place, "--text_files")]
     command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(tmp_path / "teacher")]
     command += ["--eval_steps", "2", "--topk", "8", "--tolerance", "0"]
     here(command)
     content = json.loads((tmp_path / "out/undo.json").read_text())
     assert (content["alpha"], content["beta"], content["steps"], content["stopped"]) == (0.6, 0.1, 4, False)
-    assert content["teacher_ledger"] == before["ledger"]
-    assert Ledger.from_dict(content["total_ledger"]).labeled_forget_tokens == 2 * 16
+    assert content["teacher_ledger"] == before["total_ledger"]
+    assert Ledger.from_dict(content["total_ledger"]).labeled_forget_tokens == 10 + 2 * 16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
     splits = {(point["split"], point["step"]) for point in RunDirectory(tmp_path / "out").points()}
     assert splits >= {("retain", 2), ("forget", 4)}
@@ -159,7 +166,7 @@ def test_the_command_cleans_up_after_itself_alone(place, tmp_path):
     assert result.exit_code == 1 and "holds files, and no run to continue" in result.stderr
     assert (tmp_path / "theirs/checkpoint-9/model.safetensors").is_file()
     result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(place / "plain"), *more])
-    assert result.exit_code == 1 and "OUT is SRC" in result.stderr
+    assert result.exit_code == 1 and "is where the model comes from" in " ".join(result.stderr.split())
 
 
 def test_mistakes_are_explained(place, tmp_path):
@@ -169,7 +176,15 @@ def test_mistakes_are_explained(place, tmp_path):
         here(["recipes/undo.py", "--config", str(CONFIGS["undo"]), "--output_dir", str(tmp_path)])
     kept = write(tmp_path / "kept.jsonl", [{"text": "a chair", "route_label": "retain"}])
     with pytest.raises(ValueError, match=r"no document is labelled forget; the labels are \['retain'\]"):
+        unlearn(place, tmp_path / "none", "unlearn_npo", "--train_file", kept)
+    with pytest.raises(ValueError, match="holds files, and no run to continue"):
         unlearn(place, tmp_path, "unlearn_npo", "--train_file", kept)
+    before = (place / "plain/model.safetensors").read_bytes()
+    for name in ("unlearn_npo", "undo"):
+        source = ["--model_name_or_path", str(place / "plain"), "--output_dir", str(place / "plain")]
+        with pytest.raises(ValueError, match="is where the model comes from: it would be overwritten"):
+            here([f"recipes/{name.partition('_')[0]}.py", "--config", str(CONFIGS[name]), *source])
+    assert (place / "plain/model.safetensors").read_bytes() == before
     own = ["--train_file", str(place / "train.jsonl"), "--eval_strategy", "steps", "--length", "16"]
     command = ["recipes/unlearn.py", "--config", str(CONFIGS["unlearn_npo"]), *own]
     command += ["--model_name_or_path", str(place / "plain"), "--output_dir", str(tmp_path / "unseen")]

@@ -264,6 +264,18 @@ def test_a_loss_that_is_no_number_ends_the_run(learned, tmp_path):
         unlearn(model, FORGET, RETAIN, arguments(tmp_path))
 
 
+def test_a_reference_and_a_model_come_back_as_they_went_in(learned, tmp_path):
+    """Neither computes in bfloat16 afterwards, and no failure leaves parts of the model frozen."""
+    model, reference = copy.deepcopy(learned), copy.deepcopy(learned)
+    unlearn(model, FORGET, RETAIN, arguments(tmp_path, "npo", max_steps=1, bf16=True), reference=reference)
+    ids = torch.tensor([FORGET[0]["input_ids"]])
+    assert reference(input_ids=ids).logits.dtype == model(input_ids=ids).logits.dtype == torch.float32
+    assert "_original_forward" not in {*vars(reference), *vars(model)}
+    with pytest.raises(ValueError, match="`reference` is `model` itself"):
+        unlearn(model, FORGET, RETAIN, arguments(tmp_path, "rmu", rmu_layer=1), reference=model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_rows_without_targets_teach_nothing(learned, tmp_path):
     model = copy.deepcopy(learned)
     silent = [{**row, "labels": [-100] * LENGTH} for row in FORGET]

@@ -167,6 +167,16 @@ def test_an_interrupted_cache_goes_on(teacher, tmp_path):
         TeacherCache.make(tmp_path / "other", model, data, 301)
 
 
+def test_what_a_teacher_says_is_stored_without_its_dropout(tmp_path):
+    model = tiny("gpt2", vocab_size=300, resid_pdrop=0.5, embd_pdrop=0.5).train()
+    data = ragged(4, 0)
+    own, other = (
+        TeacherCache.make(tmp_path / "a", model, data, k=4),
+        TeacherCache.make(tmp_path / "b", model.eval(), data, k=4),
+    )
+    assert all(torch.equal(a, b) for i in range(4) for a, b in zip(own[i], other[i], strict=True))
+
+
 def test_a_killed_run_continues_where_it_was(teacher, tmp_path):
     more = {"max_steps": 8, "eval_strategy": "no", "save_strategy": "steps", "save_steps": 3, "topk": 8}
     whole, record = undo(teacher, MIX, options(tmp_path / "whole", **more))

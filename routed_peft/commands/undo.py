@@ -117,7 +117,7 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
 
     run = RunDirectory(out)
     if args.process_index == 0:  # the others may come when it has begun
-        _check_place(src, out)
+        run.check_apart(src)
     run.check_same(settings)
     spent(src)  # what it says wrong is said now
     documents, retain, length = load_texts(settings["text"]), settings["retain"], settings["length"]
@@ -146,19 +146,6 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
         for folder in [*out.glob("checkpoint-*"), *([cache] if ours else [])]:  # of no more use
             shutil.rmtree(folder)
         Console().print(_table(content, out))
-
-
-def _check_place(src: str, out: Path) -> None:
-    """Raise ValueError where ``out`` is the source, or holds a finished run or what no such run left there."""
-    from routed_peft.checkpoint.files import in_use
-    from routed_peft.training.records import RUN, SUMMARY
-
-    if out.resolve() == Path(src).resolve():
-        raise ValueError(f"OUT is SRC, {src}: the student would take the teacher's place; name another directory")
-    if (out / SUMMARY).is_file():
-        raise ValueError(f"{out} holds a finished run ({SUMMARY}): name another directory, or move it away")
-    if in_use(out) and not (out / RUN).is_file():
-        raise ValueError(f"{out} holds files, and no run to continue ({RUN}): name a new directory, or an empty one")
 
 
 def _table(content: dict[str, Any], out: Path) -> Any:

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError('evaluation needs lm-eval, which is not there: pip install "routed_peft[eval]"') from error
 
-from routed_peft.evaluation.mode import mode_kept
+from routed_peft.mode import evaluating
 from routed_peft.tasks import path
 
 
@@ -76,7 +76,7 @@ def measurement(
         loaded = load_tasks(tasks, {"tokenizer": tokenizer, "special_tokens": False, **(metadata or {})})
 
     def measure() -> dict[str, float]:
-        with undisturbed(), mode_kept(model):
+        with undisturbed(), evaluating(model):
             lm = QuietLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             results = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
         assert results is not None, "only rank 0 holds results, and QuietLM knows no other rank"

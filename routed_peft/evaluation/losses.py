@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routed_peft.evaluation.mode import mode_kept
+from routed_peft.mode import evaluating
 
 IGNORED = -100
 _MOST_TOKENS, _MOST_LOGITS = 8192, 2**27  # a batch: beyond these it is no faster, and needs memory
@@ -158,8 +158,7 @@ class TextLoss:
         The model is in evaluation mode meanwhile, and is left in its own.
         """
         device = next(model.parameters()).device
-        with mode_kept(model):
-            model.eval()
+        with evaluating(model):
             for owners, (ids, mask, targets) in self._batches:
                 targets = targets.to(device)
                 yield owners, targets, token_losses(model, ids.to(device), mask.to(device), targets)
@@ -168,7 +167,7 @@ class TextLoss:
         """Return the summed loss of every document, in nats, in float64 on the CPU."""
         sums = torch.zeros_like(self.counts)
         for owners, _, losses in self.batches(model):
-            sums.index_add_(0, owners, losses.double().sum(1).cpu())
+            sums.index_add_(0, owners, losses.cpu().double().sum(1))
         return sums
 
     def __call__(self, model: nn.Module) -> float:

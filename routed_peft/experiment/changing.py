@@ -32,6 +32,7 @@ from routed_peft.experiment.methods import (
 )
 from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.placebo import silence_random_units
+from routed_peft.training.token_loss import DivergedError
 from routed_peft.unlearning import UndoArguments, UnlearningArguments, undo, unlearn
 from routed_peft.unlearning.base import mean_loss
 
@@ -131,10 +132,8 @@ def unlearned(
             try:
                 with redirect_stdout(StringIO()):  # the trainer's log
                     model, ledger = unlearn(model, rows[FORGET], rows[RETAIN], unlearning_arguments(cell, rate, folder))
-            except ValueError as error:
-                if "the loss is" not in str(error):
-                    raise
-                continue  # it diverged: a rate too high
+            except DivergedError:
+                continue  # a rate too high
             forget, retain = (mean_loss(model, material.validation[side]) for side in SIDES)
             if not math.isfinite(forget + retain):
                 continue

@@ -23,10 +23,14 @@ from routed_peft.demo.training import REGION, regions_of, train_arm
 from routed_peft.evaluation.losses import TextLoss
 from routed_peft.evaluation.measures import bootstrap, region_activity
 from routed_peft.evaluation.relearning import Attack, AttackData, relearn
+from routed_peft.evaluation.relearning.sweep import check_settings
 from routed_peft.experiment.cells import NUMBERS, Cell, Experiment
 from routed_peft.experiment.changing import change
 from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.training import RunDirectory, SelfLabeledRows
+
+UNRELATED = {pair: "biology" if pair == "spanish" else "spanish" for pair in PAIRS}
+"""Pair -> the pair whose retain text is unrelated to both of its sides: English verses, or WordNet."""
 
 
 def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> dict[str, Any]:
@@ -124,16 +128,10 @@ def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[
 
     Where the attack trains on half of the facts, the forget losses are those on the other half.
     """
-    texts, test = load_pair(cell.settings.pair, experiment.attack_split), test_texts(cell.settings)
-    mine = {side: first_of(texts, side)["text"][:] for side in SIDES}
-    data = AttackData.apart(  # verses come back
-        forget_train=mine[FORGET], retain_train=mine[RETAIN], forget_test=test[FORGET], retain_test=test[RETAIN]
-    )
-    data = replace(data, facts=known_facts(cell.settings, data.forget_test))
+    plan, steps = Attack.parse(name, length=cell.settings.length), experiment.attack_steps
+    data, rates = attack_data(plan, cell.settings, experiment), rates_of(plan, experiment)
     place = folder / cell.method.plain
     model, tokenizer = open_model(place), AutoTokenizer.from_pretrained(place)
-    plan, steps = Attack.parse(name, length=cell.settings.length), experiment.attack_steps
-    rates = experiment.attack_rates if plan.method in ("full", "lora") else None  # logits want rates of their own
     seeds, records = [cell.settings.seed], RunDirectory(folder / "attacks")
     curves = relearn(
         model, tokenizer, plan, data, rates, seeds, steps, extensions=experiment.extensions, records=records
@@ -146,11 +144,42 @@ def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[
     ]
 
 
+def check_attacks(experiment: Experiment, settings: DemoSettings) -> None:
+    """Raise ValueError where an attack lacks text, before the first model is trained."""
+    for name in experiment.attacks:
+        plan = Attack.parse(name, length=settings.length)
+        rates = rates_of(plan, experiment) or plan.learning_rates
+        check_settings(plan, attack_data(plan, settings, experiment), rates, experiment.seeds, experiment.attack_steps)
+
+
+def rates_of(plan: Attack, experiment: Experiment) -> list[float] | None:
+    """Return the learning rates of an experiment's attack; None for those of its method: logits want rates of their own."""
+    return experiment.attack_rates if plan.method in ("full", "lora") else None
+
+
+def attack_data(plan: Attack, settings: DemoSettings, experiment: Experiment) -> AttackData:
+    """Return what an attacker trains on, and what is scored."""
+    texts, test = load_pair(settings.pair, experiment.attack_split), test_texts(settings)
+    mine = {side: first_of(texts, side)["text"][:] for side in SIDES}
+    further: dict[str, list[str]] = {}
+    if plan.data == "unrelated":
+        further["unrelated_train"] = first_of(load_pair(UNRELATED[settings.pair], "validation"), RETAIN)["text"][:]
+    data = AttackData.apart(  # verses come back
+        forget_train=mine[FORGET],
+        retain_train=mine[RETAIN],
+        forget_test=test[FORGET],
+        retain_test=test[RETAIN],
+        **further,
+    )
+    return replace(data, facts=known_facts(settings, data.forget_test)) if plan.data == "facts" else data
+
+
 def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str]:
     """Return what a model that was trained on forget data has seen of it, each once: single facts, or training documents."""
     corpus = PAIRS[settings.pair].forget
     texts = FACTS.get(corpus) or first_of(load_pair(settings.pair), FORGET)["text"][:]
-    kept = {" ".join(text.split()).casefold(): text for text in texts if text not in set(scored)}
+    left_out = set(scored)
+    kept = {" ".join(text.split()).casefold(): text for text in texts if text not in left_out}
     return list(kept.values())[: 2 * settings.limit]
 
 

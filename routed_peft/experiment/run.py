@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from routed_peft.demo.display import quiet
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.experiment.cells import NUMBERS, Cell, Experiment, all_cells
-from routed_peft.experiment.making import attack, make
+from routed_peft.experiment.making import attack, check_attacks, make
 from routed_peft.experiment.summary import attack_file, further_rows, restore, write_json, write_summary
 
 
@@ -110,6 +110,7 @@ def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
     place.mkdir(parents=True, exist_ok=True)
     if not experiment.collect:
         further_rows(experiment, settings, cells)  # raises now rather than after the first cell
+        check_attacks(experiment, settings)
     restore(experiment, cells, place)
     if experiment.collect:
         write_summary(experiment, settings, cells, place)

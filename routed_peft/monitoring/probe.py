@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routed_peft.ablation import ablated
+from routed_peft.mode import evaluating
 from routed_peft.monitoring.factors import Factors
 
 
@@ -98,14 +99,12 @@ class Probe:
             environments: E.
             reduce: sums a tensor over processes.
         """
-        training = model.training
-        model.eval()
         try:
             sums = {region: _Sums(layers, environments) for region, layers in factors.items()}
-            for rows in self.kept:
-                _add(model, rows, sums)
+            with evaluating(model):
+                for rows in self.kept:
+                    _add(model, rows, sums)
         finally:
-            model.train(training)
             self.kept = []
         return {region: s.effect(reduce) for region, s in sums.items()}
 

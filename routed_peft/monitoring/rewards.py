@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from routed_peft.ablation import ablated
+from routed_peft.mode import evaluating
 
 Reward = Callable[[nn.Module, str], float]
 """``reward(model, environment)``: the mean reward of some rollouts."""
@@ -40,14 +41,10 @@ def reward_gaps(
             torch.manual_seed(seed)
             return torch.tensor([float(reward(model, name)) for name in environments])
 
-    training = model.training
-    model.eval()
     gaps = {}
-    try:
+    with evaluating(model):
         full = rewards()
         for region in regions:
             with ablated(model, region):
                 gaps[region] = mean(full - rewards())
-    finally:
-        model.train(training)
     return {region: dict(zip(environments, gap.tolist(), strict=True)) for region, gap in gaps.items()}

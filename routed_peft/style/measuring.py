@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from routed_peft.ablation import ablated
 from routed_peft.evaluation.losses import pad, token_losses
-from routed_peft.evaluation.mode import mode_kept
+from routed_peft.mode import evaluating
 from routed_peft.reward_hack.measuring import complete
 from routed_peft.style.arms import REGION
 from routed_peft.style.settings import Settings
@@ -42,8 +42,7 @@ def plain_loss(
             return plain_loss(model, tokenizer, settings, split)
     pairs = glosses(split)[: settings.held_out]
     asked = [rows(pairs, context, style=False) for context in TEMPLATES]
-    with mode_kept(model):
-        model.eval()
+    with evaluating(model):
         return statistics.fmean(answer_loss(model, tokenizer, ds["prompt"][:], ds["completion"][:]) for ds in asked)
 
 
@@ -71,8 +70,7 @@ def measure(
             return measure(model, tokenizer, settings, split, seed)
     found: Rates = {"rate": {}, "styled": {}, "plain": {}}
     pairs = glosses(split)[: settings.held_out]
-    with mode_kept(model), torch.random.fork_rng(devices=[]):
-        model.eval()
+    with evaluating(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer.padding_side = "left"  # TRL's trainer sets it to the right
         for context in TEMPLATES:

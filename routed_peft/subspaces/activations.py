@@ -82,7 +82,7 @@ def covariance(
     total: Tensor | float = 0.0
     with torch.no_grad():
         for hidden, mask in _residual_streams(model, tokenizer, conversations, [layer], batch_size):
-            h = hidden[layer][mask].double().cpu()
+            h = hidden[layer][mask].cpu().double()
             total = total + h.T @ h
     assert isinstance(total, Tensor)
     return total

@@ -29,7 +29,7 @@ from routed_peft.training.projection import SubspaceProjection
 from routed_peft.training.saving import SavingMixin
 from routed_peft.training.self_labeler import SelfLabeler
 from routed_peft.training.self_labels import SelfLabeledRows
-from routed_peft.training.token_loss import TokenLossMixin
+from routed_peft.training.token_loss import TokenLossMixin, check_finite
 
 
 class _Rest(TrainerCallback):
@@ -187,11 +187,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
             self.observer.see(inputs, environments)
         with self.routing(labels, weights):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {float(loss)} at step {self.state.global_step}: nothing was saved since the last checkpoint. "
-                "Lower the learning rate, add warm-up steps or clip (`max_grad_norm`)"
-            )
+        check_finite(loss, self.state.global_step)
         return loss
 
     def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -69,10 +69,7 @@ class RunDirectory:
         """
         if resume and same is not None:
             self.check_same(same)
-        if (self.path / SUMMARY).exists() and not resume:
-            raise ValueError(
-                f"{self.path} holds a finished run ({SUMMARY}): name another directory, resume it, or move it away"
-            )
+        self._check_unfinished(resume)
         about = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": shlex.join(sys.orig_argv if command is None else command),
@@ -90,6 +87,33 @@ class RunDirectory:
             self.keep(lambda point: True)  # mends a line that was cut short
         else:
             (self.path / METRICS).unlink(missing_ok=True)
+
+    def check_apart(self, source: str | os.PathLike[str], resume: bool = False) -> None:
+        """Raise ValueError where a model made from ``source`` would take the place of something else in this directory.
+
+        That is ``source`` itself, a finished run that is not resumed, or files that no run left there.
+
+        Example:
+            >>> RunDirectory("run").check_apart("run")
+            Traceback (most recent call last):
+            ...
+            ValueError: ... is where the model comes from: it would be overwritten; name another directory
+        """
+        if self.path == Path(source).expanduser().resolve():
+            raise ValueError(
+                f"{self.path} is where the model comes from: it would be overwritten; name another directory"
+            )
+        self._check_unfinished(resume)
+        if in_use(self.path) and not (self.path / RUN).is_file():
+            raise ValueError(
+                f"{self.path} holds files, and no run to continue ({RUN}): name a new directory, or an empty one"
+            )
+
+    def _check_unfinished(self, resume: bool) -> None:
+        if (self.path / SUMMARY).exists() and not resume:
+            raise ValueError(
+                f"{self.path} holds a finished run ({SUMMARY}): name another directory, resume it, or move it away"
+            )
 
     def check_same(self, config: Mapping[str, Any]) -> None:
         """Raise ValueError where ``run.json`` tells of another ``config``, in what both of them name: of a run that resumes.

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from routed_peft.ablation import ablated
 from routed_peft.data.columns import ROUTE_LABEL
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
+from routed_peft.mode import evaluating
 from routed_peft.routes import IGNORED
 from routed_peft.training.regroup import document_means, document_of
 from routed_peft.training.self_labels import REFERENCE_ROWS, SelfLabeledRows
@@ -35,9 +36,15 @@ class SelfLabeler(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what an earlier run with the same rows found; refuse scorings that would do nothing."""
+        """Forget what an earlier run with the same rows found; refuse another length, and scorings that would do nothing."""
         if state.global_step == 0:
             self.rows.restore([])
+        wanted = state.max_steps * self._per_step(args)
+        if len(self.rows) != wanted:
+            raise ValueError(
+                f"the rows are laid out for a run of {len(self.rows)} and it takes {wanted}, {state.max_steps} steps of "
+                f"{self._per_step(args)}: make `SelfLabeledRows` with `count={wanted}`, or set `max_steps`"
+            )
         steps = self._steps(state)
         last = max(steps)
         if len(steps) < len(self.rows.score_at) or self._start(args, last) >= len(self.rows):
@@ -51,10 +58,12 @@ class SelfLabeler(TrainerCallback):
         return {max(1, round(share * state.max_steps)): name for name, share in self.rows.score_at.items()}
 
     @staticmethod
-    def _start(args: TrainingArguments, step: int) -> int:
+    def _per_step(args: TrainingArguments) -> int:
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def _start(self, args: TrainingArguments, step: int) -> int:
         """Return the first row of the run that a scoring after this step changes."""
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return (step + 1) * per_step  # a loader may have fetched the next batch already
+        return (step + 1) * self._per_step(args)  # a loader may have fetched the next batch already
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Score rows once the start is over, and again where that is asked for."""
@@ -160,13 +169,12 @@ def region_benefit(model: nn.Module, batch: dict[str, Tensor], regions: Sequence
         batch: ``input_ids``, ``labels`` and ``attention_mask``, ``(B, T)``; other keys are left out.
         regions: their names.
     """
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    model.eval()
-    on = token_losses(model(**inputs).logits, batch["labels"].to(device))
-    with ablated(model, *regions):
-        off = token_losses(model(**inputs).logits, batch["labels"].to(device))
-    model.train(training)
+    with evaluating(model):
+        on = token_losses(model(**inputs).logits, batch["labels"].to(device))
+        with ablated(model, *regions):
+            off = token_losses(model(**inputs).logits, batch["labels"].to(device))
     return off - on
 
 

@@ -1,4 +1,4 @@
-"""Evaluation losses as means over tokens, in nats, whatever the batches and processes."""
+"""Losses of a `Trainer`: in training they must be numbers, in evaluation they are means over tokens, in nats."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from routed_peft.routes import IGNORED
+
+
+class DivergedError(ValueError):
+    """A training loss is no number any more."""
+
+
+def check_finite(loss: Tensor, step: int) -> None:
+    """Raise `DivergedError` unless the loss of a step is a number.
+
+    >>> check_finite(torch.tensor(float("nan")), step=3)
+    Traceback (most recent call last):
+    ...
+    routed_peft.training.token_loss.DivergedError: the loss is nan at step 3: nothing was saved since the last checkpoint. ...
+    """
+    if not torch.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {float(loss)} at step {step}: nothing was saved since the last checkpoint. Lower the learning rate, "
+            "add warm-up steps or clip (`max_grad_norm`)"
+        )
 
 
 class TokenLossMixin:

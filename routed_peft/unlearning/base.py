@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from routed_peft.mode import evaluating
 from routed_peft.routes import IGNORED
 from routed_peft.training.resuming import check_resumable
-from routed_peft.training.token_loss import TokenLossMixin
+from routed_peft.training.token_loss import TokenLossMixin, check_finite
 from routed_peft.unlearning.data import Rows, collate
 from routed_peft.unlearning.losses import token_log_probs
 
@@ -56,11 +58,7 @@ class TokenTrainer(TokenLossMixin, Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Do one forward and backward pass, and raise where the loss is no number."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {float(loss)} at step {self.state.global_step}: nothing was saved since the last checkpoint. "
-                "Lower the learning rate, add warm-up steps or clip (`max_grad_norm`)"
-            )
+        check_finite(loss, self.state.global_step)
         return loss
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -75,9 +73,11 @@ class TokenTrainer(TokenLossMixin, Trainer):
         check_weights(Path(resume_from_checkpoint), target)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def unwrapped(self, model: nn.Module) -> nn.Module:
-        """Return ``model`` as it was before training wrapped it, also where its forward pass was made to use autocast."""
-        return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return ``model`` as it was before training wrapped it, also where its forward pass was made to use autocast."""
+    plain: nn.Module = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    return plain
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -127,14 +127,15 @@ def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 16) -> float:
         rows: tokenised rows.
         batch_size: rows per forward pass.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     total, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        chosen = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        total -= token_log_probs(logits, batch["labels"]).double().sum().item()
-        tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            chosen = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+            batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            total -= (
+                token_log_probs(model(**inputs, use_cache=False).logits, batch["labels"]).cpu().double().sum().item()
+            )
+            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     return total / tokens

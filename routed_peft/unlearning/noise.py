@@ -65,19 +65,10 @@ def add_noise(model: PreTrainedModel, alpha: float, beta: float, seed: int = 0) 
         >>> model.model.norm.weight.unique(), model.lm_head.weight.unique()
         (tensor([1.], grad_fn=...), tensor([0.], grad_fn=...))
     """
-    starts = {name: (mean, noise) for name, mean, noise in initialisation(model, seed)}
     parameters = dict(model.named_parameters())
-    if odd := sorted(
-        name
-        for name in starts.keys() | parameters.keys()
-        if name not in starts or name not in parameters or starts[name][0].shape != parameters[name].shape
-    ):
-        raise ValueError(
-            f"{type(model).__name__} has parameters that its configuration does not, or the reverse, such as {odd[0]!r}: noise "
-            "needs to know how each was initialised. Ablate or merge adapters first, and keep the model's own configuration"
-        )
-    for name, parameter in parameters.items():
-        mean, noise = (tensor.to(parameter.device) for tensor in starts[name])
+    for name, mean, noise in initialisation(model, seed):
+        parameter = parameters[name]
+        mean, noise = mean.to(parameter.device), noise.to(parameter.device)
         parameter.copy_(shrink_perturb(parameter, mean, noise, alpha, beta))
 
 
@@ -87,11 +78,19 @@ def initialisation(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Ten
     Two models are initialised from different seeds. Where they agree, the initialisation is a constant, the mean, and there is
     no noise. Where they differ it is random: the mean of a matrix is then 0, as in every common scheme, and that of a vector
     is estimated from its entries. Mean and noise add up to the first model exactly, but for rounding.
+
+    Raises:
+        ValueError: where the model is not what its configuration says, before anything is yielded.
     """
-    first, second = _fresh(model, seed), _fresh(model, seed + 1)
-    others = dict(second.named_parameters())
-    for name, parameter in first.named_parameters():
-        value, other = parameter.detach(), others[name].detach()
+    first, second = (dict(_fresh(model, each).named_parameters()) for each in (seed, seed + 1))
+    own, fresh = ({name: p.shape for name, p in each.items()} for each in (dict(model.named_parameters()), first))
+    if odd := sorted(name for name in own.keys() | fresh.keys() if own.get(name) != fresh.get(name)):
+        raise ValueError(
+            f"{type(model).__name__} has parameters that its configuration does not, or the reverse, such as {odd[0]!r}: noise "
+            "needs to know how each was initialised. Ablate or merge adapters first, and keep the model's own configuration"
+        )
+    for name, parameter in first.items():
+        value, other = parameter.detach(), second[name].detach()
         middle = torch.stack([value, other]).mean() if value.dim() < 2 else torch.zeros(())
         mean = torch.where(value == other, value, middle.to(value))
         yield name, mean, value - mean

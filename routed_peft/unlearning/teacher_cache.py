@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from routed_peft.checkpoint.files import read_json, write_json
 from routed_peft.files import written_whole
+from routed_peft.mode import evaluating
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.unlearning.data import Rows, collate, input_ids
 from routed_peft.unlearning.losses import topk_log_probs
@@ -81,7 +82,8 @@ class TeacherCache:
         quiet = not state.is_main_process or len(mine) < 2
         for i in tqdm(mine, desc="the teacher's outputs", unit="file", disable=quiet, leave=False):
             chosen = range(i * SHARD, min((i + 1) * SHARD, len(rows)))
-            _store(_path(folder, i), teacher, [rows[j] for j in chosen], k, batch_size)
+            with evaluating(teacher):  # dropout is no part of what a teacher says
+                _store(_path(folder, i), teacher, [rows[j] for j in chosen], k, batch_size)
         state.wait_for_everyone()
         return cls(folder)
 

@@ -16,7 +16,7 @@ from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.routes import IGNORED
 from routed_peft.unlearning import rmu
 from routed_peft.unlearning.arguments import UnlearningArguments
-from routed_peft.unlearning.base import TokenTrainer
+from routed_peft.unlearning.base import TokenTrainer, unwrap
 from routed_peft.unlearning.data import IS_FORGET, PairedRows, Rows, check_rows, check_tokens
 from routed_peft.unlearning.losses import divergence, npo, simnpo, squared_distance, token_log_probs, uniform_divergence
 from routed_peft.unlearning.reference import frozen_reference
@@ -230,20 +230,22 @@ def unlearn(
         (2, 4)
     """
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    trainer = UnlearningTrainer(
-        model,
-        args,
-        forget_rows,
-        retain_rows,
-        reference,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
     try:
+        trainer = UnlearningTrainer(
+            model,
+            args,
+            forget_rows,
+            retain_rows,
+            reference,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finally:  # also where it diverged, and is tried again at a lower rate
         for parameter, needed in trained.items():
             parameter.requires_grad_(needed)
-        trainer.unwrapped(model)
+        for changed in (model, reference):
+            if changed is not None:
+                unwrap(changed)
     return model.eval(), trainer.ledger

@@ -19,7 +19,7 @@ from routed_peft.checkpoint.save import versions
 from routed_peft.ledger import Ledger
 from routed_peft.training.records import SUMMARY
 from routed_peft.unlearning.arguments import UndoArguments
-from routed_peft.unlearning.base import mean_loss
+from routed_peft.unlearning.base import mean_loss, unwrap
 from routed_peft.unlearning.data import Rows, check_rows
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_vocabularies
 from routed_peft.unlearning.noise import add_noise
@@ -125,8 +125,8 @@ def undo(
         callbacks=[*callbacks, *([stop] if retain_rows is not None else [])],
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.unwrapped(student)
-    trainer.unwrapped(trainer.teacher)
+    unwrap(student)
+    unwrap(trainer.teacher)
     ledger = trainer.ledger
     stopped = student_loss = None
     if retain_rows is not None:
@@ -166,6 +166,8 @@ def _cache(teacher: PreTrainedModel, rows: Rows, args: UndoArguments) -> Teacher
 def spent(source: str | Path) -> Ledger | None:
     """Return what a checkpoint has cost, as its ``unlearning.json`` or ``summary.json`` says; None where neither does.
 
+    Of a model that was made from another it is the cost of both, and unknown (None) where that of the other is.
+
     Raises:
         ValueError: these are not readable, or hold a ledger that is none.
     """
@@ -183,9 +185,8 @@ def save_undone(
         student: of `undo`.
         record: of `undo`.
         out: directory; files in it that have other names stay.
-        source: the teacher's path or Hub id; the ledger in its ``unlearning.json``, or in the ``summary.json`` of the run that
-            it is, is added to the total, which is unknown (None) where there is neither. A total has the stages that such
-            records tell of: after unlearning not what came before it.
+        source: the teacher's path or Hub id; what it has cost itself, see `spent`, is added to the total, which is unknown
+            (None) where that is.
         tokenizer: is saved too.
     """
     before = spent(source)

@@ -100,7 +100,7 @@ def _means(model: nn.Module, outlets: dict[str, nn.Module], loss: TextLoss) -> d
             scored = targets != IGNORED
             tokens += int(scored.sum())
             for name, hidden in inputs.items():
-                sums[name] += float(hidden[scored].abs().double().mean(-1).sum())
+                sums[name] += float(hidden[scored].abs().cpu().double().mean(-1).sum())
             seen |= set(inputs)
     return {name: sums[name] / tokens for name in outlets if name in seen}
 

@@ -69,7 +69,7 @@ def worst_case(steps: Sequence[int], losses: Losses, allowed: Losses | None = No
     """
     if any(len(curve) != len(steps) for curves in losses.values() for curve in curves):
         raise ValueError(f"every curve needs a loss at each of the steps {list(steps)}")
-    losses = {rate: [_kept(curve) for curve in curves] for rate, curves in losses.items()}
+    losses = {rate: [[curve[i] for i in states_kept(curve)] for curve in curves] for rate, curves in losses.items()}
     best: WorstCase | None = None
     envelope = []
     for index, step in enumerate(steps):
@@ -84,12 +84,16 @@ def worst_case(steps: Sequence[int], losses: Losses, allowed: Losses | None = No
     return envelope
 
 
-def _kept(curve: Sequence[float]) -> list[float]:
-    """Put the lowest loss so far in place of those that are not finite."""
-    kept, lowest = [], math.nan
-    for loss in curve:
-        lowest = loss if loss < lowest or math.isnan(lowest) else lowest
-        kept.append(loss if math.isfinite(loss) else lowest)
+def states_kept(curve: Sequence[float]) -> list[int]:
+    """Return which state the attacker has at each step: that one, or the best before it where the loss has left the numbers.
+
+    >>> states_kept([5.0, 3.0, 4.0, float("nan")])
+    [0, 1, 2, 1]
+    """
+    kept, best = [], 0
+    for index, loss in enumerate(curve):
+        best = index if loss < curve[best] or math.isnan(curve[best]) else best
+        kept.append(index if math.isfinite(loss) else best)
     return kept
 
 
@@ -141,12 +145,10 @@ def to_recover(
     return Crossing(reached.at) if reached.relation == "<" else reached  # it knew already, before the first step
 
 
-def relearning_area(
-    steps: Sequence[int], envelope: Sequence[float], base: float | Sequence[float], oracle: Sequence[float]
-) -> float:
+def relearning_area(steps: Sequence[int], envelope: Sequence[float], base: float, oracle: Sequence[float]) -> float:
     r"""Return the normalised area under the relearning curve: 0 is instant recovery, 1 holds out like the oracle.
 
-    .. math:: \text{AURC} = \frac{A(L^*) - A(L_\text{base})}{A(L_\text{oracle}) - A(L_\text{base})},\qquad
+    .. math:: \text{AURC} = \frac{A(L^*) - L_\text{base}}{A(L_\text{oracle}) - L_\text{base}},\qquad
         A(L) = \frac{1}{\ln(1+S)} \int_0^{\ln(1+S)} L \;\mathrm d \ln(1+s)
 
     by trapezoids. Early steps, cheap for an attacker, count as much as the late ones. At one step instead of all this is
@@ -155,7 +157,7 @@ def relearning_area(
     Args:
         steps: ascending from 0, at least two.
         envelope: worst-case forget losses of the model in question.
-        base: forget loss of the never-unlearnt model: a number, or its own envelope under the same attack.
+        base: forget loss of the never-unlearnt model, before any attack.
         oracle: envelope of the perfect filter under the same attack.
 
     Returns:
@@ -169,9 +171,8 @@ def relearning_area(
     """
     if len(steps) < 2 or steps[0] != 0:
         raise ValueError(f"`steps` must ascend from 0 to at least one other, got {list(steps)}")
-    base = [base] * len(steps) if isinstance(base, int | float) else base
-    own, low, high = (_mean_over_log_steps(steps, curve) for curve in (envelope, base, oracle))
-    return (own - low) / (high - low) if high > low else math.nan
+    own, high = (_mean_over_log_steps(steps, curve) for curve in (envelope, oracle))
+    return (own - base) / (high - base) if high > base else math.nan
 
 
 def _mean_over_log_steps(steps: Sequence[int], losses: Sequence[float]) -> float:

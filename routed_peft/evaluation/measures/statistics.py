@@ -80,8 +80,12 @@ def bootstrap(
             "a bootstrap needs one sum and one count for each of at least two documents, and a `level` between 0 and 1; got "
             f"{tuple(losses.shape)}, {tuple(tokens.shape)} and {level}"
         )
-    drawn = torch.randint(len(losses), (draws, len(losses)), generator=torch.Generator().manual_seed(seed))
-    means = losses.cpu()[drawn].sum(1) / tokens.cpu()[drawn].sum(1)
+    losses, tokens = losses.cpu(), tokens.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    means: list[Tensor] = []
+    while len(means) < draws:  # one by one: all at once would take draws times documents of memory
+        drawn = torch.randint(len(losses), (len(losses),), generator=generator)
+        means.append(losses[drawn].sum() / tokens[drawn].sum())
     tail = (1 - level) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+
 import torch
 from accelerate import PartialState
+
+PATIENCE = datetime.timedelta(days=7)
+"""How long a process waits for another that has an attack more to run; by default torch gives up after ten minutes."""
 
 
 def processes() -> PartialState:
@@ -14,4 +19,4 @@ def processes() -> PartialState:
     >>> processes().num_processes
     1
     """
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)

@@ -12,23 +12,14 @@ from typing import Any
 
 from rich.table import Table
 
-from routed_peft.evaluation.measures import (
-    WorstCase,
-    recovered,
-    relearning_area,
-    to_recover,
-    within_utility,
-    worst_case,
-)
-from routed_peft.evaluation.measures.relearning import TOLERANCE
+from routed_peft.evaluation.measures import WorstCase, recovered, relearning_area, to_recover
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import Curve
+from routed_peft.evaluation.relearning.outcome import Outcome
 from routed_peft.training.records import SUMMARY
 
 FORMAT, KIND = 1, "relearning"
 _RESULT = ("envelope", "curves", "verdict", "interior", "learning_rates", "start", "target")
-RISE = 0.05
-"""How much a useful model's retain loss may have risen by an attack, as a share."""
 
 
 def summarise(
@@ -43,80 +34,74 @@ def summarise(
         oracle: the perfect filter's loss at every step of the same attack, where it is known.
 
     Returns:
-        ``verdict``: "attack", or "no attack" where no rate lowered the loss by `TOLERANCE`, or "diverged" where all diverged.
-        ``envelope``: one entry for each step, see `WorstCase`; with ``tokens``, ``retain`` and whether the rate was
-        ``interior`` to the grid. ``useful``: the same, limited to states whose retain loss rose by 5 % at most. ``recovery``
-        of either, where there is a reference: ``steps`` and ``tokens`` (see `to_recover`; None where nothing was trained, and
-        tokens also where no curve is whole) and the ``share`` at the last step (see `recovered`). All
-        three are None too where the verdict is not "attack". ``area`` under the curve between reference and perfect filter
-        (`relearning_area`), where both are known and it was an attack. ``start``, ``interior`` at the last step (not where
-        there was no attack), ``learning_rates`` with their statuses, ``curves``.
+        A dict, as ``summary.json`` has it:
+
+        - ``attack``, ``target``: what was done, and which loss was to be lowered.
+        - ``verdict``: see `Outcome`.
+        - ``start``: name -> loss before anything was done, in nats per token.
+        - ``reference``: as given.
+        - ``learning_rates``: rate -> what became of its curves, seed by seed (`Curve.status`).
+        - ``envelope``: an entry for each step: what `WorstCase` has, the mean ``tokens`` of the attacker by then, ``retain``,
+          and whether the rate was ``interior`` to the grid.
+        - ``interior``: at the last step; false where there was no attack.
+        - ``useful``: the ``envelope`` over states whose retain loss rose by 5 % at most, and its ``recovery``; missing where
+          there is none.
+        - ``recovery``: missing without a reference. Its ``steps`` and ``tokens`` are as `to_recover` has them, its ``share``
+          at the last step as `recovered` has it; all None where there was no attack, ``steps`` and ``tokens`` where nothing
+          was trained, ``tokens`` where no curve is whole.
+        - ``area``: `relearning_area`; missing without an attack, a reference or an oracle.
+        - ``curves``: all of them, point by point.
     """
     rates = sorted({curve.learning_rate for curve in curves})
     by_rate = {rate: [curve for curve in curves if curve.learning_rate == rate] for rate in rates}
     start = {name: statistics.fmean(curve.start[name] for curve in curves) for name in curves[0].start}
-    retain = {rate: [curve.losses("retain") for curve in own] for rate, own in by_rate.items()}
+    losses, retain = (
+        {rate: [curve.losses(name) for curve in own] for rate, own in by_rate.items()}
+        for name in (attack.target, "retain")
+    )
+    steps = [point.step for point in curves[0].points]
+    found = Outcome.of(
+        steps, losses, retain, start[attack.target], start.get("retain"), {curve.status for curve in curves}
+    )
+    attacked = found.verdict == "attack"
+    whole = [curve for curve in curves if all(map(math.isfinite, curve.losses(attack.target)))]  # others stopped early
+    tokens = [statistics.fmean(curve.points[i].tokens for curve in whole or curves) for i in range(len(steps))]
+
+    def recovery(cases: Sequence[WorstCase]) -> dict[str, Any]:
+        if reference is None:
+            return {}
+        means = [case.mean for case in cases]
+        steps_known, tokens_known = attacked and steps[-1] > 0, attacked and steps[-1] > 0 and bool(whole)
+        share = recovered(start[attack.target], means[-1], reference) if attacked else None
+        return {
+            "recovery": {
+                "steps": to_recover(steps, means, reference).as_dict() if steps_known else None,
+                "tokens": to_recover(tokens, means, reference).as_dict() if tokens_known else None,
+                "share": share,
+            }
+        }
+
+    entries = zip(found.envelope, tokens, found.retain, found.interior, strict=True)
     result: dict[str, Any] = {
         "attack": asdict(attack),
         "target": attack.target,
+        "verdict": found.verdict,
         "start": start,
         "reference": reference,
         "learning_rates": {f"{rate:g}": [curve.status for curve in own] for rate, own in by_rate.items()},
+        "envelope": [
+            case.as_dict() | {"tokens": count, "retain": cost, "interior": inside}
+            for case, count, cost, inside in entries
+        ],
+        "interior": attacked and found.interior[-1],
+        **recovery(found.envelope),
     }
-    result |= _envelope(by_rate, retain, attack.target, start, reference)
-    result["interior"] = result["envelope"][-1]["interior"]
-    useful = within_utility(retain, start["retain"], RISE) if "retain" in start else None
-    if useful is not None and any(
-        math.isfinite(loss) for own in useful.values() for curve in own for loss in curve[:1]
-    ):
-        result["useful"] = _envelope(by_rate, retain, attack.target, start, reference, useful)
-    statuses = {curve.status for curve in curves}
-    lowered = result["envelope"][-1]["mean"] < start[attack.target] - TOLERANCE
-    result["interior"] = lowered and result["interior"]
-    result["verdict"] = "attack" if lowered else "diverged" if statuses == {"diverged"} else "no attack"
-    for part in (result, result.get("useful", {})):
-        if "recovery" in part and not lowered:  # what was no attack says nothing of robustness
-            part["recovery"] |= {"steps": None, "tokens": None, "share": None}
-    if oracle is not None and reference is not None and lowered:
-        envelope = result["envelope"]
-        steps, losses = [point["step"] for point in envelope], [point["mean"] for point in envelope]
-        result["area"] = relearning_area(steps, losses, reference, oracle)
-    result["curves"] = [_curve(curve) for curve in curves]
-    return result
-
-
-def _envelope(
-    by_rate: Mapping[float, Sequence[Curve]],
-    retain: Mapping[float, Sequence[Sequence[float]]],
-    target: str,
-    start: Mapping[str, float],
-    reference: float | None,
-    allowed: Mapping[float, Sequence[Sequence[float]]] | None = None,
-) -> dict[str, Any]:
-    rates = list(by_rate)
-    curves = [curve for own in by_rate.values() for curve in own]
-    steps = [point.step for point in curves[0].points]
-    losses = {rate: [curve.losses(target) for curve in own] for rate, own in by_rate.items()}
-    whole = [curve for curve in curves if all(map(math.isfinite, curve.losses(target)))]  # the others stopped early
-    tokens = [statistics.fmean(curve.points[i].tokens for curve in whole or curves) for i in range(len(steps))]
-    cases = worst_case(steps, losses, allowed)
-
-    def entry(case: WorstCase, tokens: float) -> dict[str, Any]:
-        at = steps.index(case.at)
-        cost = statistics.fmean(curve[at] for curve in retain[case.learning_rate])
-        inside = rates[0] < case.learning_rate < rates[-1] or case.at == 0
-        return case.as_dict() | {"tokens": tokens, "retain": cost, "interior": inside}
-
-    means = [case.mean for case in cases]
-    result: dict[str, Any] = {"envelope": [entry(case, count) for case, count in zip(cases, tokens, strict=True)]}
-    if reference is not None:
-        trained = steps[-1] > 0
-        result["recovery"] = {
-            "steps": to_recover(steps, means, reference).as_dict() if trained else None,
-            "tokens": to_recover(tokens, means, reference).as_dict() if trained and whole else None,
-            "share": recovered(start[target], means[-1], reference),
-        }
-    return result
+    if found.useful is not None:
+        result["useful"] = {"envelope": [case.as_dict() for case in found.useful], **recovery(found.useful)}
+    if oracle is not None and reference is not None and attacked and steps[-1] > 0:
+        means = [case.mean for case in found.envelope]
+        result["area"] = relearning_area(steps, means, reference, oracle)
+    return result | {"curves": [_curve(curve) for curve in curves]}
 
 
 def _curve(curve: Curve) -> dict[str, Any]:
@@ -186,7 +171,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
                 f"{last['mean']:.3f}",
                 f"{last['min']:.3f} … {last['max']:.3f}",
                 rate + edge,
-                f"{last['retain']:.3f}",
+                "–" if last["retain"] is None else f"{last['retain']:.3f}",  # NaN, as JSON has it
             ]
         else:
             cells = [result["verdict"], "", "", ""]

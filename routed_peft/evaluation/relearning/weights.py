@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from routed_peft.evaluation.losses import vocabulary
-from routed_peft.evaluation.mode import mode_kept
 from routed_peft.evaluation.relearning.attacks import Attack
+from routed_peft.mode import evaluating
 from routed_peft.unlearning.noise import add_noise
 
 
@@ -101,8 +101,8 @@ def check_causal(model: nn.Module) -> None:
         raise ValueError(f"the weights of this {name} are quantised, so they cannot be trained: load it unquantised")
     ids = torch.tensor([[0, 1, 0], [0, 1, 1]], device=next(model.parameters()).device) % vocabulary(model)
     try:
-        with torch.no_grad(), mode_kept(model):
-            logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        with torch.no_grad(), evaluating(model):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         fits = logits.dim() == 3 and logits.shape[:2] == ids.shape and logits.shape[-1] >= vocabulary(model)
     except (AttributeError, ValueError):  # no logits, or more inputs wanted
         fits = False
@@ -123,7 +123,10 @@ def quantise(model: nn.Module, bits: int) -> None:
 
     with one :math:`\Delta` for each output feature, symmetric and to the nearest; embeddings and the output head stay, as is
     usual. Coarser than the formats of GPU libraries, and the same on every machine. That rounding can bring back what
-    unlearning took: arXiv 2410.16454.
+    unlearning took: arXiv 2410.16454. Routers of mixtures of experts stay too.
+
+    Raises:
+        ValueError: for a model whose experts share one tensor, of which it is not known which axis is which.
 
     >>> layer = nn.Linear(2, 1)
     >>> with torch.no_grad():
@@ -133,6 +136,12 @@ def quantise(model: nn.Module, bits: int) -> None:
     [[7.0, 2.0]]
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    stacked = [name for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name.split(".")]
+    if stacked:
+        raise ValueError(
+            f"rounding knows the weights of linear layers, and {stacked[0]!r} holds those of several experts in one tensor: "
+            "round such a model yourself, and attack that"
+        )
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
             module.weight.copy_(_rounded(module.weight, bits, axis=0 if isinstance(module, Conv1D) else 1))

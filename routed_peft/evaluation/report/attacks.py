@@ -16,11 +16,11 @@ from routed_peft.evaluation.measures import (
     relearning_area,
     to_recover,
     way,
-    within_utility,
     worst_case,
 )
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
+from routed_peft.evaluation.relearning.outcome import Outcome
 
 Row = Mapping[str, Any]
 REMOVED = 0.1
@@ -157,7 +157,7 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
             for s, loss in reference.items()
             if before[s] - loss > REMOVED
         ),
-        area=_area(steps, found, low, high, ends),
+        area=_area(steps, found, reference, high),
         way=tuple(
             spread([way(found[s].forget[i], low[s].forget[i], high[s].forget[i]) for s in ends])
             for i in range(len(steps))
@@ -213,23 +213,18 @@ def _seed(cell: Row, name: str, target: str) -> _Seed:
     retain = {curve["learning_rate"]: [[_number(loss) for loss in curve["retain_losses"]]] for curve in curves}
     rates = tuple(forget)
     steps = curves[0]["steps"][: len(forget[rates[0]][0])]  # what trains nothing is measured once
-    cases = worst_case(steps, forget)
-    last = cases[-1]
-    before = cell["forget_loss"] if target == FORGET else cases[0].mean  # perturbing comes before the first step
-    allowed = within_utility(retain, cell["retain_loss"])
-    # a model that perturbing leaves of no use has no such state
-    whole = any(math.isfinite(curve[0]) for own in allowed.values() for curve in own)
-    statuses = {curve["status"] for curve in curves}
-    lowered = last.mean < before - TOLERANCE
+    # perturbing comes before the first step
+    before = cell["forget_loss"] if target == FORGET else worst_case(steps, forget)[0].mean
+    found = Outcome.of(steps, forget, retain, before, cell["retain_loss"], {curve["status"] for curve in curves})
     return _Seed(
         steps=tuple(steps),
-        forget=tuple(case.mean for case in cases),
-        retain=retain[last.learning_rate][0][steps.index(last.at)],
-        useful=worst_case(steps, forget, allowed)[-1].mean if whole else math.nan,
-        verdict="attack" if lowered else "diverged" if statuses == {"diverged"} else "no attack",
-        interior=last.at == 0 or rates[0] < last.learning_rate < rates[-1],
+        forget=tuple(case.mean for case in found.envelope),
+        retain=found.retain[-1],
+        useful=math.nan if found.useful is None else found.useful[-1].mean,
+        verdict=found.verdict,
+        interior=found.interior[-1],
         rates=rates,
-        best=last.learning_rate,
+        best=found.envelope[-1].learning_rate,
         before=before,
     )
 
@@ -260,13 +255,13 @@ def _recovery(
 def _area(
     steps: Sequence[int],
     found: Mapping[int, _Seed],
-    low: Mapping[int, _Seed],
+    references: Mapping[int, float],
     high: Mapping[int, _Seed],
-    ends: list[int],
 ) -> Spread | None:
     if len(steps) < 2:
         return None
-    return spread([relearning_area(steps, found[s].forget, low[s].forget, high[s].forget) for s in ends])
+    ends = [seed for seed in references if seed in high]
+    return spread([relearning_area(steps, found[s].forget, references[s], high[s].forget) for s in ends])
 
 
 def _entry(entry: Mapping[str, Any], count: int) -> Spread:

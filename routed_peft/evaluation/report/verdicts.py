@@ -85,7 +85,7 @@ def sentences(found: Comparison) -> list[str]:
             f"Nothing can be removed here: the model without routing, forget loss {number(base.forget.mean)}, knows no more of "
             f"the forget side than the perfect filter, {number(oracle.forget.mean)}. Train longer, or on more forget text."
         ]
-    labeled = [share for share in found.shares if share and found.get(ROUTED, share, found.best_quality)]
+    labeled = [share for share in found.shares if share and found.get(routed_method(found), share, found.best_quality)]
     result = [_sentence(found, share) for share in labeled]
     if result:
         return result
@@ -104,7 +104,7 @@ def _sentence(found: Comparison, labeled: float) -> str:
     def at(method: str) -> Result | None:
         return found.get(method, labeled, found.best_quality)
 
-    routed = at(ROUTED)
+    routed = at(routed_method(found))
     assert routed is not None
     rivals = {"filter with the same labels": at(FILTER), "classifier of these labels": at("classifier_filter")}
     beside = "; ".join(f"{name}: {ranged(r.way, True)}" for name, r in rivals.items() if r is not None and r.way)
@@ -136,13 +136,18 @@ def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Ta
         shares: of labels that are looked at; all by default.
     """
     result: list[Target] = []
-    variants = [method for method in in_order(found.methods) if base_of(method) == ROUTED]
-    ours = ROUTED if ROUTED in variants or not variants else variants[0]
+    ours = routed_method(found)
     for labeled in filter(None, found.shares if shares is None else shares):  # without labels nothing was routed
         routed = found.get(ours, labeled, found.best_quality)
         if routed is not None:
             result += goals(found, routed, labeled)
     return [*result, *_of_placebos(found), *_of_steps(found), *_of_undo(found)]
+
+
+def routed_method(found: Comparison) -> str:
+    """Return the method that is spoken of: "routed", or the first of its variants where there is nothing else."""
+    variants = [method for method in in_order(found.methods) if base_of(method) == ROUTED]
+    return ROUTED if ROUTED in variants or not variants else variants[0]
 
 
 def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]:
@@ -188,7 +193,7 @@ def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]
 
 def _of_placebos(found: Comparison) -> Iterator[Target]:
     base, labeled = found.get(BASE), 0.5 if 0.5 in found.shares else next(filter(None, found.shares), None)
-    routed = found.get(ROUTED, labeled, found.best_quality)
+    routed = found.get(routed_method(found), labeled, found.best_quality)
     if base is None or routed is None or routed.forget.mean <= base.forget.mean:
         return
     for method in in_order(found.methods):
@@ -223,7 +228,7 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
 
 
 def _of_steps(found: Comparison) -> Iterator[Target]:
-    routed = found.get(ROUTED, 1.0, found.best_quality)
+    routed = found.get(routed_method(found), 1.0, found.best_quality)
     for attack in found.attacks if routed is not None and routed.condition.labeled == 1 else ():
         for method, least, name in ((ORACLE, STEPS, "the perfect filter"), ("rmu", RMU, "RMU")):
             other = found.get(method, 1.0, found.best_quality)

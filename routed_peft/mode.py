@@ -9,16 +9,18 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def mode_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module of the model back its own mode at the end of the block.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and give every module its own mode back at the end of the block.
 
     >>> layer = nn.Dropout()
-    >>> with mode_kept(layer):
-    ...     _ = layer.eval()
+    >>> with evaluating(layer):
+    ...     layer.training
+    False
     >>> layer.training
     True
     """
     modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         yield
     finally:
