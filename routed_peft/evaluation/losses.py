@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routed_peft.mode import evaluating
+from routed_peft.routes import IGNORED
 
-IGNORED = -100
 _MOST_TOKENS, _MOST_LOGITS = 8192, 2**27  # a batch: beyond these it is no faster, and needs memory
 
 

@@ -13,8 +13,7 @@ from routed_peft.reward_hack.cells import ensure
 from routed_peft.reward_hack.measuring import Rates, measure
 from routed_peft.reward_hack.settings import Settings, start_key
 from routed_peft.reward_hack.task import ENVIRONMENTS, HACKS, make_prompt, make_tokenizer, pairs, training_prompts
-
-IGNORED = -100
+from routed_peft.routes import IGNORED
 
 
 def make_model(settings: Settings, tokenizer: PreTrainedTokenizerFast | None = None) -> LlamaForCausalLM:

@@ -28,7 +28,7 @@ def answer_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: l
     for at in range(0, len(pairs), BATCH):
         ids, mask, targets = pad(pairs[at : at + BATCH])
         with torch.no_grad():
-            total += float(token_losses(model, ids, mask, targets).sum(dtype=torch.float64))
+            total += float(token_losses(model, ids, mask, targets).cpu().sum(dtype=torch.float64))
         count += sum(len(answer) for _, answer in pairs[at : at + BATCH])
     return total / count
 

@@ -42,8 +42,8 @@ def check_basis(u: Tensor, what: str = "`U`") -> None:
             f"{what} has {k} directions in a residual stream of width {d}: there must be at least one, and fewer than {d} "
             "(a handful: whatever is in it, the model itself cannot learn)"
         )
-    wide = u.to(torch.float64)
-    error = float((wide.T @ wide - torch.eye(k, dtype=torch.float64, device=u.device)).abs().max())
+    wide = u.cpu().double()  # not every GPU knows float64
+    error = float((wide.T @ wide - torch.eye(k, dtype=torch.float64)).abs().max())
     if not error <= _TOLERANCE:
         raise ValueError(
             f"{what} is not orthonormal: its columns' inner products differ from the identity by {error:.3g}, allowed is "
@@ -61,8 +61,8 @@ def orthonormal(directions: Tensor) -> Tensor:
             [0.],
             [0.]])
     """
-    u, s, _ = torch.linalg.svd(directions.to(torch.float64).T, full_matrices=False)
-    return u[:, s > 1e-6 * s.max()].float()
+    u, s, _ = torch.linalg.svd(directions.cpu().double().T, full_matrices=False)
+    return u[:, s > 1e-6 * s.max()].float().to(directions.device)
 
 
 @dataclass(frozen=True)

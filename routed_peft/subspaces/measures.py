@@ -30,7 +30,7 @@ def leak(weight: Tensor, initial: Tensor, u: Tensor) -> float:
         0.36
     """
     check_basis(u)
-    change = weight.to(torch.float64) - initial.to(torch.float64)
+    change = weight.cpu().double() - initial.cpu().double()  # on the CPU, for not every GPU knows float64
     total = float(change.square().sum())
     return float((u.to(change).T @ change).square().sum()) / total if total else 0.0
 
@@ -54,6 +54,6 @@ def drift(hidden: Tensor, reference: Tensor, u: Tensor) -> float:
         0.5
     """
     check_basis(u)
-    basis = u.to(torch.float64)
-    before = reference.to(torch.float64) @ basis
-    return float((hidden.to(torch.float64) @ basis - before).norm() / before.norm())
+    basis = u.cpu().double()
+    before = reference.cpu().double() @ basis
+    return float((hidden.cpu().double() @ basis - before).norm() / before.norm())

@@ -18,6 +18,7 @@ from routed_peft.mode import evaluating
 from routed_peft.routes import IGNORED
 from routed_peft.training.regroup import document_means, document_of
 from routed_peft.training.self_labels import REFERENCE_ROWS, SelfLabeledRows
+from routed_peft.training.token_loss import token_losses
 
 if TYPE_CHECKING:
     from routed_peft.training.mixin import RoutingMixin
@@ -176,18 +177,6 @@ def region_benefit(model: nn.Module, batch: dict[str, Tensor], regions: Sequence
         with ablated(model, *regions):
             off = token_losses(model(**inputs).logits, batch["labels"].to(device))
     return off - on
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss at each token but the first, ``(B, T - 1)``, in nats; 0 where there is none.
-
-    Args:
-        logits: ``(B, T, V)``.
-        targets: ``(B, T)``, -100 where there is no loss.
-    """
-    predicted, wanted = logits[:, :-1].float(), targets[:, 1:]
-    losses = F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view_as(wanted)
 
 
 def row_means(values: Tensor, targets: Tensor) -> Tensor:

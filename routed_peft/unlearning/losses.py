@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from routed_peft.routes import IGNORED
+from routed_peft.training.token_loss import token_losses
 
 
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -33,9 +33,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
         >>> token_log_probs(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
         tensor([[-1.3863, -0.0000]])
     """
-    predicted, wanted = logits[:, :-1], targets[:, 1:]
-    losses = F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
-    return -losses.view_as(wanted)
+    return -token_losses(logits, targets)
 
 
 def npo(log_probs: Tensor, reference_log_probs: Tensor, beta: float = 0.1) -> Tensor:

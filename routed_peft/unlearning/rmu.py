@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from routed_peft.architectures import find_mlps, mlp_layout
+from routed_peft.routes import IGNORED
 from routed_peft.unlearning.arguments import UnlearningArguments
 from routed_peft.unlearning.data import Rows, collate
-from routed_peft.unlearning.losses import IGNORED, steering_vector
+from routed_peft.unlearning.losses import steering_vector
 
 MEASURED_ROWS = 16
 

@@ -11,7 +11,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from routed_peft.evaluation.losses import IGNORED, TextLoss
+from routed_peft.evaluation.losses import TextLoss
+from routed_peft.routes import IGNORED
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from routed_peft.evaluation.losses import IGNORED, token_losses
+from routed_peft.evaluation.losses import token_losses
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.data import Batch
+from routed_peft.routes import IGNORED
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 DIVERGED = 1.0
@@ -74,13 +75,13 @@ class Curve:
         lowered = min(losses) < self.start[self.target] - TOLERANCE
         if not all(map(math.isfinite, losses)):
             return "diverged"
-        above = [
-            all(loss > start + DIVERGED for loss, start in zip(scores, self.start.values(), strict=True))
-            for scores in zip(*map(self.losses, self.start), strict=True)
-        ]
-        if above[-1] or any(above) and not lowered:
+        above = [self._far_above(point) for point in self.points]
+        if above[-1] or (any(above) and not lowered):
             return "diverged"
         return "attack" if lowered else "no attack"
+
+    def _far_above(self, point: Point) -> bool:
+        return all(point.scores.get(name, math.nan) > start + DIVERGED for name, start in self.start.items())
 
     def losses(self, split: str) -> list[float]:
         """Return one score at every step."""

@@ -104,14 +104,11 @@ def relearn(
                 curves[cell] = curve
                 if on_curve is not None:
                     on_curve(curve)
-            wanted = [
-                rate
-                for side in _edges(curves, seeds, steps)
-                if added[side] < extensions
-                for rate in [_beyond(rates, side)]
-            ]
-            for rate in wanted:
-                added[-1 if rate < rates[0] else 1] += 1
+            wanted = []
+            for side in _edges(curves, seeds, steps):
+                if added[side] < extensions:
+                    added[side] += 1
+                    wanted.append(_beyond(rates, side))
             rates = sorted([*rates, *wanted])
         return [curves[rate, seed] for rate in rates for seed in seeds]
     finally:
