@@ -269,6 +269,7 @@ TABLES = {
     "experiment_mixed_rows": lambda: experiment("mixed_rows", losses, HALF),
     "experiment_entangled_mixed": lambda: experiment("entangled_mixed", losses, HALF),
     "experiment_spanish": lambda: experiment("spanish", losses, HALF),
+    "experiment_spanish_undo": lambda: experiment("spanish_undo", losses, ALL),
     "recovery": lambda: experiment("recovery", recovery),
     "frontier": lambda: experiment("frontier", frontier),
     "leakage": lambda: experiment("leakage", leaking),
