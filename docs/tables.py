@@ -11,7 +11,7 @@ from typing import Any
 
 from experiment_tables import Labels, losses, recovery
 from overview_table import overview
-from tradeoff_tables import facts, frontier, leaking
+from tradeoff_tables import attacked, facts, frontier, leaking
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.verdicts import ranged
@@ -274,6 +274,7 @@ TABLES = {
     "frontier": lambda: experiment("frontier", frontier),
     "leakage": lambda: experiment("leakage", leaking),
     "facts": lambda: experiment("facts", facts),
+    "attacks": lambda: experiment("attacks", attacked),
     "step_time": step_time,
     "persona": persona,
     "style": style,

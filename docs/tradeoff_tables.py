@@ -9,7 +9,7 @@ from typing import Any
 from experiment_tables import NONE, markdown, of_labels, shown, title, wasted
 
 from routed_peft.evaluation.measures import Spread
-from routed_peft.evaluation.relearning.attacks import METHODS
+from routed_peft.evaluation.relearning.attacks import METHODS, Attack
 from routed_peft.evaluation.report.aggregate import BASE, Comparison, Result, aggregate
 from routed_peft.evaluation.report.attacks import Relearning, spread
 from routed_peft.evaluation.report.cards import VARIANT
@@ -99,6 +99,29 @@ def facts(report: Report, command: str) -> str:
         f"From `{command}`."
     )
     return "\n".join([*markdown(["method", *heads], rows), "", said])
+
+
+def attacked(report: Report, command: str) -> str:
+    """Forget loss after attacks of several kinds, side by side."""
+    found, about = aggregate(report["cells"]), report["experiment"]
+    rows = []
+    for result in shown(found, None, labeled_only=False):
+        each = (result.attacks.get(name) for name in about["attacks"])
+        rows.append([title(result, report), ranged(result.forget), *(NONE if a is None else lowest(a) for a in each)])
+    rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
+    said = (
+        f"Mean (range) over {len(found.seeds)} seeds, nats per token on test text: the lowest forget loss within "
+        f"{about['attack_steps'][-1]} steps of {Attack.batch_size}, at all learning rates ({rates}, and those beyond an end where "
+        f"the best is there), with held-out documents. From `{command}`."
+    )
+    return "\n".join([*markdown(["method", "before", *(f"`{name}`" for name in about["attacks"])], rows), "", said])
+
+
+def lowest(attack: Relearning) -> str:
+    """Write the forget loss that an attack ends at, or that it was none."""
+    if not attack.attacked:
+        return attack.verdict
+    return ranged(attack.forget[-1]) + ("" if attack.whole else f" ({attack.verdict})")
 
 
 def after(attack: Relearning | None) -> str:

@@ -91,6 +91,14 @@ def test_tables_of_what_is_traded_say_what_their_numbers_say(monkeypatch):
     table = tables.leaking(summary(rows), "make")
     assert "| 50 % | filter, same labels | 3.50 | 3.40 | 0.00 | 12.5 k |" in table and "perfect" not in table
 
+    about = {"attacks": ["forget", "int4"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3]}
+    table = tables.attacked(summary(cells()) | {"experiment": about}, "make")
+    assert (
+        "| method | before | `forget` | `int4` |" in table
+        and "| **routed with self-labels, ablated** | 5.00 | 3.50 | – |" in table
+    )
+    assert "| no attack | – |" in table and "within 3 steps of 16" in table
+
     attacks = [{"facts": row["attacks"]["forget"]} for row in cells()]
     rows = [row | {"attacks": one} for row, one in zip(cells(), attacks, strict=True)]
     about = {"attacks": ["facts"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3]}
