@@ -111,8 +111,8 @@ def attacked(report: Report, command: str) -> str:
     rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
     said = (
         f"Mean (range) over {len(found.seeds)} seeds, nats per token on test text: the lowest forget loss within "
-        f"{about['attack_steps'][-1]} steps of {Attack.batch_size}, at all learning rates ({rates}, and those beyond an end where "
-        f"the best is there), with held-out documents. From `{command}`."
+        f"{about['attack_steps'][-1]} steps of {Attack.batch_size}, at all learning rates ({rates}, and those beyond an end "
+        f"where the best is there), with held-out documents. From `{command}`."
     )
     return "\n".join([*markdown(["method", "before", *(f"`{name}`" for name in about["attacks"])], rows), "", said])
 

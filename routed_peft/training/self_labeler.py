@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,8 +76,8 @@ class SelfLabeler(TrainerCallback):
         scored = self.rows.to_score(len(self.rows) - start)
         known = [self.rows.given(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
         asked = np.concatenate([*known, scored])
-        benefits = self._benefit(asked, args.eval_batch_size)
-        forget, retain = torch.cat(benefits[: len(known[0])]), torch.cat(benefits[len(known[0]) :][: len(known[1])])
+        benefits = iter(self._benefit(asked, args.eval_batch_size))
+        forget, retain = (torch.cat(list(islice(benefits, len(rows)))) for rows in known)
         (mu_f, _), (mu_r, _) = (middle_and_spread(side, self.rows.threshold) for side in (forget, retain))
         if not mu_f > mu_r:  # nor where the model has diverged
             raise ValueError(
@@ -84,7 +85,7 @@ class SelfLabeler(TrainerCallback):
                 f"and retain rows by {mu_r:.3f}, so it cannot tell them apart: give it a longer start, or check the labels"
             )
         threshold = benefit_threshold(forget, retain, self.rows.threshold)
-        by_document = [(own > threshold).tolist() for own in benefits[len(known[0]) + len(known[1]) :]]
+        by_document = [(own > threshold).tolist() for own in benefits]  # of the rows that are left
         flat = [label for own in by_document for label in own]
         is_forget = by_document if self.rows.separator is not None else flat
         tokens = sum(len(ids) for ids in self.rows.rows.select(asked)["input_ids"])
