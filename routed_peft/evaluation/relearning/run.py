@@ -94,13 +94,7 @@ def relearn_source(
     about: dict[str, Any] = {"source": str(src), "revision": revision, "regions": regions}
     _check_free(records, about)
     model, tokenizer = open_plain(src, regions, revision, device)
-    losses = {
-        "forget": TextLoss(model, tokenizer, data.forget_test),
-        "retain": TextLoss(model, tokenizer, data.retain_test),
-    }
-    sums = {name: loss.documents(model) for name, loss in losses.items()}
-    start = {name: float(own.sum() / losses[name].counts.sum()) for name, own in sums.items()}
-    intervals = {name: bootstrap(own, losses[name].counts) for name, own in sums.items() if len(own) > 1}
+    start, intervals = _before(model, tokenizer, data)
     references = _references(reference, tokenizer, data, chosen, seeds, device)
     known = start | {"facts": _facts_loss(model, tokenizer, data, seeds) if "facts" in references else math.nan}
     for target, loss in references.items():
@@ -176,6 +170,19 @@ def read_texts(file: str | Path, argument: str, limit: int | None = None) -> lis
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"`{argument}` must hold a non-empty `text` in every row, got {text!r} in row {number}")
     return texts
+
+
+def _before(
+    model: nn.Module, tokenizer: Any, data: AttackData
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Return the losses on either side, and between which they would lie in 95 of 100 draws of documents."""
+    losses = {
+        "forget": TextLoss(model, tokenizer, data.forget_test),
+        "retain": TextLoss(model, tokenizer, data.retain_test),
+    }
+    sums = {name: loss.documents(model) for name, loss in losses.items()}
+    start = {name: float(own.sum() / losses[name].counts.sum()) for name, own in sums.items()}
+    return start, {name: bootstrap(own, losses[name].counts) for name, own in sums.items() if len(own) > 1}
 
 
 def _oracle(
