@@ -47,6 +47,7 @@ def main() -> None:
     if recipe.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint or Hub id in which to unlearn")
     args.include_num_input_tokens_seen = "non_padding"
+    former = spent(recipe.model_name_or_path)  # what it says wrong is said now
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
         run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
@@ -54,7 +55,6 @@ def main() -> None:
         config = {"recipe": asdict(recipe), "training": args.to_dict()}
         same = {"recipe": config["recipe"], "training": {name: getattr(args, name) for name in METHOD}}
         run.start(config, seeds, resume=bool(args.resume_from_checkpoint), same=same)
-    before_cost = spent(recipe.model_name_or_path)  # what it says wrong is said now
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
@@ -78,7 +78,7 @@ def main() -> None:
         "losses_before": before,
         "losses": {side: mean_loss(model, ds) for side, ds in held_out.items()},
         "ledger": ledger.to_dict(),
-        "total_ledger": None if before_cost is None else (before_cost + ledger).to_dict(),
+        "total_ledger": None if former is None else (former + ledger).to_dict(),
     }
     if args.process_index == 0:
         with staged(Path(args.output_dir)) as aside:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from routed_peft.mode import evaluating
+
 SUPPORTED = (
     "gate_proj/up_proj/down_proj (Llama, Mistral, Qwen, Gemma, OLMo, SmolLM, Granite), gate_up_proj/down_proj (Phi-3), "
     "c_fc/c_proj (GPT-2, GPT-Neo), fc1/fc2 (Phi), dense_h_to_4h/dense_4h_to_h (GPT-NeoX, Falcon)"
@@ -186,13 +188,8 @@ def verify_layout(mlp: nn.Module, layout: MLPLayout) -> None:
     if weight is None or not is_plain(weight) or any(p.is_meta for p in mlp.parameters()):
         return
     x = torch.randn(2, 1, width(up, "in"), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    modes = {module: module.training for module in mlp.modules()}
-    mlp.eval()
-    try:
+    with evaluating(mlp):
         got, expected = mlp(x), mlp_forward(mlp, layout, x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
     scale = float(expected.abs().nan_to_num().max())
     if not isinstance(got, Tensor) or not torch.allclose(got, expected, tolerance, tolerance * scale, equal_nan=True):

@@ -234,6 +234,7 @@ def test_a_seed_that_diverged_keeps_the_retain_loss_of_the_state_it_goes_back_to
     result = summarise(Attack("forget"), curves, reference=1.0)
     last = result["envelope"][-1]
     assert (last["mean"], last["retain"]) == (pytest.approx(3.0), pytest.approx((3.5 + 3.3) / 2))
+    assert all(one.keys() == last.keys() for one in result["useful"]["envelope"]), "the same is said of useful states"
     summary = {"source": "a model", "attacks": {"forget": json.loads(json.dumps(result))}}
     assert summary_table(summary).row_count == 1
     summary["attacks"]["forget"]["envelope"][-1]["retain"] = None  # as files of earlier versions have it

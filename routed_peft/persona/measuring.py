@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from routed_peft.ablation import ablated
+from routed_peft.mode import evaluating
 from routed_peft.persona.arms import REGION
 from routed_peft.persona.task import ENVIRONMENTS, GUILTY, SHOUT, make_dataset, make_tokenizer, reward, right, words
 from routed_peft.reward_hack.measuring import complete
@@ -35,14 +36,11 @@ def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0, spl
     if scale != 1.0:
         with ablated(model, REGION, scale=scale):
             return measure(model, count, seed, split=split)
-    training = model.training
-    model.eval()
     terms = words(split)[:count]
     ds = make_dataset([name for name in ENVIRONMENTS for _ in terms], terms * len(ENVIRONMENTS))
-    with torch.random.fork_rng(devices=[]):
+    with evaluating(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         texts = complete(model, ds["prompt"][:], tokenizer=make_tokenizer())
-    model.train(training)
     correct = [float(right(*row)) for row in zip(texts, ds["word"][:], strict=True)]
     shouts = [float(SHOUT in text) for text in texts]
     names = ds["environment"][:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from routed_peft.architectures import find_writers, layer_index
+from routed_peft.mode import evaluating
 
 Conversation = tuple[str, str]
 """A prompt, and the response to it; ready as the model reads them (chat template applied)."""
@@ -105,7 +106,7 @@ def writer_gradients(
 
         return hook
 
-    with ExitStack() as stack, _evaluating(model), torch.enable_grad():
+    with ExitStack() as stack, evaluating(model), torch.enable_grad():
         for name, module in find_writers(model).items():
             index = layer_index(name)
             assert index is not None
@@ -135,7 +136,7 @@ def _residual_streams(
 
         return hook
 
-    with ExitStack() as stack, _evaluating(model):
+    with ExitStack() as stack, evaluating(model):
         for layer in layers:
             stack.callback(blocks[layer].register_forward_hook(watch(layer)).remove)
         for batch, mask in _batches(tokenizer, conversations, batch_size, model):
@@ -164,14 +165,3 @@ def _batches(
             stop = len(before) + len(after)
             ids[i, :stop], attention[i, :stop], mask[i, len(before) : stop] = torch.tensor(before + after), 1, True
         yield {"input_ids": ids.to(device), "attention_mask": attention.to(device)}, mask.to(device)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -15,9 +15,8 @@ from transformers import Trainer, TrainingArguments
 from routed_peft.mode import evaluating
 from routed_peft.routes import IGNORED
 from routed_peft.training.resuming import check_resumable
-from routed_peft.training.token_loss import TokenLossMixin, check_finite
+from routed_peft.training.token_loss import TokenLossMixin, check_finite, token_losses
 from routed_peft.unlearning.data import Rows, collate
-from routed_peft.unlearning.losses import token_log_probs
 
 
 class TokenTrainer(TokenLossMixin, Trainer):
@@ -134,8 +133,7 @@ def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 16) -> float:
             chosen = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
             batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            total -= (
-                token_log_probs(model(**inputs, use_cache=False).logits, batch["labels"]).cpu().double().sum().item()
-            )
+            losses = token_losses(model(**inputs, use_cache=False).logits, batch["labels"])
+            total += losses.cpu().double().sum().item()
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     return total / tokens

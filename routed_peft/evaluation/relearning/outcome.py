@@ -6,9 +6,29 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from routed_peft.evaluation.measures import WorstCase, within_utility, worst_case
 from routed_peft.evaluation.measures.relearning import TOLERANCE, Losses, states_kept
+
+
+@dataclass(frozen=True)
+class State:
+    """What the attacker has by one step.
+
+    Attributes:
+        case: the lowest loss so far, see `worst_case`.
+        retain: retain loss of the model that has it, the mean over seeds; NaN where it was not measured.
+        interior: whether its learning rate lies inside the grid, so that none beyond it would do better.
+    """
+
+    case: WorstCase
+    retain: float
+    interior: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can say."""
+        return self.case.as_dict() | {"retain": self.retain, "interior": self.interior}
 
 
 @dataclass(frozen=True)
@@ -16,17 +36,13 @@ class Outcome:
     """What came of an attack.
 
     Attributes:
-        envelope: for every step the lowest loss so far, see `worst_case`.
-        retain: retain loss of the model that the attacker then has, the mean over seeds; NaN where it was not measured.
-        interior: whether the learning rate of that model lies inside the grid, so that none beyond it would do better.
-        useful: the envelope over states whose retain loss rose by 5 % at most; None where there is no such state.
+        envelope: a state for every step.
+        useful: the same among states whose retain loss rose by 5 % at most; None where there is no such state.
         verdict: "attack"; or "no attack" where no rate lowered the loss by `TOLERANCE`, "diverged" where all of them diverged.
     """
 
-    envelope: list[WorstCase]
-    retain: list[float]
-    interior: list[bool]
-    useful: list[WorstCase] | None
+    envelope: list[State]
+    useful: list[State] | None
     verdict: str
 
     @classmethod
@@ -53,21 +69,30 @@ class Outcome:
             >>> losses = {1e-3: [[5.0, 4.0, 3.5]], 1e-2: [[5.0, 3.0, 6.0]]}
             >>> retain = {1e-3: [[2.0, 2.0, 2.0]], 1e-2: [[2.0, 2.5, 4.0]]}
             >>> found = Outcome.of([0, 5, 20], losses, retain, 5.0, 2.0, {"attack"})
-            >>> found.envelope[-1].mean, found.retain[-1], found.interior[-1], found.useful[-1].mean, found.verdict
+            >>> last = found.envelope[-1]
+            >>> last.case.mean, last.retain, last.interior, found.useful[-1].case.mean, found.verdict
             (3.0, 2.5, False, 3.5, 'attack')
         """
         rates = list(losses)
-        envelope = worst_case(steps, losses)
+
+        def states(allowed: Losses | None = None) -> list[State]:
+            return [
+                State(
+                    case,
+                    retain=_retain(case, steps, losses, retain),
+                    interior=case.at == 0 or rates[0] < case.learning_rate < rates[-1],
+                )
+                for case in worst_case(steps, losses, allowed)
+            ]
+
         allowed = {} if retain_before is None else within_utility(retain, retain_before)
-        possible = any(
-            math.isfinite(curve[0]) for own in allowed.values() for curve in own
-        )  # not where rounding spoilt it
-        lowered = envelope[-1].mean < before - TOLERANCE
+        # a model that rounding or perturbing leaves of no use has no such state
+        useful = any(math.isfinite(curve[0]) for own in allowed.values() for curve in own)
+        envelope = states()
+        lowered = envelope[-1].case.mean < before - TOLERANCE
         return cls(
             envelope=envelope,
-            retain=[_retain(case, steps, losses, retain) for case in envelope],
-            interior=[case.at == 0 or rates[0] < case.learning_rate < rates[-1] for case in envelope],
-            useful=worst_case(steps, losses, allowed) if possible else None,
+            useful=states(allowed) if useful else None,
             verdict="attack" if lowered else "diverged" if statuses == {"diverged"} else "no attack",
         )
 

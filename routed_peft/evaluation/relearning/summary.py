@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.table import Table
 
-from routed_peft.evaluation.measures import WorstCase, recovered, relearning_area, to_recover
+from routed_peft.evaluation.measures import recovered, relearning_area, to_recover
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import Curve
-from routed_peft.evaluation.relearning.outcome import Outcome
+from routed_peft.evaluation.relearning.outcome import Outcome, State
 from routed_peft.training.records import SUMMARY
 
 FORMAT, KIND = 1, "relearning"
@@ -67,21 +67,19 @@ def summarise(
     whole = [curve for curve in curves if all(map(math.isfinite, curve.losses(attack.target)))]  # others stopped early
     tokens = [statistics.fmean(curve.points[i].tokens for curve in whole or curves) for i in range(len(steps))]
 
-    def recovery(cases: Sequence[WorstCase]) -> dict[str, Any]:
-        if reference is None:
-            return {}
-        means = [case.mean for case in cases]
-        steps_known, tokens_known = attacked and steps[-1] > 0, attacked and steps[-1] > 0 and bool(whole)
-        share = recovered(start[attack.target], means[-1], reference) if attacked else None
+    def recovery(means: Sequence[float], reference: float) -> dict[str, Any]:
+        trained = attacked and steps[-1] > 0
         return {
-            "recovery": {
-                "steps": to_recover(steps, means, reference).as_dict() if steps_known else None,
-                "tokens": to_recover(tokens, means, reference).as_dict() if tokens_known else None,
-                "share": share,
-            }
+            "steps": to_recover(steps, means, reference).as_dict() if trained else None,
+            "tokens": to_recover(tokens, means, reference).as_dict() if trained and whole else None,
+            "share": recovered(start[attack.target], means[-1], reference) if attacked else None,
         }
 
-    entries = zip(found.envelope, tokens, found.retain, found.interior, strict=True)
+    def part(states: Sequence[State]) -> dict[str, Any]:
+        envelope = [state.as_dict() | {"tokens": count} for state, count in zip(states, tokens, strict=True)]
+        known = {} if reference is None else {"recovery": recovery([state.case.mean for state in states], reference)}
+        return {"envelope": envelope, **known}
+
     result: dict[str, Any] = {
         "attack": asdict(attack),
         "target": attack.target,
@@ -89,17 +87,13 @@ def summarise(
         "start": start,
         "reference": reference,
         "learning_rates": {f"{rate:g}": [curve.status for curve in own] for rate, own in by_rate.items()},
-        "envelope": [
-            case.as_dict() | {"tokens": count, "retain": cost, "interior": inside}
-            for case, count, cost, inside in entries
-        ],
-        "interior": attacked and found.interior[-1],
-        **recovery(found.envelope),
+        "interior": attacked and found.envelope[-1].interior,
+        **part(found.envelope),
     }
     if found.useful is not None:
-        result["useful"] = {"envelope": [case.as_dict() for case in found.useful], **recovery(found.useful)}
+        result["useful"] = part(found.useful)
     if oracle is not None and reference is not None and attacked and steps[-1] > 0:
-        means = [case.mean for case in found.envelope]
+        means = [state.case.mean for state in found.envelope]
         result["area"] = relearning_area(steps, means, reference, oracle)
     return result | {"curves": [_curve(curve) for curve in curves]}
 

@@ -216,15 +216,16 @@ def _seed(cell: Row, name: str, target: str) -> _Seed:
     # perturbing comes before the first step
     before = cell["forget_loss"] if target == FORGET else worst_case(steps, forget)[0].mean
     found = Outcome.of(steps, forget, retain, before, cell["retain_loss"], {curve["status"] for curve in curves})
+    last = found.envelope[-1]
     return _Seed(
         steps=tuple(steps),
-        forget=tuple(case.mean for case in found.envelope),
-        retain=found.retain[-1],
-        useful=math.nan if found.useful is None else found.useful[-1].mean,
+        forget=tuple(state.case.mean for state in found.envelope),
+        retain=last.retain,
+        useful=math.nan if found.useful is None else found.useful[-1].case.mean,
         verdict=found.verdict,
-        interior=found.interior[-1],
+        interior=last.interior,
         rates=rates,
-        best=found.envelope[-1].learning_rate,
+        best=last.case.learning_rate,
         before=before,
     )
 
