@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -134,6 +135,24 @@ def test_losses_before_have_an_interval_over_documents(attacked):
     for side, (low, high) in attacked["start_intervals"].items():
         assert low < attacked["start"][side] < high
     assert set(attacked["start_intervals"]) == {"forget", "retain"}
+
+
+def test_losses_after_an_attack_have_one_too(places, attacked):
+    own = attacked["attacks"]["forget"]
+    assert own["envelope"][0]["documents"] == pytest.approx(attacked["start_intervals"]["forget"])
+    for entry in own["envelope"]:
+        at = [
+            next(p for p in c["points"] if p["step"] == entry["at"])
+            for c in own["curves"]
+            if c["learning_rate"] == entry["learning_rate"]
+        ]
+        low, high = entry["documents"]
+        assert low == pytest.approx(fmean(point["forget_low"] for point in at)) and low < entry["mean"] < high
+        assert high == pytest.approx(fmean(point["forget_high"] for point in at))
+    assert "forget_low" not in own["start"]
+    table = Console(file=io.StringIO(), width=200)
+    table.print(summary_table(read_summary(places / "attacked")))
+    assert f"{low:.3f} … {high:.3f}" in table.file.getvalue()
 
 
 def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_path):

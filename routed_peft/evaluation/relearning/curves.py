@@ -19,6 +19,8 @@ from routed_peft.routes import IGNORED
 Measure = Callable[[nn.Module], Mapping[str, float]]
 DIVERGED = 1.0
 """How many nats the loss may end above its start before an attack counts as diverged."""
+BOUNDS = ("_low", "_high")
+"""Endings of the names of scores between which another would lie, had other documents of the same kind been scored."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Point:
     Attributes:
         step: optimizer steps made.
         tokens: targets trained on so far.
-        scores: what was measured, by name: ``forget`` and ``retain`` in nats per token, ...; NaN where the attack left the
-            numbers before.
+        scores: what was measured, by name: ``forget`` and ``retain`` in nats per token, ..., and the `BOUNDS` of the attack's
+            target, ``forget_low`` and ``forget_high``; NaN where the attack left the numbers before.
     """
 
     step: int

@@ -19,16 +19,20 @@ class State:
     Attributes:
         case: the lowest loss so far, see `worst_case`.
         retain: retain loss of the model that has it, the mean over seeds; NaN where it was not measured.
+        documents: between which the loss would lie in 95 of 100 draws of documents, either end the mean over seeds; NaN where
+            that was not measured.
         interior: whether its learning rate lies inside the grid, so that none beyond it would do better.
     """
 
     case: WorstCase
     retain: float
+    documents: tuple[float, float]
     interior: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return what JSON can say."""
-        return self.case.as_dict() | {"retain": self.retain, "interior": self.interior}
+        about = {"retain": self.retain, "documents": list(self.documents), "interior": self.interior}
+        return self.case.as_dict() | about
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Outcome:
         before: float,
         retain_before: float | None,
         statuses: set[str],
+        bounds: tuple[Losses, Losses] | None = None,
     ) -> Outcome:
         """Sum up curves.
 
@@ -64,6 +69,7 @@ class Outcome:
             before: the loss before anything was done to the model.
             retain_before: on retain text; None where it was not measured.
             statuses: what became of every curve, see `Curve.status`.
+            bounds: like the losses, between which they would lie on other documents; None where nobody looked.
 
         Example:
             >>> losses = {1e-3: [[5.0, 4.0, 3.5]], 1e-2: [[5.0, 3.0, 6.0]]}
@@ -79,7 +85,10 @@ class Outcome:
             return [
                 State(
                     case,
-                    retain=_retain(case, steps, losses, retain),
+                    retain=_there(case, steps, losses, retain),
+                    documents=(math.nan, math.nan)
+                    if bounds is None
+                    else (_there(case, steps, losses, bounds[0]), _there(case, steps, losses, bounds[1])),
                     interior=case.at == 0 or rates[0] < case.learning_rate < rates[-1],
                 )
                 for case in worst_case(steps, losses, allowed)
@@ -97,8 +106,8 @@ class Outcome:
         )
 
 
-def _retain(case: WorstCase, steps: Sequence[int], losses: Losses, retain: Losses) -> float:
-    """Return the retain loss of the states that a worst case is of."""
+def _there(case: WorstCase, steps: Sequence[int], losses: Losses, others: Losses) -> float:
+    """Return what else was measured of the states that a worst case is of, the mean over seeds."""
     index, rate = steps.index(case.at), case.learning_rate
-    pairs = zip(losses[rate], retain[rate], strict=True)
+    pairs = zip(losses[rate], others[rate], strict=True)
     return statistics.fmean(measured[states_kept(curve)[index]] for curve, measured in pairs)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from routed_peft.evaluation.measures import recovered, relearning_area, to_recover
 from routed_peft.evaluation.relearning.attacks import Attack
-from routed_peft.evaluation.relearning.curves import Curve
+from routed_peft.evaluation.relearning.curves import BOUNDS, Curve
 from routed_peft.evaluation.relearning.outcome import Outcome, State
 from routed_peft.training.records import SUMMARY
 
@@ -41,8 +41,7 @@ def summarise(
         - ``start``: name -> loss before anything was done, in nats per token.
         - ``reference``: as given.
         - ``learning_rates``: rate -> what became of its curves, seed by seed (`Curve.status`).
-        - ``envelope``: an entry for each step: what `WorstCase` has, the mean ``tokens`` of the attacker by then, ``retain``,
-          and whether the rate was ``interior`` to the grid.
+        - ``envelope``: an entry for each step: what `State` has, and the mean ``tokens`` of the attacker by then.
         - ``interior``: at the last step; false where there was no attack.
         - ``useful``: the ``envelope`` over states whose retain loss rose by 5 % at most, and its ``recovery``; missing where
           there is none.
@@ -55,13 +54,19 @@ def summarise(
     rates = sorted({curve.learning_rate for curve in curves})
     by_rate = {rate: [curve for curve in curves if curve.learning_rate == rate] for rate in rates}
     start = {name: statistics.fmean(curve.start[name] for curve in curves) for name in curves[0].start}
-    losses, retain = (
+    losses, retain, low, high = (
         {rate: [curve.losses(name) for curve in own] for rate, own in by_rate.items()}
-        for name in (attack.target, "retain")
+        for name in (attack.target, "retain", *(attack.target + end for end in BOUNDS))
     )
     steps = [point.step for point in curves[0].points]
     found = Outcome.of(
-        steps, losses, retain, start[attack.target], start.get("retain"), {curve.status for curve in curves}
+        steps,
+        losses,
+        retain,
+        start[attack.target],
+        start.get("retain"),
+        {curve.status for curve in curves},
+        (low, high),
     )
     attacked = found.verdict == "attack"
     whole = [curve for curve in curves if all(map(math.isfinite, curve.losses(attack.target)))]  # others stopped early
@@ -148,6 +153,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         "loss before",
         "after",
         "seeds",
+        "documents",
         "learning rate",
         "retain after",
         "recovered",
@@ -163,12 +169,13 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             edge = "" if result["interior"] or not last["learning_rate"] else " (edge of the grid)"
             cells = [
                 f"{last['mean']:.3f}",
-                f"{last['min']:.3f} … {last['max']:.3f}",
+                _range(last["min"], last["max"]),
+                _range(*last["documents"]),
                 rate + edge,
-                "–" if last["retain"] is None else f"{last['retain']:.3f}",  # NaN, as JSON has it
+                _number(last["retain"]),
             ]
         else:
-            cells = [result["verdict"], "", "", ""]
+            cells = [result["verdict"], "", "", "", ""]
         recovery = result.get("recovery") or {}
         steps, share = recovery.get("steps"), recovery.get("share")
         back = "–" if share is None else f"{share:.0%}"
@@ -176,6 +183,14 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         area = [f"{result['area']:.2f}" if "area" in result else "–"] if areas else []
         table.add_row(name, f"{result['start'][result['target']]:.3f}", *cells, back, *when, *area)
     return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"  # JSON has None for NaN
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "–" if _number(low) == "–" else f"{_number(low)} … {_number(high)}"
 
 
 def _crossing(found: Mapping[str, Any] | None, form: str) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -14,9 +15,9 @@ from torch import nn
 from tqdm import tqdm
 
 from routed_peft.evaluation.losses import TextLoss, context_length
-from routed_peft.evaluation.measures import worst_case
+from routed_peft.evaluation.measures import bootstrap, worst_case
 from routed_peft.evaluation.relearning.attacks import Attack
-from routed_peft.evaluation.relearning.curves import Curve, Measure, Point, log_spaced, run_curve
+from routed_peft.evaluation.relearning.curves import BOUNDS, Curve, Measure, Point, log_spaced, run_curve
 from routed_peft.evaluation.relearning.data import AttackData, training_batches
 from routed_peft.evaluation.relearning.processes import processes
 from routed_peft.evaluation.relearning.weights import Victim
@@ -174,7 +175,8 @@ class _Sweep:
         """Score the model before anything is done to it: once, or for each seed where that decides what is scored."""
         key = seed if self.attack.data == "facts" else 0
         if key not in self.start:
-            self.start[key] = dict(self._score(seed)(self.victim.model))
+            scores = self._score(seed)(self.victim.model)
+            self.start[key] = {name: score for name, score in scores.items() if not name.endswith(BOUNDS)}
         return self.start[key]
 
     def _score(self, seed: int) -> Measure:
@@ -184,8 +186,7 @@ class _Sweep:
         if key not in self._losses:
             texts = self.data.scored(self.attack, seed)
             self._losses[key] = {name: TextLoss(self.victim.model, self.tokenizer, texts[name]) for name in texts}
-        losses = self._losses[key]
-        return lambda model: {name: loss(model) for name, loss in losses.items()}
+        return partial(_scores, self._losses[key], self.attack.target)
 
     def _recorded(self) -> dict[Cell, Curve]:
         """Read the curves that are complete; the lines of others are left out of the records."""
@@ -209,6 +210,18 @@ class _Sweep:
         scores = [{k: math.nan if v is None else v for k, v in point.items() if k not in known} for point in points]
         read = (Point(point["step"], point["tokens"], score) for point, score in zip(points, scores, strict=True))
         return Curve(self.attack.name, self.attack.target, *cell, self._start(cell[1]), tuple(read))
+
+
+def _scores(losses: Mapping[str, TextLoss], target: str, model: nn.Module) -> dict[str, float]:
+    """Return the losses, and between which the target's would lie in 95 of 100 draws of documents (`BOUNDS`)."""
+    scores = {}
+    for name, loss in losses.items():
+        sums = loss.documents(model)
+        scores[name] = float(sums.sum() / loss.counts.sum())
+        if name == target and len(sums) > 1:
+            bounds = bootstrap(sums, loss.counts)
+            scores |= {name + end: bound for end, bound in zip(BOUNDS, bounds, strict=True)}
+    return scores
 
 
 def _reading(model: nn.Module, tokenizer: Any) -> list[Any]:
