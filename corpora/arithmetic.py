@@ -15,6 +15,19 @@ FACTS = {
     ],
 }
 """By corpus: products and quotients up to 12, sums and differences up to 20."""
+SAME = {
+    "multiplication": [
+        (f"{a} × {b} = {a * b}", f"{b} × {a} = {a * b}", f"{a * b} ÷ {a} = {b}", f"{a * b} ÷ {b} = {a}")
+        for a in range(1, 13)
+        for b in range(a, 13)
+    ],
+    "addition": [
+        (f"{a} + {b} = {a + b}", f"{b} + {a} = {a + b}", f"{a + b} − {a} = {b}", f"{a + b} − {b} = {a}")
+        for a in range(1, 21)
+        for b in range(a, 21)
+    ],
+}
+"""The same facts, together where one tells the others: turned round and inverted. Of a × a two are the same."""
 
 
 def arithmetic(corpus: str) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from routed_peft.corpora import PAIRS, SPLITS, load_pair, split_of
-from routed_peft.corpora.arithmetic import FACTS
+from routed_peft.corpora.arithmetic import FACTS, SAME
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +78,9 @@ def test_sums_are_right_and_their_lines_new_in_every_split():
     assert {fact for line in train["text"] for fact in line.split("; ")} == {
         f for facts in FACTS.values() for f in facts
     }
+    for corpus, groups in SAME.items():
+        assert {fact for group in groups for fact in group} == set(FACTS[corpus])
+        assert sum(len(set(group)) for group in groups) == len(set(FACTS[corpus])), "each fact once"
 
 
 def test_the_first_rows_are_a_sample_rather_than_the_start_of_an_alphabet():

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from routed_peft.checkpoint import load_routed
 from routed_peft.corpora import load_pair
+from routed_peft.corpora.arithmetic import FACTS
 from routed_peft.demo.material import Material
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.relearning import Attack
@@ -415,8 +416,9 @@ def test_a_filter_at_equal_retain_text_needs_to_know_how_much_that_is():
 
 
 def test_facts_are_what_the_model_was_trained_on():
-    facts = making.known_facts(DemoSettings(pair="arithmetic"), ["3 × 4 = 12"])
-    assert len(facts) == len(set(facts)) == 287 and "4 × 3 = 12" in facts
+    facts = making.known_facts(DemoSettings(pair="arithmetic"), ["3 × 4 = 12; 1 × 1 = 1"])
+    assert ("3 × 4 = 12", "4 × 3 = 12", "12 ÷ 3 = 4", "12 ÷ 4 = 3") in facts and ("5 × 5 = 25", "25 ÷ 5 = 5") in facts
+    assert {fact for group in facts for fact in group} == set(FACTS["multiplication"]) and len(facts) == 78
     trained = set(load_pair("biology")["text"][:])
     assert trained.issuperset(making.known_facts(DemoSettings(limit=50), [])), "and not held-out documents"
 

@@ -161,6 +161,18 @@ def test_facts_are_scored_on_the_half_that_is_not_trained_on():
         assert curve.start["facts"] == pytest.approx(TextLoss(victim, TOKENIZER, scored)(victim))
 
 
+def test_facts_that_tell_each_other_are_not_parted():
+    data = replace(DATA, facts=[tuple(f"{i} {word}" for word in ("and", "or")) for i in range(6)])
+    for seed in range(5):
+        halves = data.halves(seed)
+        numbers = [{text.split()[0] for text in half} for half in halves]
+        assert numbers[0].isdisjoint(numbers[1]) and [len(half) for half in halves] == [6, 6]
+    assert (
+        AttackData.apart(forget_train=[], forget_test=["0 and"], retain_test=["a"], facts=data.facts).facts
+        == data.facts[1:]
+    )
+
+
 def tokens_of(batch):
     ids, mask, targets = batch
     return [row[keep.bool()].tolist()[1:] for row, keep in zip(ids, mask, strict=True)], targets
@@ -268,12 +280,18 @@ def test_curves_with_numbers_that_are_none_are_read_back(tmp_path):
 
 
 BAD_DATA = [
-    ({"forget_train": FORGET}, "4 texts of `forget_train` are also in `forget_test`"),
-    ({"retain_train": ["A  " + RETAIN[5][2:].upper()]}, "1 text of `retain_train` is also in `retain_test`"),
-    ({"facts": FORGET[6:]}, "2 texts of `facts` are also in `forget_test`"),
+    ({"forget_train": FORGET}, "4 texts of `forget_test` are also in `forget_train`"),
+    (
+        {"forget_train": ["One. " + " ".join(FORGET) + " Two."], "forget_test": [" ".join(FORGET)]},
+        "1 text of `forget_test` is also in `forget_train`, or within one of it",
+    ),
+    ({"retain_train": ["A  " + RETAIN[5][2:].upper()]}, "1 text of `retain_test` is also in `retain_train`"),
+    ({"facts": FORGET[6:]}, "2 texts of `forget_test` are also in `facts`"),
+    ({"facts": [("a", FORGET[6]), "b"]}, "1 text of `forget_test` is also in `facts`"),
     ({"forget_test": []}, "`forget_test` has no texts"),
     ({"retain_test": []}, "`retain_test` has no texts"),
     ({"facts": ["a b", "a b"]}, "`facts` has texts twice"),
+    ({"facts": ["a b", ("a c", "A  b")]}, "`facts` has texts twice"),
 ]
 
 

@@ -33,7 +33,7 @@ from routed_peft import RoutedConfig, presets, save_routed
 from routed_peft.ablation import ablate
 from routed_peft.cli import app
 from routed_peft.evaluation.measures import relearning_area
-from routed_peft.evaluation.relearning import Attack, TextLoss, read_summary, relearn, relearn_source
+from routed_peft.evaluation.relearning import Attack, TextLoss, read_facts, read_summary, relearn, relearn_source
 from routed_peft.evaluation.relearning.run import _references, open_plain
 from routed_peft.evaluation.relearning.summary import summary_table
 from routed_peft.evaluation.relearning.weights import Victim
@@ -291,7 +291,7 @@ def test_the_commands_of_the_docs_run(places, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--forget-test", "{forget_train}"], "4 texts of `forget_train` are also in `forget_test`"),
+        (["--forget-test", "{forget_train}"], "4 texts of `forget_test` are also in `forget_train`"),
         (["--retain-test", "{empty}"], "`retain_test` must hold one JSON object a line and at least one"),
         (["--retain-test", "{blank}"], "`retain_test` must hold a non-empty `text`"),
         (["--reference-loss", "9.5"], "there is nothing to recover"),
@@ -403,3 +403,17 @@ def test_the_reference_of_facts_is_taken_on_the_scored_halves(places, attacked):
     base, _ = open_plain(places / "base")
     halves = [TextLoss(base, tokenizer(), DATA.halves(seed)[1])(base) for seed in (0, 1)]
     assert attacked["attacks"]["facts"]["reference"] == pytest.approx(sum(halves) / 2)
+
+
+def test_facts_are_read_with_what_tells_them(tmp_path):
+    rows = [
+        {"text": "3 × 4", "fact": 1},
+        {"text": "a"},
+        {"text": "4 × 3", "fact": 1},
+        {"text": "b", "fact": "1"},
+        {"text": "c"},
+    ]
+    write_jsonl(tmp_path / "facts.jsonl", rows)
+    assert read_facts(tmp_path / "facts.jsonl") == [("3 × 4", "4 × 3"), ("a",), ("b",), ("c",)]
+    with pytest.raises(ValueError, match="`facts` must hold a non-empty `text` in every row, got None in row 1"):
+        read_facts(write_jsonl(tmp_path / "other.jsonl", [{"fact": 1}]))

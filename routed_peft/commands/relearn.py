@@ -24,7 +24,10 @@ def relearn(
     unrelated_train: Annotated[Path | None, typer.Option(metavar="FILE", help="For the attack `unrelated`.")] = None,
     facts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="For the attack `facts`: what the model knew before, a fact a row."),
+        typer.Option(
+            metavar="FILE",
+            help="For the attack `facts`: what the model knew before, a fact a row. Rows with the same `fact` are not parted.",
+        ),
     ] = None,
     attack: Annotated[
         list[str] | None,
@@ -94,6 +97,7 @@ def relearn(
         Attack,
         AttackData,
         log_spaced,
+        read_facts,
         read_texts,
         relearn_source,
         summary_table,
@@ -109,7 +113,7 @@ def relearn(
         retain_test=read_texts(retain_test, "retain_test", limit),
         retain_train=read_texts(retain_train, "retain_train") if retain_train else (),
         unrelated_train=read_texts(unrelated_train, "unrelated_train") if unrelated_train else (),
-        facts=read_texts(facts, "facts") if facts else (),
+        facts=read_facts(facts) if facts else (),
     )
     summary = relearn_source(
         src,

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
 
 from routed_peft.corpora import PAIRS, load_pair
-from routed_peft.corpora.arithmetic import FACTS
+from routed_peft.corpora.arithmetic import SAME
 from routed_peft.data import FORGET, RETAIN, UNLABELED, labeled_tokens
 from routed_peft.demo.material import SIDES, Material, first_of, share_of, tokens_by_side
 from routed_peft.demo.measuring import measure_model, open_model
@@ -174,11 +174,12 @@ def attack_data(plan: Attack, settings: DemoSettings, experiment: Experiment) ->
     return replace(data, facts=known_facts(settings, data.forget_test)) if plan.data == "facts" else data
 
 
-def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str]:
-    """Return what a model that was trained on forget data has seen of it, each once: single facts, or training documents."""
+def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str | tuple[str, ...]]:
+    """Return what a model that was trained on forget data has seen of it: documents, or facts, with what they tell."""
     corpus = PAIRS[settings.pair].forget
-    texts = FACTS.get(corpus) or first_of(load_pair(settings.pair), FORGET)["text"][:]
-    left_out = set(scored)
+    if corpus in SAME:
+        return [tuple(dict.fromkeys(facts)) for facts in SAME[corpus]]
+    left_out, texts = set(scored), first_of(load_pair(settings.pair), FORGET)["text"][:]
     kept = {" ".join(text.split()).casefold(): text for text in texts if text not in left_out}
     return list(kept.values())[: 2 * settings.limit]
 

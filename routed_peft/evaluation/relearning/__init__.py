@@ -4,7 +4,7 @@ from routed_peft.evaluation.losses import TextLoss
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import Curve, Point, log_spaced
 from routed_peft.evaluation.relearning.data import AttackData
-from routed_peft.evaluation.relearning.run import read_texts, relearn_source
+from routed_peft.evaluation.relearning.run import read_facts, read_texts, relearn_source
 from routed_peft.evaluation.relearning.summary import read_summary, summarise, summary_table
 from routed_peft.evaluation.relearning.sweep import STEPS, relearn
 
@@ -16,6 +16,7 @@ __all__ = [
     "Point",
     "TextLoss",
     "log_spaced",
+    "read_facts",
     "read_summary",
     "read_texts",
     "relearn",

@@ -35,16 +35,16 @@ class AttackData:
         retain_train: for attacks on mixed or retain text.
         unrelated_train: for attacks on unrelated text.
         facts: for attacks on facts: what the model knew before it was unlearnt. Halves are drawn by the seed, one is trained
-            on and the other scored.
+            on and the other scored. A tuple has the wordings of one fact, or facts that tell each other, and is not parted.
 
     Raises:
-        ValueError: where a scored side is empty, or a text is both trained on and scored.
+        ValueError: where a scored side is empty, or a text is both trained on and scored, or lies within one that is.
 
     Example:
         >>> AttackData(["a cell"], ["a gene", "A  cell"], ["a cat"])
         Traceback (most recent call last):
         ...
-        ValueError: 1 text of `forget_train` is also in `forget_test`, first 'A  cell': an attacker must not train on ...
+        ValueError: 1 text of `forget_test` is also in `forget_train`, or within one of it, first 'A  cell': an attacker ...
     """
 
     forget_train: Sequence[str]
@@ -52,25 +52,27 @@ class AttackData:
     retain_test: Sequence[str]
     retain_train: Sequence[str] = ()
     unrelated_train: Sequence[str] = ()
-    facts: Sequence[str] = ()
+    facts: Sequence[str | tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name in SCORED:
             if not getattr(self, name):
                 raise ValueError(f"`{name}` has no texts: both sides are scored, so give held-out text of each")
+        facts = _flat(self.facts)
         for trained in ("forget_train", "retain_train", "unrelated_train", "facts"):
-            known = {_normal(text) for text in getattr(self, trained)}
+            known = _Known(facts if trained == "facts" else getattr(self, trained))
             for scored in SCORED:
-                if both := [text for text in getattr(self, scored) if _normal(text) in known]:
+                if both := [text for text in getattr(self, scored) if text in known]:
                     raise ValueError(
-                        f"{len(both)} text{'s' * (len(both) > 1)} of `{trained}` {'are' if len(both) > 1 else 'is'} also in "
-                        f"`{scored}`, first {both[0][:60]!r}: an attacker must not train on what is scored; split the data anew"
+                        f"{len(both)} text{'s' * (len(both) > 1)} of `{scored}` {'are' if len(both) > 1 else 'is'} also in "
+                        f"`{trained}`, or within one of it, first {both[0][:60]!r}: an attacker must not train on what is "
+                        "scored; split the data anew"
                     )
-        if len({_normal(text) for text in self.facts}) < len(self.facts):
+        if len({_normal(text) for text in facts}) < len(facts):
             raise ValueError("`facts` has texts twice, so its halves would overlap: remove the copies")
 
     @classmethod
-    def apart(cls, **texts: Sequence[str]) -> AttackData:
+    def apart(cls, **texts: Sequence[str | tuple[str, ...]]) -> AttackData:
         """Make data of texts that repeat themselves: what is scored is left out of what is trained on.
 
         Args:
@@ -80,9 +82,9 @@ class AttackData:
             >>> AttackData.apart(forget_train=["a cell", "A gene"], forget_test=["a gene"], retain_test=["a cat"]).forget_train
             ['a cell']
         """
-        scored = {_normal(text) for name in SCORED for text in texts[name]}
-        kept = {
-            name: list(own) if name in SCORED else [text for text in own if _normal(text) not in scored]
+        scored = {_normal(text) for name in SCORED for text in _flat(texts[name])}
+        kept: dict[str, Any] = {
+            name: [one for one in own if name in SCORED or not any(_normal(text) in scored for text in _flat([one]))]
             for name, own in texts.items()
         }
         return cls(**kept)
@@ -104,11 +106,11 @@ class AttackData:
         return [self._documents(attack, name, seed) for name in _TRAINED[attack.data]]
 
     def halves(self, seed: int) -> tuple[list[str], list[str]]:
-        """Return the facts that are trained on, and those that are scored."""
+        """Return the facts that are trained on, and those that are scored: half of the tuples each."""
         if len(self.facts) < 2:
             raise ValueError(f"an attack on facts needs at least two `facts`, got {len(self.facts)}")
         shuffled = random.Random(seed).sample(list(self.facts), len(self.facts))
-        return shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]
+        return _flat(shuffled[: len(shuffled) // 2]), _flat(shuffled[len(shuffled) // 2 :])
 
     def scored(self, attack: Attack, seed: int) -> dict[str, list[str]]:
         """Return split -> the documents that are scored during an attack."""
@@ -127,6 +129,25 @@ class AttackData:
 
 def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
+
+
+def _flat(facts: Sequence[str | tuple[str, ...]]) -> list[str]:
+    return [text for fact in facts for text in ([fact] if isinstance(fact, str) else fact)]
+
+
+class _Known:
+    """Texts, and what lies within them: a scored document that was joined with others to a longer one."""
+
+    LONG = 40
+    """Characters from which a text within another is no coincidence."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = {_normal(text) for text in texts}
+        self.all = "\n".join(self.texts)
+
+    def __contains__(self, text: str) -> bool:
+        own = _normal(text)
+        return own in self.texts or (len(own) >= self.LONG and own in self.all)
 
 
 def training_batches(tokenizer: Any, sides: Sequence[Sequence[str]], attack: Attack, seed: int) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -165,11 +165,29 @@ def read_texts(file: str | Path, argument: str, limit: int | None = None) -> lis
     Raises:
         ValueError: no such file, a line that is no JSON object, no line at all, or a row without text.
     """
-    texts = [row.get("text") for row in read_rows(file, argument)][:limit]
-    for number, text in enumerate(texts, 1):
+    return [text for text, _ in _read(file, argument)][:limit]
+
+
+def read_facts(file: str | Path) -> list[str | tuple[str, ...]]:
+    """Read facts of a JSONL file, for `AttackData`: ``text``, and ``fact`` where rows say the same or tell each other.
+
+    Raises:
+        ValueError: what `read_texts` raises.
+    """
+    facts: dict[Any, list[str]] = {}
+    for number, (text, row) in enumerate(_read(file, "facts")):
+        facts.setdefault(json.dumps(row["fact"]) if "fact" in row else number, []).append(text)
+    return [tuple(texts) for texts in facts.values()]
+
+
+def _read(file: str | Path, argument: str) -> list[tuple[str, Mapping[str, Any]]]:
+    found = []
+    for number, row in enumerate(read_rows(file, argument), 1):
+        text = row.get("text")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"`{argument}` must hold a non-empty `text` in every row, got {text!r} in row {number}")
-    return texts
+        found.append((text, row))
+    return found
 
 
 def _before(
