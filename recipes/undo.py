@@ -24,6 +24,7 @@ from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.unlearning import UndoArguments, check_evaluation, check_tokenizers, mean_loss, save_undone, undo
+from routed_peft.unlearning.data import check_held_out
 
 
 @dataclass
@@ -69,6 +70,8 @@ def main() -> None:
     check_length(teacher, tokenizer, recipe.length)
     rows, held_out = text_rows(recipe, tokenizer), held_out_rows(recipe, tokenizer)
     check_evaluation(args, held_out)
+    if RETAIN in held_out:
+        check_held_out(rows, held_out[RETAIN], "text_files", "eval_files")
     student = None
     if recipe.student:
         student, other = open_plain(recipe.student)

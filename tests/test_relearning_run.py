@@ -167,12 +167,18 @@ def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_
     assert "area" in table.file.getvalue() and "1.00" in table.file.getvalue()
     wrong = [
         ({"attacks": ["lora"]}, "lacks the attack 'lora'"),
-        ({"attacks": ["forget"], "steps": [0, 1]}, "was attacked otherwise than is asked for now"),
+        (
+            {"attacks": ["forget"], "steps": [0, 1]},
+            "was attacked otherwise than is asked for now, in steps of 'forget'",
+        ),
+        ({"attacks": ["forget"], "seeds": [0]}, "in seeds of 'forget'"),
+        ({"attacks": ["forget"], "data": replace(DATA, forget_test=FORGET[5:])}, "in texts of 'forget'"),
         ({"attacks": ["forget"], "reference": None}, "`oracle` needs a `reference`"),
     ]
     for change, message in wrong:
         with pytest.raises(ValueError, match=message):
-            relearn_source(places / "run", DATA, tmp_path / "no", **({"oracle": places / "attacked", **about} | change))
+            options = {"data": DATA, "oracle": places / "attacked", **about} | change
+            relearn_source(places / "run", out=tmp_path / "no", **options)
     assert not (tmp_path / "no").exists()
 
 
@@ -393,10 +399,18 @@ def test_a_summary_of_another_version_is_refused(places, attacked, tmp_path):
 
 def test_a_run_as_reference_keeps_its_regions(places):
     """The model from which nothing was removed is the whole run, not the ablated one."""
-    found = _references(places / "run", tokenizer(), DATA, [Attack.parse("forget")], [0], None)
+    found = _references(places / "run", model(), tokenizer(), DATA, [Attack.parse("forget")], [0], None)
     whole, ablated = (open_plain(places / "run", regions)[0] for regions in ("all", ()))
     losses = [TextLoss(model, tokenizer(), DATA.forget_test)(model) for model in (whole, ablated)]
     assert found["forget"] == pytest.approx(losses[0]) and abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_a_reference_of_another_architecture_is_refused(places, tmp_path):
+    config = GPT2Config(vocab_size=model().config.vocab_size, n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="is a gpt2 model and the source a llama one"):
+        relearn_source(places / "run", DATA, tmp_path / "out", reference=tmp_path / "gpt2", **QUICK)
 
 
 def test_the_reference_of_facts_is_taken_on_the_scored_halves(places, attacked):

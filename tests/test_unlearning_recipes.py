@@ -197,6 +197,8 @@ def test_undo_says_that_it_has_nothing_to_stop_by(place, tmp_path):
     command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(place / "plain")]
     with pytest.raises(ValueError, match="`eval_files` has retian, and no retain=FILE, by which training stops"):
         here([*command, "--eval_files", f"retian={place / 'train.jsonl'}"])
+    with pytest.raises(ValueError, match="rows of `eval_files` are also in `text_files`, which is trained on"):
+        here([*command, "--eval_files", f"retain={place / 'train.jsonl'}"])
 
 
 def test_a_run_that_resumes_is_told_the_same(place, tmp_path):
@@ -276,6 +278,7 @@ def test_the_command_continues_where_it_was_killed(place, tmp_path, monkeypatch)
         (["--text", "nowhere.jsonl"], "there is no file"),
         (["--text", "{folder}"], "is a directory: name the files"),
         (["--length", 4096], "the model reads 64 at once"),
+        (["--retain", "{folder}/train.jsonl"], "rows of `--retain` are also in `--text`, which is trained on"),
     ],
 )
 def test_the_commands_mistakes_are_one_line(place, tmp_path, more, message):

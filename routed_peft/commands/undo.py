@@ -113,6 +113,7 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
     from routed_peft.training import RunDirectory, RunRecorder
     from routed_peft.training.resuming import latest_resumable
     from routed_peft.unlearning import save_undone, spent, undo
+    from routed_peft.unlearning.data import check_held_out
     from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows
 
     run = RunDirectory(out)
@@ -125,6 +126,9 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
     teacher, tokenizer = open_plain(src, revision=settings["revision"])
     check_length(teacher, tokenizer, length, "--length")
     rows = pack(documents, tokenizer, length, by=[])
+    retain_rows = None if held_out is None else pack(held_out, tokenizer, length, by=[])
+    if retain_rows is not None:
+        check_held_out(rows, retain_rows, "--text", "--retain")
     settings |= {"teacher": fingerprint(teacher), "rows": hash_rows(rows), "processes": args.world_size}
     run.check_same(settings)
     args.resume_from_checkpoint = latest_resumable(out, args.world_size)
@@ -134,7 +138,7 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
         teacher,
         rows,
         args,
-        None if held_out is None else pack(held_out, tokenizer, length, by=[]),
+        retain_rows,
         tokenizer=tokenizer,
         callbacks=[RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)],
     )

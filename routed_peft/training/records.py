@@ -83,9 +83,7 @@ class RunDirectory:
             "hardware": hardware(),
         }
         _write(self.path / RUN, json.dumps(_plain(about), indent=2) + "\n")
-        if resume:
-            self.keep(lambda point: True)  # mends a line that was cut short
-        else:
+        if not resume:
             (self.path / METRICS).unlink(missing_ok=True)
 
     def check_apart(self, source: str | os.PathLike[str], resume: bool = False) -> None:
@@ -133,8 +131,10 @@ class RunDirectory:
         _check_same(self.path, before, _plain(config))
 
     def log(self, **point: Any) -> None:
-        """Append one point to ``metrics.jsonl``."""
+        """Append one point to ``metrics.jsonl``, in place of a last line that an interruption cut short."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if not _ends_whole(self.path / METRICS):
+            self.keep(lambda point: True)
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(point)) + "\n")
 
@@ -172,6 +172,15 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         _write(self.path / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
+
+
+def _ends_whole(file: Path) -> bool:
+    """Return whether a file is missing, empty, or ends with a line break."""
+    if not file.exists() or not file.stat().st_size:
+        return True
+    with file.open("rb") as lines:
+        lines.seek(-1, os.SEEK_END)
+        return lines.read() == b"\n"
 
 
 class RunRecorder(TrainerCallback):

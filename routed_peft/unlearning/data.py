@@ -118,6 +118,22 @@ def check_rows(rows: Rows, name: str) -> None:
         )
 
 
+def check_held_out(rows: Rows, held_out: Rows, name: str, held_out_name: str) -> None:
+    """Raise ValueError where rows that are to be measured on are trained on, too.
+
+    >>> check_held_out([{"input_ids": [1, 2]}], [{"input_ids": [1, 2]}, {"input_ids": [2]}], "text", "retain")
+    Traceback (most recent call last):
+    ...
+    ValueError: 1 of 2 rows of `retain` is also in `text`, which is trained on: give held-out text
+    """
+    known = {tuple(ids) for ids in input_ids(rows)}
+    if both := sum(tuple(ids) in known for ids in input_ids(held_out)):
+        raise ValueError(
+            f"{both} of {len(held_out)} rows of `{held_out_name}` {'are' if both > 1 else 'is'} also in `{name}`, which is "
+            "trained on: give held-out text"
+        )
+
+
 def check_tokens(rows: Rows, name: str, vocabulary: int) -> None:
     """Raise ValueError where a token is beyond the model's vocabulary: the rows are another tokenizer's."""
     largest = max(max(ids, default=0) for ids in input_ids(rows))

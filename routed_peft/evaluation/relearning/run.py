@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -89,13 +90,18 @@ def relearn_source(
         check_settings(attack, data, attack.learning_rates if grid is None else grid, seeds, steps)
     if isinstance(reference, int | float) and not 0 < reference < math.inf:
         raise ValueError(f"`reference` is a loss in nats per token, above 0, got {reference}")
-    others = _oracle(oracle, chosen, steps, reference)
     records = RunDirectory(out)
     about: dict[str, Any] = {"source": str(src), "revision": revision, "regions": regions}
     _check_free(records, about)
+    if oracle is not None and reference is None:
+        raise ValueError(
+            "`oracle` needs a `reference`: the area lies between the perfect filter and what it is to reach"
+        )
     model, tokenizer = open_plain(src, regions, revision, device)
+    conditions = {attack.name: _conditions(attack, data, tokenizer, steps, seeds) for attack in chosen}
+    others = {} if oracle is None else _oracle(oracle, conditions)
     start, intervals = _before(model, tokenizer, data)
-    references = _references(reference, tokenizer, data, chosen, seeds, device)
+    references = _references(reference, model, tokenizer, data, chosen, seeds, device)
     known = start | {"facts": _facts_loss(model, tokenizer, data, seeds) if "facts" in references else math.nan}
     for target, loss in references.items():
         if loss > known[target] - TOLERANCE:
@@ -123,7 +129,8 @@ def relearn_source(
             records=records,
             progress=progress,
         )
-        results[attack.name] = summarise(attack, curves, references.get(attack.target), others.get(attack.name))
+        found = summarise(attack, curves, references.get(attack.target), others.get(attack.name))
+        results[attack.name] = found | {"conditions": conditions[attack.name]}
     summary = {"format": FORMAT, "kind": KIND, **about, "start": start, "start_intervals": intervals}
     summary |= {"reference": references or None, "oracle": oracle and str(oracle)}
     summary |= {"seeds": list(seeds), "steps": list(steps), "attacks": results, "versions": versions()}
@@ -203,35 +210,44 @@ def _before(
     return start, {name: bootstrap(own, losses[name].counts) for name, own in sums.items() if len(own) > 1}
 
 
-def _oracle(
-    oracle: str | Path | None, attacks: Sequence[Attack], steps: Sequence[int], reference: str | Path | float | None
-) -> dict[str, list[float]]:
-    """Return the perfect filter's loss at every step of every attack; nothing where no such attacks are named."""
-    if oracle is None:
-        return {}
-    if reference is None:
-        raise ValueError(
-            "`oracle` needs a `reference`: the area lies between the perfect filter and what it is to reach"
-        )
+def _conditions(
+    attack: Attack, data: AttackData, tokenizer: Any, steps: Sequence[int], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Return what must be the same for two models to have been attacked alike; texts and tokenizer by their SHA-256."""
+
+    def digest(content: Any) -> str:
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    return {
+        "attack": asdict(attack),
+        "steps": list(steps),
+        "seeds": list(seeds),
+        "texts": digest(data.concerning(attack)),
+        "tokenizer": digest(tokenizer.get_vocab()),
+    }
+
+
+def _oracle(oracle: str | Path, conditions: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the perfect filter's loss at every step of every attack."""
     found, losses = read_summary(oracle), {}
-    for attack in attacks:
-        one = found["attacks"].get(attack.name)
+    for name, wanted in conditions.items():
+        one = found["attacks"].get(name)
         if one is None:
+            raise ValueError(f"`oracle` {str(oracle)!r} lacks the attack {name!r}: attack the perfect filter alike")
+        then = one.get("conditions", {})
+        if odd := [key for key, value in wanted.items() if then.get(key) != value]:
             raise ValueError(
-                f"`oracle` {str(oracle)!r} lacks the attack {attack.name!r}: attack the perfect filter alike"
-            )
-        if one["attack"] != asdict(attack) or found["steps"] != list(steps):
-            raise ValueError(
-                f"`oracle` {str(oracle)!r} was attacked otherwise than is asked for now, with {one['attack']} and steps "
-                f"{found['steps']}: attack both alike"
+                f"`oracle` {str(oracle)!r} was attacked otherwise than is asked for now, in {', '.join(odd)} of {name!r} "
+                f"({then.get(odd[0])} then, {wanted[odd[0]]} now): attack both alike"
             )
         if one["verdict"] != "diverged":  # that says nothing; where nothing came back, it holds out all the way
-            losses[attack.name] = [point["mean"] for point in one["envelope"]]
+            losses[name] = [point["mean"] for point in one["envelope"]]
     return losses
 
 
 def _references(
     reference: str | Path | float | None,
+    attacked: nn.Module,
     tokenizer: Any,
     data: AttackData,
     attacks: Sequence[Attack],
@@ -242,6 +258,12 @@ def _references(
     if reference is None or isinstance(reference, int | float):
         return {} if reference is None else {"forget": float(reference)}
     model, its_tokenizer = open_plain(reference, "all", device=device)  # nothing may be missing from it
+    own, other = (one.config.model_type for one in (attacked, model))  # type: ignore[union-attr]
+    if own != other:
+        raise ValueError(
+            f"`reference` {str(reference)!r} is a {other} model and the source a {own} one: give the model that the source "
+            "was made from"
+        )
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"the tokenizer of `reference` {str(reference)!r} differs from that of the source, so their losses per token "
