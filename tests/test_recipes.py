@@ -26,7 +26,7 @@ from routed_peft.training import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {file.stem: file for file in sorted((ROOT / "recipes/configs").glob("*.yaml"))}
-ELSEWHERE = ("experiment_", "gemma_", "unlearn", "undo", "grpo")  # run by other tests
+ELSEWHERE = ("experiment_", "gemma_", "unlearn", "undo", "grpo", "self_labels")  # run by other tests
 WORDS = {"forget": ["cell", "gene", "virus", "enzyme"], "retain": ["table", "chair", "river", "music"]}
 SHORT = ["--max_steps", "4", "--warmup_steps", "1", "--logging_steps", "2", "--length", "16", "--disable_tqdm", "true"]
 SMALL = ["--hidden_size", "16", "--intermediate_size", "32", "--num_hidden_layers", "2", "--vocab_size", "300"]
@@ -68,7 +68,7 @@ def arguments(name: str, out: Path, files: list[str]) -> list[str]:
     config = CONFIGS[name]
     more = {"two_lora": ["--model_name_or_path", str(out / "sgtm-ablated")]}
     command = [f"recipes/{recipe}.py", "--config", str(config), "--output_dir", str(out / name), *more.get(name, [])]
-    return [*command, *SHORT, *files, *RUNS[name]]
+    return [*command, *SHORT, *files, *RUNS.get(name, [*SMALL, "--size", "8"])]
 
 
 def start(launcher: list[str], command: list[str]) -> subprocess.Popen[str]:
@@ -239,13 +239,12 @@ def test_settings_of_self_labels_are_not_ignored(files, tmp_path):
 
 @pytest.mark.parametrize("by_document", ["false", "true"])
 def test_pretraining_with_self_labels(files, tmp_path, by_document):
-    more = ["--self_labels", "true", "--labeled_first", "0.5", "--labeled", "0.5", "--recall", "1"]
-    more += ["--max_steps", "80", "--learning_rate", "2e-2", "--by_document", by_document, "--eval_strategy", "no"]
-    here([*arguments("sgtm", tmp_path, files), *more])
-    (found,) = json.loads((tmp_path / "sgtm" / "routing.json").read_text())["extra"]["self_labels"]
+    more = ["--labeled_first", "0.5", "--max_steps", "80", "--learning_rate", "2e-2", "--eval_strategy", "no"]
+    here([*arguments("self_labels", tmp_path, files), *more, "--by_document", by_document])
+    (found,) = json.loads((tmp_path / "self_labels/routing.json").read_text())["extra"]["self_labels"]
     assert found["step"] == 40 and len(found["rows"]) == len(found["is_forget"]) > 0
     assert {type(label) for label in found["is_forget"]} == ({list} if by_document == "true" else {bool})
-    ledger = Ledger.from_dict(json.loads((tmp_path / "sgtm" / "summary.json").read_text())["ledger"])
+    ledger = Ledger.from_dict(json.loads((tmp_path / "self_labels/summary.json").read_text())["ledger"])
     assert ledger.tokens == 80 * 16 * 16 and ledger.labeled_forget_tokens > 0
 
 
