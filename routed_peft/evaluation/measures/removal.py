@@ -18,7 +18,8 @@ def way(routed: float, unrouted: float, perfect: float) -> float:
 
     with L the loss on held-out forget text, in nats per token. 0 is the model without routing, 1 the model that never saw
     forget data; more than 1 is possible, and no better: such a model is wrong in a way that ignorance is not. Losses
-    after relearning can be compared by the same formula.
+    after relearning can be compared by the same formula. The definition is this library's (docs/design.md, "What a claim
+    needs"); UNDO (arXiv 2506.06278) scales its robustness between the same two models.
 
     Args:
         routed: forget loss of the routed model, its region ablated.
@@ -43,7 +44,8 @@ def tax(routed: float, filtered: float) -> float:
 
     .. math:: \text{tax} = L_\text{routed} - L_\text{filtered}
 
-    with L the loss on held-out retain text, after equally many training tokens.
+    with L the loss on held-out retain text, after equally many training tokens. This library's definition (docs/design.md,
+    "What a claim needs"); SGTM (arXiv 2512.05648) draws the same trade-off as retain loss against forget loss.
 
     Args:
         routed: retain loss of the routed model, its region ablated.
@@ -58,6 +60,9 @@ def tax(routed: float, filtered: float) -> float:
 
 def tokens_of_plain(loss: float, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
     r"""Return how many tokens the plain model needs for a loss: read off its own training curve, log-linearly.
+
+    The T_plain of `compute_penalty` and the n of `leakage`, for both of which SGTM (arXiv 2512.05648) reads the losses of
+    plain models backwards; interpolating in the logarithm of tokens is this library's choice.
 
     Args:
         loss: to be reached, in nats per token.
