@@ -22,7 +22,8 @@ from routed_peft.evaluation.report.cards import base_of, card, in_order, variant
 from routed_peft.evaluation.report.caveats import teaches_facts
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import place, share
-from routed_peft.evaluation.report.verdicts import ranged, targets
+from routed_peft.evaluation.report.targets import targets
+from routed_peft.evaluation.report.verdicts import ranged
 from routed_peft.experiment.cells import adds_nothing
 from routed_peft.experiment.methods import METHODS
 

@@ -25,7 +25,8 @@ from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Compar
 from routed_peft.evaluation.report.cards import base_of
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import number, share
-from routed_peft.evaluation.report.verdicts import ON, ROBUST, TAX, WAY, goals, ranged
+from routed_peft.evaluation.report.targets import ON, ROBUST, TAX, WAY, goals
+from routed_peft.evaluation.report.verdicts import ranged
 
 BEST = "over perfect"
 

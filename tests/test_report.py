@@ -25,7 +25,8 @@ from routed_peft.evaluation.report.figures import figures
 from routed_peft.evaluation.report.lines import STYLES
 from routed_peft.evaluation.report.points import offsets
 from routed_peft.evaluation.report.reading import read_sources
-from routed_peft.evaluation.report.verdicts import sentences, targets
+from routed_peft.evaluation.report.targets import targets
+from routed_peft.evaluation.report.verdicts import sentences
 
 RIGHT = (1.0, 1.0)
 

@@ -11,7 +11,7 @@ from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Compar
 from routed_peft.evaluation.report.attacks import Relearning
 from routed_peft.evaluation.report.cards import card
 from routed_peft.evaluation.report.page import number
-from routed_peft.evaluation.report.verdicts import SEEDS
+from routed_peft.evaluation.report.targets import SEEDS
 
 SORTED = (
     "Rows hold documents of one side, those without a label too, as a page of a longer text would. Methods that judge rows are "

@@ -16,7 +16,8 @@ from routed_peft.evaluation.report.costs import Costs, costs
 from routed_peft.evaluation.report.figures import Figure, figures
 from routed_peft.evaluation.report.page import share
 from routed_peft.evaluation.report.reading import Source
-from routed_peft.evaluation.report.verdicts import Target, sentences, targets
+from routed_peft.evaluation.report.targets import Target, targets
+from routed_peft.evaluation.report.verdicts import sentences
 
 
 @dataclass(frozen=True)
