@@ -122,9 +122,9 @@ def test_an_attack_that_fails_in_some_seeds_meets_no_target():
 
     held, fallen = (attacked(0, [6.0, 5.5, 5.5]), attacked(0, [6.0, 3.0, 2.5]))
     broken = [attacked(seed, [6.0, math.nan, math.nan], status="diverged") for seed in (1, 2)]
-    assert robust(held, held | {"seed": 1}, held | {"seed": 2}) == (True, True, "5.50 against 4.00")
-    assert robust(held, *broken) == (None, None, "5.83 (5.50–6.00) against 4.00")
-    assert robust(fallen, fallen | {"seed": 1}, broken[1]) == (False, None, "3.67 (2.50–6.00) against 4.00")
+    assert robust(held, held | {"seed": 1}, held | {"seed": 2}) == (True, True, "5.50 ‡ against 4.00 ‡")
+    assert robust(held, *broken) == (None, None, "5.83 (5.50–6.00) ‡ against 4.00 ‡")
+    assert robust(fallen, fallen | {"seed": 1}, broken[1]) == (False, None, "3.67 (2.50–6.00) ‡ against 4.00 ‡")
 
 
 def test_an_attack_is_measured_against_the_model_before_it_was_perturbed():
@@ -182,7 +182,7 @@ def test_targets_are_met_or_missed_by_the_numbers():
     above = verdicts[
         "50 % of the labels: forget loss after the worst attack above that of the filter with the same labels"
     ]
-    assert above.met is True and above.measured == "3.50 against 2.90"
+    assert above.met is True and above.measured == "3.50 against 2.90 ‡"
     assert (
         verdicts["50 % of the labels: forget loss after the worst attack within 5 % of the perfect filter’s"].met
         is False
@@ -226,8 +226,11 @@ def test_what_was_not_removed_is_not_recovered():
 def test_sentences_say_what_came_out():
     (sentence,) = sentences(aggregate(cells()))
     assert sentence.startswith("With 50 % of the labels, routing and ablating went 67 % of the way")
-    assert "filter with the same labels: 17 %" in sentence and "cost 0.10 nats" in sentence
-    assert "After the worst attack the forget loss is 3.50 (filter: 2.90; perfect filter: 4.00)." in sentence
+    assert (
+        "filter with the same labels: 17 %" in sentence
+        and "tax against the filter with the same labels is +0.10" in sentence
+    )
+    assert "After the worst attack the forget loss is 3.50 (filter: 2.90 ‡; perfect filter: 4.00 ‡)." in sentence
     (sentence,) = sentences(aggregate(cells()[:4]))
     assert "No routed model" in sentence and "“filter, same labels”: 17 %" in sentence
     assert "No comparison" in sentences(aggregate(cells()[:1]))[0]
@@ -520,7 +523,7 @@ def test_undo_must_hold_out_longer_with_more_noise_and_like_the_oracle_when_dist
         if "UNDO" in target.wanted or "afresh" in target.wanted
     }
     rises, fresh = found.values()
-    assert rises.met and rises.measured == "3.00 3.40 3.90"
+    assert rises.met and rises.measured == "3.00 ‡ 3.40 ‡ 3.90 ‡"
     assert fresh.met is None and fresh.measured == "> 3 against > 3", "neither recovers, so it cannot be told"
     rows = [*cells(), undone("0.2", 3.0), undone("0.8", 2.9), undone("1", 2.9, between=2.95)]
     rises, fresh = (t for t in targets(aggregate(rows)) if "UNDO" in t.wanted or "afresh" in t.wanted)

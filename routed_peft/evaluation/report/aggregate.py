@@ -15,6 +15,7 @@ from typing import Any
 
 from routed_peft.data import FORGET
 from routed_peft.evaluation.measures import Spread, tax, way
+from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
 from routed_peft.evaluation.report.attacks import Relearning, relearning, spread
 
@@ -127,6 +128,15 @@ class Comparison:
     """
 
     results: Mapping[Condition, Result]
+
+    @property
+    def removable(self) -> bool:
+        """Whether no routing knows the forget side better than the perfect filter, so that an attack can bring it back.
+
+        True, too, where one of them is missing.
+        """
+        base, oracle = self.get(BASE), self.get(ORACLE)
+        return base is None or oracle is None or oracle.forget.mean > base.forget.mean + TOLERANCE
 
     @cached_property
     def shares(self) -> list[float]:

@@ -14,7 +14,7 @@ from routed_peft.evaluation.report.figures import Figure, after_worst, checkpoin
 from routed_peft.evaluation.report.page import environment, number, picture, place, share, write
 from routed_peft.evaluation.report.reading import read_sources
 from routed_peft.evaluation.report.sections import Checkpoint, Section
-from routed_peft.evaluation.report.verdicts import ends
+from routed_peft.evaluation.report.verdicts import edge, ends
 
 PAGE, FIGURES, TEMPLATE = "report.html", "figures", "experiments.html.jinja"
 
@@ -46,7 +46,7 @@ def write_report(places: Sequence[str | Path], out: str | Path) -> Report:
     attacked = checkpoint_figure({one.source.name: one.attacks for one in checkpoints})
     cards = [section.card(result) for section in sections for group in section.groups for result in group.results]
     templates = environment()
-    templates.filters["ends"] = ends
+    templates.filters |= {"ends": ends, "edge": edge}
     content = templates.get_template(TEMPLATE).render(
         sections=sections,
         checkpoints=checkpoints,
@@ -69,9 +69,13 @@ def verdict_tables(section: Section) -> Iterator[Table]:
     for group in section.groups:
         title = ", ".join(filter(None, [section.title, group.about]))
         table = Table(
-            title=title, caption="means over seeds, nats per token; steps to recover", box=SIMPLE, padding=(0, 1, 0, 0)
+            title=title,
+            caption="means over seeds, nats per token; over: perfect filter’s retain loss",
+            box=SIMPLE,
+            padding=(0, 1, 0, 0),
         )
-        for name in ("", "forget", "retain", "way", "tax", "attacked", "steps", "seeds"):
+        uneven = len({len(result.cells) for result in group.results}) > 1
+        for name in ("", "forget", "retain", "way", "tax", "over", "after", "steps", *(["seeds"] if uneven else [])):
             table.add_column(name, justify="right" if name else "left", no_wrap=not name)
         for result in group.results:
             after, worst = after_worst(result), result.worst
@@ -81,9 +85,10 @@ def verdict_tables(section: Section) -> Iterator[Table]:
                 number(result.retain.mean),
                 share(result.way.mean) if result.way else "–",
                 number(result.tax.mean) if result.tax else "–",
+                number(result.tax_perfect.mean) if result.tax_perfect else "–",
                 number(after.mean) if after else worst.verdict if worst else "–",
                 place(worst.recovery if worst and worst.attacked else None),
-                str(len(result.cells)),
+                *([str(len(result.cells))] if uneven else []),
                 style="bold" if result.condition.method == "routed" else None,
             )
         yield table

@@ -40,6 +40,15 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:z.{digits}f}".replace("-", "−")
 
 
+def signed(value: float) -> str:
+    """Write a difference, with its sign.
+
+    >>> signed(0.125), signed(-0.5), signed(-0.001)
+    ('+0.12', '−0.50', '+0.00')
+    """
+    return f"{value:+z.2f}".replace("-", "−")
+
+
 def share(value: float | None, digits: int = 0) -> str:
     """Write a share as a percentage; None, in JSON, is NaN.
 

@@ -10,7 +10,7 @@ from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Compar
 from routed_peft.evaluation.report.attacks import Relearning
 from routed_peft.evaluation.report.cards import UNDO, card, in_order
 from routed_peft.evaluation.report.page import number, place, share
-from routed_peft.evaluation.report.verdicts import ranged, routed_method
+from routed_peft.evaluation.report.verdicts import edge, ranged, routed_method
 
 WAY = {0.5: 0.95, 0.1: 0.9}
 """Share of labels -> how far the routed model should come."""
@@ -27,6 +27,7 @@ class Target:
         measured: what came out.
         met: whether it was reached; None where the numbers cannot tell.
         seeds: on how many it rests.
+        edge: whether our model was attacked best at the lowest or highest learning rate tried, so that another might do more.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Target:
     measured: str
     met: bool | None
     seeds: int
+    edge: bool = False
 
     @property
     def verdict(self) -> str:
@@ -41,10 +43,13 @@ class Target:
 
         >>> Target("way", "way at least 95 %", "98 %", True, 1).verdict
         'met, on 1 seed only'
+        >>> Target("robust", "loss above that of the filter", "4.54 ‡ against 3.41", True, 3, edge=True).verdict
+        'met ‡'
         """
-        word = {True: "met", False: "missed", None: "cannot be told"}[self.met]
+        if self.met is None:
+            return "cannot be told"
         few = f", on {self.seeds} seed{'s' if self.seeds > 1 else ''} only"
-        return word + (few if self.met is not None and self.seeds < SEEDS else "")
+        return ("met" if self.met else "missed") + " ‡" * self.edge + few * (self.seeds < SEEDS)
 
 
 def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Target]:
@@ -76,11 +81,14 @@ def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]
     if labeled in WAY and ends and routed.condition.quality in (None, (1.0, 1.0)):
         goal, went = WAY[labeled], routed.way  # None where the base knows no more than the perfect filter
         wanted = f"{where}: at least {share(goal)} of the way"
-        met, seeds = (went.mean >= goal, went.n) if went else (None, routed.forget.n)
+        met, seeds = (went.mean >= goal, went.n) if went and found.removable else (None, routed.forget.n)
         yield Target("way", wanted, ranged(went, True, 1), met, seeds)
     if routed.tax is not None:
         wanted = f"{where}: tax at most {TAX:.2f} nats at equal tokens"
         yield Target("tax", wanted, ranged(routed.tax), routed.tax.mean <= TAX, routed.tax.n)
+    if (equal := routed.tax_equal_retain) is not None:
+        wanted = f"{where}: tax at most {TAX:.2f} nats at equal retain text"
+        yield Target("equal", wanted, ranged(equal), equal.mean <= TAX, equal.n)
     for method, name, least in (
         (FILTER, "the filter with the same labels", 1.0),
         (ORACLE, "the perfect filter", ROBUST),
@@ -92,9 +100,10 @@ def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]
         wanted = f"{where}: forget loss after the worst attack " + (
             f"above that of {name}" if least == 1.0 else f"within {share(1 - least)} of {name}’s"
         )
-        met = told(own.mean > least * its.mean, routed.worst, other.worst)
+        met = told(own.mean > least * its.mean, routed.worst, other.worst) if found.removable else None
         kind = "filter" if method == FILTER else "robust"
-        yield Target(kind, wanted, f"{ranged(own)} against {ranged(its)}", met, min(own.n, its.n))
+        measured = f"{ranged(own)}{edge(routed.worst)} against {ranged(its)}{edge(other.worst)}"
+        yield Target(kind, wanted, measured, met, min(own.n, its.n), bool(edge(routed.worst)))
     base = found.get(BASE)
     on = {side: routed.number(f"region_on_{side}_loss") for side in ("forget", "retain")}
     if base is not None and on["forget"] is not None and on["retain"] is not None:
@@ -127,12 +136,15 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
         if len(swept) > 1:
             means = [one.forget[-1].mean for one in swept]
             wanted = f"attack “{attack}”: forget loss afterwards rises with UNDO’s alpha"
-            met = means == sorted(means) if all(one.whole for one in swept) else None
-            yield Target("alpha", wanted, " ".join(map(number, means)), met, min(one.forget[-1].n for one in swept))
+            met = means == sorted(means) if found.removable and all(one.whole for one in swept) else None
+            measured = " ".join(number(one.forget[-1].mean) + edge(one) for one in swept)
+            seeds = min(one.forget[-1].n for one in swept)
+            yield Target("alpha", wanted, measured, met, seeds, any(map(edge, swept)))
         fresh = found.get(f"{UNDO}1", labeled, found.best_quality)
         if oracle is None or fresh is None or not {attack} <= fresh.attacks.keys() & oracle.attacks.keys():
             continue
         yield from _of_recovery(
+            found,
             fresh.attacks[attack],
             oracle.attacks[attack],
             FRESH,
@@ -148,6 +160,7 @@ def _of_steps(found: Comparison) -> Iterator[Target]:
             if routed is None or other is None or attack not in routed.attacks or attack not in other.attacks:
                 continue
             yield from _of_recovery(
+                found,
                 routed.attacks[attack],
                 other.attacks[attack],
                 least,
@@ -155,12 +168,12 @@ def _of_steps(found: Comparison) -> Iterator[Target]:
             )
 
 
-def _of_recovery(own: Relearning, its: Relearning, least: float, wanted: str) -> Iterator[Target]:
+def _of_recovery(found: Comparison, own: Relearning, its: Relearning, least: float, wanted: str) -> Iterator[Target]:
     """Yield a target on the steps to recover, where both are known."""
     if own.recovery is not None and its.recovery is not None:
-        met = told(at_least(own.recovery, least, its.recovery), own, its)
-        seeds = min(own.forget[-1].n, its.forget[-1].n)
-        yield Target("steps", wanted, f"{place(own.recovery)} against {place(its.recovery)}", met, seeds)
+        met = told(at_least(own.recovery, least, its.recovery), own, its) if found.removable else None
+        measured = f"{place(own.recovery)} against {place(its.recovery)}"
+        yield Target("steps", wanted, measured, met, min(own.forget[-1].n, its.forget[-1].n), bool(edge(own)))
 
 
 def told(met: bool | None, own: Relearning, its: Relearning) -> bool | None:
@@ -175,13 +188,16 @@ def told(met: bool | None, own: Relearning, its: Relearning) -> bool | None:
 
 
 def at_least(own: Crossing, factor: float, other: Crossing) -> bool | None:
-    """Say whether ``own`` lies at ``factor`` times ``other`` or beyond; None where bounds do not tell.
+    """Say whether ``own`` lies at ``factor`` times ``other`` or beyond; None where bounds do not tell, or both are 0.
 
     >>> at_least(Crossing(80, ">"), 3, Crossing(20)), at_least(Crossing(80, ">"), 3, Crossing(40))
     (True, None)
     >>> at_least(Crossing(40), 0.8, Crossing(80, ">")), at_least(Crossing(70), 0.8, Crossing(80, ">"))
     (False, None)
+    >>> at_least(Crossing(0), 0.8, Crossing(0))  # neither had lost anything
     """
+    if own == other == Crossing(0):
+        return None
     enough = own.at >= factor * other.at
     if own.censored and other.censored:
         return None

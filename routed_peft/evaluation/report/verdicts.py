@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
+from routed_peft.evaluation.report.attacks import Relearning
 from routed_peft.evaluation.report.cards import base_of, card, in_order
-from routed_peft.evaluation.report.page import number, share
+from routed_peft.evaluation.report.page import number, share, signed
 
 ROUTED = "routed"
+RIVALS = ("classifier_filter_balanced", "classifier_filter")
+"""Filters that see the same labels and guess the others, the one that forgets most first."""
 
 
 def ranged(value: Spread | None, as_share: bool = False, digits: int | None = None) -> str:
@@ -36,6 +39,11 @@ def _written(value: float, as_share: bool, digits: int | None) -> str:
     return share(value, digits or 0) if as_share else number(value, 2 if digits is None else digits)
 
 
+def edge(attack: Relearning) -> str:
+    """Return the mark of an attack whose best learning rate is the lowest or the highest tried: another might do more."""
+    return " ‡" if attack.attacked and not attack.interior else ""
+
+
 def sentences(found: Comparison) -> list[str]:
     """Say what came out, a sentence or two for every share of labels; of labels that are least wrong.
 
@@ -43,7 +51,7 @@ def sentences(found: Comparison) -> list[str]:
         found: the experiment.
     """
     base, oracle = found.get(BASE), found.get(ORACLE)
-    if base is not None and oracle is not None and oracle.forget.mean <= base.forget.mean:
+    if base is not None and oracle is not None and not found.removable:
         return [
             f"Nothing can be removed here: the model without routing, forget loss {number(base.forget.mean)}, knows no more of "
             f"the forget side than the perfect filter, {number(oracle.forget.mean)}. Train longer, or on more forget text."
@@ -67,24 +75,39 @@ def _sentence(found: Comparison, labeled: float) -> str:
     def at(method: str) -> Result | None:
         return found.get(method, labeled, found.best_quality)
 
-    routed = at(routed_method(found))
+    routed, rival = at(routed_method(found)), next(filter(None, map(at, RIVALS)), None)
     assert routed is not None
-    rivals = {"filter with the same labels": at(FILTER), "classifier of these labels": at("classifier_filter")}
-    beside = "; ".join(f"{name}: {ranged(r.way, True)}" for name, r in rivals.items() if r is not None and r.way)
+    beside = {"filter with the same labels": at(FILTER)}
+    beside |= {} if rival is None else {card(rival.condition.method).name: rival}
+    ways = "; ".join(f"{name}: {ranged(r.way, True)}" for name, r in beside.items() if r is not None and r.way)
     text = f"With {share(labeled)} of the labels, routing and ablating went {_way(routed)}"
-    text += f" ({beside})." if beside else "."
-    if routed.tax is not None:
-        cost = "cost" if routed.tax.mean >= 0 else "gained"
-        text += f" It {cost} {number(abs(routed.tax.mean))} nats per token of retain text against that filter"
-        rival = at("classifier_filter")
-        text += f" (the classifier: {number(rival.tax.mean)})." if rival is not None and rival.tax else "."
+    text += (f" ({ways})." if ways else ".") + _prices(routed, rival)
     worst = routed.worst
     if worst is not None and worst.attacked:
-        text += f" After the worst attack the forget loss is {number(worst.forget[-1].mean)}"
-        others = {"filter": at(FILTER), "perfect filter": at(ORACLE)}
-        after = [f"{n}: {number(r.worst.forget[-1].mean)}" for n, r in others.items() if r is not None and r.worst]
+        others = {"filter": at(FILTER), "classifier": rival, "perfect filter": at(ORACLE)}
+        after = [f"{name}: {_after(r.worst)}" for name, r in others.items() if r is not None and r.worst]
+        text += f" After the worst attack the forget loss is {_after(worst)}"
         text += f" ({'; '.join(after)})." if after else "."
     return text
+
+
+def _prices(routed: Result, rival: Result | None) -> str:
+    """Say what routing costs in retain loss against each filter, and what the rival does."""
+
+    def price(name: str, words: str = "") -> str:
+        own, other = getattr(routed, name), rival and getattr(rival, name)
+        return f"{signed(own.mean)} nats per token{words}" + (f" (classifier: {signed(other.mean)})" if other else "")
+
+    taxes = {"tax": " at equal tokens in all", "tax_equal_retain": " at equal retain text"}
+    told = [price(name, where) for name, where in taxes.items() if getattr(routed, name)]
+    text = f" Its tax against the filter with the same labels is {' and '.join(told)}." if told else ""
+    if routed.tax_perfect:
+        text += f" Its retain loss less the perfect filter’s is {price('tax_perfect')}."
+    return text
+
+
+def _after(attack: Relearning) -> str:
+    return number(attack.forget[-1].mean) + edge(attack) if attack.attacked else attack.verdict
 
 
 def _way(result: Result) -> str:

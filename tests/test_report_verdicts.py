@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from report_parts import cell, cells, curve, summary, write
+
+from routed_peft.evaluation.measures import Crossing, Spread
+from routed_peft.evaluation.report import write_report
+from routed_peft.evaluation.report.aggregate import aggregate
+from routed_peft.evaluation.report.cards import CARDS
+from routed_peft.evaluation.report.costs import costs
+from routed_peft.evaluation.report.sections import Section
+from routed_peft.evaluation.report.targets import targets
+from routed_peft.evaluation.report.verdicts import sentences
+
+RIGHT = (1.0, 1.0)
+
+
+def with_longer_filter():
+    """The filter at equal retain text is at 3.3, the perfect filter at 3.3, routing at 3.5."""
+    return [*cells(), cell("filter_equal_retain", 3.25, 3.36, 0.5)]
+
+
+def of_kind(rows, kind):
+    return [target for target in targets(aggregate(rows)) if target.kind == kind]
+
+
+def text_of(rows, tmp_path, **settings):
+    written = write_report([write(tmp_path / "mine.json", summary(rows, **settings))], tmp_path / "out")
+    return " ".join(re.sub(r"<[^>]+>", " ", written.page.read_text()).split())
+
+
+def table_of(rows, tmp_path, head):
+    """Return the rows of the first table with a heading, as lists of what stands in its cells."""
+    written = write_report([write(tmp_path / "mine.json", summary(rows))], tmp_path / "out")
+    table = next(one for one in re.findall(r"<table.*?</table>", written.page.read_text(), re.DOTALL) if head in one)
+    lines = [re.findall(r"<t[hd].*?</t[hd]>", line, re.DOTALL) for line in re.findall(r"<tr.*?</tr>", table, re.DOTALL)]
+    return [[" ".join(re.sub(r"<[^>]+>", " ", one).split()) for one in line] for line in lines]
+
+
+def test_the_price_is_told_against_every_filter_and_beside_the_strongest_rival():
+    rows = [*with_longer_filter(), cell("classifier_filter", 5.5, 3.3, 0.5)]
+    (sentence,) = sentences(aggregate(rows))
+    assert "gained" not in sentence and "filter by a TF-IDF classifier of these labels: 83 %" in sentence
+    balanced = cell("classifier_filter_balanced", 6.0, 3.32, 0.5, attacks={"forget": [curve(1e-3, [6.0, 5.0, 3.7])]})
+    (sentence,) = sentences(aggregate([*rows, balanced]))
+    assert "balanced threshold: 100 %)" in sentence and "of these labels" not in sentence
+    assert "is +0.10 nats per token at equal tokens in all (classifier: −0.08)" in sentence
+    assert "and +0.14 nats per token at equal retain text (classifier: −0.04)." in sentence
+    assert "Its retain loss less the perfect filter’s is +0.20 nats per token (classifier: +0.02)." in sentence
+    assert "(filter: 2.90 ‡; classifier: 3.70 ‡; perfect filter: 4.00 ‡)" in sentence
+    (sentence,) = sentences(aggregate(cells()))
+    assert "equal retain text" not in sentence and "classifier" not in sentence
+
+
+def test_a_tax_below_zero_is_no_gain():
+    rows = [row | {"retain_loss": 3.37} if row["method"] == "routed" else row for row in cells()]
+    (sentence,) = sentences(aggregate(rows))
+    assert "is −0.03 nats per token at equal tokens in all." in sentence and "filter’s is +0.07" in sentence
+
+
+def test_the_tax_at_equal_retain_text_has_a_target_of_its_own():
+    (target,) = of_kind(with_longer_filter(), "equal")
+    assert target.wanted == "50 % of the labels: tax at most 0.05 nats at equal retain text"
+    assert (target.met, target.measured) == (False, "0.14") and not of_kind(cells(), "equal")
+
+
+def test_tables_tell_the_retain_loss_over_the_perfect_filter(tmp_path):
+    head, *lines = table_of(with_longer_filter(), tmp_path, "forget loss")
+    place = head.index("over perfect")
+    told = {line[0]: line[place] for line in lines}
+    assert told["routed with self-labels, ablated"] == "0.20" and told["perfect filter"] == "–"
+    assert head[place - 1] == "tax, equal retain text" and lines[0][head.index("forget loss attacked")] == "2.80 ‡"
+
+
+@pytest.mark.parametrize("oracle", [3.0, 3.015])
+def test_where_the_base_knows_nothing_no_attack_tells_of_robustness(oracle):
+    rows = [row | {"forget_loss": oracle} if row["method"] == "perfect_filter" else row for row in cells(labeled=1.0)]
+    rows[1]["attacks"]["forget"] = [curve(1e-3, [oracle, 2.9, 2.8])]
+    undone = [cell(f"undo-{a}", 3.0, 3.6, 1.0, attacks={"forget": [curve(1e-3, [3.0, 2.9, 2.8 + a])]}) for a in (0, 1)]
+    found = aggregate([*rows, *undone])
+    assert not found.removable and aggregate(cells()).removable and aggregate(cells()[2:]).removable
+    told = {t.kind: t.met for t in targets(found) if t.kind in ("robust", "filter", "steps", "alpha", "way")}
+    assert told == dict.fromkeys(told) and {"robust", "steps", "alpha"} <= told.keys()
+    (sentence,) = sentences(found)
+    assert sentence.startswith("Nothing can be removed here")
+
+
+def test_where_neither_has_lost_anything_steps_to_recover_tell_nothing():
+    rows = [row for row in cells(labeled=1.0) if row["method"] != "routed"]
+    same = {"forget": [curve(1e-3, [3.0, 2.9, 2.8])]}
+    rows += [cell("routed", 3.0, 3.5, 1.0, attacks=same), cell("rmu", 3.0, 3.5, 1.0, attacks=same)]
+    (target,) = [target for target in of_kind(rows, "steps") if "RMU" in target.wanted]
+    assert (target.measured, target.met, target.verdict) == ("0 against 0", None, "cannot be told")
+
+
+def test_a_target_that_rests_on_the_edge_of_a_grid_says_so(tmp_path):
+    edge = {"forget": [curve(1e-3, [5.0, 4.5, 4.2])]}
+    rows = [row | {"attacks": edge} if row["method"] == "routed" else row for row in cells()]
+    (robust,), (above,) = of_kind(rows, "robust"), of_kind(rows, "filter")
+    assert robust.met and robust.edge and robust.measured == "4.20 ‡ against 4.00 ‡"
+    assert robust.verdict == "met ‡, on 1 seed only" and replace(robust, met=False, seeds=3).verdict == "missed ‡"
+    assert above.verdict == "met ‡, on 1 seed only"
+    (inside,) = of_kind(cells(), "filter")
+    assert not inside.edge and inside.verdict == "met, on 1 seed only", "of our own attack"
+    all_labels = [row | {"attacks": edge} if row["method"] == "routed" else row for row in cells(labeled=1.0)]
+    all_labels.append(cell("rmu", 5.0, 3.6, 1.0, attacks={"forget": [curve(1e-3, [5.0, 2.9, 2.8])]}))
+    assert any(target.verdict.startswith("met ‡") for target in of_kind(all_labels, "steps"))
+    text = text_of(rows, tmp_path)
+    assert "met ‡, on 1 seed only" in text and "A target is “met ‡” where" in text
+    assert "A target is “met ‡” where" not in text_of(cells(), tmp_path), "but only where there is one"
+    assert "4.20 ‡" in sentences(aggregate(rows))[0]
