@@ -112,3 +112,38 @@ def test_a_target_that_rests_on_the_edge_of_a_grid_says_so(tmp_path):
     assert "met ‡, on 1 seed only" in text and "A target is “met ‡” where" in text
     assert "A target is “met ‡” where" not in text_of(cells(), tmp_path), "but only where there is one"
     assert "4.20 ‡" in sentences(aggregate(rows))[0]
+
+
+def with_tokens(rows):
+    """Plain models of 0, 200 and 400 forget tokens; the cells of the filter with all labels are the perfect filter's."""
+    tokens = {"no_routing": 400, "perfect_filter": 0, "filter": 200, "routed": 200}
+    for row in rows:
+        sides = {"forget": tokens.get(row["method"], 0), "retain": 300}
+        row |= {"tokens_by_side": sides, "ledger": {"flops": 1.0, "serial_steps": 1, "labeled_forget_tokens": 1}}
+        row |= {"unlabeled_tokens_by_side": {"forget": 150, "retain": 100}}
+    return rows
+
+
+def test_leakage_that_is_no_more_than_a_bound_above_one_is_not_told(tmp_path):
+    rows = with_tokens(cells())
+    found = aggregate(rows)
+    routed = found.get("routed", 0.5, RIGHT)
+    assert costs(found, routed).leakage is None, "< 200 of 150 tokens"
+    few = with_tokens(cells())
+    few[-1]["unlabeled_tokens_by_side"]["forget"] = 400
+    found = aggregate(few)
+    assert costs(found, found.get("routed", 0.5, RIGHT)).leakage == Crossing(0.5, "<")
+    text = text_of(rows, tmp_path)
+    assert "< 133 %" not in text and "do not tell, not even that it is below 100 %" in text
+
+
+def test_the_activity_of_a_region_is_told_by_layer(tmp_path):
+    rows = [row for seed in range(2) for row in with_tokens(cells(seed))]
+    for row in rows:
+        if row["method"] == "routed":
+            row["region_activity_ratio"] = [2.0 + row["seed"], None, 4.0]
+    found = aggregate(rows)
+    cost = costs(found, found.get("routed", 0.5, RIGHT))
+    assert cost.layers == (Spread(2.5, 2.0, 3.0, 2), None, Spread(4.0, 4.0, 4.0, 2))
+    assert "layers: 2.50, –, 4.00" in text_of(rows, tmp_path)
+    assert costs(found, found.get("filter", 0.5, RIGHT)).layers == ()

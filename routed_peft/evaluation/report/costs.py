@@ -22,9 +22,10 @@ class Costs:
         penalty: `compute_penalty`, of retain tokens alone: the share of these that it could have done without, had it been
             trained plainly. Plain models with more and less retain text, filters among them, make the curve.
         leakage: `leakage`: of the unlabelled forget text that it was trained on, the share that would teach as much if all
-            else were filtered.
+            else were filtered; None, too, where the filters tell no more than an upper bound of 1 or higher.
         absorption: `absorption`: how much of the unlabelled forget data went the way of the labelled.
         activity: mean over layers of how much more active the region is on forget than on retain text.
+        layers: the same, layer by layer; None where the region is silent on retain text.
     """
 
     compute: Spread | None
@@ -34,6 +35,7 @@ class Costs:
     leakage: Crossing | None
     absorption: Spread | None
     activity: Spread | None
+    layers: tuple[Spread | None, ...] = ()
 
     @property
     def told(self) -> bool:
@@ -65,6 +67,7 @@ def costs(found: Comparison, result: Result) -> Costs:
         leakage=_leakage(found, result),
         absorption=_absorption(found, result),
         activity=spread(statistics.fmean(ratios) for ratios in known if ratios),
+        layers=tuple(spread(r for r in own if r is not None) for own in zip(*filter(None, layers), strict=True)),
     )
 
 
@@ -97,7 +100,10 @@ def _leakage(found: Comparison, result: Result) -> Crossing | None:
     unlabeled = result.over("unlabeled_tokens_by_side").get("forget")
     if result.condition.method == FILTER and result.condition.quality == (1.0, 1.0):  # all the forget text that it sees
         unlabeled = result.over("tokens_by_side").get("forget")
-    return leakage(result.forget.mean, unlabeled, tokens, losses) if unlabeled and len(tokens) > 1 else None
+    if not unlabeled or len(tokens) < 2:
+        return None
+    through = leakage(result.forget.mean, unlabeled, tokens, losses)
+    return None if through.relation == "<" and through.at >= 1 else through  # that much is no news
 
 
 def _absorption(found: Comparison, result: Result) -> Spread | None:

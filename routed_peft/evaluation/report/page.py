@@ -17,7 +17,7 @@ TEMPLATES = Path(__file__).parents[2] / "templates"
 
 
 def environment() -> jinja2.Environment:
-    """Return the templates, with the filters ``number``, ``percent`` and ``place``; what they name must be there."""
+    """Return the templates, with the filters ``number``, ``percent``, ``place`` and ``part``; what they name must be there."""
     result = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -25,7 +25,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    result.filters |= {"number": number, "percent": share, "place": place}
+    result.filters |= {"number": number, "percent": share, "place": place, "part": part}
     return result
 
 
@@ -63,10 +63,21 @@ def share(value: float | None, digits: int = 0) -> str:
 def place(where: Crossing | None) -> str:
     """Write where a curve reaches a value, or the bound beyond which it may.
 
-    >>> place(Crossing(72.463)), place(Crossing(80, ">")), place(None)
-    ('72.5', '> 80', '–')
+    >>> place(Crossing(72.463)), place(Crossing(80, ">")), place(Crossing(-0.25)), place(None)
+    ('72.5', '> 80', '−0.25', '–')
     """
-    return "–" if where is None else ("" if where.relation == "=" else f"{where.relation} ") + f"{where.at:.3g}"
+    if where is None:
+        return "–"
+    return ("" if where.relation == "=" else f"{where.relation} ") + f"{where.at:.3g}".replace("-", "−")
+
+
+def part(where: Crossing | None) -> str:
+    """Write a share that was read off a curve as a percentage, or its bound.
+
+    >>> part(Crossing(0.156)), part(Crossing(0.8, "<")), part(Crossing(-1e-16)), part(None)
+    ('16 %', '< 80 %', '0 %', '–')
+    """
+    return "–" if where is None else ("" if where.relation == "=" else f"{where.relation} ") + share(where.at)
 
 
 def picture(draws: Sequence[Draw], caption: str, size: tuple[float, float] = (5.6, 3.7)) -> dict[str, str]:
