@@ -409,7 +409,8 @@ def test_the_page_holds_numbers_provenance_cards_and_caveats(report):
     for expected in (
         "routing and ablating went 67 % of the way",
         "All methods, measured alike: 50 % of the documents labelled",
-        "5.00 67 % 3.80 43 % 3.50 58 %",
+        "3.50 58 % 4.00 0.001 &gt; 3 0.417 75 % 0.51 3.80 5.00 67 % 3.80 43 %",
+        "0 where it lies from the first step on at the loss that the model which was never unlearnt had before any attack",
         "python recipes/experiment.py --config x.yaml",
         "torch 2.13.0",
         "seeds 0, 1:",

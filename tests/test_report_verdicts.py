@@ -147,3 +147,27 @@ def test_the_activity_of_a_region_is_told_by_layer(tmp_path):
     assert cost.layers == (Spread(2.5, 2.0, 3.0, 2), None, Spread(4.0, 4.0, 4.0, 2))
     assert "layers: 2.50, –, 4.00" in text_of(rows, tmp_path)
     assert costs(found, found.get("filter", 0.5, RIGHT)).layers == ()
+
+
+def test_tokens_by_label_are_those_that_the_method_saw(tmp_path):
+    labels = {"targets_by_label": {"forget": 0, "retain": 300_000, "unlabeled": 810_000}}
+    rows = [row | labels for row in with_tokens([*cells(), *cells(labeled=1.0)[3:]])]
+    for row in rows:
+        all_labels = row["method"] == "filter" and row["labeled"] == 1
+        row["key"] = f"biology-{'perfect_filter' if all_labels else row['method']}-1-0-00000000"
+    head, *lines = table_of(rows, tmp_path, "millions")
+    place = head.index("unlabelled")
+    told = {(line[0], line[1]): line[place - 2 : place + 1] for line in lines}
+    assert told["filter, same labels", "50 %"] == ["0.00", "0.30", "0.81"]
+    assert told["filter, same labels", "100 %"] == ["–"] * 3, "the perfect filter's cell, with half of the labels"
+    assert told["no routing", "–"] == told["perfect filter", "–"] == ["–"] * 3, "they look at none"
+    assert aggregate(cells()).get("routed", 0.5, RIGHT).tokens_by_label == {"forget": 250_000}, (
+        "older cells have no key"
+    )
+
+
+def test_the_last_step_of_an_attack_comes_first(tmp_path):
+    (head, *lines) = table_of(cells(), tmp_path, "after<br>")
+    assert head[1:4] == ["after 3 steps", "retain after", "best rate"] and head[-2:] == ["after 0", "1"]
+    (routed,) = [line for line in lines if line[0].startswith("routed")]
+    assert routed[1:4] == ["3.50 58 %", "4.00", "0.001"] and routed[-2:] == ["5.00 67 %", "3.80 43 %"]

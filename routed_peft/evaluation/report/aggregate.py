@@ -18,6 +18,7 @@ from routed_peft.evaluation.measures import Spread, tax, way
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
 from routed_peft.evaluation.report.attacks import Relearning, relearning, spread
+from routed_peft.evaluation.report.cards import base_of
 
 Row = Mapping[str, Any]
 Quality = tuple[float, float]
@@ -109,6 +110,16 @@ class Result:
         """Return the means of a mapping that every cell has, such as "tokens_by_side"."""
         rows = [cell[name] for cell in self.cells.values() if cell.get(name)]
         return {key: statistics.fmean(row.get(key, 0) for row in rows) for key in (rows[0] if rows else ())}
+
+    @property
+    def tokens_by_label(self) -> dict[str, float]:
+        """Means of targets by label; nothing for a method that looks at no labels, nor where such a one made its cells.
+
+        A cell's key names the method that made it: with all labels the filter is the perfect filter, and so on.
+        """
+        keys = [cell.get("key") for cell in self.cells.values()]
+        own = all(key is None or f"-{base_of(self.condition.method)}-" in key for key in keys)
+        return self.over("targets_by_label") if own and self.condition.labeled is not None else {}
 
     @property
     def worst(self) -> Relearning | None:
