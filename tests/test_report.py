@@ -455,6 +455,27 @@ def test_a_checkpoint_that_was_attacked_needs_no_experiment(tmp_path):
     assert "org/model" in written.page.read_text()
 
 
+def test_checkpoints_show_intervals_over_documents_and_areas_where_summaries_hold_them(tmp_path):
+    def heads_and_rows(*files):
+        table = write_report(files, tmp_path / "out").page.read_text().split('id="checkpoints"')[1].split("</table>")[0]
+        lines = [re.findall(r"<t[hd].*?</t[hd]>", line, re.DOTALL) for line in table.split("<tr>")[1:]]
+        return [[" ".join(re.sub(r"<[^>]+>", " ", one).split()) for one in line] for line in lines if len(line) > 1]
+
+    plain, known = relearning(tmp_path, "rmu"), relearning(tmp_path, "sgtm", 3.0, [6.0, 5.0, 4.5])
+    about = json.loads(known.read_text())
+    about["attacks"]["forget"]["envelope"][-1]["documents"] = [2.25, 2.75]
+    write(known, about)
+    head, row = heads_and_rows(plain)
+    assert "area" not in head and row[head.index("other documents")] == "–", "bounds were not measured"
+    head, first, second = heads_and_rows(plain, known)
+    assert second[head.index("other documents")] == "2.25 to 2.75" and second[head.index("area")] == "0.41"
+    assert first[head.index("area")] == "–" and len(head) == len(first) == len(second)
+    older = json.loads(plain.read_text())
+    for entry in older["attacks"]["forget"]["envelope"]:
+        entry.pop("documents", None)
+    assert heads_and_rows(write(plain, older))[1][3] == "–"
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -51,6 +51,8 @@ class Relearning:
             more than `REMOVED`; None likewise.
         reference: loss of the never-unlearnt model before any attack, on the text that is scored; None where not known.
         area: normalised area under the relearning curve (`relearning_area`); None where there is nothing to compare with.
+        documents: between which losses it would end with other documents of the same kind, in 95 of 100 bootstrap draws; None
+            where that is not known.
         way: at each step, from no routing to perfect filter under the same attack; None likewise.
     """
 
@@ -69,6 +71,7 @@ class Relearning:
     recovered: Spread | None = None
     reference: float | None = None
     area: Spread | None = None
+    documents: tuple[float, float] | None = None
     way: tuple[Spread | None, ...] = ()
 
     @property
@@ -189,6 +192,7 @@ def of_summary(result: Mapping[str, Any]) -> Relearning:
         found and Crossing(found["at"], found["relation"]) for found in map(recovery.get, ("steps", "tokens"))
     )
     last = envelope[-1]
+    low, high = map(_number, last.get("documents") or (None, None))
     useful = result.get("useful", {}).get("envelope")
     return Relearning(
         steps=tuple(entry["step"] for entry in envelope),
@@ -204,6 +208,7 @@ def of_summary(result: Mapping[str, Any]) -> Relearning:
         recovery_tokens=tokens,
         recovered=None if share is None else Spread(share, share, share, count),
         area=None if area is None else Spread(area, area, area, count),
+        documents=(low, high) if math.isfinite(low) and math.isfinite(high) else None,
     )
 
 

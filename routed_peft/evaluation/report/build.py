@@ -51,6 +51,7 @@ def write_report(places: Sequence[str | Path], out: str | Path) -> Report:
         sections=sections,
         checkpoints=checkpoints,
         attacked=attacked,
+        areas=any(attack.area for one in checkpoints for attack in one.attacks.values()),
         cards=list({card.name: card for card in cards}.values()),
         pictures=lambda figure: [(picture([panel.draw], panel.caption), panel.folded) for panel in figure.panels],
     )
