@@ -171,3 +171,7 @@ def test_the_last_step_of_an_attack_comes_first(tmp_path):
     assert head[1:4] == ["after 3 steps", "retain after", "best rate"] and head[-2:] == ["after 0", "1"]
     (routed,) = [line for line in lines if line[0].startswith("routed")]
     assert routed[1:4] == ["3.50 58 %", "4.00", "0.001"] and routed[-2:] == ["5.00 67 %", "3.80 43 %"]
+
+
+def test_every_card_says_where_its_method_comes_from():
+    assert all(card.source for card in CARDS.values())

@@ -17,7 +17,7 @@ class Card:
         name: in tables and figures.
         family: decides its colour: what others are measured against, placebos, filters, routing, or unlearning by outputs.
         about: one paragraph.
-        source: where it comes from; empty where nobody need be named.
+        source: where it comes from; empty where the method is not known.
         short: name in figures, where it must be short.
     """
 
@@ -34,6 +34,7 @@ class Card:
 
 
 _GRADIENT_ROUTING = "gradient routing, arXiv 2410.04332"
+_OWN = "this library’s own (docs/design.md §8)"
 _BY_OUTPUTS = (
     " Starts from the model that was trained on everything; sees the rows that are labelled, as many of either side. The "
     "learning rate is the one that does most on validation text while retain loss rises by at most 5 %."
@@ -44,6 +45,7 @@ CARDS: dict[str, Card] = {
         "no routing",
         "reference",
         "Trains on everything and removes nothing: the model that was never unlearnt. Way 0 %.",
+        "ordinary training; why it stands here: docs/design.md §8",
     ),
     "control": Card(
         "no routing, extra units ablated (placebo)",
@@ -58,6 +60,7 @@ CARDS: dict[str, Card] = {
         "placebo",
         "As many units as the region has, drawn at random from every MLP of the unrouted model and silenced. The region is "
         "special only as far as it beats this.",
+        _OWN,
         short="placebo: random units",
     ),
     "gradient_ascent": Card(
@@ -118,12 +121,14 @@ CARDS: dict[str, Card] = {
         "filter",
         "Leaves out what is labelled forget, and trains on all the rest: what one would do with these labels otherwise. The "
         "tax is measured against it.",
+        f"the baseline of {_GRADIENT_ROUTING}, and SGTM, arXiv 2512.05648",
     ),
     "filter_equal_retain": Card(
         "filter, same labels, longer: as much retain text as routed",
         "filter",
         "The same filter, trained until it has seen as much retain text as teaches the base of the routed model, however many "
         "tokens that takes. Against it the tax is free of who saw more retain text.",
+        _OWN,
         short="filter, equal retain text",
     ),
     "classifier_filter": Card(
@@ -131,6 +136,7 @@ CARDS: dict[str, Card] = {
         "filter",
         "A logistic regression on words and word pairs, fitted to the labelled documents, labels the others; what it "
         "calls forget is left out. The obvious rival where the two sides differ in their words.",
+        f"{_OWN}; the classifier is scikit-learn’s",
         short="filter by classifier",
     ),
     "classifier_filter_balanced": Card(
@@ -138,6 +144,7 @@ CARDS: dict[str, Card] = {
         "filter",
         "The same, with a threshold as many standard deviations from the mean score of either side (of labelled documents, by "
         "five folds), which is how self-labels choose theirs: more retain text is lost, and less forget text kept.",
+        f"{_OWN}; the classifier is scikit-learn’s",
         short="classifier, balanced",
     ),
     "classifier_filter_overrule": Card(
@@ -145,6 +152,7 @@ CARDS: dict[str, Card] = {
         "filter",
         "Each labelled document is labelled anew, too, by a classifier that was fitted to the others (five folds), and the "
         "threshold goes by medians, as that of self-labels which overrule: the obvious rival where labels may be wrong.",
+        f"{_OWN}; the classifier is scikit-learn’s",
         short="classifier may overrule",
     ),
     "demix": Card(
@@ -196,6 +204,7 @@ CARDS: dict[str, Card] = {
         "perfect filter",
         "reference",
         "Leaves out every row that truly is forget data: the ideal, for which all labels would have to be known. Way 100 %.",
+        "data filtering as usual, with labels that nobody has; why it stands here: docs/design.md §8",
     ),
 }
 """By the key that summaries use, in the order of tables."""
