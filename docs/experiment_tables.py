@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from absent import Labels, Report, lacking
+
 from routed_peft.data import FORGET
-from routed_peft.demo.settings import DemoSettings
-from routed_peft.evaluation.measures import Crossing
 from routed_peft.evaluation.measures.relearning import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
 from routed_peft.evaluation.report.aggregate import (
     BASE,
     Comparison,
-    Condition,
     Result,
     aggregate,
     complete_seeds,
 )
+from routed_peft.evaluation.report.attackers import attacker_documents
 from routed_peft.evaluation.report.cards import base_of, card, in_order, variant_name
 from routed_peft.evaluation.report.caveats import teaches_facts
 from routed_peft.evaluation.report.costs import costs
-from routed_peft.evaluation.report.page import place, share
+from routed_peft.evaluation.report.page import part, place
 from routed_peft.evaluation.report.targets import targets
-from routed_peft.evaluation.report.verdicts import ranged
-from routed_peft.experiment.cells import adds_nothing
-from routed_peft.experiment.methods import METHODS
+from routed_peft.evaluation.report.verdicts import edge, ranged
 
-Report = dict[str, Any]
-"""A summary of `recipes/experiment.py`."""
-Labels = tuple[float, float, float]
-"""Share of documents that carry a label, recall, precision."""
 NONE = "–"
 RELEARNED, EQUAL, COST, PENALTY = "… relearned", "… equal retain text", "cost", "penalty"
 
 
-def losses(report: Report, command: str, labels: Sequence[Labels], methods: Collection[str] | None = None) -> str:
+def losses(
+    report: Report,
+    command: str,
+    labels: Sequence[Labels],
+    methods: Collection[str] | None = None,
+    name_all: bool = False,
+) -> str:
     """Losses, way, tax and cost of methods over seeds, at one kind of labels or more, of those that most seeds have.
 
     Args:
@@ -43,6 +43,7 @@ def losses(report: Report, command: str, labels: Sequence[Labels], methods: Coll
         command: that made it.
         labels: share of documents that carry one, recall and precision.
         methods: keys; all by default, at several kinds of labels those that look at them.
+        name_all: name below the table all that the experiment asks for and lacks, with other labels and by other methods, too.
     """
     found, count = most_seeds(report, labels)
     if not count:
@@ -59,13 +60,14 @@ def losses(report: Report, command: str, labels: Sequence[Labels], methods: Coll
         "tax": lambda r: ranged(r.tax),
         EQUAL: lambda r: ranged(r.tax_equal_retain),
         COST: lambda r: f"{paid.mean:.2f}" if (paid := costs(whole, r).compute) else NONE,
-        PENALTY: lambda r: wasted(costs(whole, r).penalty),
+        PENALTY: lambda r: part(costs(whole, r).penalty),
     }
     rows = [[write(result) for write in columns.values()] for result in results]
     kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
     names = [list(columns)[i] for i in kept]
-    lines = markdown(names, [[row[i] for i in kept] for row in rows])
-    return "\n".join([*lines, "", " ".join(caption(report, found, results, names, count, command, methods))])
+    absent = lacking(report) if name_all else lacking(report, [kind for kind, _ in found], methods)
+    said = [*caption(report, found, results, names, count), *absent, f"From `{command}`."]
+    return written(names, [[row[i] for i in kept] for row in rows], said)
 
 
 def caption(
@@ -74,10 +76,8 @@ def caption(
     results: Sequence[Result],
     names: Collection[str],
     count: int,
-    command: str,
-    methods: Collection[str] | None = None,
 ) -> list[str]:
-    """Return the sentences below `losses`: what its columns mean, what was missed, and the command."""
+    """Return the sentences below `losses`: what its columns mean, and what was missed."""
     settings = report["settings"]
     tokens = settings["steps"] * settings["batch_size"] * settings["length"] / 1e6
     said = [
@@ -85,41 +85,14 @@ def caption(
         "token on test text."
     ]
     if RELEARNED in names:
-        said.append(f"Relearned: after the worst of {strength(report['experiment'])}.")
+        said.append(f"Relearned: after the worst of {strength(report)}.")
         if teaches_facts(settings):
             said.append("The attacker's lines are new, their facts are not: the facts that are scored are among them.")
     said += self_labels(results)
     said.append(f"Targets missed: {named(found, False)}.")
     if (open_ones := named(found, None)) != "none":
         said.append(f"Cannot be told: {open_ones}.")
-    if absent := not_run(report, found, methods):
-        said.append(f"Asked for, and not run yet: {listed(absent)}.")
-    return [*said, f"From `{command}`."]
-
-
-def not_run(
-    report: Report, found: Sequence[tuple[Labels, Comparison]], methods: Collection[str] | None
-) -> dict[str, list[str]]:
-    """Return the labels at which methods that an experiment asks for have no row, by the methods' names."""
-    absent: dict[str, list[str]] = {}
-    for (labeled, recall, precision), comparison in found:
-        for method in report["experiment"].get("methods", ()):
-            base = base_of(method)
-            if methods is not None and base not in methods:
-                continue
-            looks = METHODS[base].labels
-            if adds_nothing(base, DemoSettings(labeled=labeled, recall=recall, precision=precision)):
-                continue
-            own = comparison.get(method, labeled, (recall, precision)) if looks else comparison.get(method)
-            if own is None or len(own.cells) < len(comparison.seeds):
-                kind = Condition(method, labeled, recall, precision).labels if looks else ""
-                absent.setdefault(card(method, report["settings"]).name, []).append(kind)
-    return absent
-
-
-def listed(absent: Mapping[str, Sequence[str]]) -> str:
-    """List methods, and in brackets where each is absent."""
-    return "; ".join(f"{name} ({'; '.join(kinds)})" if any(kinds) else name for name, kinds in absent.items())
+    return said
 
 
 def recovery(report: Report, command: str) -> str:
@@ -137,18 +110,24 @@ def recovery(report: Report, command: str) -> str:
             rows.append([*row, f"{place(attack.recovery)} ({between})"])
     names = ["method", "forget loss", f"… after {steps[-1]} steps", "half-way back", "steps to recover"]
     said = [
-        f"Mean (range) over {len(found.seeds)} seeds; the worst case of {strength(report['experiment'])}. Steps to "
+        f"Mean (range) over {len(found.seeds)} seeds; the worst case of {strength(report)}. Steps to "
         f"recover: until the forget loss of no routing is reached within {TOLERANCE:g} nats; half-way back: until that midway "
         "between no routing and perfect filter.",
         *(f"Target {one.verdict}: {one.wanted}: {one.measured}." for one in targets(found) if "steps" in one.wanted),
+        *lacking(report),
         f"From `{command}`.",
     ]
-    return "\n".join([*markdown(names, rows), "", " ".join(said)])
+    return written(names, rows, said)
 
 
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table."""
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def written(names: Sequence[str], rows: Sequence[Sequence[str]], said: Sequence[str]) -> str:
+    """Return a table with the sentences below it."""
+    return "\n".join([*markdown(names, rows), "", " ".join(said)])
 
 
 def most_seeds(report: Report, labels: Sequence[Labels]) -> tuple[list[tuple[Labels, Comparison]], int]:
@@ -185,29 +164,29 @@ def title(result: Result, report: Report) -> str:
     return f"**{name}**" if result.condition.method == "routed" else name
 
 
-def wasted(penalty: Crossing | None) -> str:
-    """Write a compute penalty, or its bound."""
-    if penalty is None:
-        return NONE
-    return ("" if penalty.relation == "=" else f"{penalty.relation} ") + share(penalty.at)
-
-
-def strength(about: dict[str, Any]) -> str:
-    """Say what attackers have: documents, steps and learning rates."""
+def strength(report: Report, counted: bool = True) -> str:
+    """Say what attackers have: documents, how many of them where they are ``counted``, steps and learning rates."""
+    about, attacks = report["experiment"], sorted(report["experiment"]["attacks"], key=lambda name: name != "forget")
     split = "held-out" if about.get("attack_split", "validation") == "validation" else "the training set's"
-    kinds = {"forget": "on all forget documents"}
-    kinds |= {name: f"on {name.rpartition('-')[2]} of them" for name in about["attacks"] if name.startswith("few-shot")}
-    attacks = sorted(about["attacks"], key=lambda name: name != "forget")
-    if "forget" not in attacks:
-        kinds = {name: words.replace("of them", "forget documents") for name, words in kinds.items()}
+    count = attacker_documents(report["settings"], about) if counted else None
+    all_ = "forget documents" if count is None else f"{count} forget documents"
+    rest = "of them" if "forget" in attacks else all_ if count is None else f"of {all_}"
+    kinds = {name: f"on {name.rpartition('-')[2]} {rest}" for name in attacks if name.startswith("few-shot")}
+    kinds |= {"forget": f"on all {all_}"}
     named = " and ".join(kinds.get(name, f"“{name}”") for name in attacks)
     rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
-    count = about.get("extensions", 0)
-    more = f", and up to {count} beyond an end where the best is there" if count else ""
+    beyond = about.get("extensions", 0)
+    more = f", and up to {beyond} beyond an end where the best is there" if beyond else ""
     return (
         f"fine-tuning {named} ({split}), {about['attack_steps'][-1]} steps of {Attack.batch_size} at most, all learning rates "
         f"({rates}{more}) and steps"
     )
+
+
+def available(report: Report) -> str:
+    """Name the held-out forget documents that attackers have, and how many they are."""
+    count = attacker_documents(report["settings"], report["experiment"])
+    return "held-out forget documents" if count is None else f"{count} held-out forget documents"
 
 
 def relearned(result: Result, report: Report, seeds: int) -> str:
@@ -218,7 +197,7 @@ def relearned(result: Result, report: Report, seeds: int) -> str:
         return NONE
     if not worst.attacked:
         return worst.verdict
-    return ranged(worst.forget[-1]) + ("" if worst.interior else " ‡") + ("" if worst.whole else f" ({worst.verdict})")
+    return ranged(worst.forget[-1]) + edge(worst) + ("" if worst.whole else f" ({worst.verdict})")
 
 
 def self_labels(results: Sequence[Result]) -> list[str]:

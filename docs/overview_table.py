@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from absent import Labels, Report, listed, not_run
 from experiment_tables import (
     COST,
     NONE,
     RELEARNED,
-    Labels,
-    Report,
-    listed,
     markdown,
     most_seeds,
-    not_run,
     relearned,
     shown,
     strength,
@@ -22,6 +19,7 @@ from experiment_tables import (
 from tradeoff_tables import region_on
 
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Condition, Result
+from routed_peft.evaluation.report.attackers import attacker_documents
 from routed_peft.evaluation.report.cards import base_of
 from routed_peft.evaluation.report.costs import costs
 from routed_peft.evaluation.report.page import number, share
@@ -40,7 +38,7 @@ def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Col
         commands: that made them.
     """
     rows: dict[tuple[str, ...], list[str]] = {}  # by what they say, so that what two experiments share comes once
-    attacks: dict[str, list[str]] = {}
+    attacks: dict[str, list[str]] = {}  # what attackers do -> on which texts, and how many documents they have
     seeds: set[int] = set()
     absent: dict[str, list[str]] = {}
     for name, report, labels in parts:
@@ -48,8 +46,10 @@ def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Col
         if not count:
             continue
         seeds.add(count)
-        attacks.setdefault(strength(report["experiment"]), []).append(name)
-        for method, kinds in not_run(report, found, methods).items():
+        documents = attacker_documents(report["settings"], report["experiment"])
+        counted = name if documents is None else f"{name}: {documents} documents"
+        attacks.setdefault(strength(report, counted=False), []).append(counted)
+        for method, kinds in not_run(report, [kind for kind, _ in found], methods).items():
             absent.setdefault(method, []).append(f"{name}, {' and '.join(kinds)}" if any(kinds) else name)
         ends = [(found[0][1], found[0][1].get(method)) for method in (BASE, ORACLE)]
         between = [(c, r) for _, c in found for r in shown(c, methods, labeled_only=True)]
@@ -59,7 +59,7 @@ def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Col
             row = overview_row(comparison, r, report, count)
             rows.setdefault(tuple(row), [name, r.condition.labels, *row])
     names = ["text", "labels", "method", "forget loss", RELEARNED, "retain loss", "way", "tax", BEST, "region on", COST]
-    worst = "; ".join(f"of {attack} ({', '.join(texts)})" for attack, texts in attacks.items())
+    worst = "; ".join(f"of {attack} ({'; '.join(texts)})" for attack, texts in attacks.items())
     about = (
         f"Mean (range) over {' or '.join(map(str, sorted(seeds)))} seeds, nats per token on test text. Relearned: after the "
         f"worst {worst}. {BEST.capitalize()}: retain loss less the perfect filter’s, which spends all of its tokens on retain "

@@ -6,10 +6,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiment_tables import Labels, losses, recovery
+from absent import Labels, as_asked
+from experiment_tables import losses, recovery
 from overview_table import overview
 from tradeoff_tables import attacked, facts, frontier, leaking
 
@@ -45,6 +47,8 @@ OVERVIEW: list[tuple[str, str, list[Labels]]] = [
 ]
 """Experiments, their names for readers, and the labels of which the overview tells."""
 SHARES = [(share, 1.0, 1.0) for share in (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)]
+with_gaps = partial(losses, name_all=True)
+"""For one table an experiment: it names all that is asked for and not there."""
 Arms = Collection[tuple[str | None, float | None]] | None
 MARK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
 
@@ -55,6 +59,12 @@ def load(name: str) -> Any:
     return json.loads(file.read_text()) if file.exists() else None
 
 
+def load_experiment(name: str) -> Any:
+    """Return a summary of `recipes/experiment.py` with what its YAML asks for now; None where there is none yet."""
+    report = load(name)
+    return report and as_asked(report, ROOT / "recipes" / "configs" / f"experiment_{name}.yaml")
+
+
 def mean_range(values: list[float]) -> str:
     """Return mean and range over seeds; a dash where nothing was measured."""
     return ranged(Spread.of(values)) if values else "–"
@@ -63,13 +73,13 @@ def mean_range(values: list[float]) -> str:
 def experiment(name: str, write: Callable[..., str], *how: Any) -> str:
     """A table of an experiment, or the command that makes it."""
     command = f"python recipes/experiment.py --config recipes/configs/experiment_{name}.yaml"
-    report = load(name)
+    report = load_experiment(name)
     return f"Not run yet: `{command}`." if report is None else write(report, command, *how)
 
 
 def in_short() -> str:
     """Routing and filters on all texts and kinds of labels, in one table."""
-    parts = {name: (title, load(name), labels) for name, title, labels in OVERVIEW}
+    parts = {name: (title, load_experiment(name), labels) for name, title, labels in OVERVIEW}
     there = [name for name, part in parts.items() if part[1] is not None]
     commands = (
         f"`python recipes/experiment.py --config recipes/configs/experiment_{{{','.join(there)}}}.yaml`, one by one"
@@ -257,18 +267,18 @@ TABLES = {
     "monitor_step": monitor_step,
     "in_short": in_short,
     "experiment_arithmetic_short": lambda: experiment("arithmetic", losses, ALL, SHORT_ARITHMETIC),
-    "experiment_arithmetic": lambda: experiment("arithmetic", losses, ALL),
+    "experiment_arithmetic": lambda: experiment("arithmetic", with_gaps, ALL),
     "experiment_biology": lambda: experiment("biology", losses, HALF),
-    "experiment_biology_shares": lambda: experiment("biology", losses, SHARES, RIVALS),
-    "experiment_entangled": lambda: experiment("entangled", losses, HALF),
+    "experiment_biology_shares": lambda: experiment("biology", with_gaps, SHARES, RIVALS),
+    "experiment_entangled": lambda: experiment("entangled", with_gaps, HALF),
     "experiment_spanish_tenth": lambda: experiment("spanish", losses, TENTH),
     "experiment_entangled_tenth": lambda: experiment("entangled", losses, TENTH),
     "experiment_entangled_few": lambda: experiment("entangled", losses, FEW),
-    "experiment_wrong_labels": lambda: experiment("wrong_labels", losses, QUALITIES),
-    "experiment_mixed_rows": lambda: experiment("mixed_rows", losses, HALF),
-    "experiment_entangled_mixed": lambda: experiment("entangled_mixed", losses, HALF),
-    "experiment_spanish": lambda: experiment("spanish", losses, HALF),
-    "experiment_spanish_undo": lambda: experiment("spanish_undo", losses, ALL),
+    "experiment_wrong_labels": lambda: experiment("wrong_labels", with_gaps, QUALITIES),
+    "experiment_mixed_rows": lambda: experiment("mixed_rows", with_gaps, HALF),
+    "experiment_entangled_mixed": lambda: experiment("entangled_mixed", with_gaps, HALF),
+    "experiment_spanish": lambda: experiment("spanish", with_gaps, HALF),
+    "experiment_spanish_undo": lambda: experiment("spanish_undo", with_gaps, ALL),
     "recovery": lambda: experiment("recovery", recovery),
     "frontier": lambda: experiment("frontier", frontier),
     "leakage": lambda: experiment("leakage", leaking),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
 
-from experiment_tables import NONE, markdown, of_labels, shown, title, wasted
+from absent import Report, lacking
+from experiment_tables import NONE, available, of_labels, shown, title, written
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.relearning.attacks import METHODS, Attack
@@ -14,10 +14,8 @@ from routed_peft.evaluation.report.aggregate import BASE, Comparison, Result, ag
 from routed_peft.evaluation.report.attacks import Relearning, spread
 from routed_peft.evaluation.report.cards import VARIANT
 from routed_peft.evaluation.report.costs import costs
+from routed_peft.evaluation.report.page import part
 from routed_peft.evaluation.report.verdicts import ranged
-
-Report = dict[str, Any]
-"""A summary of `recipes/experiment.py`."""
 
 
 def frontier(report: Report, command: str) -> str:
@@ -35,10 +33,9 @@ def frontier(report: Report, command: str) -> str:
     results = [result for result in shown(found, None, labeled_only=False) if result.number("region_on_forget_loss")]
     rows = [[write(result) for write in columns.values()] for result in results]
     said = (
-        f"Mean (range) over {len(found.seeds)} seeds, half of the labels. Region on: nats per token above no routing. "
-        f"From `{command}`."
+        f"Mean (range) over {len(found.seeds)} seeds, half of the labels. Region on: nats per token above no routing."
     )
-    return "\n".join([*markdown(list(columns), rows), "", said])
+    return written(list(columns), rows, [said, *lacking(report), f"From `{command}`."])
 
 
 def setting(result: Result, report: Report) -> str:
@@ -67,15 +64,16 @@ def leaking(report: Report, command: str) -> str:
         cost = costs(found, result)
         rest = result.over("unlabeled_tokens_by_side").get("forget")
         row = [result.condition.labels, title(result, report), ranged(result.forget), ranged(result.retain)]
-        row += [ranged(result.tax), NONE if rest is None else f"{rest / 1000:.1f} k", wasted(cost.leakage)]
-        rows.append([*row, wasted(cost.penalty)])
+        row += [ranged(result.tax), NONE if rest is None else f"{rest / 1000:.1f} k", part(cost.leakage)]
+        rows.append([*row, part(cost.penalty)])
     names = ["labels", "method", "forget loss", "retain loss", "tax", "unlabelled forget tokens", "leakage", "penalty"]
     said = (
         f"Mean (range) over {len(found.seeds)} seeds. Leakage: of the unlabelled forget tokens that a model was trained on, "
         "the share that would teach a plain model as much. Penalty: the share of its retain tokens that it could do "
-        f"without. Both are read off plain models that saw more and less text. From `{command}`."
+        "without. Both are read off plain models that saw more and less text; –: they do not tell, or of the leakage not even "
+        "that it is below 100 %."
     )
-    return "\n".join([*markdown(names, rows), "", said])
+    return written(names, rows, [said, *lacking(report), f"From `{command}`."])
 
 
 def facts(report: Report, command: str) -> str:
@@ -94,11 +92,10 @@ def facts(report: Report, command: str) -> str:
         f"Mean (range) over {len(found.seeds)} seeds. Half of the facts that were trained on are trained on again, "
         f"{about['attack_steps'][-1]} steps at most, the worst case of all steps and learning rates ({rates}, and those beyond "
         "an end where the best is there), and the other half is scored. Recovered: the share of the loss on these by which the "
-        f"model was worse than no routing. The bias is one number a token, fitted to held-out forget documents at rates of its "
-        f"own ({', '.join(f'{rate:g}' for rate in METHODS['bias'])}). "
-        f"From `{command}`."
+        f"model was worse than no routing. The bias is one number a token, fitted to {available(report)} at rates of its "
+        f"own ({', '.join(f'{rate:g}' for rate in METHODS['bias'])})."
     )
-    return "\n".join([*markdown(["method", *heads], rows), "", said])
+    return written(["method", *heads], rows, [said, *lacking(report), f"From `{command}`."])
 
 
 def attacked(report: Report, command: str) -> str:
@@ -112,9 +109,10 @@ def attacked(report: Report, command: str) -> str:
     said = (
         f"Mean (range) over {len(found.seeds)} seeds, nats per token on test text: the lowest forget loss within "
         f"{about['attack_steps'][-1]} steps of {Attack.batch_size}, at all learning rates ({rates}, and those beyond an end "
-        f"where the best is there), with held-out documents. From `{command}`."
+        f"where the best is there), with {available(report)}."
     )
-    return "\n".join([*markdown(["method", "before", *(f"`{name}`" for name in about["attacks"])], rows), "", said])
+    names = ["method", "before", *(f"`{name}`" for name in about["attacks"])]
+    return written(names, rows, [said, *lacking(report), f"From `{command}`."])
 
 
 def lowest(attack: Relearning) -> str:

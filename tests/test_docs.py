@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from datasets import Dataset
 from evaluation_parts import TEXTS, byte_tokenizer, tiny_llama
 from report_parts import cells, summary
 from transformers import AutoModelForCausalLM
+
+from routed_peft.demo.settings import DemoSettings
+from routed_peft.evaluation.relearning import Attack
+from routed_peft.evaluation.report.attackers import attacker_documents
+from routed_peft.experiment import Experiment
+from routed_peft.experiment.making import attack_data
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,13 +73,63 @@ def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
     )
     alone = overview([("verse", wide, [(1.0, 1.0, 1.0)])], ["filter", "routed"], "`make`")
     assert "| verse | 100 % | **routed" in alone and "| filter, same" not in alone, "that is the perfect filter"
-    found = tables.recovery(summary(cells(labeled=1.0)) | {"experiment": about | {"attack_split": "train"}}, "make")
+    found = tables.recovery(
+        summary(cells(labeled=1.0))
+        | {"experiment": about | {"attack_split": "train", "methods": ["undo-1"], "labeled_shares": [1.0]}},
+        "make",
+    )
     assert "| **routed, ablated** | 5.00 | 3.50 | 0.417 | > 3 (> 3 to > 3) |" in found
     assert "| no routing | 3.00 | – | – | 0 |" in found and "(the training set's)" in found
     assert "within 0.02 nats" in found and "{" not in found
-    assert tables.strength(about | {"attacks": ["few-shot-4"]}).startswith(
-        "fine-tuning on 4 forget documents (held-out)"
+    assert "Asked for, and not run yet: UNDO, alpha 1 (100 %). From `make`." in found
+    few = report | {"experiment": about | {"attacks": ["few-shot-4"]}}
+    assert tables.strength(few).startswith("fine-tuning on 4 forget documents (held-out)")
+
+
+def test_tables_name_what_is_asked_for_and_not_there(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tables, absent = (importlib.import_module(name) for name in ("experiment_tables", "absent"))
+    about = {"attacks": ["forget"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3], "seeds": [0, 1]}
+    about |= {
+        "methods": ["no_routing", "control", "filter", "routed", "sgtm", "npo"],
+        "labeled_shares": [0.5, 0.1, 0.0],
+    }
+    rows = [row for seed in range(2) for row in cells(seed)]
+    report = summary(rows + [row for row in cells(0, labeled=0.1) if row["labeled"]]) | {"experiment": about}
+    half, tenth = (0.5, 1.0, 1.0), (0.1, 1.0, 1.0)
+    assert absent.asked(report) == [(0.0, 1.0, 1.0), tenth, half]
+    assert absent.not_run(report, [half]) == {"SGTM’s routes, ablated": ["50 %"], "NPO": ["50 %"]}
+    assert absent.lacking(report, [half], ["filter"]) == []
+    own = tables.losses(report, "make", [half])
+    assert "Asked for, and not run yet: SGTM’s routes, ablated / NPO (50 %). From `make`." in own
+    (whole,) = absent.lacking(report)
+    names = "filter, same labels / routed with self-labels, ablated (0 %); SGTM’s routes, ablated (0 %; 10 %; 50 %)"
+    assert whole == f"Asked for, and not run yet: {names}; NPO (10 %; 50 %).", (
+        "without labels there is nothing to unlearn"
     )
+    assert f"{whole} From `make`." in tables.losses(report, "make", [half], ["filter"], name_all=True)
+    pages = importlib.import_module("tables")
+    assert 0.75 in pages.load_experiment("spanish")["experiment"]["labeled_shares"], "as its YAML has it"
+
+
+def test_tables_say_how_many_documents_attackers_have(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tables = importlib.import_module("experiment_tables")
+    settings, about = DemoSettings(pair="arithmetic", limit=20), Experiment("s.json", attacks=["forget", "few-shot-16"])
+    count = len(attack_data(Attack.parse("forget"), settings, about).forget_train)
+    assert count == attacker_documents(asdict(settings), asdict(about)) > 16
+    report = summary(cells(), pair="arithmetic", limit=20) | {"experiment": asdict(about)}
+    assert tables.strength(report).startswith(
+        f"fine-tuning on all {count} forget documents and on 16 of them (held-out)"
+    )
+    assert "on all forget documents and on 16" in tables.strength(report, counted=False)
+    report["experiment"]["attacks"] = ["few-shot-16"]
+    assert tables.strength(report).startswith(f"fine-tuning on 16 of {count} forget documents (held-out)")
+    assert tables.available(report) == f"{count} held-out forget documents"
+    trained = asdict(settings), asdict(about) | {"attack_split": "train"}
+    assert attacker_documents(*trained) > count
+    assert attacker_documents({"pair": "mine", "limit": 20}, {}) is None, "not packaged"
+    assert attacker_documents({"pair": "arithmetic"}, {}) is None, "it is not said which are scored"
 
 
 def test_tables_of_what_is_traded_say_what_their_numbers_say(monkeypatch):

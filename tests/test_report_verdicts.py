@@ -166,6 +166,17 @@ def test_tokens_by_label_are_those_that_the_method_saw(tmp_path):
     )
 
 
+def test_the_page_says_how_many_documents_attackers_have(tmp_path):
+    file = write(tmp_path / "mine.json", summary(cells(), pair="arithmetic", limit=20))
+    (section,) = write_report([file], tmp_path / "out").sections
+    assert isinstance(section, Section) and int(section.attacker_documents) > 16
+    text = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    assert f"on all {section.attacker_documents}forget documents of the validation split" in text
+    assert "on all forget documents of the validation split" in text_of(cells(), tmp_path), (
+        "it does not say which are scored"
+    )
+
+
 def test_the_last_step_of_an_attack_comes_first(tmp_path):
     (head, *lines) = table_of(cells(), tmp_path, "after<br>")
     assert head[1:4] == ["after 3 steps", "retain after", "best rate"] and head[-2:] == ["after 0", "1"]

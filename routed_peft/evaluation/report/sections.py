@@ -9,6 +9,7 @@ from typing import Any
 
 from routed_peft.corpora import PAIRS
 from routed_peft.evaluation.report.aggregate import Comparison, Condition, Quality, Result, aggregate
+from routed_peft.evaluation.report.attackers import attacker_documents
 from routed_peft.evaluation.report.attacks import Relearning, of_summary
 from routed_peft.evaluation.report.cards import Card, card, in_order
 from routed_peft.evaluation.report.caveats import SORTED, TAUGHT, caveats, caveats_of_attacks, teaches_facts
@@ -72,6 +73,12 @@ class Section:
             return f"forget and retain text of {pair!r}"
         forget, _, retain = PAIRS[pair].about.partition(" / ")
         return f"forget: {forget}; retain: {retain}"
+
+    @property
+    def attacker_documents(self) -> str:
+        """Say how many forget documents attackers have, where that can be counted."""
+        count = attacker_documents(self.settings, self.source.summary["experiment"])
+        return "" if count is None else f"{count} "
 
     @cached_property
     def figures(self) -> list[Figure]:
