@@ -213,6 +213,18 @@ def test_a_cell_that_another_process_makes_is_not_restored(finished, tmp_path):
     assert not (place / wanted[0].key).exists() and (place / wanted[1].key / "numbers.json").is_file()
 
 
+def test_of_rows_that_share_a_cell_the_one_that_was_attacked_is_taken(finished, tmp_path, calls):
+    """Routed without labels is the placebo; a sweep over the placebo alone left its row as it was."""
+    file = Path(shutil.copy(finished / "summary.json", tmp_path))
+    summary = json.loads(file.read_text())
+    (row,) = (row for row in summary["cells"] if row["method"] == "control")
+    older = row | {"method": "routed", "labeled": 0.0, "recall": 1.0, "precision": 1.0, "attacks": {}}
+    file.write_text(json.dumps(summary | {"cells": [row, older]}))
+    run_experiment(experiment_of(tmp_path, methods=["control", "routed"], labeled_shares=[0.0], collect=True), TINY)
+    rows = json.loads(file.read_text())["cells"]
+    assert [list(row["attacks"]) for row in rows] == [["few-shot-4"]] * 2 and not calls
+
+
 def test_a_new_attack_needs_the_model_again(finished, tmp_path, calls):
     alone(Path(shutil.copy(finished / "summary.json", tmp_path)), "routed")
     run_experiment(experiment_of(tmp_path, attack_rates=[2e-2], methods=["routed"]), TINY)

@@ -54,7 +54,9 @@ def restore(experiment: Experiment, cells: list[Cell], place: Path) -> None:
         ValueError: the file is no summary of an experiment, or of another version of this library.
     """
     summary = _read_summary(experiment)
-    rows = {row["key"]: row for row in summary["cells"] if "key" in row}
+    # methods that make the same model share a cell; of their rows the one that was attacked most is the latest
+    attacked_last = sorted(summary["cells"], key=lambda row: len(row.get("attacks", {})))
+    rows = {row["key"]: row for row in attacked_last if "key" in row}
     same = not _attacked_otherwise(experiment, summary)
     for cell in cells:
         row, folder = rows.get(cell.key), place / cell.key
