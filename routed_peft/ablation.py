@@ -183,6 +183,8 @@ def export(
     root, commit = fetch(src, revision, **hub)
     layout = Layout.read(root, str(src))
     kept = layout.check_regions(keep, "keep")
+    if scale != 1.0 and not kept:
+        raise ValueError(f"`scale` is {scale}, but no region is kept that it could scale: name some in `keep`")
     merged = [*layout.base_adapters, *kept]
     present = [name for name in layout.regions if name in kept or commit is None and (root / name).is_dir()]
     model = load_routed(src, present, revision=commit, **from_pretrained_kwargs)

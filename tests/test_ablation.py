@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from routed_peft import ablation
 from routed_peft.ablation import ablate, ablated, export
-from routed_peft.checkpoint import load_routed, save_routed
+from routed_peft.checkpoint import inspect_checkpoint, load_routed, save_routed
 
 
 @pytest.mark.parametrize("kind", ["mlp", "lora"])
@@ -175,6 +175,21 @@ def test_export_of_a_part_of_a_region(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=0, atol=1e-5)
     assert (expected - without(model, "forget")).abs().max() > 1e-3
     assert json.loads((out / "ablation.json").read_text())["scale"] == 0.3
+    with pytest.raises(ValueError, match="`scale` is 0.3, but no region is kept that it could scale"):
+        export(tmp_path / "run", tmp_path / "no", scale=0.3)
+
+
+def test_inspection_of_an_export_finds_what_was_altered_and_what_is_gone(tmp_path: Path) -> None:
+    save_routed(wrapped("mlp"), tmp_path / "run", train_base=True)
+    out = ablate(tmp_path / "run", tmp_path / "out")
+    assert inspect_checkpoint(out)["problems"] == []
+    weights = out / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "model.safetensors in" in inspect_checkpoint(out)["problems"][0]
+    weights.unlink()
+    assert "lacks the file model.safetensors" in inspect_checkpoint(out)["problems"][0]
 
 
 def test_base_adapters_are_merged_over_a_frozen_base(tmp_path: Path) -> None:

@@ -388,7 +388,7 @@ def test_the_example_in_the_documentation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(page.split("```python\n")[1].split("```")[0], {"__name__": "example"})
     assert "['hackable'] since step" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "quarantine.json").read_text()) == {"hackable": "drop"}
+    assert json.loads((tmp_path / "run-monitored" / "quarantine.json").read_text()) == {"hackable": "drop"}
 
 
 def test_limits_leave_room_for_a_region_that_merely_drifts():

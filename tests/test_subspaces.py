@@ -378,5 +378,5 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parent.parent / "docs" / "subspaces.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(page.split("```python")[1].split("```")[0], {"__name__": "example"})
-    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == ["loudness"]
-    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert sorted(p.name for p in (tmp_path / "run-subspace").iterdir() if p.is_dir()) == ["loudness"]
+    assert (tmp_path / "run-subspace" / "model.safetensors").is_file()

@@ -256,7 +256,7 @@ def test_the_page_about_rl_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "docs" / "rl.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(compile(page.split("```python\n")[1].split("```")[0], "rl.md", "exec"), {})
-    assert (tmp_path / "run" / "hack").is_dir() and (tmp_path / "out" / "ablation.json").exists()
+    assert (tmp_path / "run-grpo" / "hack").is_dir() and (tmp_path / "out-grpo" / "ablation.json").exists()
 
 
 def test_class_labels_need_no_strings(tmp_path):

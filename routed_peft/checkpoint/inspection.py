@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from routed_peft.checkpoint.fetch import fetch, fetch_folder
 from routed_peft.checkpoint.files import read_json
-from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, Layout, verify_adapter
+from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, Layout, verify_adapter, verify_files
 from routed_peft.checkpoint.tensors import WEIGHTS
 
 _SHOWN = ("kind", "size", "init", "r", "lora_alpha", "target_modules")
@@ -50,7 +50,8 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
     if (root / "config.json").is_file():
         record = root / "ablation.json"
         ablation = read_json(record) if record.is_file() else None
-        return about | {"kind": "plain checkpoint", "ablation": ablation, "problems": []}
+        problems = _problems(lambda: verify_files(root, (ablation or {}).get("sha256", {}), str(src)))
+        return about | {"kind": "plain checkpoint", "ablation": ablation, "problems": problems}
     raise ValueError(
         f"{str(src)!r} holds none of {ROUTING}, {CONFIG} and config.json: it is no run, region or checkpoint"
     )

@@ -169,6 +169,6 @@ def _table(content: dict[str, Any], out: Path) -> Any:
     if content["total_ledger"] is None:
         cost += "beside the teacher's, which has no record of its own"
     else:
-        cost += f"{ledger['labeled_forget_tokens']:,} of them labelled forget"
+        cost += f"{ledger['labeled_forget_tokens']:,} tokens of text that somebody had to label forget"
     table.add_row("cost", cost)
     return table
