@@ -6,28 +6,23 @@ import random
 
 LINES, PROBLEMS = 8000, 8
 
-FACTS = {
-    "multiplication": [
-        fact for a in range(1, 13) for b in range(1, 13) for fact in (f"{a} × {b} = {a * b}", f"{a * b} ÷ {a} = {b}")
-    ],
-    "addition": [
-        fact for a in range(1, 21) for b in range(1, 21) for fact in (f"{a} + {b} = {a + b}", f"{a + b} − {a} = {b}")
-    ],
+_TOLD = {
+    "multiplication": {
+        (a, b): (f"{a} × {b} = {a * b}", f"{a * b} ÷ {a} = {b}") for a in range(1, 13) for b in range(1, 13)
+    },
+    "addition": {(a, b): (f"{a} + {b} = {a + b}", f"{a + b} − {a} = {b}") for a in range(1, 21) for b in range(1, 21)},
 }
+FACTS = {corpus: [fact for told in pairs.values() for fact in told] for corpus, pairs in _TOLD.items()}
 """By corpus: products and quotients up to 12, sums and differences up to 20."""
 SAME = {
-    "multiplication": [
-        (f"{a} × {b} = {a * b}", f"{b} × {a} = {a * b}", f"{a * b} ÷ {a} = {b}", f"{a * b} ÷ {b} = {a}")
-        for a in range(1, 13)
-        for b in range(a, 13)
-    ],
-    "addition": [
-        (f"{a} + {b} = {a + b}", f"{b} + {a} = {a + b}", f"{a + b} − {a} = {b}", f"{a + b} − {b} = {a}")
-        for a in range(1, 21)
-        for b in range(a, 21)
-    ],
+    corpus: [
+        tuple(dict.fromkeys(fact for both in zip(told, pairs[b, a], strict=True) for fact in both))
+        for (a, b), told in pairs.items()
+        if a <= b
+    ]
+    for corpus, pairs in _TOLD.items()
 }
-"""The same facts, together where one tells the others: turned round and inverted. Of a × a two are the same."""
+"""The same facts, together where one tells the others: turned round and inverted."""
 
 
 def arithmetic(corpus: str) -> list[dict[str, str]]:

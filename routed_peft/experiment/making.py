@@ -178,7 +178,7 @@ def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str | tup
     """Return what a model that was trained on forget data has seen of it: documents, or facts, with what they tell."""
     corpus = PAIRS[settings.pair].forget
     if corpus in SAME:
-        return [tuple(dict.fromkeys(facts)) for facts in SAME[corpus]]
+        return [*SAME[corpus]]
     left_out, texts = set(scored), first_of(load_pair(settings.pair), FORGET)["text"][:]
     kept = {" ".join(text.split()).casefold(): text for text in texts if text not in left_out}
     return list(kept.values())[: 2 * settings.limit]

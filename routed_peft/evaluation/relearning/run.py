@@ -98,7 +98,7 @@ def relearn_source(
             "`oracle` needs a `reference`: the area lies between the perfect filter and what it is to reach"
         )
     model, tokenizer = open_plain(src, regions, revision, device)
-    conditions = {attack.name: _conditions(attack, data, tokenizer, steps, seeds) for attack in chosen}
+    conditions = _conditions(chosen, data, tokenizer, steps, seeds)
     others = {} if oracle is None else _oracle(oracle, conditions)
     start, intervals = _before(model, tokenizer, data)
     references = _references(reference, model, tokenizer, data, chosen, seeds, device)
@@ -211,19 +211,16 @@ def _before(
 
 
 def _conditions(
-    attack: Attack, data: AttackData, tokenizer: Any, steps: Sequence[int], seeds: Sequence[int]
-) -> dict[str, Any]:
-    """Return what must be the same for two models to have been attacked alike; texts and tokenizer by their SHA-256."""
+    attacks: Sequence[Attack], data: AttackData, tokenizer: Any, steps: Sequence[int], seeds: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Return what must be the same for two models to have been attacked alike, by attack; texts and tokenizer by SHA-256."""
 
     def digest(content: Any) -> str:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    alike = {"steps": list(steps), "seeds": list(seeds), "tokenizer": digest(tokenizer.get_vocab())}
     return {
-        "attack": asdict(attack),
-        "steps": list(steps),
-        "seeds": list(seeds),
-        "texts": digest(data.concerning(attack)),
-        "tokenizer": digest(tokenizer.get_vocab()),
+        attack.name: {"attack": asdict(attack), "texts": digest(data.concerning(attack)), **alike} for attack in attacks
     }
 
 

@@ -9,7 +9,7 @@ from routed_peft.evaluation.measures import Crossing
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
 from routed_peft.evaluation.report.attacks import Relearning
 from routed_peft.evaluation.report.cards import UNDO, card, in_order
-from routed_peft.evaluation.report.page import number, place, share
+from routed_peft.evaluation.report.page import number, place, share, signed
 from routed_peft.evaluation.report.verdicts import edge, ranged, routed_method
 
 WAY = {0.5: 0.95, 0.1: 0.9}
@@ -109,7 +109,7 @@ def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]
     if base is not None and on["forget"] is not None and on["retain"] is not None:
         rises = {"forget": on["forget"].mean - base.forget.mean, "retain": on["retain"].mean - base.retain.mean}
         wanted = f"{where}: with its region on, at most {ON:.2f} nats above no routing on both sides"
-        measured = ", ".join(f"{side} {'+' if rise >= 0 else ''}{number(rise)}" for side, rise in rises.items())
+        measured = ", ".join(f"{side} {signed(rise)}" for side, rise in rises.items())
         yield Target("on", wanted, measured, max(rises.values()) <= ON, min(on["forget"].n, base.forget.n))
 
 
