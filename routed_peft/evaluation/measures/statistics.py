@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from routed_peft.evaluation.losses import TextLoss
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,9 @@ def bootstrap(
     tail = (1 - level) / 2
     low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
+
+
+def with_interval(loss: TextLoss, model: nn.Module) -> tuple[float, tuple[float, float] | None]:
+    """Return a model's loss, and its `bootstrap` over documents; None where there is one document alone."""
+    sums = loss.documents(model)
+    return float(sums.sum() / loss.counts.sum()), bootstrap(sums, loss.counts) if len(sums) > 1 else None

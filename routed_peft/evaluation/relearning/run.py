@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from routed_peft.checkpoint.save import versions
 from routed_peft.evaluation.losses import TextLoss
-from routed_peft.evaluation.measures import bootstrap
 from routed_peft.evaluation.measures.relearning import TOLERANCE
+from routed_peft.evaluation.measures.statistics import with_interval
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.data import AttackData
 from routed_peft.evaluation.relearning.processes import processes
@@ -201,13 +201,10 @@ def _before(
     model: nn.Module, tokenizer: Any, data: AttackData
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Return the losses on either side, and between which they would lie in 95 of 100 draws of documents."""
-    losses = {
-        "forget": TextLoss(model, tokenizer, data.forget_test),
-        "retain": TextLoss(model, tokenizer, data.retain_test),
-    }
-    sums = {name: loss.documents(model) for name, loss in losses.items()}
-    start = {name: float(own.sum() / losses[name].counts.sum()) for name, own in sums.items()}
-    return start, {name: bootstrap(own, losses[name].counts) for name, own in sums.items() if len(own) > 1}
+    texts = {"forget": data.forget_test, "retain": data.retain_test}
+    found = {name: with_interval(TextLoss(model, tokenizer, own), model) for name, own in texts.items()}
+    intervals = {name: interval for name, (_, interval) in found.items() if interval is not None}
+    return {name: loss for name, (loss, _) in found.items()}, intervals
 
 
 def _conditions(

@@ -15,7 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 from routed_peft.evaluation.losses import TextLoss, context_length
-from routed_peft.evaluation.measures import bootstrap, worst_case
+from routed_peft.evaluation.measures import worst_case
+from routed_peft.evaluation.measures.statistics import with_interval
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import BOUNDS, Curve, Measure, Point, log_spaced, run_curve
 from routed_peft.evaluation.relearning.data import AttackData, training_batches
@@ -214,14 +215,9 @@ class _Sweep:
 
 def _scores(losses: Mapping[str, TextLoss], target: str, model: nn.Module) -> dict[str, float]:
     """Return the losses, and between which the target's would lie in 95 of 100 draws of documents (`BOUNDS`)."""
-    scores = {}
-    for name, loss in losses.items():
-        sums = loss.documents(model)
-        scores[name] = float(sums.sum() / loss.counts.sum())
-        if name == target and len(sums) > 1:
-            bounds = bootstrap(sums, loss.counts)
-            scores |= {name + end: bound for end, bound in zip(BOUNDS, bounds, strict=True)}
-    return scores
+    scores = {name: loss(model) for name, loss in losses.items() if name != target}
+    scores[target], bounds = with_interval(losses[target], model)
+    return scores if bounds is None else scores | {target + end: at for end, at in zip(BOUNDS, bounds, strict=True)}
 
 
 def _reading(model: nn.Module, tokenizer: Any) -> list[Any]:
