@@ -14,4 +14,6 @@ from routed_peft.demo.settings import DemoSettings
 from routed_peft.experiment import Experiment, run_experiment
 
 if __name__ == "__main__":
-    run_experiment(*TrlParser((Experiment, DemoSettings)).parse_args_and_config())
+    experiment, settings = TrlParser((Experiment, DemoSettings)).parse_args_and_config()
+    run_experiment(experiment, settings)
+    print(f"written to {experiment.summary_file}; `routed-peft report {experiment.summary_file}` draws it")

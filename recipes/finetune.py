@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,6 +23,7 @@ from trl import TrlParser
 from routed_peft import Route, RoutedTrainer, RoutedTrainingArguments, ablate, presets
 from routed_peft.data import (
     DocumentArguments,
+    check_evaluation,
     evaluation_rows,
     labeled_documents,
     labeled_tokens,
@@ -31,7 +32,8 @@ from routed_peft.data import (
     schedule,
 )
 from routed_peft.evaluation.losses import check_length
-from routed_peft.training import RunDirectory, RunRecorder
+from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder
+from routed_peft.training.resuming import SCHEDULE, begin
 
 BASE_ADAPTER, REGION = "retain", "forget"
 
@@ -85,23 +87,21 @@ def main() -> None:
     args.train_base, args.base_adapters = False, [BASE_ADAPTER]
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
-    if args.process_index == 0:
-        seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
-        config = {"recipe": asdict(recipe), "training": args.to_dict()}
-        same = {"recipe": {name: value for name, value in config["recipe"].items() if name != "ablate_to"}}
-        run.start(config, seeds, resume=bool(args.resume_from_checkpoint), same=same)
+    begin(run, recipe, args, (*RoutedArguments.__annotations__, *SCHEDULE))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args)
     check_length(model, tokenizer, recipe.length)
+    held_out = evaluation_rows(recipe, tokenizer)
+    check_evaluation(args, held_out)
     trainer = RoutedTrainer(
         model,
         args,
         routes=make_routes(recipe),
         train_dataset=training_rows(recipe, args, documents, tokenizer),
-        eval_dataset=evaluation_rows(recipe, tokenizer) or None,
+        eval_dataset=held_out or None,
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )

@@ -39,6 +39,7 @@ from routed_peft.monitoring.quarantine import read_quarantine
 from routed_peft.routes import routes_from_dict
 from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory, RunRecorder
+from routed_peft.training.resuming import checkpoint_of
 from routed_peft.trl import (
     ColumnLabels,
     EnvironmentLabels,
@@ -136,6 +137,7 @@ def main() -> None:
     run = RunDirectory(args.output_dir)
     target = run.ablation_target("no" if recipe.method == "control" else recipe.ablate_to)
     going_back = recipe.on_halt != "stop"
+    args.resume_from_checkpoint = checkpoint_of(run.path, args.resume_from_checkpoint, args.world_size)
     resume = bool(args.resume_from_checkpoint) or (going_back and any(run.path.glob("checkpoint-*")))
     if args.process_index == 0:
         config = {"recipe": asdict(recipe), "training": args.to_dict()}

@@ -29,6 +29,7 @@ from routed_peft.coherence import MOST, restore_coherence
 from routed_peft.data import (
     DocumentArguments,
     add_frequency_weights,
+    check_evaluation,
     evaluation_rows,
     labeled_documents,
     labeled_tokens,
@@ -43,8 +44,10 @@ from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.placebo import silence_random_units
 from routed_peft.routes import routes_from_dict
-from routed_peft.training import RunDirectory, RunRecorder, SelfLabeledRows
+from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabeledRows
+from routed_peft.training.resuming import SCHEDULE, begin
 from routed_peft.training.self_labels import SETTINGS, THRESHOLDS
+from routed_peft.unlearning import mean_loss
 
 PLACEBOS = ("control", "random")
 
@@ -139,19 +142,18 @@ def main() -> None:
     args.train_sampling_strategy = "sequential"  # `schedule` is in order already
     args.include_num_input_tokens_seen = "all"
     args.dataloader_pin_memory = args.device.type != "cpu"
+    args.evaluate_ablated &= recipe.method != "random"  # what it silences is no region
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
-    if args.process_index == 0:
-        seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
-        config = {"recipe": asdict(recipe), "training": args.to_dict()}
-        same = {"recipe": {name: value for name, value in config["recipe"].items() if name != "ablate_to"}}
-        run.start(config, seeds, resume=bool(args.resume_from_checkpoint), same=same)
+    begin(run, recipe, args, (*RoutedArguments.__annotations__, *SCHEDULE))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args, documents)
     check_length(model, tokenizer, recipe.length)
+    held_out = evaluation_rows(recipe, tokenizer)
+    check_evaluation(args, held_out)
     routes = make_routes(recipe)
     by = ["route_label"] if recipe.by_document else None  # rows may mix what is labelled alike
     rows = pack(of_arm(documents, recipe.arm), tokenizer, recipe.length, by, seed=args.seed)
@@ -160,7 +162,7 @@ def main() -> None:
         args,
         routes=routes,
         train_dataset=in_order(recipe, args, rows, documents, tokenizer),
-        eval_dataset=evaluation_rows(recipe, tokenizer) or None,
+        eval_dataset=held_out or None,
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
@@ -172,7 +174,8 @@ def main() -> None:
         return
     if target:
         if recipe.method == "random":
-            write_placebo(args.output_dir, target, recipe, args.seed)
+            silenced = write_placebo(args.output_dir, target, recipe, args.seed)
+            summary["losses"] |= {f"ablated_{side}": mean_loss(silenced, ds) for side, ds in held_out.items()}
         else:
             export(args.output_dir, target, keep=experts(recipe))
         summary["ablated"] = str(target)
@@ -272,14 +275,15 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
 # After training
 
 
-def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> None:
-    """Write the whole model of a run with random units silenced, as many as its region has, and which."""
+def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Module:
+    """Write the whole model of a run with random units silenced, as many as its region has, and which; and return it."""
     model, tokenizer = open_plain(src, [recipe.region])
     silence_random_units(model, recipe.size, seed)
     with staged(target) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         write_json(aside / "placebo.json", {"source": src, "silenced_units_per_mlp": recipe.size, "seed": seed})
+    return model
 
 
 def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArguments) -> dict[str, object]:

@@ -12,18 +12,19 @@ checkpoint; its `undo.json` says how it was made and what it cost.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 
 from routed_peft.corpora import load_pair
-from routed_peft.data import RETAIN, DocumentArguments, evaluation_rows, load_texts, pack
+from routed_peft.data import RETAIN, DocumentArguments, check_evaluation, evaluation_rows, load_texts, pack
 from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.unlearning import UndoArguments, check_evaluation, check_tokenizers, mean_loss, save_undone, undo
+from routed_peft.training.resuming import SCHEDULE, begin
+from routed_peft.unlearning import UndoArguments, check_tokenizers, mean_loss, save_undone, undo
 from routed_peft.unlearning.data import check_held_out
 
 
@@ -59,10 +60,7 @@ def main() -> None:
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
         run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
-        config = {"recipe": asdict(recipe), "training": args.to_dict()}
-        made = {name: getattr(args, name) for name in ("alpha", "beta", "topk", "seed")}
-        same = {"recipe": config["recipe"], "training": made}
-        run.start(config, {"seed": args.seed}, resume=bool(args.resume_from_checkpoint), same=same)
+    begin(run, recipe, args, ("alpha", "beta", "topk", *SCHEDULE))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

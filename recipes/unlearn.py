@@ -12,7 +12,7 @@ plain checkpoint; its `unlearning.json` says what it cost.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars
@@ -20,14 +20,15 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 
 from routed_peft.checkpoint.files import staged, write_json
-from routed_peft.data import DocumentArguments, evaluation_rows, labeled_documents, pack
+from routed_peft.data import DocumentArguments, check_evaluation, evaluation_rows, labeled_documents, pack
 from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.unlearning import UNLEARNED, UnlearningArguments, check_evaluation, mean_loss, spent, unlearn
+from routed_peft.training.resuming import SCHEDULE, begin
+from routed_peft.unlearning import UNLEARNED, UnlearningArguments, mean_loss, spent, unlearn
 
 SIDES = ("forget", "retain")
-METHOD = (*UnlearningArguments.__annotations__, "seed")
+METHOD = (*UnlearningArguments.__annotations__, *SCHEDULE)
 """What a run that resumes must have been begun with."""
 
 
@@ -36,7 +37,8 @@ class Recipe(DocumentArguments):
     """What this recipe is told beside the training arguments."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint, run (its regions are left out) or Hub id. Required."}
+        default=None,
+        metadata={"help": "Checkpoint, run (the regions of a routed one are left out) or Hub id. Required."},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
     forget_rows: int | None = field(default=None, metadata={"help": "At most so many labelled forget rows are used."})
@@ -51,10 +53,7 @@ def main() -> None:
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
         run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
-        seeds = {"seed": args.seed, "label_seed": recipe.label_seed}
-        config = {"recipe": asdict(recipe), "training": args.to_dict()}
-        same = {"recipe": config["recipe"], "training": {name: getattr(args, name) for name in METHOD}}
-        run.start(config, seeds, resume=bool(args.resume_from_checkpoint), same=same)
+    begin(run, recipe, args, METHOD)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

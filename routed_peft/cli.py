@@ -31,7 +31,7 @@ class _Commands(TyperGroup):
         except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
             if ctx.params.get("debug"):
                 raise
-            words = " ".join([str(error), *getattr(error, "__notes__", [])]).split()
+            words = " ".join([*getattr(error, "__notes__", []), str(error)]).split()  # such as: no directory
             typer.echo(f"routed-peft: {' '.join(words) or type(error).__name__}", err=True)
             raise typer.Exit(1) from error
 
@@ -102,7 +102,10 @@ def ablate(
         routed-peft ablate runs/two-regions bio-only --keep bio
     """
     from routed_peft.ablation import export
+    from routed_peft.training.origin import own_regions
 
+    if own_regions(src) == "all" and not keep:
+        typer.echo(f"note: {src} was trained without routing, and its units belong to it: --keep them", err=True)
     place = export(src, out, keep or [], revision=revision)
     record = json.loads((place / "ablation.json").read_text(encoding="utf-8"))
     table = _pairs("Ablated")
@@ -156,6 +159,7 @@ def evaluate(
 
     from routed_peft.evaluation import evaluate_source, results_table
     from routed_peft.evaluation.harness import DEFAULT_TASKS
+    from routed_peft.evaluation.source import held_out_pair
     from routed_peft.tasks.utils import METADATA
 
     about = _metadata(metadata or [], {"forget_file": forget_file, "retain_file": retain_file})
@@ -178,7 +182,12 @@ def evaluate(
         revision=revision,
         dtype=dtype.value,
     )
-    Console().print(results_table(results, title=src))
+    pair, known = held_out_pair(src, about)
+    caption = f"losses: held-out text of the pair {pair}" + (
+        "" if known else ", which this model may not have been trained on"
+    )
+    packaged = not {"forget_file", "retain_file"} & about.keys() and any("loss" in name for name in chosen)
+    Console().print(results_table(results, title=src, caption=caption if packaged else None))
     if out is not None:
         typer.echo(f"written to {out}")
 

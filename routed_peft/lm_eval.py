@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ import routed_peft.regions  # noqa: F401  (registers the PEFT type)
 from routed_peft.evaluation.lm import TextLM
 from routed_peft.evaluation.source import load_source, read_layout, tokenizer_place
 from routed_peft.tasks import path
+from routed_peft.tasks.utils import METADATA
 
 import lm_eval.tasks  # isort: skip
 from lm_eval._cli import HarnessCLI  # isort: skip
@@ -28,6 +30,44 @@ from lm_eval.api.registry import register_model  # isort: skip
 from lm_eval.config.evaluate_config import EvaluatorConfig  # isort: skip
 from lm_eval.models.utils_hf import get_dtype  # isort: skip
 from lm_eval.utils import setup_logging  # isort: skip
+
+
+OF_MODEL = {
+    "backend",
+    "truncation",
+    "logits_cache",
+    "max_length",
+    "device",
+    "softmax_dtype",
+    "mixed_precision_dtype",
+    "batch_size",
+    "max_batch_size",
+    "add_bos_token",
+    "prefix_token_id",
+    "think_end_token",
+    "enable_thinking",
+    "chat_template_args",
+}
+"""Those of lm-eval's own arguments that reach a model which is loaded already."""
+
+HEEDED = OF_MODEL | METADATA | {"regions", "dtype"}
+
+
+def check_arguments(given: Iterable[str]) -> None:
+    """Raise ValueError on a model argument that ``routed`` would not heed.
+
+    >>> check_arguments(["region"])
+    Traceback (most recent call last):
+    ...
+    ValueError: the model `routed` has no argument 'region': did you mean 'regions'?
+    """
+    for name in given:
+        if name not in HEEDED:
+            near = get_close_matches(name, HEEDED, n=1)
+            raise ValueError(
+                f"the model `routed` has no argument {name!r}: "
+                + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(HEEDED))}")
+            )
 
 
 def parse_regions(regions: str | None) -> Literal["all"] | list[str]:
@@ -43,7 +83,11 @@ def parse_regions(regions: str | None) -> Literal["all"] | list[str]:
 
 @register_model("routed")
 class RoutedLM(TextLM):
-    """lm-eval's Hugging Face model, loaded by `load_routed`; ``revision``, ``dtype`` and others mean the same."""
+    """lm-eval's Hugging Face model, loaded by `load_routed`; ``revision``, ``dtype`` and others mean the same.
+
+    Raises:
+        ValueError: on an argument that would not be heeded.
+    """
 
     def __init__(
         self,
@@ -55,6 +99,7 @@ class RoutedLM(TextLM):
         trust_remote_code: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(kwargs)
         self._loaded, tokenizer = load_source(
             pretrained,
             parse_regions(regions),
@@ -63,6 +108,7 @@ class RoutedLM(TextLM):
             dtype=get_dtype(dtype),
             **({} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}),
         )
+        kwargs = {name: value for name, value in kwargs.items() if name in OF_MODEL}  # tasks read the others
         super().__init__(pretrained, revision=revision or "main", dtype=dtype, tokenizer=tokenizer, **kwargs)
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,13 +90,14 @@ def test_ablate_keeps_a_region_on_request(run, tmp_path):
         (["evaluate", "RUN", "--metadata", "pair"], "KEY=VALUE"),
         (["evaluate", "RUN", "--metadata", "limit=few"], "`limit` must be a whole number from 1, got 'few'"),
         (["evaluate", "RUN", "--tasks", "routed_retain_mc", "--metadata", "limit=0"], "`limit` must be a whole number"),
-        (["inspect", "no-such-org/no-such-model"], "taken for the id of a repository on the Hub"),
+        (["inspect", "no-such-org/no-such-model"], "routed-peft: 'no-such-org/no-such-model' is no directory here, so"),
+        (["evaluate", "RUN/bio"], "is an adapter without its model: give the directory of its run"),
     ],
 )
 def test_a_users_mistake_is_one_line(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    places = {"RUN": str(run), "OUT": str(tmp_path / "out")}
+    places = {"RUN": str(run), "RUN/bio": str(run / "bio"), "OUT": str(tmp_path / "out")}
     result = call(*(places.get(argument, argument) for argument in arguments))
     assert result.exit_code == 1
     lines = [line for line in result.stderr.splitlines() if line.startswith("routed-peft:")]
@@ -129,6 +131,27 @@ def test_evaluate_measures_every_set_of_regions(run, tmp_path):
     scores = [report["results"][name]["routed_forget_loss/token_ce"] for name in report["results"]]
     assert len(set(scores)) == 3, "three different models were measured"
     assert report["metadata"]["forget_file"] == forget
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"pair": "spanish", "arm": "none"}, "held-out text of the pair spanish"),
+        ({"pair": "spanish", "train_file": "my.jsonl"}, "pair biology, which this model may not have been trained on"),
+    ],
+)
+def test_losses_are_those_of_the_pair_that_a_run_was_trained_on(run, tmp_path, recipe, said):
+    own = shutil.copytree(run, tmp_path / "run")
+    (own / "run.json").write_text(json.dumps({"config": {"recipe": recipe}}))
+    more = ["--tasks", "routed_forget_loss", "--limit", 2, "--out", tmp_path / "out.json"]
+    result = call("evaluate", own, *more)
+    assert result.exit_code == 0, result.output
+    assert said in " ".join(result.output.split())
+    assert json.loads((tmp_path / "out.json").read_text())["metadata"]["pair"] == said.split("pair ")[1].split(",")[0]
+    note = "its units belong to it"
+    assert (note in call("ablate", own, tmp_path / "ablated").stderr) == (recipe.get("arm") == "none")
+    told = call("evaluate", tmp_path / "ablated", *more).output
+    assert said in " ".join(told.split()), "an ablated model knows its run"
 
 
 def test_metadata_that_no_task_reads_is_a_mistake_and_the_place_for_results_is_tried_first(run, tmp_path):

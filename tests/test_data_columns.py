@@ -51,6 +51,7 @@ BAD = {
         Dataset.from_dict({"input_ids": [[1], [1, 2, 3]], "route_labels": [["forget"], ["forget", "retain"]]}),
         "got 2 labels for 3 tokens in row 1",
     ),
+    "one a row": (Dataset.from_dict({"route_labels": ["forget"]}), "one label per token, got one string a row"),
     "both": (Dataset.from_dict({"route_label": ["forget"], "route_labels": [["forget"]]}), "got both"),
 }
 

@@ -36,6 +36,23 @@ def test_labels_that_are_there_are_kept(tmp_path):
     assert labeled_documents(DocumentArguments(train_file=str(path)))["route_label"][:] == ["forget", "unlabeled"]
 
 
+@pytest.mark.parametrize("keywords", [[], ["a"]])
+def test_labels_of_ones_own_are_never_thinned(tmp_path, keywords, caplog):
+    """The recipes' YAMLs ask for half of the labels, which is about labels made from the true side."""
+    path = tmp_path / "labelled.jsonl"
+    rows = [{"text": "a" if i % 2 else "b", "route_label": "forget" if i % 2 else "retain"} for i in range(20)]
+    path.write_text("".join(json.dumps(row | {"side": "retain"}) + "\n" for row in rows))
+    args = DocumentArguments(train_file=str(path), labeled=0.5, recall=0.5, label_keywords=keywords)
+    assert labeled_documents(args)["route_label"][:] == ["retain", "forget"] * 10
+    assert "are taken as they are" in caplog.text
+
+
+def test_documents_without_any_labels(tmp_path):
+    (tmp_path / "bare.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="column `route_label` .* or `side` .*`label_keywords`"):
+        labeled_documents(DocumentArguments(train_file=str(tmp_path / "bare.jsonl")))
+
+
 def test_keywords_replace_them(file):
     ds = labeled_documents(DocumentArguments(train_file=file, label_keywords=["child"]))
     assert {(row["side"], row["route_label"]) for row in ds} == {("retain", "forget"), ("forget", "retain")}

@@ -223,6 +223,12 @@ def test_of_rows_that_share_a_cell_the_one_that_was_attacked_is_taken(finished, 
     run_experiment(experiment_of(tmp_path, methods=["control", "routed"], labeled_shares=[0.0], collect=True), TINY)
     rows = json.loads(file.read_text())["cells"]
     assert [list(row["attacks"]) for row in rows] == [["few-shot-4"]] * 2 and not calls
+    file.write_text(json.dumps(summary | {"cells": [row, older]}))
+    run_experiment(experiment_of(tmp_path, methods=["control"], labeled_shares=[0.0]), TINY)
+    own, other = json.loads(file.read_text())["cells"]
+    assert other == own | {name: older[name] for name in ("method", "labeled", "recall", "precision")}, (
+        "its row follows"
+    )
 
 
 def test_a_new_attack_needs_the_model_again(finished, tmp_path, calls):

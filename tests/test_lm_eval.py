@@ -100,6 +100,13 @@ def test_the_module_is_a_command(tmp_path, file, runs):
     assert loss_written(tmp_path) == pytest.approx(losses["bio"], rel=1e-6)
 
 
+@pytest.mark.parametrize("wrong", ["region=none", "peft=x", "load_in_8bit=True"])
+def test_arguments_that_would_not_be_heeded_are_refused(monkeypatch, tmp_path, file, runs, wrong):
+    """A misspelt `regions` would otherwise measure all of them."""
+    with pytest.raises(ValueError, match=f"the model `routed` has no argument '{wrong.split('=')[0]}'"):
+        run_here(monkeypatch, command(tmp_path, file, "routed", f"pretrained={runs['lora'][0]},{wrong}"))
+
+
 def test_dtype_is_passed_on(runs):
     from routed_peft.lm_eval import RoutedLM
 

@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routed_peft import RoutedTrainer
 from routed_peft.checkpoint import inspect_checkpoint
+from routed_peft.data import DocumentArguments, evaluation_rows
 from routed_peft.evaluation.report.reading import read_sources
 from routed_peft.ledger import Ledger
 from routed_peft.training import RunDirectory
+from routed_peft.unlearning import mean_loss
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {file.stem: file for file in sorted((ROOT / "recipes/configs").glob("*.yaml"))}
@@ -40,7 +42,7 @@ RUNS: dict[str, list[str]] = {
     "demix": [*SMALL, "--size", "8"],
     "random": [*SMALL, "--size", "8"],
     "perfect_filter": [*SMALL, "--size", "8"],
-    "filter": [*SMALL, "--size", "8", "--label_keywords", "cell", "gene", "virus", "enzyme", "--labeled", "1"],
+    "filter": [*SMALL, "--size", "8", "--label_keywords", "cell", "gene", "virus", "enzyme"],
     "two_lora": ["--rank", "2"],
 }  # fmt: skip
 
@@ -142,9 +144,11 @@ def test_a_run_leaves_its_records(runs, name):
     assert [(point["step"], point["tokens"]) for point in train] == [(2, 512), (4, 1024)]
     assert all(point["arm"] == summary["arm"] and point["loss"] > 0 for point in points)
     measured = {(point["split"], point["ablated"]): point["loss"] for point in points if point["split"] != "train"}
-    assert set(measured) == {(side, ablated) for side in WORDS for ablated in (False, True)}, "once each, at the end"
+    removes = (False,) if name == "random" else (False, True)  # that silences other units, once training is over
+    assert set(measured) == {(side, ablated) for side in WORDS for ablated in removes}, "once each, at the end"
     assert len(measured) + len(train) == len(points)
-    assert summary["losses"] == {f"{'ablated_' * off}{side}": loss for (side, off), loss in measured.items()}
+    losses = {f"{'ablated_' * off}{side}": loss for (side, off), loss in measured.items()}
+    assert losses.items() <= summary["losses"].items() and len(summary["losses"]) == 4
 
 
 @pytest.mark.parametrize("name", ["sgtm", "control", "era", "two_lora"])
@@ -177,11 +181,17 @@ def test_only_the_routed_arm_is_ablated(runs):
     assert ablated == {"sgtm", "control", "random", "era", "demix", "two_lora"}
 
 
-def test_random_units_are_silenced_in_place_of_the_region(runs):
+def test_random_units_are_silenced_in_place_of_the_region(runs, files):
+    summary = json.loads((runs / "random/summary.json").read_text())
+    assert not any(point["ablated"] for point in RunDirectory(runs / "random").points()), "no region goes"
     about = json.loads((runs / "random-ablated/placebo.json").read_text())
     assert about == {"source": str(runs / "random"), "silenced_units_per_mlp": 8, "seed": 42}
     assert inspect_checkpoint(runs / "random-ablated")["kind"] == "plain checkpoint"
     model = AutoModelForCausalLM.from_pretrained(runs / "random-ablated")
+    assert set(summary["losses"]) == {"forget", "retain", "ablated_forget", "ablated_retain"}
+    told = DocumentArguments(train_file=files[1], eval_files=files[3:], length=16)
+    for side, rows in evaluation_rows(told, AutoTokenizer.from_pretrained(runs / "random")).items():
+        assert summary["losses"][f"ablated_{side}"] == pytest.approx(mean_loss(model, rows), rel=1e-5)
     silent = [layer.mlp.down_proj.weight.eq(0).all(0) for layer in model.model.layers]
     assert [(len(units), int(units.sum())) for units in silent] == [(32 + 8, 8)] * 2
     assert not torch.equal(*silent), "drawn anew for every layer"
@@ -314,7 +324,17 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(runs, files, tmp_path)
         here(command)
     out = tmp_path / "control"
     assert not (out / "summary.json").exists()
-    here([*command, "--resume_from_checkpoint", str(out / "checkpoint-2")])
+    with pytest.raises(ValueError, match="holds checkpoints of a run that has not finished: go on with it"):
+        here(command)
+    for other, message in {
+        "--seed": "`seed` 42 where 3",
+        "--gradient_accumulation_steps": "`rows_per_step` 16 where 48",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            here([*command, "--resume_from_checkpoint", "true", other, "3"])
+    with pytest.raises(ValueError, match=r"'nope' is no directory: .*the newest there is '.*checkpoint-2'"):
+        here([*command, "--resume_from_checkpoint", "nope"])
+    here([*command, "--resume_from_checkpoint", "true"])
     whole, resumed = (json.loads((run / "summary.json").read_text()) for run in (runs / "control", out))
     for key in ("losses", "steps", "tokens", "tokens_per_route"):
         assert resumed[key] == whole[key], key
@@ -334,7 +354,12 @@ def test_mistakes_are_explained(files, tmp_path):
         here([*command[:place], *command[place + 2 :]])
     unlabeled = write(tmp_path / "plain.jsonl", [{"text": "a cell", "route_label": "forget"}])
     with pytest.raises(ValueError, match="`arm: perfect_filter` needs the column `side`"):
-        here([*arguments("control", tmp_path, []), "--train_file", unlabeled, "--arm", "perfect_filter"])
+        no = ["--eval_strategy", "no"]
+        here([*arguments("control", tmp_path, []), "--train_file", unlabeled, "--arm", "perfect_filter", *no])
+    with pytest.raises(ValueError, match="there is no held-out text: name `eval_files`"):
+        here([*arguments("sgtm", tmp_path, []), "--train_file", unlabeled])
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is true, but .* holds no whole checkpoint"):
+        here([*arguments("era", tmp_path, []), "--resume_from_checkpoint", "true"])
 
 
 def test_an_experiment_makes_every_cell_once_and_attacks_it(tmp_path):

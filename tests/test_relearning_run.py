@@ -35,7 +35,7 @@ from routed_peft.cli import app
 from routed_peft.evaluation.measures import relearning_area
 from routed_peft.evaluation.relearning import Attack, TextLoss, read_facts, read_summary, relearn, relearn_source
 from routed_peft.evaluation.relearning.run import _references, open_plain
-from routed_peft.evaluation.relearning.summary import summary_table
+from routed_peft.evaluation.relearning.summary import summary_tables
 from routed_peft.evaluation.relearning.weights import Victim
 
 QUICK = {"learning_rates": [1e-3, 1e-2], "seeds": [0, 1], "steps": [0, 1, 4], "extensions": 0}
@@ -151,8 +151,8 @@ def test_losses_after_an_attack_have_one_too(places, attacked):
         assert high == pytest.approx(fmean(point["forget_high"] for point in at))
     assert "forget_low" not in own["start"]
     table = Console(file=io.StringIO(), width=200)
-    table.print(summary_table(read_summary(places / "attacked")))
-    assert f"{low:.3f} … {high:.3f}" in table.file.getvalue()
+    table.print(*summary_tables(read_summary(places / "attacked")))
+    assert f"{low:.2f}–{high:.2f}" in table.file.getvalue()
 
 
 def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_path):
@@ -163,7 +163,7 @@ def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_
     assert own["area"] == pytest.approx(relearning_area([0, 1, 4], losses, reference, losses)) == pytest.approx(1.0)
     assert "area" not in attacked["attacks"]["forget"]
     table = Console(file=io.StringIO(), width=200)
-    table.print(summary_table(summary))
+    table.print(*summary_tables(summary))
     assert "area" in table.file.getvalue() and "1.00" in table.file.getvalue()
     wrong = [
         ({"attacks": ["lora"]}, "lacks the attack 'lora'"),
@@ -263,7 +263,14 @@ def test_the_command_shows_every_attack(places, tmp_path):
         "--reference-loss", known, "--out", tmp_path / "out", "--limit", 2,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    rows = {line.split("│")[1].strip(): line for line in result.output.splitlines() if line.count("│") > 5}
+    found = [
+        line
+        for line in result.output.splitlines()
+        if line.split()[:1] and line.split()[0] in ("mixed", "int4", "forget")
+    ]
+    rows = {
+        line.split()[0]: " ".join(other for other in found if other.split()[0] == line.split()[0]) for line in found
+    }
     assert {"mixed", "int4", "forget"} <= set(rows)
     assert "no attack" in rows["forget"] and "> 3" not in rows["forget"], (
         "what does not attack tells nothing of recovery"
@@ -369,7 +376,9 @@ def test_checkpoints_that_are_no_causal_language_models_are_refused(places, tmp_
     with pytest.raises(ValueError, match="must be a causal language model, which BertLMHeadModel is not"):
         open_plain(tmp_path / "bidirectional")
     get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is an adapter without its model: merge it first"):
+    with pytest.raises(
+        ValueError, match="is an adapter without its model: give the directory of its run, or merge it first"
+    ):
         open_plain(tmp_path / "adapter")
     with pytest.raises(ValueError, match="has adapters"):
         relearn(get_peft_model(model(), RoutedConfig(size=2), "forget"), tokenizer(), "forget", DATA)
@@ -403,6 +412,17 @@ def test_a_run_as_reference_keeps_its_regions(places):
     whole, ablated = (open_plain(places / "run", regions)[0] for regions in ("all", ()))
     losses = [TextLoss(model, tokenizer(), DATA.forget_test)(model) for model in (whole, ablated)]
     assert found["forget"] == pytest.approx(losses[0]) and abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize(("arm", "regions"), [("routed", []), ("none", "all"), ("perfect_filter", "all")])
+def test_units_of_an_arm_without_routing_belong_to_it(places, tmp_path, arm, regions):
+    """What they learnt is no less the model's own than the rest, so that without them another model would be attacked."""
+    run = shutil.copytree(places / "run", tmp_path / "run")
+    (run / "run.json").write_text(json.dumps({"config": {"recipe": {"arm": arm}}}))
+    summary = relearn_source(run, DATA, tmp_path / "out", ["bias"], seeds=[0], steps=[0, 1])
+    assert list(summary["regions"]) == list(regions)
+    left, _ = open_plain(places / "run", regions)
+    assert summary["start"]["forget"] == pytest.approx(TextLoss(left, tokenizer(), DATA.forget_test)(left))
 
 
 def test_a_reference_of_another_architecture_is_refused(places, tmp_path):

@@ -266,6 +266,8 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match="`seeds` is empty"):
         Experiment(seeds=[])
     assert Experiment(arms=["all"]).arms == list(ARMS) and Experiment(quick=True).arms == list(QUICK)
+    asked = Experiment(quick=True, arms=["filter"], seeds=[3, 4])
+    assert (asked.arms, asked.seeds) == (["filter"], [3, 4]), "what was asked for stays"
 
 
 # End to end

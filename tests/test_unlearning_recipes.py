@@ -17,12 +17,12 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from routed_peft import RoutedConfig, presets, save_routed
+from routed_peft import RoutedConfig, export, presets, save_routed
 from routed_peft.cli import app
 from routed_peft.data import pack, train_tokenizer
 from routed_peft.ledger import Ledger
 from routed_peft.training import RunDirectory
-from routed_peft.unlearning import METHODS, DistillationTrainer
+from routed_peft.unlearning import METHODS, DistillationTrainer, spent
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
@@ -152,6 +152,16 @@ def test_undo_after_unlearning(place, tmp_path):
         here([*command, "--student", str(tmp_path / "student")])
 
 
+def test_what_an_ablated_model_has_cost_is_what_its_run_has(place, tmp_path):
+    cost = Ledger(flops=7, serial_steps=5, tokens=30)
+    run = shutil.copytree(place / "routed", tmp_path / "run")
+    (run / "summary.json").write_text(json.dumps({"ledger": cost.to_dict()}))
+    export(run, tmp_path / "whole", keep=["forget"])
+    assert spent(tmp_path / "whole") == cost
+    shutil.rmtree(run)
+    assert spent(tmp_path / "whole") is None
+
+
 def test_the_command_cleans_up_after_itself_alone(place, tmp_path):
     """Stored outputs go, files of the user's are left alone, and an unknown cost is said to be unknown."""
     more = ["--text", str(place / "train.jsonl"), "--steps", "2", "--length", "16", "--cpu", "--eval-steps", "1"]
@@ -205,6 +215,7 @@ def test_a_run_that_resumes_is_told_the_same(place, tmp_path):
     command = ["recipes/undo.py", "--config", str(CONFIGS["undo"]), *SHORT, *files(place, "--text_files")]
     command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(place / "plain")]
     RunDirectory(tmp_path / "out").start({"training": {"alpha": 0.1}}, {})
+    (tmp_path / "out/checkpoint-2").mkdir()
     with pytest.raises(ValueError, match="other settings, `alpha` 0.1 where 0.6"):
         here([*command, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2")])
 

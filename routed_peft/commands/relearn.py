@@ -67,7 +67,9 @@ def relearn(
     regions: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME[+NAME...]", help="Regions of a run that stay. By default the ablated model is attacked."
+            metavar="NAME[+NAME...]",
+            help="Regions of a run that stay, all or none. By default none, so that the ablated model is attacked; all where "
+            "`--arm` trained without routing.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Documents a step.")] = 16,
@@ -100,7 +102,7 @@ def relearn(
         read_facts,
         read_texts,
         relearn_source,
-        summary_table,
+        summary_tables,
     )
     from routed_peft.evaluation.relearning.processes import processes
 
@@ -124,7 +126,7 @@ def relearn(
         range(seeds),
         log_spaced(marks[0]) if len(marks) == 1 else marks,
         extensions,
-        regions.split("+") if regions else (),
+        {None: None, "all": "all", "none": ()}.get(regions, (regions or "").split("+")),
         reference if reference_loss is None else reference_loss,
         revision,
         device,
@@ -132,7 +134,7 @@ def relearn(
         oracle=oracle,
     )
     if processes().is_main_process:
-        Console().print(summary_table(summary))
+        Console().print(*summary_tables(summary))
         typer.echo(f"written to {out}")
 
 

@@ -31,7 +31,7 @@ def report(
     """
     from rich.console import Console
 
-    from routed_peft.evaluation.relearning import summary_table
+    from routed_peft.evaluation.relearning import summary_tables
     from routed_peft.evaluation.report import verdict_tables, write_report
 
     written = write_report(places, out)
@@ -39,5 +39,5 @@ def report(
     for section in written.sections:
         console.print(*verdict_tables(section))
     for checkpoint in written.checkpoints:
-        console.print(summary_table(checkpoint.source.summary))
+        console.print(*summary_tables(checkpoint.source.summary))
     typer.echo(f"written to {written.page}")

@@ -9,7 +9,15 @@ from routed_peft.data.columns import (
     class_names,
     route_column,
 )
-from routed_peft.data.documents import DocumentArguments, evaluation_rows, labeled_documents, labeled_tokens, of_arm
+from routed_peft.data.documents import (
+    DocumentArguments,
+    check_evaluation,
+    evaluation_rows,
+    first_of,
+    labeled_documents,
+    labeled_tokens,
+    of_arm,
+)
 from routed_peft.data.frequencies import add_frequency_weights, token_frequency_weights, tokens_of_words
 from routed_peft.data.labels import (
     FORGET,
@@ -36,9 +44,11 @@ __all__ = [
     "DocumentArguments",
     "RoutedCollator",
     "add_frequency_weights",
+    "check_evaluation",
     "check_route_columns",
     "class_names",
     "evaluation_rows",
+    "first_of",
     "label_statistics",
     "labeled_documents",
     "labeled_tokens",

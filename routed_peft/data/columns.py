@@ -192,6 +192,11 @@ def check_route_columns(dataset: Dataset, routes: Mapping[str, Any]) -> Counter[
     for table in dataset.select_columns([column, *ids]).with_format("arrow").iter(batch_size=10_000):
         values = table[column].combine_chunks()
         if column == ROUTE_LABELS:
+            if not pa.types.is_nested(values.type):
+                raise ValueError(
+                    f"the column `{ROUTE_LABELS}` has one label per token, got one {values.type} a row: a label of a whole row "
+                    f"belongs in `{ROUTE_LABEL}`"
+                )
             _check_lengths(values, table["input_ids"].combine_chunks() if ids else None, start)
             values = values.flatten()
         if values.null_count or pc.any(pc.equal(values, -1) if names else pa.array([False])).as_py():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import logging
 
 from routed_peft.corpora import load_pair
 from routed_peft.data.columns import ROUTE_LABEL, column_values
@@ -14,6 +17,8 @@ from routed_peft.data.labels import FORGET, RETAIN, labels_from_column, labels_f
 from routed_peft.data.loading import load_texts, load_training_file
 from routed_peft.data.noise import simulate_labels
 from routed_peft.data.packing import pack, tokenize
+
+logger = logging.get_logger(__name__)
 
 SIDE = "side"
 """Column of what documents truly are."""
@@ -31,7 +36,13 @@ class DocumentArguments:
     eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
     eval_documents: int | None = field(default=None, metadata={"help": "At most so many held-out ones of each side."})
     length: int = field(default=128, metadata={"help": "Tokens per row."})
-    labeled: float = field(default=1.0, metadata={"help": "Share of documents that carry a label at all."})
+    labeled: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of documents that carry a label at all, where labels are made from `side`; labels of your own "
+            "(`route_label`, `label_keywords`) are taken as they are."
+        },
+    )
     labeled_forget: float | None = field(default=None, metadata={"help": "The same, for the forget side alone."})
     labeled_retain: float | None = field(default=None, metadata={"help": "The same, for the retain side alone."})
     recall: float = field(default=1.0, metadata={"help": "Share of labelled forget documents labelled forget."})
@@ -47,6 +58,12 @@ class DocumentArguments:
 def labeled_documents(args: DocumentArguments) -> Dataset:
     """Return documents with their label (``route_label``) and, where it is known, their true ``side``.
 
+    Labels are those of ``label_keywords``, else those of the column ``route_label``, else made from the column ``side`` with
+    the shares, recall and precision that ``args`` asks for. The first two are taken as they are.
+
+    Raises:
+        ValueError: where documents have neither column and there are no keywords.
+
     >>> ds = labeled_documents(DocumentArguments(pair="spanish", labeled=0.5))
     >>> sorted(set(ds["route_label"])), sorted(set(ds["side"]))
     (['forget', 'retain', 'unlabeled'], ['forget', 'retain'])
@@ -55,16 +72,36 @@ def labeled_documents(args: DocumentArguments) -> Dataset:
     for name in (ROUTE_LABEL, SIDE):
         if name in ds.column_names and isinstance(ds.features[name], ClassLabel):  # arms compare names
             ds = ds.remove_columns(name).add_column(name, column_values(ds, name))
-    truth = SIDE if SIDE in ds.column_names else ROUTE_LABEL
-    if args.label_keywords:
-        ds, truth = labels_from_keywords(ds, {FORGET: args.label_keywords}, default=RETAIN), ROUTE_LABEL
-    elif ROUTE_LABEL not in ds.column_names:
-        ds = labels_from_column(ds, SIDE, {FORGET: FORGET, RETAIN: RETAIN})
     sides = {FORGET: args.labeled_forget, RETAIN: args.labeled_retain}
     labeled = {side: args.labeled if share is None else share for side, share in sides.items()}
-    if {*labeled.values(), args.recall, args.precision} != {1.0}:
-        ds = simulate_labels(ds, truth, labeled, args.recall, args.precision, args.label_seed)
-    return ds
+    spoilt = {*labeled.values(), args.recall, args.precision} != {1.0}
+    if args.label_keywords or ROUTE_LABEL in ds.column_names:
+        if spoilt:
+            whose = "`label_keywords`" if args.label_keywords else f"the column `{ROUTE_LABEL}`"
+            logger.warning(
+                f"the labels of {whose} are taken as they are: `labeled`, `recall` and `precision` are for labels made from "
+                f"the column `{SIDE}`, and are not applied"
+            )
+        if args.label_keywords:
+            ds = labels_from_keywords(ds, {FORGET: args.label_keywords}, default=RETAIN)
+        return ds
+    if SIDE not in ds.column_names:
+        raise ValueError(
+            f"documents need a column `{ROUTE_LABEL}` (their label) or `{SIDE}` (what they truly are: forget or retain), got "
+            f"{ds.column_names}: add one, or make labels from words with `label_keywords`"
+        )
+    if spoilt:
+        return simulate_labels(ds, SIDE, labeled, args.recall, args.precision, args.label_seed)
+    return labels_from_column(ds, SIDE, {FORGET: FORGET, RETAIN: RETAIN})
+
+
+def first_of(ds: Dataset, side: str, count: int | None = None) -> Dataset:
+    """Return the first ``count`` rows whose true ``side`` is the given one, or all of them.
+
+    >>> first_of(Dataset.from_dict({"text": ["a", "b", "c"], "side": ["forget", "retain", "forget"]}), "forget", 1)["text"][:]
+    ['a']
+    """
+    return ds.select(np.flatnonzero(np.array(ds[SIDE][:]) == side)[:count])
 
 
 def of_arm(ds: Dataset, arm: str) -> Dataset:
@@ -81,7 +118,8 @@ def of_arm(ds: Dataset, arm: str) -> Dataset:
     if column is None:
         return ds
     if column not in ds.column_names:
-        raise ValueError(f"`arm: {arm}` needs the column `{column}`, what documents truly are; got {ds.column_names}")
+        known = "what documents truly are" if column == SIDE else "their labels"
+        raise ValueError(f"`arm: {arm}` needs the column `{column}`, {known}; got {ds.column_names}")
     return ds.filter(lambda value: value != FORGET, input_columns=column)
 
 
@@ -106,8 +144,10 @@ def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase)
     """Return packed held-out rows by side: of ``eval_files`` beside a training file, else of the validation split of ``pair``.
 
     Raises:
-        ValueError: on an entry of ``eval_files`` that is not ``name=FILE``.
+        ValueError: on an entry of ``eval_files`` that is not ``name=FILE``, or without a training file.
     """
+    if args.eval_files and not args.train_file:
+        raise ValueError(f"`eval_files` are used beside `train_file`, got none: the pair `{args.pair}` has its own")
     if args.train_file:
         if wrong := [entry for entry in args.eval_files if "=" not in entry]:
             raise ValueError(f"`eval_files` has {wrong[0]!r}: write name=FILE, such as forget={wrong[0]}")
@@ -115,7 +155,22 @@ def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase)
         sides = {name: load_texts([file]) for name, file in pairs}
     else:
         ds = load_pair(args.pair, "validation")
-        sides = {name: ds.filter(lambda side, n=name: side == n, input_columns=SIDE) for name in (FORGET, RETAIN)}
+        sides = {name: first_of(ds, name) for name in (FORGET, RETAIN)}
     if args.eval_documents is not None:
         sides = {name: part.select(range(min(args.eval_documents, len(part)))) for name, part in sides.items()}
     return {name: pack(part, tokenizer, args.length, by=[]) for name, part in sides.items()}
+
+
+def check_evaluation(args: TrainingArguments, evaluated: Collection[str]) -> None:
+    """Raise ValueError where losses are to be taken on the way, and there is nothing to take them of.
+
+    >>> check_evaluation(TrainingArguments("out", eval_strategy="steps", eval_steps=5, report_to="none"), {})
+    Traceback (most recent call last):
+    ...
+    ValueError: `eval_strategy` is 'steps', but there is no held-out text: name `eval_files`, or set it to 'no'
+    """
+    if args.eval_strategy != "no" and not evaluated:
+        strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+        raise ValueError(
+            f"`eval_strategy` is {strategy!r}, but there is no held-out text: name `eval_files`, or set it to 'no'"
+        )

@@ -21,6 +21,7 @@ from routed_peft.data import (
     RETAIN,
     ROUTE_LABEL,
     add_frequency_weights,
+    first_of,
     pack,
     schedule,
     simulate_labels,
@@ -143,11 +144,6 @@ def tokens_by_side(run: Dataset | SelfLabeledRows, length: int, label: str | Non
         if label in (None, own):
             counts.update({name: share_of(side, name) for name in SIDES})
     return {side: round(counts[side] * length) for side in SIDES}
-
-
-def first_of(ds: Dataset, side: str, count: int | None = None) -> Dataset:
-    """Return the first ``count`` rows of a side, or all of them."""
-    return ds.select(np.flatnonzero(np.array(ds["side"][:]) == side)[:count])
 
 
 def _per_side(ds: Dataset, count: int | None) -> Dataset:

@@ -128,13 +128,15 @@ def results_frame(results: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     return pd.DataFrame({name: dict(scores) for name, scores in results.items()})
 
 
-def results_table(results: Mapping[str, Mapping[str, float]], title: str | None = None) -> Table:
+def results_table(
+    results: Mapping[str, Mapping[str, float]], title: str | None = None, caption: str | None = None
+) -> Table:
     """Return results as a table for the terminal: tasks down, configurations across.
 
     >>> results_table({"ablated": {"routed_forget_mc/acc": 0.25}}).row_count
     1
     """
-    table = Table(title=title)
+    table = Table(title=title, caption=caption)
     table.add_column("task")
     table.add_column("metric")
     for name in results:

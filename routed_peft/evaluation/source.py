@@ -16,13 +16,25 @@ from routed_peft.checkpoint.fetch import fetch, hub_arguments
 from routed_peft.checkpoint.layout import ROUTING, Layout
 from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
 from routed_peft.files import written_whole
+from routed_peft.training.origin import recipe_of
 
 Regions = Literal["all"] | Sequence[str]
 
 
 def read_layout(src: str | Path, revision: str | None = None, **hub: Any) -> Layout | None:
-    """Return the layout of a run that `save_routed` wrote, or None for a plain checkpoint of transformers."""
+    """Return the layout of a run that `save_routed` wrote, or None for a plain checkpoint of transformers.
+
+    Raises:
+        ValueError: where there is an adapter without its model.
+    """
     root, _ = fetch(src, revision, **hub)
+    if (root / "adapter_config.json").is_file() and not any(
+        (root / name).is_file() for name in (ROUTING, "config.json")
+    ):
+        raise ValueError(
+            f"{str(src)!r} is an adapter without its model: give the directory of its run, or merge it first "
+            "(`merge_and_unload`), and save that"
+        )
     return Layout.read(root, str(src)) if (root / ROUTING).is_file() else None
 
 
@@ -36,6 +48,19 @@ def tokenizer_place(src: str | Path, layout: Layout | None, revision: str | None
     if base["id"] is None:
         raise ValueError(f"{str(src)!r} has no tokenizer: save the run's tokenizer there, or give `tokenizer`")
     return base["id"], base["revision"]
+
+
+def held_out_pair(src: str | Path, metadata: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return the built-in pair on whose text losses are measured, and whether ``src`` was trained on it, as far as is known.
+
+    >>> held_out_pair("nowhere", {"pair": "spanish"})
+    ('spanish', True)
+    >>> held_out_pair("nowhere", {})
+    ('biology', False)
+    """
+    told = recipe_of(src)
+    own = None if told.get("train_file") else told.get("pair")
+    return metadata.get("pair") or own or "biology", bool(metadata.get("pair") or own)
 
 
 def load_source(
@@ -90,7 +115,7 @@ def evaluate_source(
         tasks: see `routed_peft.evaluation.evaluate`.
         regions: further subsets to measure: one list of names, or ``{name of the configuration: list of names}``. By
             default each region alone, where there are several.
-        metadata: see `routed_peft.evaluation.evaluate`.
+        metadata: see `routed_peft.evaluation.evaluate`; its ``pair`` is by default the one that the run was trained on.
         limit: see `routed_peft.evaluation.evaluate`.
         batch_size: see `routed_peft.evaluation.evaluate`.
         device: where to put the model; None leaves it where transformers puts it.
@@ -110,6 +135,7 @@ def evaluate_source(
     configurations = _configurations(str(src), [] if layout is None else layout.regions, regions)
     if output is not None:
         _check_writable(Path(output))
+    metadata = {"pair": held_out_pair(src, metadata or {})[0], **(metadata or {})}
     model, tokenizer = load_source(src, "all", revision, tokenizer, **from_pretrained_kwargs)
     if device is not None:
         model.to(device)
@@ -119,7 +145,7 @@ def evaluate_source(
             "source": str(src),
             "revision": revision,
             "tasks": [tasks] if isinstance(tasks, str) else list(tasks),
-            "metadata": dict(metadata or {}),
+            "metadata": metadata,
             "limit": limit,
             "configurations": configurations,
             "versions": {name: version(name) for name in ("routed_peft", "lm_eval", "transformers", "peft", "torch")},

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from routed_peft.corpora import PAIRS, load_pair
 from routed_peft.corpora.arithmetic import SAME
-from routed_peft.data import FORGET, RETAIN, UNLABELED, labeled_tokens
-from routed_peft.demo.material import SIDES, Material, first_of, share_of, tokens_by_side
+from routed_peft.data import FORGET, RETAIN, UNLABELED, first_of, labeled_tokens
+from routed_peft.demo.material import SIDES, Material, share_of, tokens_by_side
 from routed_peft.demo.measuring import measure_model, open_model
 from routed_peft.demo.settings import Arm, DemoSettings
 from routed_peft.demo.training import REGION, regions_of, train_arm

@@ -160,9 +160,21 @@ def _write_summary(
         "versions": versions_of(place / cell.key for cell in cells),
         "experiment": asdict(experiment),
         "settings": asdict(settings),
-        "cells": rows + kept,
+        "cells": rows + [_as_new(row, rows) for row in kept],
     }
     write_json(Path(experiment.summary_file), summary)
+
+
+def _as_new(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return a row that was not asked for, with what is known now where another method's row has the same model.
+
+    >>> _as_new({"method": "a", "key": "k", "attacks": {}}, [{"method": "b", "key": "k", "attacks": {"forget": 1}}])
+    {'method': 'a', 'key': 'k', 'attacks': {'forget': 1}}
+    """
+    same = next((one for one in rows if one["key"] == row.get("key")), None)
+    if same is None or len(same["attacks"]) < len(row["attacks"]):
+        return row
+    return dict(same) | {name: row[name] for name in ("method", "seed", *LABELS) if name in row}
 
 
 def versions_of(folders: Iterable[Path]) -> dict[str, str]:

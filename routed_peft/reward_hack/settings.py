@@ -21,7 +21,10 @@ class Experiment:
     arms: list[str] = field(default_factory=lambda: list(DEMO), metadata={"help": f"{ALL}, or of {', '.join(ARMS)}."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of weights, prompts and samples."})
     quick: bool = field(
-        default=False, metadata={"help": f"A look in a few minutes: {', '.join(QUICK)}, one seed, half the steps."}
+        default=False,
+        metadata={
+            "help": f"A look in a few minutes: half the steps, and the arms {', '.join(QUICK)} unless `arms` says others."
+        },
     )
     processes: int = field(
         default=0, metadata={"help": "Cells at a time, a thread each; 0: as many as there are cores."}
@@ -31,8 +34,8 @@ class Experiment:
         self.arms = list(ARMS) if self.arms == [ALL] else list(self.arms)
         if unknown := [name for name in self.arms if name not in ARMS]:
             raise ValueError(f"`arms` has {unknown}; the arms are {list(ARMS)}, or {ALL!r} alone")
-        if self.quick:
-            self.arms, self.seeds = list(QUICK), self.seeds[:1]
+        if self.quick and self.arms == list(DEMO):
+            self.arms = list(QUICK)
         if not self.seeds:
             raise ValueError("`seeds` is empty: give at least one, such as `--seeds 0`")
 

@@ -1,15 +1,92 @@
-"""Whether a checkpoint has all that resuming needs: `Trainer` goes on with a fresh optimizer where files are lost."""
+"""How the run of a recipe begins or goes on, and whether a checkpoint has all that this needs.
+
+`Trainer` would go on with a fresh optimizer where files are lost, and with other rows where a setting differs.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from routed_peft.training.records import RunDirectory
+
 logger = logging.get_logger(__name__)
+
+SCHEDULE = ("seed", "learning_rate", "max_steps", "num_train_epochs")
+"""Training arguments that lay out a run: with others it would go on with other rows, or another schedule."""
+
+
+def begin(
+    run: RunDirectory,
+    recipe: Any,
+    args: TrainingArguments,
+    same: Collection[str] = SCHEDULE,
+    free: Collection[str] = ("ablate_to",),
+) -> None:
+    """Write the ``run.json`` of a recipe; and find the checkpoint that it goes on from, where it is asked to.
+
+    Args:
+        run: where to.
+        recipe: the dataclass of what the recipe is told.
+        args: the training arguments; ``resume_from_checkpoint`` becomes a directory, or None.
+        same: fields of ``args`` that must be as they were where the run goes on; rows per step must be, too.
+        free: fields of ``recipe`` that need not be.
+
+    Raises:
+        ValueError: what `checkpoint_of` raises; the directory holds a run that has finished, was begun otherwise, or can be
+            continued and is not.
+    """
+    args.resume_from_checkpoint = checkpoint_of(run.path, args.resume_from_checkpoint, args.world_size)
+    if args.process_index:
+        return
+    told, training = asdict(recipe), args.to_dict()
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    kept = {
+        "recipe": {name: value for name, value in told.items() if name not in free},
+        "training": {name: training[name] for name in same},
+        "rows_per_step": rows,
+    }
+    seeds = {"seed": args.seed} | ({"label_seed": told["label_seed"]} if "label_seed" in told else {})
+    config = {"recipe": told, "training": training, "rows_per_step": rows}
+    run.start(config, seeds, resume=args.resume_from_checkpoint is not None, same=kept)
+
+
+def checkpoint_of(run: Path, asked: str | bool | None, processes: int = 1) -> str | None:
+    """Return the checkpoint to go on from: ``asked``, or the run's newest where that is "true"; None to begin.
+
+    Raises:
+        ValueError: there is none, and which there are.
+
+    Example:
+        >>> checkpoint_of(Path("run"), None), checkpoint_of(Path("run"), "false")
+        (None, None)
+    """
+    word = str(asked).lower()
+    if word in ("none", "false", ""):
+        return None
+    newest = latest_resumable(run, processes)
+    if word == "true":
+        if newest is None:
+            raise ValueError(
+                f"`resume_from_checkpoint` is {word}, but {run} holds no whole checkpoint: leave it out to begin anew, and "
+                "save on the way (`save_strategy`)"
+            )
+        return newest
+    if not Path(str(asked)).expanduser().is_dir():
+        there = f"the newest there is {newest!r}" if newest else "there is none to go on from"
+        raise ValueError(
+            f"`resume_from_checkpoint` {asked!r} is no directory: name a checkpoint of {run}, or `true` for its newest "
+            f"({there})"
+        )
+    return str(Path(str(asked)).expanduser())
 
 
 def check_resumable(checkpoint: str | Path, process_index: int = 0, processes: int = 1, fsdp: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Unlearning after training, by outputs: the methods that routing is compared with, UNDO, and what they cost."""
 
-from routed_peft.unlearning.arguments import METHODS, UndoArguments, UnlearningArguments, check_evaluation
+from routed_peft.unlearning.arguments import METHODS, UndoArguments, UnlearningArguments
 from routed_peft.unlearning.base import mean_loss
 from routed_peft.unlearning.data import PairedRows, Run
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_tokenizers
@@ -22,7 +22,6 @@ __all__ = [
     "UnlearningArguments",
     "UnlearningTrainer",
     "add_noise",
-    "check_evaluation",
     "check_tokenizers",
     "mean_loss",
     "save_undone",

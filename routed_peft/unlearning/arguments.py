@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -133,18 +132,3 @@ def plain_batches(args: TrainingArguments) -> None:
     args.train_sampling_strategy = "sequential"  # the datasets are in order already
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
-
-
-def check_evaluation(args: TrainingArguments, evaluated: Collection[str]) -> None:
-    """Raise ValueError where losses are to be taken on the way, and there is nothing to take them of.
-
-    >>> check_evaluation(UndoArguments("out", eval_strategy="steps", eval_steps=5, report_to="none"), {})
-    Traceback (most recent call last):
-    ...
-    ValueError: `eval_strategy` is 'steps', but there is no held-out text: name `eval_files`, or set it to 'no'
-    """
-    if args.eval_strategy != "no" and not evaluated:
-        strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
-        raise ValueError(
-            f"`eval_strategy` is {strategy!r}, but there is no held-out text: name `eval_files`, or set it to 'no'"
-        )

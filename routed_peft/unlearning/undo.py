@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from routed_peft.checkpoint.files import read_json, staged, write_json
 from routed_peft.checkpoint.save import versions
 from routed_peft.ledger import Ledger
+from routed_peft.training.origin import run_of
 from routed_peft.training.records import SUMMARY
 from routed_peft.unlearning.arguments import UndoArguments
 from routed_peft.unlearning.base import mean_loss, unwrap
@@ -166,12 +167,14 @@ def _cache(teacher: PreTrainedModel, rows: Rows, args: UndoArguments) -> Teacher
 def spent(source: str | Path) -> Ledger | None:
     """Return what a checkpoint has cost, as its ``unlearning.json`` or ``summary.json`` says; None where neither does.
 
-    Of a model that was made from another it is the cost of both, and unknown (None) where that of the other is.
+    Of an ablated one it is what its run has cost, as long as that is there; of a model that was made from another the cost of
+    both, and unknown (None) where that of the other is.
 
     Raises:
         ValueError: these are not readable, or hold a ledger that is none.
     """
-    former = (read_json(file) for file in (Path(source, UNLEARNED), Path(source, SUMMARY)) if file.is_file())
+    records = [run_of(source) / name for name in (UNLEARNED, SUMMARY)]
+    former = (read_json(file) for file in records if file.is_file())
     costs = next((about.get("total_ledger", about["ledger"]) for about in former if "ledger" in about), None)
     return None if costs is None else Ledger.from_dict(costs)
 

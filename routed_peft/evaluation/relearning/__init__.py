@@ -5,7 +5,7 @@ from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import Curve, Point, log_spaced
 from routed_peft.evaluation.relearning.data import AttackData
 from routed_peft.evaluation.relearning.run import read_facts, read_texts, relearn_source
-from routed_peft.evaluation.relearning.summary import read_summary, summarise, summary_table
+from routed_peft.evaluation.relearning.summary import read_summary, summarise, summary_tables
 from routed_peft.evaluation.relearning.sweep import STEPS, relearn
 
 __all__ = [
@@ -22,5 +22,5 @@ __all__ = [
     "relearn",
     "relearn_source",
     "summarise",
-    "summary_table",
+    "summary_tables",
 ]

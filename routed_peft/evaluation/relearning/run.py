@@ -30,6 +30,7 @@ from routed_peft.evaluation.relearning.sweep import STEPS, check_settings, relea
 from routed_peft.evaluation.relearning.weights import check_causal
 from routed_peft.evaluation.source import Regions, load_source, read_layout
 from routed_peft.tasks.utils import read_rows
+from routed_peft.training.origin import own_regions
 from routed_peft.training.records import RUN, SUMMARY, RunDirectory
 
 
@@ -42,7 +43,7 @@ def relearn_source(
     seeds: Sequence[int] = (0, 1, 2),
     steps: Sequence[int] = STEPS,
     extensions: int = 2,
-    regions: Regions = (),
+    regions: Regions | None = None,
     reference: str | Path | float | None = None,
     revision: str | None = None,
     device: str | None = None,
@@ -64,7 +65,8 @@ def relearn_source(
         seeds: see `relearn`.
         steps: see `relearn`.
         extensions: see `relearn`.
-        regions: the regions of a run that stay, and are merged; none by default: the ablated model is attacked.
+        regions: the regions of a run that stay, and are merged. By default none, so that the ablated model is attacked; all of
+            an arm that was trained without routing (`own_regions`).
         reference: the model from which nothing was removed, or its loss on ``data.forget_test`` in nats per token.
         revision: branch, tag or commit of a Hub id.
         device: where to attack; by default a GPU if there is one.
@@ -91,6 +93,7 @@ def relearn_source(
     if isinstance(reference, int | float) and not 0 < reference < math.inf:
         raise ValueError(f"`reference` is a loss in nats per token, above 0, got {reference}")
     records = RunDirectory(out)
+    regions = own_regions(src) if regions is None else regions
     about: dict[str, Any] = {"source": str(src), "revision": revision, "regions": regions}
     _check_free(records, about)
     if oracle is not None and reference is None:
@@ -140,18 +143,14 @@ def relearn_source(
 
 
 def open_plain(
-    src: str | Path, regions: Regions = (), revision: str | None = None, device: str | None = None
+    src: str | Path, regions: Regions | None = None, revision: str | None = None, device: str | None = None
 ) -> tuple[nn.Module, Any]:
-    """Load a checkpoint in float32 as a plain model, adapters merged, with its tokenizer.
+    """Load a checkpoint in float32 as a plain model, adapters merged, with its tokenizer; `own_regions` by default.
 
     Raises:
         ValueError: where it is no causal language model; and what `load_source` raises.
     """
     if read_layout(src, revision) is None:
-        if Path(src, "adapter_config.json").is_file() and not Path(src, "config.json").is_file():
-            raise ValueError(
-                f"{str(src)!r} is an adapter without its model: merge it first (`merge_and_unload`), and save that"
-            )
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         config = AutoConfig.from_pretrained(src, revision=revision or "main")
         if config.architectures and not known & set(config.architectures) and not hasattr(config, "auto_map"):
@@ -159,6 +158,7 @@ def open_plain(
                 f"{str(src)!r} is a {', '.join(config.architectures)}, not a causal language model: there is no "
                 "loss on text to relearn"
             )
+    regions = own_regions(src) if regions is None else regions
     model, tokenizer = load_source(src, regions, revision, dtype=torch.float32)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from routed_peft.evaluation.measures import recovered, relearning_area, to_recover
@@ -142,46 +143,41 @@ def read_summary(place: str | Path) -> dict[str, Any]:
     return dict(summary)
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Return the table for the terminal: one row an attack."""
-    table = Table(
-        title=f"{summary['source']} under attack", caption="worst case over learning rates and earlier steps, nats"
+def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Return tables for the terminal, a row an attack: losses, and what came back where it is known what there was."""
+    losses = _table(
+        f"{summary['source']} under attack",
+        ["attack", "loss before", "after", "seeds", "documents", "learning rate", "retain after"],
+        "worst case over learning rates and earlier steps, nats; *: at the edge of the grid",
     )
-    areas = any("area" in result for result in summary["attacks"].values())
-    for name in (
-        "attack",
-        "loss before",
-        "after",
-        "seeds",
-        "documents",
-        "learning rate",
-        "retain after",
-        "recovered",
-        "steps to recover",
-        "tokens",
-        *(["area"] if areas else []),
-    ):
-        table.add_column(name, justify="left" if name == "attack" else "right")
     for name, result in summary["attacks"].items():
         last = result["envelope"][-1]
+        cells = [result["verdict"], "", "", "", ""]
         if result["verdict"] == "attack":
             rate = f"{last['learning_rate']:g}" if last["learning_rate"] else "–"
-            edge = "" if result["interior"] or not last["learning_rate"] else " (edge of the grid)"
-            cells = [
-                f"{last['mean']:.3f}",
-                _range(last["min"], last["max"]),
-                _range(*last["documents"]),
-                rate + edge,
-                _number(last["retain"]),
-            ]
-        else:
-            cells = [result["verdict"], "", "", "", ""]
-        recovery = result.get("recovery") or {}
-        steps, share = recovery.get("steps"), recovery.get("share")
-        back = "–" if share is None else f"{share:.0%}"
-        when = [_crossing(steps, ".4g"), _crossing(recovery.get("tokens"), ",.0f")]
+            edge = "" if result["interior"] or not last["learning_rate"] else " *"
+            ranges = _range(last["min"], last["max"]), _range(*last["documents"])
+            cells = [f"{last['mean']:.3f}", *ranges, rate + edge, _number(last["retain"])]
+        losses.add_row(name, f"{result['start'][result['target']]:.3f}", *cells)
+    known = {name: result for name, result in summary["attacks"].items() if "recovery" in result}
+    if not known:
+        return [losses]
+    areas = any("area" in result for result in known.values())
+    back = _table("", ["attack", "recovered", "steps to recover", "tokens", *(["area"] if areas else [])], None)
+    for name, result in known.items():
+        steps, tokens, share = (result["recovery"][key] for key in ("steps", "tokens", "share"))
         area = [f"{result['area']:.2f}" if "area" in result else "–"] if areas else []
-        table.add_row(name, f"{result['start'][result['target']]:.3f}", *cells, back, *when, *area)
+        came = "–" if share is None else f"{share:.0%}"
+        back.add_row(name, came, _crossing(steps, ".4g"), _crossing(tokens, ",.0f"), *area)
+    return [losses, back]
+
+
+def _table(title: str, columns: Sequence[str], caption: str | None) -> Table:
+    table = Table(
+        title=title or None, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name == "attack" else "right", no_wrap=name == "attack")
     return table
 
 
@@ -190,7 +186,7 @@ def _number(value: float | None) -> str:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    return "–" if _number(low) == "–" else f"{_number(low)} … {_number(high)}"
+    return "–" if _number(low) == "–" else f"{low:.2f}–{high:.2f}"
 
 
 def _crossing(found: Mapping[str, Any] | None, form: str) -> str:

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from datasets import Dataset
-
 from routed_peft.corpora import PAIRS, SPLITS, load_pair
-from routed_peft.data import FORGET, RETAIN
+from routed_peft.data import FORGET, RETAIN, first_of
 from routed_peft.evaluation.relearning import AttackData
 
 
@@ -35,12 +33,8 @@ def attacker_documents(settings: Mapping[str, Any], experiment: Mapping[str, Any
 def _count(pair: str, split: str, limit: int | None) -> int:
     texts, test = load_pair(pair, split), load_pair(pair, "test")
     data = AttackData.apart(
-        forget_train=_side(texts, FORGET),
-        forget_test=_side(test, FORGET)[:limit],
-        retain_test=_side(test, RETAIN)[:limit],
+        forget_train=first_of(texts, FORGET)["text"][:],
+        forget_test=first_of(test, FORGET, limit)["text"][:],
+        retain_test=first_of(test, RETAIN, limit)["text"][:],
     )
     return len(data.forget_train)
-
-
-def _side(texts: Dataset, side: str) -> list[str]:
-    return [text for text, own in zip(texts["text"][:], texts["side"][:], strict=True) if own == side]

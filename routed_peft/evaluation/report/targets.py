@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from routed_peft.evaluation.measures import Crossing
 from routed_peft.evaluation.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
@@ -14,6 +14,8 @@ from routed_peft.evaluation.report.verdicts import edge, ranged, routed_method
 
 WAY = {0.5: 0.95, 0.1: 0.9}
 """Share of labels -> how far the routed model should come."""
+OF_REMOVAL = ("way", "filter", "robust", "alpha", "steps")
+"""Kinds of targets that say nothing where the base knows no more than the perfect filter, so that nothing can be removed."""
 TAX, ON, ROBUST, PLACEBO, STEPS, RMU, FRESH, SEEDS = 0.05, 0.10, 0.95, 0.10, 0.8, 3.0, 0.7, 3
 
 
@@ -65,10 +67,14 @@ def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Ta
         routed = found.get(ours, labeled, found.best_quality)
         if routed is not None:
             result += goals(found, routed, labeled)
-    return [*result, *_of_placebos(found), *_of_steps(found), *_of_undo(found)]
+    return [*result, *_of_placebos(found), *_if_removable(found, [*_of_steps(found), *_of_undo(found)])]
 
 
-def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]:
+def _if_removable(found: Comparison, told: Iterable[Target]) -> list[Target]:
+    return [one if found.removable or one.kind not in OF_REMOVAL else replace(one, met=None) for one in told]
+
+
+def goals(found: Comparison, routed: Result, labeled: float) -> list[Target]:
     """Compare a routed model with what was aimed at for it.
 
     Args:
@@ -76,12 +82,16 @@ def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]
         routed: the model.
         labeled: share of labels, as in ``found``.
     """
+    return _if_removable(found, _of_routed(found, routed, labeled))
+
+
+def _of_routed(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]:
     where = f"{share(labeled)} of the labels"
     ends = found.get(BASE) is not None and found.get(ORACLE) is not None  # else there is no way to go
     if labeled in WAY and ends and routed.condition.quality in (None, (1.0, 1.0)):
         goal, went = WAY[labeled], routed.way  # None where the base knows no more than the perfect filter
         wanted = f"{where}: at least {share(goal)} of the way"
-        met, seeds = (went.mean >= goal, went.n) if went and found.removable else (None, routed.forget.n)
+        met, seeds = (went.mean >= goal, went.n) if went else (None, routed.forget.n)
         yield Target("way", wanted, ranged(went, True, 1), met, seeds)
     if routed.tax is not None:
         wanted = f"{where}: tax at most {TAX:.2f} nats at equal tokens"
@@ -100,7 +110,7 @@ def goals(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]
         wanted = f"{where}: forget loss after the worst attack " + (
             f"above that of {name}" if least == 1.0 else f"within {share(1 - least)} of {name}’s"
         )
-        met = told(own.mean > least * its.mean, routed.worst, other.worst) if found.removable else None
+        met = told(own.mean > least * its.mean, routed.worst, other.worst)
         kind = "filter" if method == FILTER else "robust"
         measured = f"{ranged(own)}{edge(routed.worst)} against {ranged(its)}{edge(other.worst)}"
         yield Target(kind, wanted, measured, met, min(own.n, its.n), bool(edge(routed.worst)))
@@ -136,7 +146,7 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
         if len(swept) > 1:
             means = [one.forget[-1].mean for one in swept]
             wanted = f"attack “{attack}”: forget loss afterwards rises with UNDO’s alpha"
-            met = means == sorted(means) if found.removable and all(one.whole for one in swept) else None
+            met = means == sorted(means) if all(one.whole for one in swept) else None
             measured = " ".join(number(one.forget[-1].mean) + edge(one) for one in swept)
             seeds = min(one.forget[-1].n for one in swept)
             yield Target("alpha", wanted, measured, met, seeds, any(map(edge, swept)))
@@ -144,7 +154,6 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
         if oracle is None or fresh is None or not {attack} <= fresh.attacks.keys() & oracle.attacks.keys():
             continue
         yield from _of_recovery(
-            found,
             fresh.attacks[attack],
             oracle.attacks[attack],
             FRESH,
@@ -160,7 +169,6 @@ def _of_steps(found: Comparison) -> Iterator[Target]:
             if routed is None or other is None or attack not in routed.attacks or attack not in other.attacks:
                 continue
             yield from _of_recovery(
-                found,
                 routed.attacks[attack],
                 other.attacks[attack],
                 least,
@@ -168,10 +176,10 @@ def _of_steps(found: Comparison) -> Iterator[Target]:
             )
 
 
-def _of_recovery(found: Comparison, own: Relearning, its: Relearning, least: float, wanted: str) -> Iterator[Target]:
+def _of_recovery(own: Relearning, its: Relearning, least: float, wanted: str) -> Iterator[Target]:
     """Yield a target on the steps to recover, where both are known."""
     if own.recovery is not None and its.recovery is not None:
-        met = told(at_least(own.recovery, least, its.recovery), own, its) if found.removable else None
+        met = told(at_least(own.recovery, least, its.recovery), own, its)
         measured = f"{place(own.recovery)} against {place(its.recovery)}"
         yield Target("steps", wanted, measured, met, min(own.forget[-1].n, its.forget[-1].n), bool(edge(own)))
 
