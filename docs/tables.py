@@ -271,7 +271,7 @@ TABLES = {
     "experiment_biology": lambda: experiment("biology", losses, HALF),
     "experiment_biology_shares": lambda: experiment("biology", with_gaps, SHARES, RIVALS),
     "experiment_entangled": lambda: experiment("entangled", with_gaps, HALF),
-    "experiment_spanish_tenth": lambda: experiment("spanish", losses, TENTH),
+    "experiment_spanish_shares": lambda: experiment("spanish", losses, SHARES, RIVALS),
     "experiment_entangled_tenth": lambda: experiment("entangled", losses, TENTH),
     "experiment_entangled_few": lambda: experiment("entangled", losses, FEW),
     "experiment_wrong_labels": lambda: experiment("wrong_labels", with_gaps, QUALITIES),
