@@ -39,7 +39,7 @@ from routed_peft.monitoring.quarantine import read_quarantine
 from routed_peft.routes import routes_from_dict
 from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.training.resuming import checkpoint_of
+from routed_peft.training.resuming import check_not_begun, checkpoint_of
 from routed_peft.trl import (
     ColumnLabels,
     EnvironmentLabels,
@@ -139,8 +139,11 @@ def main() -> None:
     going_back = recipe.on_halt != "stop"
     args.resume_from_checkpoint = checkpoint_of(run.path, args.resume_from_checkpoint, args.world_size)
     resume = bool(args.resume_from_checkpoint) or (going_back and any(run.path.glob("checkpoint-*")))
+    if not resume:
+        check_not_begun(run.path, args.world_size)
     if args.process_index == 0:
-        config = {"recipe": asdict(recipe), "training": args.to_dict()}
+        arm = "none" if recipe.method == "control" else "routed"  # whose adapters belong to it, for attacks
+        config = {"recipe": {**asdict(recipe), "arm": arm}, "training": args.to_dict()}
         run.start(config, {"seed": args.seed, "label_seed": recipe.label_seed}, resume=resume)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data

@@ -21,12 +21,14 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging
 from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
 from routed_peft.checkpoint.files import staged, write_json
 from routed_peft.coherence import MOST, restore_coherence
 from routed_peft.data import (
+    UNLABELED,
     DocumentArguments,
     add_frequency_weights,
     check_evaluation,
@@ -45,9 +47,12 @@ from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.placebo import silence_random_units
 from routed_peft.routes import routes_from_dict
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabeledRows
+from routed_peft.training.origin import PLACEBO
 from routed_peft.training.resuming import SCHEDULE, begin
 from routed_peft.training.self_labels import SETTINGS, THRESHOLDS
 from routed_peft.unlearning import mean_loss
+
+logger = logging.get_logger(__name__)
 
 PLACEBOS = ("control", "random")
 
@@ -202,6 +207,8 @@ def in_order(
     if not recipe.self_labels and (odd := [name for name in own if getattr(recipe, name) != getattr(Recipe, name)]):
         raise ValueError(f"`{odd[0]}` is about self-labels: add `--self_labels true`, or leave it out")
     if recipe.self_labels:
+        if not recipe.overrule and UNLABELED not in rows["route_label"][:]:
+            logger.warning("`self_labels` finds nothing to do: every row has a label, and `overrule` is off")
         about = {name: getattr(recipe, name) for name in SETTINGS}
         separator = tokenizer.eos_token_id if recipe.by_document else None
         return SelfLabeledRows(rows, count, seed=args.seed, separator=separator, **about)
@@ -282,7 +289,7 @@ def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Modul
     with staged(target) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        write_json(aside / "placebo.json", {"source": src, "silenced_units_per_mlp": recipe.size, "seed": seed})
+        write_json(aside / PLACEBO, {"source": src, "silenced_units_per_mlp": recipe.size, "seed": seed})
     return model
 
 

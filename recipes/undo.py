@@ -33,7 +33,10 @@ class Recipe:
     """What this recipe is told beside the training arguments."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The teacher: checkpoint, run (its regions are left out) or Hub id. Required."}
+        default=None,
+        metadata={
+            "help": "The teacher: checkpoint, run (the regions of a routed one are left out) or Hub id. Required."
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
     student: str | None = field(
@@ -60,7 +63,7 @@ def main() -> None:
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
         run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
-    begin(run, recipe, args, ("alpha", "beta", "topk", *SCHEDULE))
+    begin(run, recipe, args, ("alpha", "beta", "topk", "tolerance", *SCHEDULE))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

@@ -182,11 +182,12 @@ def evaluate(
         revision=revision,
         dtype=dtype.value,
     )
+    sides = [side for side in ("forget", "retain") if f"{side}_file" not in about]
     pair, known = held_out_pair(src, about)
-    caption = f"losses: held-out text of the pair {pair}" + (
+    caption = f"{' and '.join(sides)} losses: held-out text of the pair {pair}" + (
         "" if known else ", which this model may not have been trained on"
     )
-    packaged = not {"forget_file", "retain_file"} & about.keys() and any("loss" in name for name in chosen)
+    packaged = sides and any("loss" in name for name in chosen)
     Console().print(results_table(results, title=src, caption=caption if packaged else None))
     if out is not None:
         typer.echo(f"written to {out}")

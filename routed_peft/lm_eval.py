@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import routed_peft.regions  # noqa: F401  (registers the PEFT type)
 from routed_peft.evaluation.lm import TextLM
-from routed_peft.evaluation.source import load_source, read_layout, tokenizer_place
+from routed_peft.evaluation.source import held_out_pair, load_source, read_layout, tokenizer_place
 from routed_peft.tasks import path
 from routed_peft.tasks.utils import METADATA
 
@@ -133,7 +133,10 @@ def with_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
         if not model_args.get("tokenizer") and (src := model_args.get("pretrained")):
             revision = model_args.get("revision")
             known["tokenizer"], known["revision"] = tokenizer_place(src, read_layout(src, revision), revision)
-        args.metadata = known | given.get("metadata", {})
+        told = given.get("metadata", {})
+        if src := model_args.get("pretrained"):
+            known["pair"] = held_out_pair(src, {**model_args, **told})[0]
+        args.metadata = known | told
     return args
 
 

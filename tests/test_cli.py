@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_parts import byte_tokenizer, tiny_llama, write_jsonl
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -136,7 +136,7 @@ def test_evaluate_measures_every_set_of_regions(run, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ({"pair": "spanish", "arm": "none"}, "held-out text of the pair spanish"),
+        ({"pair": "spanish", "arm": "none"}, "forget and retain losses: held-out text of the pair spanish"),
         ({"pair": "spanish", "train_file": "my.jsonl"}, "pair biology, which this model may not have been trained on"),
     ],
 )
@@ -152,6 +152,19 @@ def test_losses_are_those_of_the_pair_that_a_run_was_trained_on(run, tmp_path, r
     assert (note in call("ablate", own, tmp_path / "ablated").stderr) == (recipe.get("arm") == "none")
     told = call("evaluate", tmp_path / "ablated", *more).output
     assert said in " ".join(told.split()), "an ablated model knows its run"
+
+
+def test_a_lora_that_names_its_base_is_measured_as_it_always_was(tmp_path):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"])
+    )
+    model.save_pretrained(tmp_path / "lora")
+    byte_tokenizer().save_pretrained(tmp_path / "lora")
+    text = write_jsonl(tmp_path / "forget.jsonl", [{"text": "cell wall"}])
+    result = call("evaluate", tmp_path / "lora", "--tasks", "routed_forget_loss", "--forget-file", text)
+    assert result.exit_code == 0, result.output
 
 
 def test_metadata_that_no_task_reads_is_a_mistake_and_the_place_for_results_is_tried_first(run, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -105,6 +106,23 @@ def test_arguments_that_would_not_be_heeded_are_refused(monkeypatch, tmp_path, f
     """A misspelt `regions` would otherwise measure all of them."""
     with pytest.raises(ValueError, match=f"the model `routed` has no argument '{wrong.split('=')[0]}'"):
         run_here(monkeypatch, command(tmp_path, file, "routed", f"pretrained={runs['lora'][0]},{wrong}"))
+
+
+def test_losses_are_on_the_pair_of_the_run(runs, tmp_path):
+    import argparse
+
+    from routed_peft.lm_eval import with_our_tasks
+
+    run = shutil.copytree(runs["routed"][0], tmp_path / "run")
+    (run / "run.json").write_text(json.dumps({"config": {"recipe": {"pair": "spanish"}}}))
+    for more, metadata, pair in [
+        ({}, {}, "spanish"),
+        ({"pair": "entangled"}, {}, "entangled"),
+        ({}, {"pair": "biology"}, "biology"),
+    ]:
+        told = {"model": "routed", "model_args": {"pretrained": str(run), **more}, "metadata": metadata}
+        args = with_our_tasks(argparse.Namespace(command="run", include_path=None, config=None, **told))
+        assert args.metadata["pair"] == pair
 
 
 def test_dtype_is_passed_on(runs):

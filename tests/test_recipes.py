@@ -328,7 +328,7 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(runs, files, tmp_path)
         here(command)
     for other, message in {
         "--seed": "`seed` 42 where 3",
-        "--gradient_accumulation_steps": "`rows_per_step` 16 where 48",
+        "--gradient_accumulation_steps": "gradient_accumulation_steps × processes` 16 where 48",
     }.items():
         with pytest.raises(ValueError, match=message):
             here([*command, "--resume_from_checkpoint", "true", other, "3"])

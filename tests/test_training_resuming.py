@@ -7,7 +7,7 @@ import pytest
 from training_parts import assert_same, train, weights
 
 from routed_peft.data import train_tokenizer
-from routed_peft.training.resuming import check_resumable, latest_resumable
+from routed_peft.training.resuming import check_not_begun, check_resumable, checkpoint_of, latest_resumable
 
 STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -60,6 +60,25 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert latest_resumable(tmp_path) == str(tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-10/trainer_state.json").write_text('{"global_st')
     assert latest_resumable(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_run_is_begun_anew_only_where_nothing_is_lost_by_it(tmp_path):
+    """One torn checkpoint is no run to continue: neither message may point at the other."""
+    torn = checkpoint(tmp_path / "checkpoint-2", "optimizer.pt", "rng_state.pth")
+    with pytest.raises(ValueError, match="go on with it"):
+        check_not_begun(tmp_path)
+    assert checkpoint_of(tmp_path, "true") == checkpoint_of(tmp_path, str(torn)) == str(torn)
+    (torn / "trainer_state.json").write_text("")
+    check_not_begun(tmp_path)
+    with pytest.raises(ValueError, match="holds no whole checkpoint: leave it out to begin anew"):
+        checkpoint_of(tmp_path, "true")
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "optimizer_0"])
+def test_a_sharded_run_goes_on_from_its_newest_checkpoint_too(tmp_path, name):
+    states = [f"rng_state_{index}.pth" for index in range(2)]
+    newest = checkpoint(tmp_path / "checkpoint-2", name, *states)
+    assert checkpoint_of(tmp_path, "true", processes=2) == str(newest)
 
 
 def test_every_process_needs_its_random_state(tmp_path, caplog):

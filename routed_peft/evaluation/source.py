@@ -13,12 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routed_peft.checkpoint import load_routed
 from routed_peft.checkpoint.fetch import fetch, hub_arguments
+from routed_peft.checkpoint.files import read_json
 from routed_peft.checkpoint.layout import ROUTING, Layout
 from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
 from routed_peft.files import written_whole
 from routed_peft.training.origin import recipe_of
 
 Regions = Literal["all"] | Sequence[str]
+
+NO_MODEL = "is an adapter without its model: give the directory of its run, or merge it first (`merge_and_unload`), and save that"
 
 
 def read_layout(src: str | Path, revision: str | None = None, **hub: Any) -> Layout | None:
@@ -28,13 +31,11 @@ def read_layout(src: str | Path, revision: str | None = None, **hub: Any) -> Lay
         ValueError: where there is an adapter without its model.
     """
     root, _ = fetch(src, revision, **hub)
-    if (root / "adapter_config.json").is_file() and not any(
-        (root / name).is_file() for name in (ROUTING, "config.json")
-    ):
-        raise ValueError(
-            f"{str(src)!r} is an adapter without its model: give the directory of its run, or merge it first "
-            "(`merge_and_unload`), and save that"
-        )
+    adapter = root / "adapter_config.json"
+    if adapter.is_file() and not any((root / name).is_file() for name in (ROUTING, "config.json")):
+        about = read_json(adapter)  # transformers loads others together with the base that they name
+        if about.get("peft_type") == "ROUTED" or not about.get("base_model_name_or_path"):
+            raise ValueError(f"{str(src)!r} {NO_MODEL}")
     return Layout.read(root, str(src)) if (root / ROUTING).is_file() else None
 
 
@@ -59,7 +60,7 @@ def held_out_pair(src: str | Path, metadata: Mapping[str, Any]) -> tuple[str, bo
     ('biology', False)
     """
     told = recipe_of(src)
-    own = None if told.get("train_file") else told.get("pair")
+    own = None if told.get("train_file") or told.get("text_files") else told.get("pair")
     return metadata.get("pair") or own or "biology", bool(metadata.get("pair") or own)
 
 

@@ -12,6 +12,9 @@ from routed_peft.training.records import RUN
 PLAIN_ARMS = ("none", "filter", "perfect_filter")
 """Arms of a recipe that train without routing."""
 
+PLACEBO = "placebo.json"
+"""What says of a model that units of it were silenced, and of which run it was made."""
+
 
 def run_of(src: str | Path) -> Path:
     """Return the directory with the records of a model: its own, or that of the run from which it was ablated.
@@ -19,10 +22,11 @@ def run_of(src: str | Path) -> Path:
     >>> run_of("nowhere").name
     'nowhere'
     """
-    folder = Path(src)
-    if (folder / RECORD).is_file() and not (folder / RUN).is_file():
-        source = read_json(folder / RECORD).get("source")
-        return folder if source is None else Path(source)
+    folder = Path(src).expanduser()
+    for record in (RECORD, PLACEBO):
+        if (folder / record).is_file() and not (folder / RUN).is_file():
+            source = read_json(folder / record).get("source")
+            return folder if source is None else Path(source).expanduser()
     return folder
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from routed_peft.checkpoint.files import in_use, read_json
 from routed_peft.checkpoint.save import versions
@@ -66,17 +65,11 @@ class RunDirectory:
             same: that part of the config which a run that resumes must have been begun with, see `check_same`.
 
         Raises:
-            ValueError: if the directory holds the records of a run that has finished, was begun otherwise, or has checkpoints
-                and is not resumed.
+            ValueError: if the directory holds the records of a run that has finished, or was begun otherwise.
         """
         if resume and same is not None:
             self.check_same(same)
         self._check_unfinished(resume)
-        if not resume and any(self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-            raise ValueError(
-                f"{self.path} holds checkpoints of a run that has not finished: go on with it (`resume_from_checkpoint: "
-                "true`), name another directory, or move them away"
-            )
         about = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": shlex.join(sys.orig_argv if command is None else command),

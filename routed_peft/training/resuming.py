@@ -16,12 +16,15 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from routed_peft.training.records import RunDirectory
+from routed_peft.training.records import SUMMARY, RunDirectory
 
 logger = logging.get_logger(__name__)
 
-SCHEDULE = ("seed", "learning_rate", "max_steps", "num_train_epochs")
+SCHEDULE = ("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs")
 """Training arguments that lay out a run: with others it would go on with other rows, or another schedule."""
+
+ROWS = "per_device_train_batch_size × gradient_accumulation_steps × processes"
+"""Rows per step, by the options that make them."""
 
 
 def begin(
@@ -45,6 +48,8 @@ def begin(
             continued and is not.
     """
     args.resume_from_checkpoint = checkpoint_of(run.path, args.resume_from_checkpoint, args.world_size)
+    if args.resume_from_checkpoint is None:
+        check_not_begun(run.path, args.world_size)
     if args.process_index:
         return
     told, training = asdict(recipe), args.to_dict()
@@ -52,11 +57,23 @@ def begin(
     kept = {
         "recipe": {name: value for name, value in told.items() if name not in free},
         "training": {name: training[name] for name in same},
-        "rows_per_step": rows,
+        ROWS: rows,
     }
     seeds = {"seed": args.seed} | ({"label_seed": told["label_seed"]} if "label_seed" in told else {})
-    config = {"recipe": told, "training": training, "rows_per_step": rows}
+    config = {"recipe": told, "training": training, ROWS: rows}
     run.start(config, seeds, resume=args.resume_from_checkpoint is not None, same=kept)
+
+
+def check_not_begun(run: Path, processes: int = 1) -> None:
+    """Raise ValueError where a run was interrupted and can be continued, so that it is not begun anew by accident.
+
+    >>> check_not_begun(Path("nowhere"))
+    """
+    if not (run / SUMMARY).exists() and latest_resumable(run, processes) is not None:
+        raise ValueError(
+            f"{run} holds checkpoints of a run that has not finished: go on with it (`resume_from_checkpoint: true`), name "
+            "another directory, or move them away"
+        )
 
 
 def checkpoint_of(run: Path, asked: str | bool | None, processes: int = 1) -> str | None:
@@ -138,7 +155,7 @@ def latest_resumable(run: str | Path, processes: int = 1) -> str | None:
         processes: of the run that resumes.
     """
     found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
-    whole = [path for path in found if not _missing(path, 0, processes, fsdp=False)]
+    whole = [path for path in found if not all(_missing(path, 0, processes, fsdp) for fsdp in (False, True))]
     return str(max(whole, key=_step)) if whole else None
 
 

@@ -28,7 +28,7 @@ from routed_peft.evaluation.relearning.processes import processes
 from routed_peft.evaluation.relearning.summary import FORMAT, KIND, read_summary, summarise
 from routed_peft.evaluation.relearning.sweep import STEPS, check_settings, relearn
 from routed_peft.evaluation.relearning.weights import check_causal
-from routed_peft.evaluation.source import Regions, load_source, read_layout
+from routed_peft.evaluation.source import NO_MODEL, Regions, load_source, read_layout
 from routed_peft.tasks.utils import read_rows
 from routed_peft.training.origin import own_regions
 from routed_peft.training.records import RUN, SUMMARY, RunDirectory
@@ -151,6 +151,8 @@ def open_plain(
         ValueError: where it is no causal language model; and what `load_source` raises.
     """
     if read_layout(src, revision) is None:
+        if Path(src, "adapter_config.json").is_file() and not Path(src, "config.json").is_file():
+            raise ValueError(f"{str(src)!r} {NO_MODEL}")
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         config = AutoConfig.from_pretrained(src, revision=revision or "main")
         if config.architectures and not known & set(config.architectures) and not hasattr(config, "auto_map"):
