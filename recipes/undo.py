@@ -34,9 +34,7 @@ class Recipe:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={
-            "help": "The teacher: checkpoint, run (the regions of a routed one are left out) or Hub id. Required."
-        },
+        metadata={"help": "The teacher: checkpoint, run (regions of a routed one are left out) or Hub id. Required."},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
     student: str | None = field(

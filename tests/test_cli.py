@@ -91,7 +91,7 @@ def test_ablate_keeps_a_region_on_request(run, tmp_path):
         (["evaluate", "RUN", "--metadata", "limit=few"], "`limit` must be a whole number from 1, got 'few'"),
         (["evaluate", "RUN", "--tasks", "routed_retain_mc", "--metadata", "limit=0"], "`limit` must be a whole number"),
         (["inspect", "no-such-org/no-such-model"], "routed-peft: 'no-such-org/no-such-model' is no directory here, so"),
-        (["evaluate", "RUN/bio"], "is an adapter without its model: give the directory of its run"),
+        (["evaluate", "RUN/bio"], "is an adapter without its model: give its run"),
     ],
 )
 def test_a_users_mistake_is_one_line(run, tmp_path, monkeypatch, arguments, message):

@@ -21,7 +21,7 @@ from routed_peft.training.origin import recipe_of
 
 Regions = Literal["all"] | Sequence[str]
 
-NO_MODEL = "is an adapter without its model: give the directory of its run, or merge it first (`merge_and_unload`), and save that"
+NO_MODEL = "is an adapter without its model: give its run, or merge it first (`merge_and_unload`), and save that"
 
 
 def read_layout(src: str | Path, revision: str | None = None, **hub: Any) -> Layout | None:
