@@ -33,7 +33,7 @@ from routed_peft.data import (
 )
 from routed_peft.evaluation.losses import check_length
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder
-from routed_peft.training.resuming import SCHEDULE, begin
+from routed_peft.training.resuming import begin
 
 BASE_ADAPTER, REGION = "retain", "forget"
 
@@ -87,7 +87,7 @@ def main() -> None:
     args.train_base, args.base_adapters = False, [BASE_ADAPTER]
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
-    begin(run, recipe, args, (*RoutedArguments.__annotations__, *SCHEDULE))
+    begin(run, recipe, args, RoutedArguments.__annotations__)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

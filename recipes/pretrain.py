@@ -48,7 +48,7 @@ from routed_peft.placebo import silence_random_units
 from routed_peft.routes import routes_from_dict
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabeledRows
 from routed_peft.training.origin import PLACEBO
-from routed_peft.training.resuming import SCHEDULE, begin
+from routed_peft.training.resuming import begin
 from routed_peft.training.self_labels import SETTINGS, THRESHOLDS
 from routed_peft.unlearning import mean_loss
 
@@ -150,7 +150,7 @@ def main() -> None:
     args.evaluate_ablated &= recipe.method != "random"  # what it silences is no region
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
-    begin(run, recipe, args, (*RoutedArguments.__annotations__, *SCHEDULE))
+    begin(run, recipe, args, RoutedArguments.__annotations__)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

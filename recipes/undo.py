@@ -23,7 +23,7 @@ from routed_peft.data import RETAIN, DocumentArguments, check_evaluation, evalua
 from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.training.resuming import SCHEDULE, begin
+from routed_peft.training.resuming import begin
 from routed_peft.unlearning import UndoArguments, check_tokenizers, mean_loss, save_undone, undo
 from routed_peft.unlearning.data import check_held_out
 
@@ -61,7 +61,7 @@ def main() -> None:
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
         run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
-    begin(run, recipe, args, ("alpha", "beta", "topk", "tolerance", *SCHEDULE))
+    begin(run, recipe, args, ("alpha", "beta", "topk", "tolerance"))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

@@ -24,12 +24,10 @@ from routed_peft.data import DocumentArguments, check_evaluation, evaluation_row
 from routed_peft.evaluation.losses import check_length
 from routed_peft.evaluation.relearning.run import open_plain
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.training.resuming import SCHEDULE, begin
+from routed_peft.training.resuming import begin
 from routed_peft.unlearning import UNLEARNED, UnlearningArguments, mean_loss, spent, unlearn
 
 SIDES = ("forget", "retain")
-METHOD = (*UnlearningArguments.__annotations__, *SCHEDULE)
-"""What a run that resumes must have been begun with."""
 
 
 @dataclass
@@ -53,7 +51,7 @@ def main() -> None:
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
         run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
-    begin(run, recipe, args, METHOD)
+    begin(run, recipe, args, UnlearningArguments.__annotations__)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

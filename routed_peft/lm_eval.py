@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import routed_peft.regions  # noqa: F401  (registers the PEFT type)
 from routed_peft.evaluation.lm import TextLM
-from routed_peft.evaluation.source import held_out_pair, load_source, read_layout, tokenizer_place
+from routed_peft.evaluation.source import held_out_pair, load_source, parse_regions, read_layout, tokenizer_place
 from routed_peft.tasks import path
 from routed_peft.tasks.utils import METADATA
 
@@ -68,17 +68,6 @@ def check_arguments(given: Iterable[str]) -> None:
                 f"the model `routed` has no argument {name!r}: "
                 + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(HEEDED))}")
             )
-
-
-def parse_regions(regions: str | None) -> Literal["all"] | list[str]:
-    """Read the model argument ``regions``.
-
-    >>> parse_regions("bio+cyber"), parse_regions("none"), parse_regions("all")
-    (['bio', 'cyber'], [], 'all')
-    """
-    if regions is None or regions.lower() == "none":  # lm-eval reads None as the value of that name
-        return []
-    return "all" if regions == "all" else regions.split("+")
 
 
 @register_model("routed")
@@ -130,12 +119,12 @@ def with_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
     if given.get("model") == "routed":
         model_args = given.get("model_args", {})
         known: dict[str, Any] = {"special_tokens": False}
-        if not model_args.get("tokenizer") and (src := model_args.get("pretrained")):
+        src, told = model_args.get("pretrained"), given.get("metadata", {})
+        if src:
+            known["pair"] = held_out_pair(src, {**model_args, **told})[0]
+        if src and not model_args.get("tokenizer"):
             revision = model_args.get("revision")
             known["tokenizer"], known["revision"] = tokenizer_place(src, read_layout(src, revision), revision)
-        told = given.get("metadata", {})
-        if src := model_args.get("pretrained"):
-            known["pair"] = held_out_pair(src, {**model_args, **told})[0]
         args.metadata = known | told
     return args
 

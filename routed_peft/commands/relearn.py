@@ -105,6 +105,7 @@ def relearn(
         summary_tables,
     )
     from routed_peft.evaluation.relearning.processes import processes
+    from routed_peft.evaluation.source import parse_regions
 
     if reference is not None and reference_loss is not None:
         raise ValueError("`--reference` and `--reference-loss` say the same: give one of them")
@@ -126,7 +127,7 @@ def relearn(
         range(seeds),
         log_spaced(marks[0]) if len(marks) == 1 else marks,
         extensions,
-        {None: None, "all": "all", "none": ()}.get(regions, (regions or "").split("+")),
+        None if regions is None else parse_regions(regions),
         reference if reference_loss is None else reference_loss,
         revision,
         device,

@@ -24,6 +24,17 @@ Regions = Literal["all"] | Sequence[str]
 NO_MODEL = "is an adapter without its model: give its run, or merge it first (`merge_and_unload`), and save that"
 
 
+def parse_regions(regions: str | None) -> Regions:
+    """Read regions as command lines name them: joined by ``+``, or all, or none.
+
+    >>> parse_regions("bio+cyber"), parse_regions("none"), parse_regions("all")
+    (['bio', 'cyber'], [], 'all')
+    """
+    if regions is None or regions.lower() == "none":  # lm-eval reads None as the value of that name
+        return []
+    return "all" if regions == "all" else regions.split("+")
+
+
 def read_layout(src: str | Path, revision: str | None = None, **hub: Any) -> Layout | None:
     """Return the layout of a run that `save_routed` wrote, or None for a plain checkpoint of transformers.
 

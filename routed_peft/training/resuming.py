@@ -27,21 +27,15 @@ ROWS = "per_device_train_batch_size × gradient_accumulation_steps × processes"
 """Rows per step, by the options that make them."""
 
 
-def begin(
-    run: RunDirectory,
-    recipe: Any,
-    args: TrainingArguments,
-    same: Collection[str] = SCHEDULE,
-    free: Collection[str] = ("ablate_to",),
-) -> None:
+def begin(run: RunDirectory, recipe: Any, args: TrainingArguments, own: Collection[str]) -> None:
     """Write the ``run.json`` of a recipe; and find the checkpoint that it goes on from, where it is asked to.
 
     Args:
         run: where to.
         recipe: the dataclass of what the recipe is told.
         args: the training arguments; ``resume_from_checkpoint`` becomes a directory, or None.
-        same: fields of ``args`` that must be as they were where the run goes on; rows per step must be, too.
-        free: fields of ``recipe`` that need not be.
+        own: fields of ``args`` that must be as they were where the run goes on, beside `SCHEDULE`, the rows per step and all of
+            ``recipe`` but where the ablated model goes.
 
     Raises:
         ValueError: what `checkpoint_of` raises; the directory holds a run that has finished, was begun otherwise, or can be
@@ -55,8 +49,8 @@ def begin(
     told, training = asdict(recipe), args.to_dict()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     kept = {
-        "recipe": {name: value for name, value in told.items() if name not in free},
-        "training": {name: training[name] for name in same},
+        "recipe": {name: value for name, value in told.items() if name != "ablate_to"},
+        "training": {name: training[name] for name in (*own, *SCHEDULE)},
         ROWS: rows,
     }
     seeds = {"seed": args.seed} | ({"label_seed": told["label_seed"]} if "label_seed" in told else {})
