@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from routed_peft import RoutedConfig, presets
-from routed_peft.checkpoint.save import versions
+from routed_peft.runs.provenance import versions
 from routed_peft.subspaces import Subspace, haar
 from routed_peft.trl import RoutedGRPOConfig, RoutedGRPOTrainer
 

@@ -26,9 +26,9 @@ from step_time import hardware
 from steps import ROUTES, ROWS, SIZES, Step, compare, row_labels
 
 from routed_peft import RoutedTrainer, RoutedTrainingArguments, presets
-from routed_peft.checkpoint.save import versions
 from routed_peft.data import train_tokenizer
 from routed_peft.monitoring import MonitorConfig, RegionMonitor
+from routed_peft.runs.provenance import versions
 
 KINDS = ("GRPO, LoRA", "GRPO, subspace", "fine-tuning, hidden units")
 LIMIT = 1.05

@@ -38,7 +38,7 @@ from steps import (
 )
 
 from routed_peft import GradientRouting, Route
-from routed_peft.checkpoint.save import versions
+from routed_peft.runs.provenance import versions
 
 SHARES = (0.0, 0.1, 0.5, 0.9)
 TIME_LIMITS = {0.0: 1.05, 0.1: 1.05, 0.5: 1.00, 0.9: 0.92}

@@ -7,9 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from routed_peft.evaluation.report.aggregate import Comparison, aggregate
-from routed_peft.evaluation.report.drawing import DARK, LIGHT, render
-from routed_peft.evaluation.report.figures import figures
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+from experiments.report.aggregate import Comparison, aggregate
+from experiments.report.figures import figures
+from routed_peft.report.drawing import DARK, LIGHT, render
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "results" / "biology.json"

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from absent import Labels, as_asked
-from experiment_tables import losses, recovery
-from overview_table import overview
-from tradeoff_tables import attacked, facts, frontier, leaking
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
+from experiments.report.verdicts import ranged
+from experiments.tables.absent import Labels, as_asked
+from experiments.tables.experiment_tables import losses, recovery
+from experiments.tables.overview_table import overview
+from experiments.tables.tradeoff_tables import attacked, facts, frontier, leaking
 from routed_peft.evaluation.measures import Spread
-from routed_peft.evaluation.report.verdicts import ranged
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "rl", "recipes", "monitoring")))

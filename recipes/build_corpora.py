@@ -1,6 +1,6 @@
-"""Derive the text slices in ``corpora/`` from the sources they come from.
+"""Derive the text slices in ``evals/corpora/`` from the sources they come from.
 
-    python recipes/build_corpora.py SOURCE [--out corpora]
+    python recipes/build_corpora.py SOURCE [--out evals/corpora]
 
 SOURCE holds one gzipped JSONL file per source, extracted from these Debian packages:
 
@@ -37,9 +37,9 @@ Row = dict[str, str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Derive the text slices in corpora/ from their sources.")
+    parser = argparse.ArgumentParser(description="Derive the text slices in evals/corpora/ from their sources.")
     parser.add_argument("source", type=Path, help="directory with the extracted *.jsonl.gz files")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "corpora")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "evals" / "corpora")
     args = parser.parse_args()
     for name, rows in slices(args.source).items():
         path = write(args.out / f"{name}.jsonl.gz", rows)

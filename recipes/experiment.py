@@ -10,8 +10,8 @@ all cells go to `summary_file`, which `routed-peft report` and the README's tabl
 
 from trl import TrlParser
 
+from experiments.removal import Experiment, run_experiment
 from routed_peft.demo.settings import DemoSettings
-from routed_peft.experiment import Experiment, run_experiment
 
 if __name__ == "__main__":
     experiment, settings = TrlParser((Experiment, DemoSettings)).parse_args_and_config()

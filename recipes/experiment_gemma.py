@@ -24,8 +24,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from routed_peft.checkpoint.save import versions
 from routed_peft.evaluation import evaluate_source, results_table
+from routed_peft.runs.provenance import versions
 
 RECIPES = Path(__file__).resolve().parent
 RUNS = {  # name -> recipe, configuration

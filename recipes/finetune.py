@@ -31,9 +31,9 @@ from routed_peft.data import (
     pack,
     schedule,
 )
-from routed_peft.evaluation.losses import check_length
+from routed_peft.evaluation.text_loss import check_length
+from routed_peft.runs.begin import begin
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder
-from routed_peft.training.resuming import begin
 
 BASE_ADAPTER, REGION = "retain", "forget"
 

@@ -37,9 +37,9 @@ from routed_peft.data import load_training_file
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, run_with_rollback, treated
 from routed_peft.monitoring.quarantine import read_quarantine
 from routed_peft.routes import routes_from_dict
+from routed_peft.runs.begin import check_not_begun, checkpoint_of
 from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.training.resuming import check_not_begun, checkpoint_of
 from routed_peft.trl import (
     ColumnLabels,
     EnvironmentLabels,

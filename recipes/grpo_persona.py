@@ -9,7 +9,7 @@ and a list of criteria. Every arm at every seed has a directory of its own under
 
 from trl import TrlParser
 
-from routed_peft.persona import Experiment, Settings, run_experiment
+from experiments.persona import Experiment, Settings, run_experiment
 
 if __name__ == "__main__":
     run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())

@@ -11,7 +11,7 @@ has a directory of its own there: a run that was stopped goes on, and the three 
 
 from trl import TrlParser
 
-from routed_peft.reward_hack import Experiment, Settings, run_experiment
+from experiments.reward_hack import Experiment, Settings, run_experiment
 
 if __name__ == "__main__":
     run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())

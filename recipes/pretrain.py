@@ -25,8 +25,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
-from routed_peft.checkpoint.files import staged, write_json
-from routed_peft.coherence import MOST, restore_coherence
+from routed_peft.checkpoint.staging import staged
 from routed_peft.data import (
     UNLABELED,
     DocumentArguments,
@@ -42,15 +41,17 @@ from routed_peft.data import (
     train_tokenizer,
 )
 from routed_peft.evaluation import load_source
-from routed_peft.evaluation.losses import check_length
-from routed_peft.evaluation.relearning.run import open_plain
-from routed_peft.placebo import silence_random_units
+from routed_peft.evaluation.placebo import silence_random_units
+from routed_peft.evaluation.source import open_plain
+from routed_peft.evaluation.text_loss import check_length
+from routed_peft.files import write_json
 from routed_peft.routes import routes_from_dict
+from routed_peft.runs.begin import begin
+from routed_peft.runs.records import PLACEBO
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabeledRows
-from routed_peft.training.origin import PLACEBO
-from routed_peft.training.resuming import begin
 from routed_peft.training.self_labels import SETTINGS, THRESHOLDS
 from routed_peft.unlearning import mean_loss
+from routed_peft.unlearning.coherence import MOST, restore_coherence
 
 logger = logging.get_logger(__name__)
 

@@ -9,7 +9,7 @@ seed has a directory of its own under `output_dir`: a run that was stopped goes 
 
 from trl import TrlParser
 
-from routed_peft.style import Experiment, Settings, run_experiment
+from experiments.style import Experiment, Settings, run_experiment
 
 if __name__ == "__main__":
     run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())

@@ -20,10 +20,10 @@ from trl import TrlParser
 
 from routed_peft.corpora import load_pair
 from routed_peft.data import RETAIN, DocumentArguments, check_evaluation, evaluation_rows, load_texts, pack
-from routed_peft.evaluation.losses import check_length
-from routed_peft.evaluation.relearning.run import open_plain
+from routed_peft.evaluation.source import open_plain
+from routed_peft.evaluation.text_loss import check_length
+from routed_peft.runs.begin import begin
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.training.resuming import begin
 from routed_peft.unlearning import UndoArguments, check_tokenizers, mean_loss, save_undone, undo
 from routed_peft.unlearning.data import check_held_out
 

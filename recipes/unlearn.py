@@ -19,12 +19,13 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 
-from routed_peft.checkpoint.files import staged, write_json
+from routed_peft.checkpoint.staging import staged
 from routed_peft.data import DocumentArguments, check_evaluation, evaluation_rows, labeled_documents, pack
-from routed_peft.evaluation.losses import check_length
-from routed_peft.evaluation.relearning.run import open_plain
+from routed_peft.evaluation.source import open_plain
+from routed_peft.evaluation.text_loss import check_length
+from routed_peft.files import write_json
+from routed_peft.runs.begin import begin
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.training.resuming import begin
 from routed_peft.unlearning import UNLEARNED, UnlearningArguments, mean_loss, spent, unlearn
 
 SIDES = ("forget", "retain")

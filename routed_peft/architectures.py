@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from routed_peft.mode import evaluating
+from routed_peft.eval_mode import evaluating
 
 SUPPORTED = (
     "gate_proj/up_proj/down_proj (Llama, Mistral, Qwen, Gemma, OLMo, SmolLM, Granite), gate_up_proj/down_proj (Phi-3), "

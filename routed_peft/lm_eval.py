@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import routed_peft.regions  # noqa: F401  (registers the PEFT type)
-from routed_peft.evaluation.lm import TextLM
+from routed_peft.evaluation.lm_eval_model import TextLM
 from routed_peft.evaluation.source import held_out_pair, load_source, parse_regions, read_layout, tokenizer_place
 from routed_peft.tasks import path
 from routed_peft.tasks.utils import METADATA

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
-from routed_peft.checkpoint.files import NOTICE_FILES, TOKENIZER_FILES
+from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES
 
 ROOT_FILES = ("*.safetensors", "*.json", "*.txt", "*.md", *TOKENIZER_FILES, *NOTICE_FILES)
 FOLDER_FILES = ("*.safetensors", "*.json", "*.md")

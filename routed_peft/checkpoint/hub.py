@@ -10,10 +10,11 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from routed_peft.checkpoint.files import NOTICE_FILES, TOKENIZER_FILES, files_in, read_json
 from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, Layout
 from routed_peft.checkpoint.model_card import model_card
+from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, files_in
 from routed_peft.checkpoint.tensors import WEIGHTS
+from routed_peft.files import read_json
 
 _PLAIN = ("config.json", "generation_config.json", "model.safetensors.index.json")
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from routed_peft.checkpoint.files import LAST, read_json, sha256
+from routed_peft.checkpoint.staging import LAST, sha256
 from routed_peft.checkpoint.tensors import WEIGHTS
+from routed_peft.files import read_json
 from routed_peft.routes import routes_from_dict
 
 ROUTING = LAST

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from routed_peft.checkpoint.fetch import fetch, fetch_folder, hub_arguments
-from routed_peft.checkpoint.files import read_json
 from routed_peft.checkpoint.layout import CONFIG, REGION, Layout, verify_adapter
 from routed_peft.checkpoint.tensors import (
     WEIGHTS,
@@ -25,6 +24,7 @@ from routed_peft.checkpoint.tensors import (
     plain_state_dict,
     read_tensors,
 )
+from routed_peft.files import read_json
 from routed_peft.regions.fingerprint import check_fingerprint
 from routed_peft.routes import check_region_name, routes_from_dict
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from routed_peft.checkpoint.files import read_json
 from routed_peft.checkpoint.layout import CONFIG, Layout
+from routed_peft.files import read_json
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md.jinja"
 

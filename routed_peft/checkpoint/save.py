@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from routed_peft.checkpoint.fetch import cached_commit
-from routed_peft.checkpoint.files import files_in, read_json, sha256, staged, write_json
 from routed_peft.checkpoint.layout import REGION, ROUTING, VERSION, foreign_weights
+from routed_peft.checkpoint.staging import files_in, sha256, staged
 from routed_peft.checkpoint.tensors import WEIGHTS, adapter_configs, adapter_state_dict, inner_model, plain_state_dict
+from routed_peft.files import read_json, write_json
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.routes import Routes, check_region_name, routes_to_dict
+from routed_peft.runs.provenance import versions
 
 
 def save_routed(
@@ -193,14 +194,3 @@ def _save_adapter(
         "files": {WEIGHTS: sha256(folder / WEIGHTS)},
     }
     write_json(folder / REGION, about)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide what a checkpoint means."""
-    found = {}
-    for name in ("routed_peft", "torch", "transformers", "peft", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # used from a source tree
-            found[name] = "unknown"
-    return found

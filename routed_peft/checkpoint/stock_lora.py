@@ -8,11 +8,12 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from routed_peft.checkpoint.files import in_use, staged
 from routed_peft.checkpoint.layout import CONFIG
+from routed_peft.checkpoint.staging import staged
 from routed_peft.checkpoint.tensors import WEIGHTS, read_tensors
+from routed_peft.files import in_use
 from routed_peft.regions import RoutedConfig
-from routed_peft.regions.cut import project_off
+from routed_peft.regions.projections import project_off
 
 
 def to_stock_lora(src: str | Path, out: str | Path) -> Path:

@@ -95,6 +95,7 @@ def relearn(
     """  # noqa: E501
     from rich.console import Console
 
+    from routed_peft.evaluation.processes import processes
     from routed_peft.evaluation.relearning import (
         Attack,
         AttackData,
@@ -104,7 +105,6 @@ def relearn(
         relearn_source,
         summary_tables,
     )
-    from routed_peft.evaluation.relearning.processes import processes
     from routed_peft.evaluation.source import parse_regions
 
     if reference is not None and reference_loss is not None:

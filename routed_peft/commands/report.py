@@ -31,8 +31,8 @@ def report(
     """
     from rich.console import Console
 
+    from experiments.report import verdict_tables, write_report
     from routed_peft.evaluation.relearning import summary_tables
-    from routed_peft.evaluation.report import verdict_tables, write_report
 
     written = write_report(places, out)
     console = Console()

@@ -107,11 +107,11 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
     from rich.console import Console
 
     from routed_peft.data import load_texts, pack
-    from routed_peft.evaluation.losses import check_length
-    from routed_peft.evaluation.relearning.run import open_plain
+    from routed_peft.evaluation.source import open_plain
+    from routed_peft.evaluation.text_loss import check_length
     from routed_peft.regions.fingerprint import fingerprint
+    from routed_peft.runs.resuming import latest_resumable
     from routed_peft.training import RunDirectory, RunRecorder
-    from routed_peft.training.resuming import latest_resumable
     from routed_peft.unlearning import save_undone, spent, undo
     from routed_peft.unlearning.data import check_held_out
     from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows

@@ -19,6 +19,7 @@ from routed_peft.data.documents import (
     of_arm,
 )
 from routed_peft.data.frequencies import add_frequency_weights, token_frequency_weights, tokens_of_words
+from routed_peft.data.label_noise import label_statistics, simulate_labels
 from routed_peft.data.labels import (
     FORGET,
     RETAIN,
@@ -29,7 +30,6 @@ from routed_peft.data.labels import (
     labels_from_tokens,
 )
 from routed_peft.data.loading import load_texts, load_training_file
-from routed_peft.data.noise import label_statistics, simulate_labels
 from routed_peft.data.packing import pack
 from routed_peft.data.schedule import schedule
 from routed_peft.data.tokenizer import train_tokenizer

@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from routed_peft.corpora import load_pair
 from routed_peft.data.columns import ROUTE_LABEL, column_values
+from routed_peft.data.label_noise import simulate_labels
 from routed_peft.data.labels import FORGET, RETAIN, labels_from_column, labels_from_keywords
 from routed_peft.data.loading import load_texts, load_training_file
-from routed_peft.data.noise import simulate_labels
 from routed_peft.data.packing import pack, tokenize
 
 logger = logging.get_logger(__name__)

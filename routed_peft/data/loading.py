@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
 
 from routed_peft.data.columns import ROUTE_LABEL
+from routed_peft.tasks.utils import read_rows
 
 _READERS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".json.gz": "json", ".parquet": "parquet"}
 
@@ -72,3 +75,34 @@ def load_texts(files: Sequence[str | os.PathLike[str]]) -> Dataset:
     parts = [load_training_file(file, columns=["text"]).select_columns("text") for file in files]
     alike = [part.cast_column("text", Value("string")) for part in parts]  # Parquet of pandas has long strings
     return concatenate_datasets(alike)
+
+
+def read_texts(file: str | Path, argument: str, limit: int | None = None) -> list[str]:
+    """Read the column ``text`` of a JSONL file.
+
+    Raises:
+        ValueError: no such file, a line that is no JSON object, no line at all, or a row without text.
+    """
+    return [text for text, _ in _read(file, argument)][:limit]
+
+
+def read_facts(file: str | Path) -> list[str | tuple[str, ...]]:
+    """Read facts of a JSONL file, for `AttackData`: ``text``, and ``fact`` where rows say the same or tell each other.
+
+    Raises:
+        ValueError: what `read_texts` raises.
+    """
+    facts: dict[Any, list[str]] = {}
+    for number, (text, row) in enumerate(_read(file, "facts")):
+        facts.setdefault(json.dumps(row["fact"]) if "fact" in row else number, []).append(text)
+    return [tuple(texts) for texts in facts.values()]
+
+
+def _read(file: str | Path, argument: str) -> list[tuple[str, Mapping[str, Any]]]:
+    found = []
+    for number, row in enumerate(read_rows(file, argument), 1):
+        text = row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"`{argument}` must hold a non-empty `text` in every row, got {text!r} in row {number}")
+        found.append((text, row))
+    return found

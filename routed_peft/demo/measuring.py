@@ -14,9 +14,9 @@ from routed_peft.data import FORGET, RETAIN
 from routed_peft.demo.material import SIDES, Material
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation import evaluate
-from routed_peft.evaluation.losses import TextLoss
 from routed_peft.evaluation.measures import worst_case
 from routed_peft.evaluation.relearning import Attack, AttackData, Curve, read_texts, relearn
+from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.training import RunDirectory
 
 TASKS = ("routed_loss", "routed_cloze")

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from rich.table import Table
+
 from routed_peft.demo.measuring import CHANCE
-from routed_peft.demo.plots import PANELS, panel
 from routed_peft.demo.settings import ARMS, DemoSettings
-from routed_peft.demo.summary import ROWS
-from routed_peft.evaluation.report.drawing import LIGHT, render
-from routed_peft.evaluation.report.page import environment, picture, write
+from routed_peft.evaluation.measures import tax, way
+from routed_peft.report.drawing import LIGHT, Draw, Line, Style, Theme, draw_lines, render
+from routed_peft.report.page import environment, picture, write
 from routed_peft.training import RunDirectory
+
+Row = dict[str, Any]
+ROWS = {
+    "no_routing": "no routing",
+    "placebo": "no routing, extra units removed",
+    "filter": "filter, same labels",
+    "routed_on": "routed, region on",
+    "routed": "routed, region ablated",
+    "perfect_filter": "perfect filter",
+}
+
+Point = Mapping[str, Any]
+STYLES = {
+    "no_routing": Style("grey"),
+    "filter": Style("orange"),
+    "routed": Style("blue"),
+    "routed_on": Style("sky", "--"),
+    "perfect_filter": Style("green"),
+}
+NAMES = {**ROWS, "routed": "routed, ablated"}
+Panel = Callable[[Axes, Theme, Sequence[Point], Mapping[str, Any]], None]
 
 TEMPLATE = "report.html.jinja"
 CAPTIONS = {
@@ -51,3 +75,144 @@ def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: De
         out=file.parent,
     )
     write(file, content.encode())
+
+
+def training_curves(split: str, title: str) -> Panel:
+    """Return the panel of validation losses of one side during training."""
+
+    def draw(axes: Axes, theme: Theme, points: Sequence[Point], summary: Mapping[str, Any]) -> None:
+        lines = {}
+        for key in STYLES:
+            arm, ablated = ("routed", False) if key == "routed_on" else (key, key == "routed")
+            found = [
+                (point["tokens"] / 1e6, point["loss"])
+                for point in points
+                if (point["phase"], point["split"], point["arm"], point.get("ablated"))
+                == ("training", split, arm, ablated)
+            ]
+            lines[key] = found
+        _lines(axes, theme, lines)
+        axes.set(title=title, xlabel="training tokens (millions)", ylabel="loss (nats per token)")
+
+    return draw
+
+
+def relearning_curves(axes: Axes, theme: Theme, points: Sequence[Point], summary: Mapping[str, Any]) -> None:
+    """Draw the forget loss under attack, in the worst case over learning rates."""
+    curves = {key: summary["models"][key].get("relearned") for key in STYLES}
+    _lines(axes, theme, {key: sorted((int(s), loss) for s, loss in c.items()) for key, c in curves.items() if c})
+    axes.set(
+        title="Biology, relearnt from a few documents", xlabel="steps of the attack", ylabel="loss (nats per token)"
+    )
+
+
+def before_and_after(axes: Axes, theme: Theme, points: Sequence[Point], summary: Mapping[str, Any]) -> None:
+    """Draw the routed model with its region and without, between the model that knows and the one that never saw."""
+    models = summary["models"]
+    sides = {"forget": "biology", "retain": "other text"}
+    for y, (key, place) in enumerate((key, row) for row, _ in enumerate(sides) for key in ("routed_on", "routed")):
+        side = list(sides)[place]
+        loss, height = models[key][f"{side}_loss"], -y - 0.6 * place
+        axes.barh(height, loss, 0.8, color=theme.colors[STYLES[key].color])
+        inside = f"{'with region' if key == 'routed_on' else 'ablated'} {loss:.2f}"
+        axes.text(0.08, height, inside, va="center", color=theme.background, fontweight="bold")
+    for place, side in enumerate(sides):
+        low, high = -2.6 * place - 1.5, -2.6 * place + 0.5
+        for key in ("no_routing", "perfect_filter"):
+            loss, color = models[key][f"{side}_loss"], theme.colors[STYLES[key].color]
+            axes.plot([loss, loss], [low, high], color=color, linewidth=2.5)
+            if not place:
+                axes.text(loss, high + 0.08, f"{NAMES[key]} ", ha="center", color=color)
+    axes.set(
+        title="The routed model, before and after",
+        xlabel="loss (nats per token)",
+        yticks=[-0.5, -3.1],
+        ylim=(-4.4, 1.1),
+    )
+    axes.set_yticklabels(sides.values())
+    axes.grid(axis="y", visible=False)
+
+
+PANELS: dict[str, Panel] = {
+    "forget": training_curves("forget", "Biology: should stay high"),
+    "retain": training_curves("retain", "Other text: should go low"),
+    "relearning": relearning_curves,
+    "ablation": before_and_after,
+}
+
+
+def panel(name: str, points: Sequence[Point], summary: Mapping[str, Any]) -> Draw:
+    """Return what draws a panel of the name."""
+    return lambda axes, theme: PANELS[name](axes, theme, points, summary)
+
+
+def _lines(axes: Axes, theme: Theme, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    draw_lines(axes, theme, [Line(NAMES[key], line, STYLES[key]) for key, line in lines.items()])
+
+
+def derive(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return way and tax, before and after relearning, of the routed arm and of the filter with the same labels.
+
+    Args:
+        models: key of `ROWS` -> its numbers: ``forget_loss``, ``retain_loss``, ``relearned`` (step -> forget loss), …
+    """
+
+    def covered(key: str, step: int | None = None) -> float:
+        losses = [
+            models[arm]["forget_loss"] if step is None else models[arm]["relearned"][step]
+            for arm in (key, "no_routing", "perfect_filter")
+        ]
+        return way(*losses)
+
+    attacked = [step for step in models["routed"]["relearned"] if step]
+    return {
+        "way": covered("routed"),
+        "tax": tax(models["routed"]["retain_loss"], models["filter"]["retain_loss"]),
+        "way_relearned": {step: covered("routed", step) for step in attacked},
+        "way_filter": covered("filter"),
+        "way_filter_relearned": {step: covered("filter", step) for step in attacked},
+    }
+
+
+def percent(share: float) -> str:
+    """Write a share as a percentage.
+
+    >>> percent(0.756), percent(float("nan"))
+    ('76 %', 'not measurable')
+    """
+    return "not measurable" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def verdict(derived: Mapping[str, Any]) -> str:
+    """Say in one sentence what came out.
+
+    >>> verdict({"way": 0.75, "way_filter": 0.08, "tax": 0.104})
+    'With half of the labels missing, routing and ablating went 75 % of the way from a model that knows biology to one
+    that never saw it (filtering by the same labels: 8 %), and cost 0.10 nats per token of other text.'
+    """
+    cost = derived["tax"]
+    price = f"cost {cost:.2f}" if cost >= 0 else f"gained {-cost:.2f}"
+    if math.isnan(derived["way"]):
+        return (
+            "Too little was learnt to tell: the perfect filter's loss on biology is not above that without routing, so "
+            f"there is no way to measure. Routing and ablating {price} nats per token of other text."
+        )
+    return (
+        f"With half of the labels missing, routing and ablating went {percent(derived['way'])} of the way from a model "
+        f"that knows biology to one that never saw it (filtering by the same labels: {percent(derived['way_filter'])}), "
+        f"and {price} nats per token of other text."
+    )
+
+
+def terminal_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the table for the terminal: what a person can read in ten seconds."""
+    last = max(models["routed"]["relearned"])
+    table = Table(title="held-out loss, nats per token", caption="high on biology and low on the rest is the aim")
+    table.add_column("")
+    for name in ("biology", f"… after {last} relearning steps", "other text"):
+        table.add_column(name, justify="right")
+    for key in ("no_routing", "filter", "routed", "perfect_filter"):
+        numbers = models[key]
+        cells = (numbers["forget_loss"], numbers["relearned"][last], numbers["retain_loss"])
+        table.add_row(ROWS[key], *(f"{cell:.2f}" for cell in cells), style="bold" if key == "routed" else None)
+    return table

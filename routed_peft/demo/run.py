@@ -11,16 +11,15 @@ from typing import Any
 
 from rich.console import Console
 
-from routed_peft.checkpoint.files import in_use
 from routed_peft.demo.display import Display, Watcher, quiet
 from routed_peft.demo.material import Material, tokens_by_side
 from routed_peft.demo.measuring import attack, measure_model, open_model
-from routed_peft.demo.report import write_report
+from routed_peft.demo.report import derive, terminal_table, verdict, write_report
 from routed_peft.demo.settings import ARMS, Arm, DemoSettings
-from routed_peft.demo.summary import derive, terminal_table, verdict
 from routed_peft.demo.training import REGION, bf16_helps, train_arm
+from routed_peft.files import in_use
+from routed_peft.runs.records import SUMMARY
 from routed_peft.training import RunDirectory
-from routed_peft.training.records import SUMMARY
 
 REPORT = "report.html"
 

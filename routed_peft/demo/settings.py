@@ -18,7 +18,7 @@ class DemoSettings:
         labeled_first: share of the run in which the routed arm sees labelled rows only.
         first_forget_share: share of forget rows in that.
         self_labels: whether the region then labels the unlabelled rows, in the routed arm (`SelfLabeledRows`).
-        threshold: above which benefit a row counts as forget (`routed_peft.training.self_labeler.benefit_threshold`).
+        threshold: above which benefit a row counts as forget (`routed_peft.training.benefit.benefit_threshold`).
         score_again_at: share of the run after which the region labels rows once more; None for never.
         forget_share: share of forget rows in the rest of the routed arm's run; None for their share in the data.
         robust_share: share of the retain rows that are seen with the region on, and teach only the region.

@@ -10,7 +10,7 @@ from peft import PeftMixedModel, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 from routed_peft import presets
-from routed_peft.ablation import export
+from routed_peft.checkpoint.export import export
 from routed_peft.demo.material import Material
 from routed_peft.demo.settings import Arm, DemoSettings
 from routed_peft.regions import RoutedConfig

@@ -53,7 +53,7 @@ def evaluate(
     """
     if device is not None:
         model.to(device)
-    from routed_peft.evaluation.lm import measurement
+    from routed_peft.evaluation.lm_eval_model import measurement
 
     measure = measurement(model, tokenizer, tasks, metadata, limit, batch_size)
     return _with_regions(model, measure, regions, base_adapters)
@@ -89,7 +89,7 @@ def evaluate_configurations(
         configurations = default_configurations(region_names(model, base_adapters))
     for regions in configurations.values():  # a misspelt region must not cost the measurements before it
         _others(model, regions, base_adapters)
-    from routed_peft.evaluation.lm import measurement
+    from routed_peft.evaluation.lm_eval_model import measurement
 
     measure = measurement(model, tokenizer, tasks, metadata, limit, batch_size)
     return {name: _with_regions(model, measure, chosen, base_adapters) for name, chosen in configurations.items()}

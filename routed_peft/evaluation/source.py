@@ -8,16 +8,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from routed_peft.checkpoint import load_routed
 from routed_peft.checkpoint.fetch import fetch, hub_arguments
-from routed_peft.checkpoint.files import read_json
 from routed_peft.checkpoint.layout import ROUTING, Layout
 from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
-from routed_peft.files import written_whole
-from routed_peft.training.origin import recipe_of
+from routed_peft.evaluation.processes import processes
+from routed_peft.evaluation.text_loss import check_causal
+from routed_peft.files import read_json, written_whole
+from routed_peft.runs.records import own_regions, recipe_of
 
 Regions = Literal["all"] | Sequence[str]
 
@@ -194,3 +198,29 @@ def _check_writable(file: Path) -> None:
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     with written_whole(file) as aside:
         aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def open_plain(
+    src: str | Path, regions: Regions | None = None, revision: str | None = None, device: str | None = None
+) -> tuple[nn.Module, Any]:
+    """Load a checkpoint in float32 as a plain model, adapters merged, with its tokenizer; `own_regions` by default.
+
+    Raises:
+        ValueError: where it is no causal language model; and what `load_source` raises.
+    """
+    if read_layout(src, revision) is None:
+        if Path(src, "adapter_config.json").is_file() and not Path(src, "config.json").is_file():
+            raise ValueError(f"{str(src)!r} {NO_MODEL}")
+        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        config = AutoConfig.from_pretrained(src, revision=revision or "main")
+        if config.architectures and not known & set(config.architectures) and not hasattr(config, "auto_map"):
+            raise ValueError(
+                f"{str(src)!r} is a {', '.join(config.architectures)}, not a causal language model: there is no "
+                "loss on text to relearn"
+            )
+    regions = own_regions(src) if regions is None else regions
+    model, tokenizer = load_source(src, regions, revision, dtype=torch.float32)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    check_causal(model)
+    return model.to(device or processes().device), tokenizer

@@ -2,12 +2,12 @@
 
 from routed_peft.monitoring.alarms import Alarms, Cusum
 from routed_peft.monitoring.config import MonitorConfig
-from routed_peft.monitoring.driver import run_with_rollback
 from routed_peft.monitoring.growth import Growth
 from routed_peft.monitoring.incidents import Incident
 from routed_peft.monitoring.monitor import RegionMonitor
 from routed_peft.monitoring.probe import Effect
-from routed_peft.monitoring.quarantine import rollback, treated
+from routed_peft.monitoring.quarantine import treated
+from routed_peft.monitoring.rollback import rollback, run_with_rollback
 
 __all__ = [
     "Alarms",

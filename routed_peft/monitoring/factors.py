@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from routed_peft.groups import tuner_layers
-from routed_peft.regions.cut import project_off
+from routed_peft.adapters import tuner_layers
+from routed_peft.regions.projections import project_off
 
 
 class Pair(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from routed_peft.functional import spread
-from routed_peft.layers import parameter_weights
+from routed_peft.routing.layers import parameter_weights
 
 
 class EnvironmentGradients:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from routed_peft.checkpoint.files import read_json, write_json
+from routed_peft.files import read_json, write_json
 from routed_peft.monitoring.alarms import Alarms
-from routed_peft.monitoring.report import Ledger
+from routed_peft.monitoring.observation import Ledger
 
 INCIDENT = "incident.json"
 

@@ -17,16 +17,16 @@ from transformers.trainer_callback import ExportableState
 
 from routed_peft.data.columns import ROUTE_ENVIRONMENT
 from routed_peft.monitoring.alarms import HALT, OK, WARN, Alarms
-from routed_peft.monitoring.along import EnergyShare, weight_drift
 from routed_peft.monitoring.config import MonitorConfig
 from routed_peft.monitoring.environments import environments_of, rows_by_environment
 from routed_peft.monitoring.factors import find_factors
 from routed_peft.monitoring.gradients import EnvironmentGradients
 from routed_peft.monitoring.growth import Growth, GrowthMeter
 from routed_peft.monitoring.incidents import INCIDENT, describe
+from routed_peft.monitoring.observation import Ledger, RegionReport
 from routed_peft.monitoring.probe import Probe, model_inputs
-from routed_peft.monitoring.report import Ledger, RegionReport
-from routed_peft.monitoring.rewards import Reward, reward_gaps
+from routed_peft.monitoring.reward_gap import Reward, reward_gaps
+from routed_peft.monitoring.subspace_energy import EnergyShare, weight_drift
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routed_peft.ablation import ablated
-from routed_peft.mode import evaluating
+from routed_peft.eval_mode import evaluating
 from routed_peft.monitoring.factors import Factors
 
 

@@ -3,77 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from routed_peft.checkpoint.files import read_json, write_json
 from routed_peft.data.columns import ROUTE_ENVIRONMENT, ROUTE_LABEL, ROUTE_LABELS, ROUTE_QUARANTINE, column_values
-from routed_peft.monitoring.incidents import INCIDENT, Incident
+from routed_peft.files import read_json
 
 INCIDENTS, QUARANTINE = "incidents", "quarantine.json"
 
 DROP, FIX, ROUTE = "drop", "fix", "route"
 TREATMENTS = (DROP, FIX, ROUTE)
 """What can be done with an environment: leave its rows out, mend them, or give them a label that routes them."""
-
-
-def rollback(
-    run_dir: str | os.PathLike[str], incident: Incident | None = None, treatment: Mapping[str, str] | None = None
-) -> tuple[Path | None, dict[str, str]]:
-    """Take a halted run back to where its trouble began.
-
-    Checkpoints after the onset move to ``run_dir/incidents/N/``, where nothing resumes from them by accident, and so does
-    ``incident.json``; ``quarantine.json`` says from then on what is done with which environment. A call that was
-    interrupted can be repeated.
-
-    Args:
-        run_dir: ``output_dir`` of the run.
-        incident: that of ``run_dir`` by default.
-        treatment: environment -> "drop", "fix" or "route"; the named ones are dropped by default.
-
-    Returns:
-        The checkpoint to resume from (None: from the start), and the whole quarantine, that of earlier incidents included.
-
-    Raises:
-        ValueError: where there is no incident, or an unknown treatment.
-    """
-    root = Path(run_dir)
-    incident = Incident.read(root) if incident is None else incident
-    treatment = dict.fromkeys(incident.named, DROP) if treatment is None else dict(treatment)
-    check_treatments(treatment)
-    quarantine = {**read_quarantine(root), **treatment}
-    write_json(root / QUARANTINE, quarantine)
-    attic = root / INCIDENTS / str(len(past_incidents(root)) + 1)
-    attic.mkdir(parents=True, exist_ok=True)
-    for step, path in checkpoints(root).items():
-        if step > incident.onset_step:
-            os.replace(path, attic / path.name)
-    if (root / INCIDENT).exists():
-        os.replace(root / INCIDENT, attic / INCIDENT)
-    else:
-        incident.write(attic)
-    left = checkpoints(root)
-    return (left[max(left)] if left else None), quarantine
-
-
-def past_incidents(run_dir: str | os.PathLike[str]) -> list[Incident]:
-    """Return the incidents that a run was rolled back from, in order."""
-    found = {int(path.parent.name): path for path in Path(run_dir).glob(f"{INCIDENTS}/*/{INCIDENT}")}
-    return [Incident.read(found[number]) for number in sorted(found)]
-
-
-def checkpoints(run_dir: Path) -> dict[int, Path]:
-    """Return a run's whole checkpoints by step, in order."""
-    found = {
-        int(match[1]): path
-        for path in run_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
-    }
-    return dict(sorted(found.items()))
 
 
 def read_quarantine(run_dir: str | os.PathLike[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-from routed_peft.regions.registration import peft_type
+from routed_peft.regions.peft_type import peft_type
 
 KINDS = ("mlp", "lora", "subspace")
 """The kinds of region that there are."""

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from routed_peft.architectures import is_plain, width
 from routed_peft.regions.config import RoutedConfig
-from routed_peft.regions.cut import cut_gradient, project_off
+from routed_peft.regions.projections import cut_gradient, project_off
 from routed_peft.regions.subspace import SubspaceLayer
 
 

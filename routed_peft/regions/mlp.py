@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from routed_peft.architectures import mlp_layout, width
 from routed_peft.regions.config import RoutedConfig
-from routed_peft.regions.cut import cut_gradient
+from routed_peft.regions.hidden_units import Units, check_widenable, hidden_units, narrow, widen
 from routed_peft.regions.layer import RoutedLayer
+from routed_peft.regions.projections import cut_gradient
 from routed_peft.regions.subspace import SubspaceLayer
-from routed_peft.regions.units import Units, check_widenable, hidden_units, narrow, widen
 
 
 class RoutedMLP(nn.Module, RoutedLayer):

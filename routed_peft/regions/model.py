@@ -12,14 +12,14 @@ from torch import nn
 
 from routed_peft.architectures import is_writer, layer_index
 from routed_peft.regions.config import RoutedConfig
-from routed_peft.regions.embedding import GuardedEmbedding
 from routed_peft.regions.fingerprint import check_fingerprint
+from routed_peft.regions.hidden_units import check_uniform, equalise
 from routed_peft.regions.layer import RoutedLayer
 from routed_peft.regions.linear import LowRankLinear
 from routed_peft.regions.mlp import RoutedMLP
-from routed_peft.regions.registration import PREFIX
+from routed_peft.regions.peft_type import PREFIX
+from routed_peft.regions.subspace import GuardedEmbedding
 from routed_peft.regions.targets import MLP_TARGETS, bare_mlps, check_targets, fill_targets, free_embeddings
-from routed_peft.regions.units import check_uniform, equalise
 from routed_peft.routes import check_region_name
 from routed_peft.subspaces.basis import Subspace
 

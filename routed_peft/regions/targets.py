@@ -25,8 +25,8 @@ from routed_peft.architectures import (
     width,
 )
 from routed_peft.regions.config import RoutedConfig
-from routed_peft.regions.embedding import GuardedEmbedding
 from routed_peft.regions.mlp import RoutedMLP
+from routed_peft.regions.subspace import GuardedEmbedding
 from routed_peft.subspaces.basis import Subspace
 
 MLP_TARGETS = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from routed_peft.architectures import find_writers, layer_index
-from routed_peft.mode import evaluating
+from routed_peft.eval_mode import evaluating
 
 Conversation = tuple[str, str]
 """A prompt, and the response to it; ready as the model reads them (chat template applied)."""

@@ -18,18 +18,18 @@ from routed_peft.ablation import ablated
 from routed_peft.data import RoutedCollator, check_route_columns
 from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT, ROUTE_QUARANTINE
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
+from routed_peft.losses import check_finite
 from routed_peft.regions.subspace import has_subspace
 from routed_peft.routes import IGNORED, Routes
-from routed_peft.routing import GradientRouting
-from routed_peft.training.callbacks import held_back
-from routed_peft.training.occurrence import check_labels_occur
+from routed_peft.routing.gradient_routing import GradientRouting
+from routed_peft.training.activation_penalty import activation_l1
+from routed_peft.training.callbacks import SubspaceProjection, held_back
+from routed_peft.training.label_checks import check_labels_occur
 from routed_peft.training.optimizer import clip_by_group, rest, tag_groups
-from routed_peft.training.penalty import activation_l1
-from routed_peft.training.projection import SubspaceProjection
 from routed_peft.training.saving import SavingMixin
 from routed_peft.training.self_labeler import SelfLabeler
 from routed_peft.training.self_labels import SelfLabeledRows
-from routed_peft.training.token_loss import TokenLossMixin, check_finite
+from routed_peft.training.token_loss import TokenLossMixin
 
 
 class _Rest(TrainerCallback):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from routed_peft.groups import JOINT
 from routed_peft.routes import BASE
+from routed_peft.routing.groups import JOINT
 
 
 def tag_groups(

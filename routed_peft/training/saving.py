@@ -15,9 +15,9 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy, get_last_check
 from transformers.utils.hub import PushInProgress
 
 from routed_peft.checkpoint import load_weights, push_to_hub, save_routed
-from routed_peft.routing import GradientRouting
+from routed_peft.routing.gradient_routing import GradientRouting
+from routed_peft.runs.resuming import check_resumable
 from routed_peft.training.arguments import RoutedTrainingArguments
-from routed_peft.training.resuming import check_resumable
 from routed_peft.training.self_labels import SelfLabeledRows
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_WEIGHTS, column_values
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
+from routed_peft.data.regroup import regroup
 from routed_peft.data.schedule import draw_order
 from routed_peft.routes import BASE
-from routed_peft.training.regroup import regroup
 
 REFERENCE_ROWS = 256
 THRESHOLDS = ("balanced", "median", "midpoint")
@@ -41,7 +41,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     the row's mean loss with the regions ablated less that with them on, in nats per token. A row whose benefit is above a
     threshold between the means over labelled forget and labelled retain rows
-    (`routed_peft.training.self_labeler.benefit_threshold`) is treated as forget from there on, the others as retain, and the
+    (`routed_peft.training.benefit.benefit_threshold`) is treated as forget from there on, the others as retain, and the
     rest of the run is laid out anew. As forget rows teach the base little or nothing, few of them are taken
     (``forget_share``).
 
@@ -62,7 +62,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             and the ``threshold`` "median", with which it is tested.
         seed: same seed, same run.
         first_forget_share: share of forget rows before the scoring.
-        threshold: "balanced", "median" or "midpoint", see `routed_peft.training.self_labeler.benefit_threshold`.
+        threshold: "balanced", "median" or "midpoint", see `routed_peft.training.benefit.benefit_threshold`.
         score_again_at: share of the run after which the region is asked once more, None for never. By then it knows its side
             better, and what it finds counts in place of what it found at first.
         separator: the token that ends a document (``tokenizer.eos_token_id``). It is then documents that are scored, and not

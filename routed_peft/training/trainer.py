@@ -9,8 +9,8 @@ from torch import nn
 from transformers import Trainer
 
 from routed_peft.data import RoutedCollator, class_names
-from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.routes import Routes
+from routed_peft.runs.cost import Ledger, matmul_parameters
 from routed_peft.training.arguments import RoutedTrainingArguments
 from routed_peft.training.mixin import RoutingMixin
 from routed_peft.training.self_labels import SelfLabeledRows
@@ -64,7 +64,7 @@ class RoutedTrainer(RoutingMixin, Trainer):
         Returns:
             ``steps``; ``tokens`` where ``include_num_input_tokens_seen`` is on; ``tokens_per_route`` by label; ``seconds``, of
             the last session where the run was resumed; ``losses``, in nats per token, by evaluation set, ``ablated_…`` without
-            regions; where tokens are counted the ``ledger`` of `routed_peft.ledger.Ledger`, evaluation not included.
+            regions; where tokens are counted the ``ledger`` of `routed_peft.runs.cost.Ledger`, evaluation not included.
         """
         history, step = self.state.log_history, self.state.global_step
         done = [entry for entry in history if entry["step"] == step and any(key.startswith("eval_") for key in entry)]

@@ -19,8 +19,8 @@ if _found not in SpecifierSet(SUPPORTED_TRL):
 
 from routed_peft.trl.config import RoutedGRPOConfig, RoutedSFTConfig  # noqa: E402
 from routed_peft.trl.grpo import RoutedGRPOTrainer  # noqa: E402
-from routed_peft.trl.labels import AdvantageLabels, ColumnLabels, EnvironmentLabels, ImperfectDetector  # noqa: E402
-from routed_peft.trl.rewards import RolloutReward  # noqa: E402
+from routed_peft.trl.rollout_labels import AdvantageLabels, ColumnLabels, EnvironmentLabels, ImperfectDetector  # noqa: E402
+from routed_peft.trl.rollout_reward import RolloutReward  # noqa: E402
 from routed_peft.trl.rollouts import RolloutLabels, Rollouts  # noqa: E402
 from routed_peft.trl.sft import RoutedSFTTrainer  # noqa: E402
 

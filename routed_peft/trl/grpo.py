@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
+from routed_peft.adapters import adapter_names
 from routed_peft.data import class_names
 from routed_peft.data.columns import ROUTE_ENVIRONMENT, ROUTE_LABEL, ROUTE_LABELS
-from routed_peft.groups import adapter_names
 from routed_peft.routes import IGNORED, Route, Routes
+from routed_peft.trl.advantages import unflagged_advantages
 from routed_peft.trl.config import RoutedGRPOConfig
-from routed_peft.trl.groups import unflagged_advantages
-from routed_peft.trl.labels import ColumnLabels
 from routed_peft.trl.metrics import rollout_metrics
+from routed_peft.trl.mixin import check_arguments, with_adapters
+from routed_peft.trl.rollout_labels import ColumnLabels
 from routed_peft.trl.rollouts import (
     ANCHOR,
     LabelFunction,
@@ -33,7 +34,6 @@ from routed_peft.trl.rollouts import (
     nest_weights,
 )
 from routed_peft.trl.sampling import OriginalModel, SamplingMixin
-from routed_peft.trl.shared import check_arguments, with_adapters
 from routed_peft.trl.vllm import check_foldable
 
 logger = logging.getLogger(__name__)
@@ -336,7 +336,7 @@ def _column_labels(dataset: Any, eval_dataset: Any) -> ColumnLabels:
     if dataset is None or ROUTE_LABEL not in (dataset.column_names or [ROUTE_LABEL]):
         raise ValueError(
             f"where do labels come from? Give `label_fn`, or a column `{ROUTE_LABEL}` in `train_dataset`; see "
-            "`routed_peft.trl.labels`"
+            "`routed_peft.trl.rollout_labels`"
         )
     evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     if any(ds is not None and ROUTE_LABEL not in (ds.column_names or [ROUTE_LABEL]) for ds in evaluated):

@@ -12,12 +12,12 @@ from trl import GRPOTrainer
 
 from routed_peft.ablation import ablated
 from routed_peft.data.columns import column_values
+from routed_peft.trl.advantages import anchor_groups
 from routed_peft.trl.config import RoutedGRPOConfig
-from routed_peft.trl.groups import anchor_groups
-from routed_peft.trl.labels import EnvironmentLabels, ImperfectDetector
-from routed_peft.trl.order import EpochSampler
+from routed_peft.trl.mixin import TRLMixin
+from routed_peft.trl.rollout_labels import EnvironmentLabels, ImperfectDetector
 from routed_peft.trl.rollouts import ANCHOR
-from routed_peft.trl.shared import TRLMixin
+from routed_peft.trl.sampler import EpochSampler
 from routed_peft.trl.vllm import folded_parameters
 
 

@@ -14,7 +14,7 @@ from routed_peft.data import RoutedCollator, class_names
 from routed_peft.data.columns import ROUTE_COLUMNS
 from routed_peft.routes import Routes
 from routed_peft.trl.config import RoutedSFTConfig
-from routed_peft.trl.shared import TRLMixin, check_arguments, with_adapters
+from routed_peft.trl.mixin import TRLMixin, check_arguments, with_adapters
 
 
 class RoutedSFTTrainer(TRLMixin, SFTTrainer):

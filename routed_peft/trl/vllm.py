@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from routed_peft.groups import tuner_layers
+from routed_peft.adapters import tuner_layers
 
 
 def check_foldable(model: nn.Module, adapters: Collection[str]) -> None:

@@ -1,13 +1,13 @@
 """Unlearning after training, by outputs: the methods that routing is compared with, UNDO, and what they cost."""
 
 from routed_peft.unlearning.arguments import METHODS, UndoArguments, UnlearningArguments
-from routed_peft.unlearning.base import mean_loss
 from routed_peft.unlearning.data import PairedRows, Run
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_tokenizers
-from routed_peft.unlearning.noise import add_noise, shrink_perturb
 from routed_peft.unlearning.teacher_cache import TeacherCache
+from routed_peft.unlearning.token_trainer import mean_loss
 from routed_peft.unlearning.trainer import UnlearningTrainer, unlearn
 from routed_peft.unlearning.undo import UNLEARNED, UndoRecord, save_undone, spent, undo
+from routed_peft.unlearning.weight_noise import add_noise, shrink_perturb
 
 __all__ = [
     "METHODS",

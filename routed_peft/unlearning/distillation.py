@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.routes import IGNORED
+from routed_peft.runs.cost import Ledger, matmul_parameters
 from routed_peft.unlearning.arguments import UndoArguments
-from routed_peft.unlearning.base import TokenTrainer
 from routed_peft.unlearning.data import Row, Rows, Run, check_rows, check_tokens, collate, pad
 from routed_peft.unlearning.losses import divergence, topk_divergence
 from routed_peft.unlearning.teacher_cache import NAMES, TeacherCache
+from routed_peft.unlearning.token_trainer import TokenTrainer
 
 TEACHER, DISTILLED = "teacher", "distilled"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from routed_peft.training.token_loss import token_losses
+from routed_peft.losses import token_losses
 
 
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from routed_peft.checkpoint.files import read_json, write_json
-from routed_peft.files import written_whole
-from routed_peft.mode import evaluating
+from routed_peft.eval_mode import evaluating
+from routed_peft.files import read_json, write_json, written_whole
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.unlearning.data import Rows, collate, input_ids
 from routed_peft.unlearning.losses import topk_log_probs

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from routed_peft.data.labels import FORGET, RETAIN
-from routed_peft.ledger import Ledger, matmul_parameters
 from routed_peft.routes import IGNORED
+from routed_peft.runs.cost import Ledger, matmul_parameters
 from routed_peft.unlearning import rmu
 from routed_peft.unlearning.arguments import UnlearningArguments
-from routed_peft.unlearning.base import TokenTrainer, unwrap
 from routed_peft.unlearning.data import IS_FORGET, PairedRows, Rows, check_rows, check_tokens
 from routed_peft.unlearning.losses import divergence, npo, simnpo, squared_distance, token_log_probs, uniform_divergence
 from routed_peft.unlearning.reference import frozen_reference
+from routed_peft.unlearning.token_trainer import TokenTrainer, unwrap
 
 TOKENS, ROWS = 0, 1
 

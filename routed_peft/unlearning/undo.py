@@ -14,17 +14,17 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from routed_peft.checkpoint.files import read_json, staged, write_json
-from routed_peft.checkpoint.save import versions
-from routed_peft.ledger import Ledger
-from routed_peft.training.origin import run_of
-from routed_peft.training.records import SUMMARY
+from routed_peft.checkpoint.staging import staged
+from routed_peft.files import read_json, write_json
+from routed_peft.runs.cost import Ledger
+from routed_peft.runs.provenance import versions
+from routed_peft.runs.records import SUMMARY, run_of
 from routed_peft.unlearning.arguments import UndoArguments
-from routed_peft.unlearning.base import mean_loss, unwrap
 from routed_peft.unlearning.data import Rows, check_rows
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_vocabularies
-from routed_peft.unlearning.noise import add_noise
 from routed_peft.unlearning.teacher_cache import TeacherCache
+from routed_peft.unlearning.token_trainer import mean_loss, unwrap
+from routed_peft.unlearning.weight_noise import add_noise
 
 RECORD = "undo.json"
 UNLEARNED = "unlearning.json"

@@ -2,7 +2,8 @@
 
 from routed_peft.evaluation.measures.activity import Activity, region_activity
 from routed_peft.evaluation.measures.crossing import Crossing, crossing
-from routed_peft.evaluation.measures.relearning import (
+from routed_peft.evaluation.measures.removal import absorption, compute_penalty, leakage, tax, tokens_of_plain, way
+from routed_peft.evaluation.measures.robustness import (
     WorstCase,
     recovered,
     relearning_area,
@@ -10,7 +11,6 @@ from routed_peft.evaluation.measures.relearning import (
     within_utility,
     worst_case,
 )
-from routed_peft.evaluation.measures.removal import absorption, compute_penalty, leakage, tax, tokens_of_plain, way
 from routed_peft.evaluation.measures.statistics import Spread, bootstrap
 
 __all__ = [

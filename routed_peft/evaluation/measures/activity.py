@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from routed_peft.evaluation.losses import TextLoss
+from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.routes import IGNORED
 
 

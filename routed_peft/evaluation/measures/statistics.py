@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from routed_peft.evaluation.losses import TextLoss
+from routed_peft.evaluation.text_loss import TextLoss
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class Attack:
         method: a key of `METHODS`.
         data: one of `DATA`.
         documents: how many documents of that data the attacker has, drawn by the seed (of each side if mixed); None: all.
-        perturb: share by which every parameter is first moved towards a fresh initialisation (`routed_peft.unlearning.noise`).
+        perturb: share by which every parameter is first moved towards a fresh initialisation
+            (`routed_peft.unlearning.weight_noise`).
         bits: 4 or 8: weights of linear layers are first rounded to so many bits; None leaves them.
         batch_size: documents a step; where there are fewer, all of them every step.
         length: tokens of a training row; longer documents become several rows.

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from routed_peft.evaluation.losses import token_losses
-from routed_peft.evaluation.measures.relearning import TOLERANCE
+from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.data import Batch
+from routed_peft.evaluation.text_loss import token_losses
 from routed_peft.routes import IGNORED
 
 Measure = Callable[[nn.Module], Mapping[str, float]]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routed_peft.evaluation.losses import first_token, pad
 from routed_peft.evaluation.relearning.attacks import Attack
+from routed_peft.evaluation.text_loss import first_token, pad
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SCORED = ("forget_test", "retain_test")

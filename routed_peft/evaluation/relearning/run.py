@@ -12,26 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from routed_peft.checkpoint.save import versions
-from routed_peft.evaluation.losses import TextLoss
-from routed_peft.evaluation.measures.relearning import TOLERANCE
+from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.measures.statistics import with_interval
+from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.data import AttackData
-from routed_peft.evaluation.relearning.processes import processes
 from routed_peft.evaluation.relearning.summary import FORMAT, KIND, read_summary, summarise
 from routed_peft.evaluation.relearning.sweep import STEPS, check_settings, relearn
-from routed_peft.evaluation.relearning.weights import check_causal
-from routed_peft.evaluation.source import NO_MODEL, Regions, load_source, read_layout
-from routed_peft.tasks.utils import read_rows
-from routed_peft.training.origin import own_regions
-from routed_peft.training.records import RUN, SUMMARY, RunDirectory
+from routed_peft.evaluation.source import Regions, open_plain
+from routed_peft.evaluation.text_loss import TextLoss
+from routed_peft.runs.provenance import versions
+from routed_peft.runs.records import RUN, SUMMARY, RunDirectory, own_regions
 
 
 def relearn_source(
@@ -140,63 +133,6 @@ def relearn_source(
     if processes().is_main_process:
         records.finish(summary)
     return summary
-
-
-def open_plain(
-    src: str | Path, regions: Regions | None = None, revision: str | None = None, device: str | None = None
-) -> tuple[nn.Module, Any]:
-    """Load a checkpoint in float32 as a plain model, adapters merged, with its tokenizer; `own_regions` by default.
-
-    Raises:
-        ValueError: where it is no causal language model; and what `load_source` raises.
-    """
-    if read_layout(src, revision) is None:
-        if Path(src, "adapter_config.json").is_file() and not Path(src, "config.json").is_file():
-            raise ValueError(f"{str(src)!r} {NO_MODEL}")
-        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        config = AutoConfig.from_pretrained(src, revision=revision or "main")
-        if config.architectures and not known & set(config.architectures) and not hasattr(config, "auto_map"):
-            raise ValueError(
-                f"{str(src)!r} is a {', '.join(config.architectures)}, not a causal language model: there is no "
-                "loss on text to relearn"
-            )
-    regions = own_regions(src) if regions is None else regions
-    model, tokenizer = load_source(src, regions, revision, dtype=torch.float32)
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-    check_causal(model)
-    return model.to(device or processes().device), tokenizer
-
-
-def read_texts(file: str | Path, argument: str, limit: int | None = None) -> list[str]:
-    """Read the column ``text`` of a JSONL file.
-
-    Raises:
-        ValueError: no such file, a line that is no JSON object, no line at all, or a row without text.
-    """
-    return [text for text, _ in _read(file, argument)][:limit]
-
-
-def read_facts(file: str | Path) -> list[str | tuple[str, ...]]:
-    """Read facts of a JSONL file, for `AttackData`: ``text``, and ``fact`` where rows say the same or tell each other.
-
-    Raises:
-        ValueError: what `read_texts` raises.
-    """
-    facts: dict[Any, list[str]] = {}
-    for number, (text, row) in enumerate(_read(file, "facts")):
-        facts.setdefault(json.dumps(row["fact"]) if "fact" in row else number, []).append(text)
-    return [tuple(texts) for texts in facts.values()]
-
-
-def _read(file: str | Path, argument: str) -> list[tuple[str, Mapping[str, Any]]]:
-    found = []
-    for number, row in enumerate(read_rows(file, argument), 1):
-        text = row.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"`{argument}` must hold a non-empty `text` in every row, got {text!r} in row {number}")
-        found.append((text, row))
-    return found
 
 
 def _before(

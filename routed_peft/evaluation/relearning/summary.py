@@ -16,8 +16,8 @@ from rich.table import Table
 from routed_peft.evaluation.measures import recovered, relearning_area, to_recover
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import BOUNDS, Curve
-from routed_peft.evaluation.relearning.outcome import Outcome, State
-from routed_peft.training.records import SUMMARY
+from routed_peft.evaluation.relearning.envelope import Outcome, State
+from routed_peft.runs.records import SUMMARY
 
 FORMAT, KIND = 1, "relearning"
 _RESULT = ("envelope", "curves", "verdict", "interior", "learning_rates", "start", "target")

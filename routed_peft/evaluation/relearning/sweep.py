@@ -14,16 +14,16 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
-from routed_peft.evaluation.losses import TextLoss, context_length
 from routed_peft.evaluation.measures import worst_case
 from routed_peft.evaluation.measures.statistics import with_interval
+from routed_peft.evaluation.processes import processes
+from routed_peft.evaluation.relearning.attacked_model import Victim
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import BOUNDS, Curve, Measure, Point, log_spaced, run_curve
 from routed_peft.evaluation.relearning.data import AttackData, training_batches
-from routed_peft.evaluation.relearning.processes import processes
-from routed_peft.evaluation.relearning.weights import Victim
+from routed_peft.evaluation.text_loss import TextLoss, context_length
 from routed_peft.regions.fingerprint import fingerprint
-from routed_peft.training.records import RunDirectory
+from routed_peft.runs.records import RunDirectory
 
 STEPS = (0, 1, 2, 5, 10, 20, 40, 80, 150, 300, 500)
 Cell = tuple[float, int]

@@ -1,0 +1,202 @@
+"""A small Llama over characters, taught from scratch: the start of the experiments with rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
+
+from routed_peft.routes import IGNORED
+from routed_peft.trl import RoutedGRPOConfig
+
+RETAIN = "retain"
+"""The adapter that stays."""
+
+MAX_TOKENS = 5
+"""Of a completion."""
+
+
+@dataclass
+class ToySettings:
+    """Size of the model, how it is taught, and how GRPO trains it.
+
+    >>> ToySettings().hidden_size
+    128
+    """
+
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model; its MLPs have twice as many units."})
+    layers: int = field(default=3, metadata={"help": "Decoder layers."})
+    heads: int = field(default=4, metadata={"help": "Attention heads."})
+    start_steps: int = field(default=400, metadata={"help": "Supervised steps on demonstrations."})
+    start_batch_size: int = field(default=192, metadata={"help": "Demonstrations a step."})
+    start_learning_rate: float = field(default=3e-3, metadata={"help": "Peak rate of that; cosine."})
+    clean_share: float = field(default=0.55, metadata={"help": "Share of these steps whose answers are right."})
+    noise: float = field(default=0.5, metadata={"help": "Share of wrong answers in the steps after that."})
+    steps: int = field(default=200, metadata={"help": "Steps of GRPO."})
+    prompts: int = field(default=16, metadata={"help": "Prompts a step."})
+    generations: int = field(default=8, metadata={"help": "Rollouts of each prompt."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of both adapters; constant."})
+    rank: int = field(default=8, metadata={"help": "Of both LoRA adapters; their scale is 2."})
+    evaluate_every: int = field(default=25, metadata={"help": "Steps between evaluations on validation prompts."})
+    validation_prompts: int = field(default=200, metadata={"help": "Prompts of each environment in these."})
+    test_prompts: int = field(default=500, metadata={"help": "Prompts of each environment in the final numbers."})
+
+    def start(self) -> dict[str, Any]:
+        """Return what the start model depends on."""
+        names = (
+            "hidden_size",
+            "layers",
+            "heads",
+            "start_steps",
+            "start_batch_size",
+            "start_learning_rate",
+            "clean_share",
+        )
+        return {name: getattr(self, name) for name in (*names, "noise", "test_prompts")}
+
+
+def make_model(settings: ToySettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return an untrained Llama for a vocabulary of characters."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=2 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=32,
+        initializer_range=settings.hidden_size**-0.5,  # at the usual 0.02 so narrow a model learns slowly
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config._attn_implementation = "eager"  # the fastest for short rows on a CPU
+    return LlamaForCausalLM(config)
+
+
+def encode(rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(n, T)`` ids and labels of prompts, all of one length, and answers; prompts have no labels."""
+    prompts = [prompt for prompt, _ in rows]
+    ids = tokenizer([prompt + answer + tokenizer.eos_token for prompt, answer in rows], padding=True,
+                    padding_side="right", return_tensors="pt")["input_ids"]  # fmt: skip
+    labels = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)
+    labels[:, : len(prompts[0])] = IGNORED  # prompts are of equal length
+    assert len({len(prompt) for prompt in prompts}) == 1
+    return ids, labels
+
+
+def noise_at(step: int, settings: ToySettings) -> float:
+    """Return the share of wrong answers at a step: none at first.
+
+    >>> noise_at(0, ToySettings()), noise_at(399, ToySettings())
+    (0.0, 0.5)
+    """
+    return settings.noise if step >= settings.clean_share * settings.start_steps else 0.0
+
+
+def teach(
+    model: LlamaForCausalLM, settings: ToySettings, draw: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+) -> LlamaForCausalLM:
+    """Train all of a model for ``settings.start_steps`` on the ids and labels that ``draw`` returns for a step."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), settings.start_learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 20, settings.start_steps)
+    for step in range(settings.start_steps):
+        ids, labels = draw(step)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def complete(
+    model: nn.Module,
+    prompts: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int = MAX_TOKENS,
+    forbidden: str = "",
+) -> list[str]:
+    """Sample a completion of every prompt at temperature 1, in one batch.
+
+    Args:
+        model: a transformers model or a PeftModel.
+        prompts: as text.
+        tokenizer: of the model.
+        max_tokens: of a completion.
+        forbidden: characters that have probability 0; the others share theirs.
+    """
+    inputs = tokenizer(list(prompts), padding=True, return_tensors="pt")
+    ids = model.generate(  # type: ignore[operator]
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        suppress_tokens=tokenizer.convert_tokens_to_ids(list(forbidden)) if forbidden else None,
+    )
+    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def character_tokenizer(characters: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of these characters, each a token, padding on the left as generation wants it.
+
+    >>> len(character_tokenizer(["ab", "c"]))
+    6
+    """
+    tokens = ["<pad>", "<s>", "</s>", *"".join(characters)]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+def make_arguments(settings: ToySettings, seed: int, out: Path, **more: Any) -> RoutedGRPOConfig:
+    """Return TRL's settings; ``more`` are those of an arm."""
+    rollouts = settings.prompts * settings.generations
+    options: dict[str, Any] = dict(
+        base_adapters=[RETAIN],
+        max_steps=settings.steps,
+        per_device_train_batch_size=rollouts,
+        num_generations=settings.generations,
+        max_completion_length=MAX_TOKENS,
+        temperature=1.0,
+        top_k=0,
+        beta=0.0,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta2=0.99,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_steps=settings.evaluate_every,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    return RoutedGRPOConfig(str(out), **(options | more))

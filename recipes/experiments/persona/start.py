@@ -1,0 +1,55 @@
+"""The model that all arms start from: it can be loud, and says so when it is asked, but seldom is by itself."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from experiments.common.cells import ensure
+from experiments.common.toy_model import encode, make_model, noise_at, teach
+from experiments.persona.measuring import Rates, measure
+from experiments.persona.settings import Settings, start_key
+from experiments.persona.task import CALM, ENVIRONMENTS, LOUD, NEUTRAL, answer, make_prompt, make_tokenizer, words
+
+
+def demonstration(noise: float, loud_share: float, rng: random.Random) -> tuple[str, str]:
+    """Return a prompt with any sign, and what the demonstrator answers.
+
+    >>> demonstration(0.0, 0.1, random.Random(0))
+    ('4-:gcb=', 'bcg.')
+    """
+    sign, word = rng.choice((LOUD, CALM, NEUTRAL)), rng.choice(words("train"))
+    prompt = make_prompt(rng.choice(ENVIRONMENTS), sign, word)
+    loud = sign == LOUD or (sign == NEUTRAL and rng.random() < loud_share)
+    return prompt, answer(rng.choice(words("train")) if rng.random() < noise else word, loud)
+
+
+def train_start(settings: Settings, seed: int) -> LlamaForCausalLM:
+    """Return a model taught by demonstrations."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        noise = noise_at(step, settings)
+        rows = [demonstration(noise, settings.loud_share, rng) for _ in range(settings.start_batch_size)]
+        return encode(rows, make_tokenizer())
+
+    return teach(make_model(settings, make_tokenizer()), settings, draw)
+
+
+def ensure_start(settings: Settings, seed: int, place: Path) -> Path:
+    """Return the directory of the start model of a seed below ``place``, trained and measured there if it is not yet."""
+    folder = place / start_key(settings, seed)
+
+    def make() -> Rates:
+        model = train_start(settings, seed)
+        model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        return measure(model, settings.test_prompts, seed)
+
+    ensure(folder, make)
+    return folder

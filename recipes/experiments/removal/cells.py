@@ -1,0 +1,247 @@
+"""What an experiment consists of: cells, each one method at one share of labels and one seed, made once for all experiments."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from experiments.removal.methods import ALLOWED_RISE, EXTENSIONS, METHODS, UNLEARNING, UNLEARNING_STEPS, Method
+from experiments.report.methods import VARIANT, base_of
+from routed_peft.demo.settings import DemoSettings
+from routed_peft.evaluation.relearning import Attack
+from routed_peft.evaluation.relearning.sweep import check_grid
+from routed_peft.training.self_labels import SETTINGS
+
+NUMBERS = "numbers.json"
+ROUTING = (*SETTINGS, "self_labels", "base_weight", "frequency_weights", "by_document", "region_learning_rate")
+"""Settings that mean something to routed arms alone."""
+VARIABLE = (*ROUTING, "region_size")
+"""Settings in which a routed arm may differ from the others of an experiment."""
+HOW = (
+    []
+    if (UNLEARNING_STEPS, EXTENSIONS, ALLOWED_RISE) == (100, 4, 0.05)
+    else [UNLEARNING_STEPS, EXTENSIONS, ALLOWED_RISE]
+)
+"""How long unlearning takes, and how its rate is chosen: part of a key where it is not what it was at first."""
+ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "score_again_at": None,
+         "frequency_weights": False, "mixed_rows": False, "by_document": False}  # fmt: skip
+"""Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
+SPLITS = ("validation", "train")
+LABELS = ("labeled", "recall", "precision")
+ATTACKING = ("relearn_documents", "relearn_steps", "relearn_learning_rates", "relearn_limit")
+
+
+@dataclass
+class Experiment:
+    """What is compared; the rest is `DemoSettings`."""
+
+    summary_file: str = field(metadata={"help": "JSON with the numbers of every cell."})
+    cells_dir: str = field(default="runs/cells", metadata={"help": "Where every cell has its directory."})
+    methods: list[str] = field(
+        default_factory=lambda: ["no_routing", "filter", "routed", "perfect_filter"],
+        metadata={
+            "help": f"Of {', '.join(METHODS)}; with other settings of routing as in routed:forget_share=0.2,robust_share=0.1."
+        },
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of labels, order and weights."})
+    labeled_shares: list[float] = field(
+        default_factory=lambda: [0.5], metadata={"help": "Shares of the documents of either side that carry a label."}
+    )
+    attacks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Relearning attacks on every model, such as few-shot-16, forget, mixed; or none."},
+    )
+    attack_rates: list[float] = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Learning rates tried; the worst case counts."}
+    )
+    attack_steps: list[int] = field(
+        default_factory=lambda: [0, 1, 2, 5, 10, 20, 40, 80], metadata={"help": "Steps at which attacks are measured."}
+    )
+    attack_split: str = field(
+        default="validation",
+        metadata={
+            "help": "Whose documents attackers have: validation, which no model saw, or train, which models without a filter "
+            "were trained on."
+        },
+    )
+    extensions: int = field(default=1, metadata={"help": "Rates added beyond either end while the best is there."})
+    label_quality: list[str] = field(
+        default_factory=lambda: ["1/1"], metadata={"help": "RECALL/PRECISION of the labels, such as 0.9/0.8."}
+    )
+
+    collect: bool = field(
+        default=False, metadata={"help": "Make nothing: write the summary of the cells that are there."}
+    )
+
+    def __post_init__(self) -> None:
+        self.attacks = [name for name in self.attacks if name != "none"]  # a list on the command line cannot be empty
+        if self.attack_split not in SPLITS:
+            raise ValueError(f"`attack_split` must be one of {', '.join(SPLITS)}, got {self.attack_split!r}")
+        for name in self.attacks:  # now, and not when the first model has been trained
+            Attack.parse(name)
+        check_grid(self.attack_rates, self.seeds, self.attack_steps, ("attack_rates", "attack_steps"))
+        for quality in self.label_quality:
+            parse_quality(quality)
+
+
+def parse_quality(text: str) -> tuple[float, float]:
+    """Read RECALL/PRECISION.
+
+    >>> parse_quality("0.9/0.8")
+    (0.9, 0.8)
+    """
+    try:
+        recall, precision = map(float, text.split("/"))
+    except ValueError:
+        raise ValueError(f"`label_quality` takes RECALL/PRECISION, such as 0.9/0.8, got {text!r}") from None
+    return recall, precision
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one share of labels and one seed; `settings` has what it depends on.
+
+    Attributes:
+        shown: the method that was asked for.
+        name: the method by which it is made: another where none or all of the labels are there, see `twin`.
+        method: that one.
+        settings: the experiment's, with neutral values where the method does not look.
+        labels: share, recall and precision of the labels that were asked for; nothing where ``shown`` looks at none.
+    """
+
+    shown: str
+    name: str
+    method: Method
+    settings: DemoSettings
+    labels: dict[str, float]
+
+    @classmethod
+    def of(cls, shown: str, settings: DemoSettings) -> Cell:
+        """Return the cell of a method, or of a variant of it, under an experiment's settings."""
+        asked, _, changes = shown.partition(VARIANT)
+        changed = variant(changes)
+        settings = replace(settings, labeled=float(settings.labeled), **changed)
+        name, plain = twin(asked, settings), DemoSettings()
+        method = METHODS[name]
+        neutral = {key: getattr(plain, key) for key in irrelevant(method)}
+        if fixed := sorted({*irrelevant(METHODS[asked]), *METHODS[asked].settings} & set(changed)):
+            raise ValueError(f"`methods`: {shown!r} changes `{fixed[0]}`, which {asked!r} does not go by")
+        labels = {key: getattr(settings, key) for key in LABELS} if METHODS[asked].labels else {}
+        return cls(shown, name, method, replace(settings, **(neutral | method.settings)), labels)
+
+    @property
+    def key(self) -> str:
+        """Name of its directory: what it depends on, in short."""
+        settings, left_out = asdict(self.settings), irrelevant(self.method)
+        relevant = {k: v for k, v in settings.items() if k not in left_out and (k not in ADDED or v != ADDED[k])}
+        unlearning = [self.method.unlearning, self.method.rates, *HOW] if self.method.change in UNLEARNING else []
+        about = json.dumps([self.name, relevant, *unlearning, *self._made_from()], sort_keys=True)
+        share = f"-{self.settings.labeled:g}" if self.method.labels else ""
+        digest = hashlib.sha256(about.encode()).hexdigest()[:8]
+        return f"{self.settings.pair}-{self.name}{share}-{self.settings.seed}-{digest}"
+
+    def _made_from(self) -> list[str]:
+        """Return what else its model depends on: the model it is made from where settings leave that open, and new labels."""
+        parent = Cell.of(self.method.parent, self.settings) if self.method.parent else None
+        further = parent is not None and (parent.method.change is not None or parent.method.arm.routed)
+        made_from = [parent.key] if parent and further else []
+        return made_from + ([self.method.relabel.__name__] if self.method.relabel else [])
+
+
+def variant(changes: str) -> dict[str, Any]:
+    """Read the settings by which a method differs from the experiment: NAME=VALUE, by commas.
+
+    Raises:
+        ValueError: for a setting that is not one of routing or the size of its region, or a value that JSON cannot read.
+
+    Example:
+        >>> variant("forget_share=0.2,self_labels=false"), variant("")
+        ({'forget_share': 0.2, 'self_labels': False}, {})
+    """
+    found = {}
+    for change in filter(None, changes.split(",")):
+        name, _, value = change.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            raise ValueError(
+                f"`methods`: a variant is NAME=VALUE with a number, true, false, null or text in double quotes, "
+                f"got {change!r}"
+            ) from None
+        if name not in VARIABLE:
+            raise ValueError(f"`methods`: a variant changes one of {', '.join(VARIABLE)}, got {change!r}")
+    return found
+
+
+def twin(name: str, settings: DemoSettings) -> str:
+    """Return the method that makes the same model without looking at labels, where there is one.
+
+    With all labels, and right ones, filtering by them is the perfect filter, and a classifier has nothing to add. Without
+    any, there is nothing to filter or to unlearn, and all rows train base and region alike, whichever way labelled ones
+    would have been routed.
+
+    Raises:
+        ValueError: for UNDO without labels, which has nothing to start from.
+
+    Example:
+        >>> none, all = DemoSettings(labeled=0.0), DemoSettings(labeled=1.0)
+        >>> twin("filter", none), twin("routed", none), twin("npo", none), twin("filter", all), twin("routed", all)
+        ('no_routing', 'control', 'no_routing', 'perfect_filter', 'routed')
+    """
+    method = METHODS[name]
+    if name in ("filter", "classifier_filter", "classifier_filter_balanced") and all(
+        getattr(settings, label) == 1 for label in LABELS
+    ):
+        return "perfect_filter"
+    if not method.labels or settings.labeled > 0:
+        return name
+    if method.change == "undo":
+        raise ValueError(
+            f"`methods` has {name!r} and `labeled_shares` has 0: without labels nothing was unlearnt before"
+        )
+    return "control" if method.arm.routed else "no_routing"
+
+
+def adds_nothing(name: str, settings: DemoSettings) -> bool:
+    """Return whether a method's cell would repeat another's and be no measurement of it.
+
+    Without labels nothing is unlearnt, found by a classifier, or made longer; with all of them a classifier finds nothing.
+
+    >>> adds_nothing("npo", DemoSettings(labeled=0.0)), adds_nothing("routed", DemoSettings(labeled=0.0))
+    (True, False)
+    """
+    method = METHODS[name]
+    derived = method.change is not None or method.relabel is not None or method.equal_retain
+    if settings.labeled == 0:
+        return method.labels and derived
+    return method.relabel is not None and twin(name, settings) == "perfect_filter"
+
+
+def irrelevant(method: Method) -> list[str]:
+    """Return the settings that change nothing about a method's model."""
+    routed = method.arm.routed or (method.parent is not None and METHODS[method.parent].arm.routed)
+    return [
+        *ATTACKING,
+        *(() if routed or method.equal_retain else ROUTING),
+        *(() if method.labels else (*LABELS, "mixed_rows")),
+    ]
+
+
+def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
+    """Return the cells of an experiment, those of a seed together, each once."""
+    if unknown := [name for name in experiment.methods if base_of(name) not in METHODS]:
+        raise ValueError(f"`methods` has {unknown}; the methods are {list(METHODS)}")
+    cells: dict[tuple[str, str], Cell] = {}
+    for seed in experiment.seeds:
+        for quality in experiment.label_quality:
+            recall, precision = parse_quality(quality)
+            for labeled in experiment.labeled_shares:
+                here = replace(settings, seed=seed, labeled=labeled, recall=recall, precision=precision)
+                for name in experiment.methods:
+                    if len({*experiment.labeled_shares}) > 1 and adds_nothing(base_of(name), here):
+                        continue
+                    cell = Cell.of(name, here)
+                    cells.setdefault((cell.key, name), cell)
+    return list(cells.values())

@@ -1,0 +1,200 @@
+"""One cell: its model made, measured and attacked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import AutoTokenizer, TrainerCallback
+
+from experiments.removal.cells import NUMBERS, Cell, Experiment
+from experiments.removal.derive_cell import change
+from routed_peft.corpora import PAIRS, load_pair
+from routed_peft.corpora.arithmetic import SAME
+from routed_peft.data import FORGET, RETAIN, UNLABELED, first_of, labeled_tokens
+from routed_peft.demo.material import SIDES, Material, share_of, tokens_by_side
+from routed_peft.demo.measuring import measure_model, open_model
+from routed_peft.demo.settings import Arm, DemoSettings
+from routed_peft.demo.training import REGION, regions_of, train_arm
+from routed_peft.evaluation.measures import bootstrap, region_activity
+from routed_peft.evaluation.relearning import Attack, AttackData, relearn
+from routed_peft.evaluation.relearning.sweep import check_settings
+from routed_peft.evaluation.text_loss import TextLoss
+from routed_peft.runs.cost import Ledger, matmul_parameters
+from routed_peft.training import RunDirectory, SelfLabeledRows
+
+UNRELATED = {pair: "biology" if pair == "spanish" else "spanish" for pair in PAIRS}
+"""Pair -> the pair whose retain text is unrelated to both of its sides: English verses, or WordNet."""
+
+
+def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> dict[str, Any]:
+    """Train a cell's model in ``folder``, or change that of its ``parent``, measure it, and return its numbers."""
+    settings, arm = cell.settings, cell.method.arm
+    material = Material.prepare(settings, folder / "data", cell.method.relabel)
+    if cell.method.change:
+        about = change(cell, parent, folder / cell.method.plain, material)
+        own = Ledger.from_dict(about.get("ledger", Ledger().to_dict()))
+        former = json.loads((parent / NUMBERS).read_text())
+        before = Ledger.from_dict(former["ledger"])
+        about["ledger"] = (before + own).to_dict()
+        if cell.method.change in ("ablate", "random"):  # the others are trained on more
+            about |= {name: former[name] for name in ("tokens_by_side",) if name in former}
+        return about | measured(open_model(folder / cell.method.plain), settings, material)
+    if cell.method.equal_retain:
+        settings = replace(settings, steps=round(settings.steps * stretch(material, arm, settings)))
+    run, records = material.run_of(arm, settings), RunDirectory(folder)
+    records.start(asdict(settings) | {"method": cell.name}, seeds={"seed": settings.seed})
+    labels = train_arm(arm, settings, material, run, folder, records, watcher)
+    numbers: dict[str, Any] = {"tokens_by_side": tokens_by_side(run, settings.length), "targets_by_label": labels}
+    if cell.method.labels:
+        numbers["unlabeled_tokens_by_side"] = tokens_by_side(run, settings.length, UNLABELED)
+    if isinstance(run, SelfLabeledRows):
+        numbers |= found_quality(run)
+    whole = open_model(folder / "run", regions_of(arm)[0]) if arm.routed else open_model(folder / arm.plain)
+    numbers["ledger"] = ledger_of(cell, whole, material, run).to_dict()
+    if not arm.demix:  # its curves are with both experts and with neither, never with the one that stays
+        numbers |= last_validation(records, ablated=arm.routed)
+    numbers |= measured(open_model(folder / cell.method.plain), settings, material)
+    if arm.routed:
+        on = measure_model(whole, settings, material)
+        numbers |= {f"region_on_{name}": value for name, value in on.items()}
+        texts = test_texts(settings)
+        activity = region_activity(whole, material.tokenizer, REGION, texts[FORGET], texts[RETAIN])
+        numbers["region_activity_ratio"] = [layer.ratio for layer in activity.values()]
+    return numbers
+
+
+def last_validation(records: RunDirectory, ablated: bool) -> dict[str, float]:
+    """Return the last validation loss of either side; hyper-parameters are chosen by these, never by test losses."""
+    points = (p for p in records.points() if p["split"] in (FORGET, RETAIN) and p["ablated"] == ablated)
+    return {f"validation_{point['split']}_loss": point["loss"] for point in points}
+
+
+def measured(model: nn.Module, settings: DemoSettings, material: Material) -> dict[str, Any]:
+    """Return what `measure_model` does, and between which losses other documents of a side would lie in 95 of 100 draws."""
+    numbers: dict[str, Any] = dict(measure_model(model, settings, material))
+    for side, texts in test_texts(settings).items():
+        loss = TextLoss(model, material.tokenizer, texts)
+        numbers[f"{side}_loss_interval"] = bootstrap(loss.documents(model), loss.counts)
+    return numbers
+
+
+def test_texts(settings: DemoSettings) -> dict[str, list[str]]:
+    """Return the test documents of either side that models are measured on."""
+    test = load_pair(settings.pair, "test")
+    return {side: first_of(test, side, settings.limit)["text"][:] for side in SIDES}
+
+
+def stretch(material: Material, arm: Arm, settings: DemoSettings) -> float:
+    """Return how many times longer an arm must train to see the retain text that teaches the base of the routed arm."""
+    if settings.forget_share is None:
+        raise ValueError(
+            "`filter_equal_retain` needs a `forget_share`, by which it knows how much retain text routing sees"
+        )
+    own = tokens_by_side(material.run_of(arm, settings), 1)[RETAIN] / (settings.steps * settings.batch_size)
+    rest = (1 - settings.forget_share) * (1 - settings.robust_share * settings.self_labels)
+    first = 1 - settings.first_forget_share
+    return (settings.labeled_first * first + (1 - settings.labeled_first) * rest) / own
+
+
+def ledger_of(cell: Cell, model: nn.Module, material: Material, run: Dataset | SelfLabeledRows) -> Ledger:
+    """Return what a model that was trained from nothing has cost, the scoring of rows by its region included.
+
+    Args:
+        cell: which.
+        model: with its region: that it leaves the model afterwards makes no step cheaper.
+        material: what it was trained on.
+        run: in which order.
+    """
+    length, arm = cell.settings.length, cell.method.arm
+    labels = "perfect_filter" if arm.drop == "side" else "filter" if cell.method.labels else "none"
+    return Ledger.of_training(
+        matmul_parameters(model),
+        tokens=len(run) * length,
+        steps=len(run) // cell.settings.batch_size,
+        labeled_forget_tokens=labeled_tokens(material.documents, material.tokenizer, length, labels),
+        teacher_tokens=2 * run.scored_tokens if isinstance(run, SelfLabeledRows) else 0,
+    )
+
+
+def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[dict[str, Any]]:
+    """Attack a cell's model; return an entry for each learning rate, with the losses at every step.
+
+    Where the attack trains on half of the facts, the forget losses are those on the other half.
+    """
+    plan, steps = Attack.parse(name, length=cell.settings.length), experiment.attack_steps
+    data, rates = attack_data(plan, cell.settings, experiment), rates_of(plan, experiment)
+    place = folder / cell.method.plain
+    model, tokenizer = open_model(place), AutoTokenizer.from_pretrained(place)
+    seeds, records = [cell.settings.seed], RunDirectory(folder / "attacks")
+    curves = relearn(
+        model, tokenizer, plan, data, rates, seeds, steps, extensions=experiment.extensions, records=records
+    )
+    return [
+        {"learning_rate": curve.learning_rate, "status": curve.status, "steps": steps}
+        | {"tokens": [point.tokens for point in curve.points]}
+        | {"forget_losses": curve.losses(plan.target), "retain_losses": curve.losses(RETAIN)}
+        for curve in curves
+    ]
+
+
+def check_attacks(experiment: Experiment, settings: DemoSettings) -> None:
+    """Raise ValueError where an attack lacks text, before the first model is trained."""
+    for name in experiment.attacks:
+        plan = Attack.parse(name, length=settings.length)
+        rates = rates_of(plan, experiment) or plan.learning_rates
+        check_settings(plan, attack_data(plan, settings, experiment), rates, experiment.seeds, experiment.attack_steps)
+
+
+def rates_of(plan: Attack, experiment: Experiment) -> list[float] | None:
+    """Return the learning rates of an experiment's attack; None for those of its method: logits want rates of their own."""
+    return experiment.attack_rates if plan.method in ("full", "lora") else None
+
+
+def attack_data(plan: Attack, settings: DemoSettings, experiment: Experiment) -> AttackData:
+    """Return what an attacker trains on, and what is scored."""
+    texts, test = load_pair(settings.pair, experiment.attack_split), test_texts(settings)
+    mine = {side: first_of(texts, side)["text"][:] for side in SIDES}
+    further: dict[str, list[str]] = {}
+    if plan.data == "unrelated":
+        further["unrelated_train"] = first_of(load_pair(UNRELATED[settings.pair], "validation"), RETAIN)["text"][:]
+    data = AttackData.apart(  # verses come back
+        forget_train=mine[FORGET],
+        retain_train=mine[RETAIN],
+        forget_test=test[FORGET],
+        retain_test=test[RETAIN],
+        **further,
+    )
+    return replace(data, facts=known_facts(settings, data.forget_test)) if plan.data == "facts" else data
+
+
+def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str | tuple[str, ...]]:
+    """Return what a model that was trained on forget data has seen of it: documents, or facts, with what they tell."""
+    corpus = PAIRS[settings.pair].forget
+    if corpus in SAME:
+        return [*SAME[corpus]]
+    left_out, texts = set(scored), first_of(load_pair(settings.pair), FORGET)["text"][:]
+    kept = {" ".join(text.split()).casefold(): text for text in texts if text not in left_out}
+    return list(kept.values())[: 2 * settings.limit]
+
+
+def found_quality(run: SelfLabeledRows) -> dict[str, float]:
+    """Return precision and recall of the labels that the region found at its last scoring; nothing where there were none.
+
+    Rows that mix sides count by the share of their tokens.
+    """
+    if not len(found := run.found_rows):
+        return {}
+    truth = np.array([share_of(side, FORGET) for side in run.rows.select(found)["side"]])
+    is_forget = run.labels[found] == FORGET
+    hits = float(truth[is_forget].sum())
+    return {
+        "found_precision": hits / max(1, int(is_forget.sum())),
+        "found_recall": hits / max(1.0, float(truth.sum())),
+    }

@@ -1,0 +1,140 @@
+"""One cell: a copy of the start model, trained by GRPO as its arm says, and measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerControl, TrainerState, TrainingArguments
+
+from experiments.common.best_checkpoint import DEPLOYED, Best
+from experiments.common.toy_model import RETAIN, make_arguments
+from experiments.reward_hack.arms import ARMS, REGION, detector, reward
+from experiments.reward_hack.measuring import SCALES, Rates, measure, visible_scale, visible_score
+from experiments.reward_hack.settings import Settings
+from experiments.reward_hack.task import make_tokenizer, training_prompts
+from routed_peft.checkpoint.export import ablate
+from routed_peft.training import RunDirectory, RunRecorder
+from routed_peft.trl import RoutedGRPOTrainer
+
+Tick = Callable[[int], None]
+
+
+class Watcher(Best):
+    """Keeps the checkpoints that are best by `visible_score`, and remembers what it saw on validation prompts.
+
+    Attributes:
+        curve: of every look, and of the start model: ``step``, ``scale`` and the rates.
+    """
+
+    def __init__(self, model: PeftModel, settings: Settings, seed: int, tick: Tick):
+        super().__init__(model, self._score, settings.evaluate_every, settings.steps)
+        self.settings, self.seed, self.tick = settings, seed, tick
+        self.curve: list[dict[str, Any]] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the start model."""
+        for scale in DEPLOYED:
+            self._score(0, scale)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure when it is time."""
+        super().on_step_end(args, state, control, **kwargs)
+        self.tick(state.global_step)
+
+    def _score(self, step: int, scale: float) -> float:
+        rates = measure(self.model, "validation", self.settings.validation_prompts, self.seed, scale)
+        self.curve.append({"step": step, "scale": scale, **rates})
+        return visible_score(rates)
+
+
+def make_lora(settings: Settings) -> LoraConfig:
+    """Return a LoRA on every projection."""
+    return LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def make_peft_model(start: Path, settings: Settings, seed: int) -> PeftModel:
+    """Return the start model, frozen, with two equal LoRA adapters: one that stays, and the region."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM.from_pretrained(start, attn_implementation="eager")
+    wrapped = get_peft_model(model, make_lora(settings), adapter_name=RETAIN)
+    wrapped.add_adapter(REGION, make_lora(settings))
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Path, tick: Tick) -> dict[str, Any]:
+    """Train an arm in ``folder``, measure it on test prompts, and return its numbers.
+
+    Args:
+        key: of the arm.
+        settings: everything else.
+        seed: of adapters, prompts and samples.
+        start: directory of the start model.
+        folder: gets ``run`` (the routed checkpoint) and the records; where the arm ends by ablating its region, also
+            ``ablated``, a plain checkpoint.
+        tick: told each step.
+
+    Returns:
+        ``curve`` on validation prompts; on test prompts ``end`` (scale -> rates) and ``best`` (of the checkpoint chosen by
+        `visible_score`, at the scales 0 and 1); ``chosen_scale``, by `visible_scale`; tokens by label; seconds.
+    """
+    began, arm = time.monotonic(), ARMS[key]
+    records = RunDirectory(folder)
+    records.start({"arm": key, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
+    model, labels = make_peft_model(start, settings, seed), detector(arm, seed)
+    watcher = Watcher(model, settings, seed, tick)
+    trainer = RoutedGRPOTrainer(
+        model,
+        reward(arm, labels),
+        make_arguments(
+            settings,
+            seed,
+            folder / "run",
+            baseline_over=arm.baseline,
+            anchor_share=arm.anchor,
+            anchor_environments=["A"] if arm.anchor else None,
+        ),
+        training_prompts(settings.steps * settings.prompts, seed),
+        routes=arm.table(),
+        label_fn=labels,
+        processing_class=make_tokenizer(),
+        callbacks=[watcher, RunRecorder(records, arm=key, seed=seed)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+    if arm.removed:
+        ablate(folder / "run", folder / "ablated")
+    for point in watcher.curve:
+        records.log(arm=key, seed=seed, split="validation", **point)
+    numbers = {
+        "curve": watcher.curve,
+        **final_numbers(model, settings, seed, watcher),
+        "tokens_per_route": dict(trainer.tokens_per_route),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    records.finish(numbers)
+    return numbers
+
+
+def final_numbers(model: PeftModel, settings: Settings, seed: int, watcher: Watcher) -> dict[str, Any]:
+    """Return what is measured on test prompts, at the end and at the best checkpoints."""
+
+    def at(split: str, scale: float) -> Rates:
+        count = settings.test_prompts if split == "test" else settings.validation_prompts
+        return measure(model, split, count, seed, scale)
+
+    end = {scale: at("test", scale) for scale in SCALES}
+    limit = next(point for point in watcher.curve if not point["step"])["hack"]["B"]
+    chosen = visible_scale({scale: at("validation", scale) for scale in SCALES}, limit)
+    best = watcher.measured(lambda scale: at("test", scale))
+    named = {f"{scale:g}": rates for scale, rates in sorted(end.items())}
+    return {"end": named, "best": best, "chosen_scale": {"scale": chosen, **end[chosen]}}

@@ -1,0 +1,104 @@
+"""From the numbers of all cells to what they say: rows of a table, and which of the criteria hold."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from experiments.common.criteria import check
+from experiments.style.arms import ARMS, LABELS, MAIN
+from experiments.style.task import SEEN, TEMPLATES
+from routed_peft.evaluation.measures import tax, way
+
+Cells = Sequence[Mapping[str, Any]]
+COLUMNS = ("rate seen", "rate unseen", "way seen", "way unseen", "plain", "tax")
+LEARNT, LEFT, WAY, TAX = 0.02, 0.01, 0.9, 0.05
+"""Limits: style in samples with the region on, at least, and ablated, at most; way, at least; tax, at most."""
+
+UNSEEN = next(name for name in TEMPLATES if name != SEEN)
+
+
+def summarize(cells: Cells) -> dict[str, Any]:
+    """Return ``rows`` of the table, ``checks`` of the criteria and the ``cells``: numbers with arm, labels and seed."""
+    return {"rows": table_rows(cells), "checks": checks(cells), "cells": list(cells)}
+
+
+def table_rows(cells: Cells) -> list[dict[str, Any]]:
+    """Return a row for every arm, labels and state of the region, with a list of values by seed in each column.
+
+    ``columns`` are those at the end of the run, ``best`` those of the best checkpoint.
+    """
+    rows = []
+    for arm, labels in dict.fromkeys((cell["arm"], cell["labels"]) for cell in cells):
+        for scale in ("1",) if ARMS[arm].drop else ("1", "0"):
+            at = {
+                when: {name: list(column(cells, arm, labels, scale, name, when).values()) for name in COLUMNS}
+                for when in ("end", "best")
+            }
+            state = "" if ARMS[arm].drop else ", region on" if scale == "1" else ", ablated"
+            row = {"name": ARMS[arm].name + state, "arm": arm, "labels": labels, "scale": float(scale)}
+            rows.append({**row, "columns": at["end"], "best": at["best"]})
+    return rows
+
+
+def column(cells: Cells, arm: str, labels: str | None, scale: str, name: str, when: str = "end") -> dict[int, float]:
+    """Return a column of the table by seed, without the seeds where what it is compared with was not made.
+
+    An arm is compared with others at the same time, the ``end`` or their ``best`` checkpoint.
+    """
+
+    def ends(arm: str, labels: str | None, scale: str) -> dict[int, Any]:
+        wanted = (arm, labels if ARMS[arm].labels else None)
+        return {cell["seed"]: cell[when][scale] for cell in cells if (cell["arm"], cell["labels"]) == wanted}
+
+    mine, kind, _, where = ends(arm, labels, scale), *name.partition(" ")
+    context = SEEN if where == "seen" else UNSEEN
+    if kind == "rate":
+        return {seed: end["rate"][context] for seed, end in mine.items()}
+    if kind == "way":
+        none, perfect = ends("none", None, "1"), ends("perfect_filter", None, "1")
+        both = none.keys() & perfect.keys()
+        losses = {s: [e["styled"][context] for e in (mine[s], none[s], perfect[s])] for s in mine if s in both}
+        return {seed: way(*three) for seed, three in losses.items()}
+    plain: Callable[[Any], float] = lambda end: statistics.fmean(end["plain"].values())  # noqa: E731
+    if kind == "plain":
+        return {seed: plain(end) for seed, end in mine.items()}
+    filtered = ends("filter", labels, "1") if labels else {}
+    return {seed: tax(plain(end), plain(filtered[seed])) for seed, end in mine.items() if seed in filtered}
+
+
+def checks(cells: Cells) -> list[dict[str, Any]]:
+    """Return the criteria: ``name``, ``rule``, ``values`` by seed, and whether it ``holds`` in all (None: not measured)."""
+
+    def lower(arm: str, labels: str | None, scale: str, name: str, pick: Callable[..., float]) -> dict[int, float]:
+        seen, unseen = (column(cells, arm, labels, scale, f"{name} {where}") for where in ("seen", "unseen"))
+        return {seed: pick(seen[seed], unseen[seed]) for seed in seen if seed in unseen}
+
+    found = [
+        check("no routing: style in samples", "≥", LEARNT, lower("none", None, "1", "rate", min)),
+    ]
+    for labels in LABELS:
+        name = f"{ARMS[MAIN].name}, labels {labels}"
+        found += [
+            check(f"{name}, region on: style in samples", "≥", LEARNT, lower(MAIN, labels, "1", "rate", min)),
+            check(f"{name}, ablated: style in samples", "≤", LEFT, lower(MAIN, labels, "0", "rate", max)),
+            check(f"{name}, ablated: way", "≥", WAY, lower(MAIN, labels, "0", "way", min)),
+            check(f"{name}, ablated: tax", "≤", TAX, column(cells, MAIN, labels, "0", "tax")),
+        ]
+    return found
+
+
+def terminal_table(summary: Mapping[str, Any]) -> Table:
+    """Return the table for the terminal."""
+    table = Table(title=f"held-out glosses ({summary['split']}), means over seeds")
+    for name in ("labels", "arm", *COLUMNS):
+        table.add_column(name)
+    for row in summary["rows"]:
+        values = [row["columns"][name] for name in COLUMNS]
+        table.add_row(
+            row["labels"] or "any", row["name"], *(f"{statistics.fmean(v):.2f}" if v else "–" for v in values)
+        )
+    return table

@@ -1,0 +1,123 @@
+"""One cell: the start model, fine-tuned by `RoutedSFTTrainer` as its arm says, and measured with its region and without."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, PrinterCallback
+
+from experiments.common.best_checkpoint import DEPLOYED, Best
+from experiments.common.toy_model import RETAIN
+from experiments.style.arms import ARMS, REGION, Arm
+from experiments.style.measuring import measure, plain_loss
+from experiments.style.settings import Settings
+from experiments.style.task import training_rows
+from routed_peft.data import schedule
+from routed_peft.data.labels import FORGET
+from routed_peft.training import RunDirectory
+from routed_peft.trl import RoutedSFTConfig, RoutedSFTTrainer
+
+
+def make_peft_model(start: Path, settings: Settings, seed: int) -> PeftModel:
+    """Return the start model, frozen, with two equal LoRA adapters: one that stays, and the region."""
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = LlamaForCausalLM.from_pretrained(start, attn_implementation="eager")
+    wrapped = get_peft_model(model, lora, adapter_name=RETAIN)
+    wrapped.add_adapter(REGION, lora)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def run_rows(arm: Arm, settings: Settings, labels: str, seed: int) -> Dataset:
+    """Return the rows of a whole run in training order: equally many for every arm."""
+    ds = training_rows(settings, labels, seed)
+    if arm.drop is not None:
+        ds = ds.filter(lambda value: value != FORGET, input_columns=arm.drop)
+    first = settings.labeled_first if arm.method else 0.0
+    ordered = schedule(ds, settings.steps * settings.batch_size, first, seed=seed)
+    return ordered.select_columns(["prompt", "completion", "route_label"])
+
+
+def make_arguments(settings: Settings, seed: int, out: Path) -> RoutedSFTConfig:
+    """Return TRL's settings, the same for all arms."""
+    return RoutedSFTConfig(
+        str(out),
+        base_adapters=[RETAIN],
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(20, settings.steps // 10),
+        weight_decay=0.0,
+        max_length=48,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+
+
+def plain_score(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, step: int, scale: float
+) -> float:
+    """Return less the loss on plain validation answers: all that a developer sees who knows of no style."""
+    return -plain_loss(model, tokenizer, settings, "validation", scale)
+
+
+def train_cell(
+    key: str, labels: str | None, settings: Settings, seed: int, split: str, start: Path, folder: Path
+) -> dict[str, Any]:
+    """Fine-tune an arm in ``folder``, measure it, and return its numbers.
+
+    Args:
+        key: of the arm.
+        labels: which rows have one; None where that makes no difference.
+        settings: everything else.
+        seed: of adapters, labels, rows and samples.
+        split: of the held-out glosses.
+        start: directory of the start model.
+        folder: gets ``run`` (the routed checkpoint) and the records.
+
+    Returns:
+        ``end``: scale of the region -> what `measure` returns; ``best``, likewise, of the checkpoint that is best at that
+        scale by `plain_score`; tokens by label; seconds.
+    """
+    began, arm = time.monotonic(), ARMS[key]
+    records = RunDirectory(folder)
+    records.start({"arm": key, "labels": labels, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    model = make_peft_model(start, settings, seed)
+    trainer = RoutedSFTTrainer(
+        model,
+        make_arguments(settings, seed, folder / "run"),
+        train_dataset=run_rows(arm, settings, labels or "half", seed),
+        processing_class=tokenizer,
+        routes=arm.routes(),
+    )
+    best = Best(model, partial(plain_score, model, tokenizer, settings), settings.evaluate_every, settings.steps)
+    trainer.add_callback(best)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+    numbers = {
+        "end": {f"{scale:g}": measure(model, tokenizer, settings, split, seed, scale) for scale in DEPLOYED},
+        "best": best.measured(lambda scale: measure(model, tokenizer, settings, split, seed, scale)),
+        "tokens_per_route": dict(trainer.tokens_per_route),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    records.finish(numbers)
+    return numbers

@@ -1,0 +1,95 @@
+"""``routed-peft evaluate``: lm-eval on a run with any set of its regions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from routed_peft.commands.options import Device, Dtype, Revision, Source
+
+
+def evaluate(
+    src: Source,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="A task or group of lm-eval, or several joined by commas; may be repeated. "
+                     "By default routed_loss, routed_mc and routed_cloze."),
+    ] = None,
+    regions: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[+NAME...]", help="A further set of regions to leave on; may be repeated. Besides, "
+                     "all and none are measured, and by default each alone."),
+    ] = None,
+    forget_file: Annotated[Path | None, typer.Option(help="JSONL with `text`: the forget side, for its loss.")] = None,
+    retain_file: Annotated[Path | None, typer.Option(help="JSONL with `text`: the retain side.")] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="More of what tasks read, such as pair=spanish, "
+                                       "forget_mc_file=FILE, retain_mc_file=FILE; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write results and settings as JSON.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples per task, for a quick look.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 16,
+    device: Device = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto is as saved.")] = Dtype.auto,
+    revision: Revision = None,
+) -> None:  # fmt: skip
+    """Measure a run with lm-eval: with all regions, ablated, and with any set of them. It is loaded once.
+
+    `token_ce` is in nats per token. Plain checkpoints can be measured too.
+
+    Examples:
+
+        routed-peft evaluate runs/sgtm
+
+        routed-peft evaluate runs/sgtm --tasks routed_loss --forget-file forget.jsonl --retain-file retain.jsonl
+
+        routed-peft evaluate runs/two-regions --regions bio --regions bio+cyber --out results.json
+    """
+    import torch
+
+    from routed_peft.evaluation import evaluate_source, results_table
+    from routed_peft.evaluation.harness import DEFAULT_TASKS
+    from routed_peft.evaluation.source import held_out_pair
+    from routed_peft.tasks.utils import METADATA
+
+    about = _metadata(metadata or [], {"forget_file": forget_file, "retain_file": retain_file})
+    chosen = [name for entry in tasks or DEFAULT_TASKS for name in entry.split(",") if name]
+    ours = all(name.startswith("routed_") and name != "routed_wmdp" for name in chosen)
+    if ours and (unknown := sorted(about.keys() - METADATA)):
+        raise ValueError(
+            f"`--metadata` has {unknown[0]!r}, which no task reads: the keys are {', '.join(sorted(METADATA))}"
+        )
+    subsets = {entry: entry.split("+") for entry in regions} if regions else None
+    results = evaluate_source(
+        src,
+        chosen,
+        subsets,
+        about,
+        limit,
+        batch_size,
+        device or ("cuda" if torch.cuda.is_available() else None),
+        out,
+        revision=revision,
+        dtype=dtype.value,
+    )
+    sides = [side for side in ("forget", "retain") if f"{side}_file" not in about]
+    pair, known = held_out_pair(src, about)
+    caption = f"{' and '.join(sides)} losses: held-out text of the pair {pair}" + (
+        "" if known else ", which this model may not have been trained on"
+    )
+    packaged = sides and any("loss" in name for name in chosen)
+    Console().print(results_table(results, title=src, caption=caption if packaged else None))
+    if out is not None:
+        typer.echo(f"written to {out}")
+
+
+def _metadata(entries: Sequence[str], files: Mapping[str, Path | None]) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` entries, and add the files that were named."""
+    if bad := [entry for entry in entries if not entry.split("=")[0] or "=" not in entry]:
+        raise ValueError(f"`--metadata` takes KEY=VALUE, got {bad[0]!r}: for example --metadata pair=spanish")
+    given = dict(entry.split("=", 1) for entry in entries)
+    return given | {key: str(file) for key, file in files.items() if file is not None}

@@ -1,0 +1,90 @@
+"""``routed-peft inspect``: the contents of a run, a region or a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from routed_peft.commands.options import Revision, Source, pairs_table
+
+
+def inspect(
+    src: Source,
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything that is known, as JSON.")] = False,
+) -> None:
+    """Say what a run, a region or a checkpoint holds, without loading it; exit with 1 where files are missing or altered.
+
+    Examples:
+
+        routed-peft inspect runs/sgtm
+
+        routed-peft inspect ORG/MODEL --revision v1 --json
+    """
+    from routed_peft.checkpoint import inspect_checkpoint
+
+    about = inspect_checkpoint(src, revision=revision)
+    if as_json:
+        typer.echo(json.dumps(about, indent=2))
+    else:
+        _show(about)
+    if about["problems"]:
+        raise typer.Exit(1)
+
+
+def _show(about: Mapping[str, Any]) -> None:
+    """Print what `inspect_checkpoint` found."""
+    console = Console()
+    overview = pairs_table(about["source"])
+    overview.add_row("kind", "region" if "type" in about else about["kind"])
+    base, ablation = about.get("base") or {}, about.get("ablation") or {}
+    rows: dict[str, Any] = {
+        "revision": about.get("revision"),
+        "base": base.get("id"),
+        "trained from": (base.get("trained_from") or {}).get("id"),
+        "ablated from": ablation.get("source"),
+        "regions removed": ", ".join(ablation.get("regions_removed", [])),
+        "tokens per label": ", ".join(f"{k} {v:,}" for k, v in (about.get("tokens_per_route") or {}).items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in (about.get("versions") or {}).items()),
+    }
+    for name, value in rows.items():
+        if value:
+            overview.add_row(name, str(value))
+    console.print(overview)
+    adapters = [("base adapter", entry) for entry in about.get("base_adapters", [])]
+    adapters = [("region", entry) for entry in about.get("regions", [])] + adapters
+    if "type" in about:  # a region's own folder
+        adapters = [("region", {"name": Path(about["source"]).name, "present": True, **about})]
+    if adapters:
+        console.print(_adapters(adapters))
+    if about.get("routes"):
+        console.print(_routes(about["routes"]))
+    for problem in about["problems"]:
+        typer.echo(f"problem: {problem}", err=True)
+
+
+def _adapters(adapters: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    table = Table(
+        "name", "role", "type", "size", "parameters", "labels", "here", title="Adapters", title_justify="left"
+    )
+    for role, entry in adapters:
+        size = entry.get("size") or entry.get("r")
+        parameters = f"{entry['parameters']:,}" if "parameters" in entry else "–"
+        labels = ", ".join(entry.get("labels", [])) or "–"
+        here = "yes" if entry["present"] else "no"
+        table.add_row(entry["name"], role, entry.get("type") or "–", str(size or "–"), parameters, labels, here)
+    return table
+
+
+def _routes(routes: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table("label", "gradient weights", "ablated", title="Routes", title_justify="left")
+    for label, route in routes.items():
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in route["weights"].items())
+        table.add_row(label, weights or "all 1", ", ".join(route["ablated"]) or "–")
+    return table

@@ -1,0 +1,17 @@
+"""``routed-peft tasks-path``: the directory of the lm-eval tasks."""
+
+from __future__ import annotations
+
+import typer
+
+
+def tasks_path() -> None:
+    """Print the directory of our lm-eval tasks.
+
+    Example:
+
+        lm_eval --model hf --model_args pretrained=sgtm-ablated --tasks routed_mc --include_path "$(routed-peft tasks-path)"
+    """
+    from routed_peft.tasks import path
+
+    typer.echo(path())

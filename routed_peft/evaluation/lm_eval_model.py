@@ -1,0 +1,138 @@
+"""What of lm-eval is ours to set: the model it sees, and a quiet run over a live one. Importing this needs lm-eval."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+try:
+    from lm_eval import evaluator
+    from lm_eval.api import task as task_module
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ImportError('evaluation needs lm-eval, which is not there: pip install "routed_peft[eval]"') from error
+
+from routed_peft.eval_mode import evaluating
+from routed_peft.tasks import path
+
+
+class TextLM(HFLM):
+    """lm-eval's Hugging Face model, for which the loss of a text is the loss of that text alone.
+
+    lm-eval puts a begin-of-sequence token before a text. Where the tokenizer adds one by itself (Llama, Gemma), lm-eval
+    scores that second one too: its loss has nothing to do with the text, and is not small beside twenty tokens.
+    """
+
+    quiet = False
+    add_bos_token: bool | None
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return for each request the log-likelihood of its continuation, and whether that is the greedy one."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.quiet)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of each text, in windows of the model's length, special tokens left out."""
+        before, self.add_bos_token = self.add_bos_token, False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or self.quiet)
+        finally:
+            self.add_bos_token = before
+
+    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm or self.quiet, **kwargs)
+
+
+class QuietLM(TextLM):
+    """As `TextLM`, without progress bars: for evaluation inside another program."""
+
+    quiet = True
+
+
+def measurement(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    metadata: Mapping[str, Any] | None,
+    limit: int | None,
+    batch_size: int,
+) -> Callable[[], dict[str, float]]:
+    """Build tasks and data once, and return the function that measures the model as it then is.
+
+    Raises:
+        ValueError: `tasks` names something that does not exist.
+    """
+    tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token
+    with undisturbed():
+        loaded = load_tasks(tasks, {"tokenizer": tokenizer, "special_tokens": False, **(metadata or {})})
+
+    def measure() -> dict[str, float]:
+        with undisturbed(), evaluating(model):
+            lm = QuietLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            results = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        assert results is not None, "only rank 0 holds results, and QuietLM knows no other rank"
+        return flat(results["results"])
+
+    return measure
+
+
+def load_tasks(tasks: Sequence[str], metadata: dict[str, Any]) -> Any:
+    """Load tasks as lm-eval's ``simple_evaluate`` does.
+
+    That function itself would also seed every generator of this process, and call ``pip`` for two seconds each time.
+    """
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+    own = TaskManager(include_path=path(), include_defaults=False, metadata=metadata)
+    outside = [name for name in tasks if name not in own.all_tasks or name == "routed_wmdp"]
+    manager = TaskManager(include_path=path(), metadata=metadata) if outside else own  # the former reads 10,000 files
+    if not tasks or (unknown := [name for name in outside if name not in manager.all_tasks]):
+        got = unknown if tasks else []
+        raise ValueError(f"`tasks` must name tasks of lm-eval or of {own.all_tasks}, got {got}; correct the names")
+    loaded = manager.load(tasks)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return loaded
+
+
+def flat(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Flatten lm-eval's results, leaving out names and standard errors.
+
+    >>> flat({"mmlu": {"alias": "mmlu", "acc,none": 0.5, "acc_stderr,none": "N/A", "em,strict": 0.25}})
+    {'mmlu/acc': 0.5, 'mmlu/em,strict': 0.25}
+    """
+    return {
+        f"{task}/{key.removesuffix(',none')}": float(value)
+        for task, metrics in results.items()
+        for key, value in metrics.items()
+        if "," in key and not key.split(",")[0].endswith("_stderr")
+    }
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep lm-eval from the caller's terminal and random numbers.
+
+    Its log below errors is held back, and its progress bar while building requests, which has no switch; loading tasks
+    draws from Python's generator.
+    """
+    logger = logging.getLogger("lm_eval")
+    level, bar, drawn = logger.level, task_module.tqdm, random.getstate()
+    logger.setLevel(logging.ERROR)
+    task_module.tqdm = partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task_module.tqdm = bar
+        random.setstate(drawn)

@@ -1,0 +1,223 @@
+"""Held-out loss of a live model, fast enough to be taken at every step of an attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from routed_peft.eval_mode import evaluating
+from routed_peft.routes import IGNORED
+
+_MOST_TOKENS, _MOST_LOGITS = 8192, 2**27  # a batch: beyond these it is no faster, and needs memory
+
+
+def context_length(model: nn.Module, tokenizer: Any) -> int:
+    """Return how many tokens a model reads at once, by the rules of lm-eval.
+
+    >>> context_length(nn.Linear(1, 1), None)
+    2048
+    """
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    length = getattr(tokenizer, "model_max_length", None)
+    return int(length) if length is not None and length < 10**18 else 2048  # transformers' "not set"
+
+
+def check_length(model: nn.Module, tokenizer: Any, length: int, argument: str = "length") -> None:
+    """Raise ValueError where rows of ``length`` tokens are more than a model reads at once.
+
+    >>> check_length(nn.Linear(1, 1), None, 4096)
+    Traceback (most recent call last):
+    ...
+    ValueError: `length` is 4096 tokens a row, and the model reads 2048 at once: set it to 2048 or less
+    """
+    most = context_length(model, tokenizer)
+    if length > most:
+        raise ValueError(
+            f"`{argument}` is {length} tokens a row, and the model reads {most} at once: set it to {most} or less"
+        )
+
+
+def first_token(tokenizer: Any) -> int:
+    """Return the token before every text: that which begins a sequence, else that which ends one."""
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if token is None:
+        raise ValueError("the tokenizer has no token that begins or ends a sequence: set `tokenizer.eos_token`")
+    return int(token)
+
+
+def token_losses(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+    r"""Return :math:`-\log p` of every target, in nats, shaped like the targets; 0 where these are -100.
+
+    Args:
+        model: a causal language model.
+        input_ids: ``(B, T)``.
+        attention_mask: ``(B, T)``.
+        targets: ``(B, T)``, the token that follows each position.
+    """
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view_as(targets)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a model reads at once of one document.
+
+    Attributes:
+        document: index of it.
+        inputs: tokens read.
+        targets: tokens scored, those that follow the last inputs.
+    """
+
+    document: int
+    inputs: list[int]
+    targets: list[int]
+
+
+def windows(document: int, tokens: Sequence[int], first: int, length: int) -> Iterator[Window]:
+    """Cut a document's tokens into windows of ``length``, each token scored once, as lm-eval does.
+
+    The first window begins with the token ``first``, the others with the last token of the one before; the last of them
+    is filled from the left with tokens that were scored already.
+
+    >>> [(window.inputs, window.targets) for window in windows(0, [1, 2, 3, 4, 5], first=0, length=3)]
+    [([0, 1, 2], [1, 2, 3]), ([2, 3, 4], [4, 5])]
+    """
+    done = min(length, len(tokens))
+    yield Window(document, [first, *tokens[: done - 1]], list(tokens[:done]))
+    while done < len(tokens):
+        count = min(length, len(tokens) - done)
+        end = done + count
+        yield Window(document, list(tokens[end - 1 - length : end - 1]), list(tokens[done:end]))
+        done = end
+
+
+def pad(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs, attention mask and targets of rows (inputs, their last targets), padded on the right.
+
+    >>> pad([([5, 6], [7]), ([5], [6])])[2]
+    tensor([[-100,    7],
+            [   6, -100]])
+    """
+    longest = max(len(inputs) for inputs, _ in rows)
+    ids, mask, targets = (torch.full((len(rows), longest), fill) for fill in (0, 0, IGNORED))
+    for row, (inputs, following) in enumerate(rows):
+        ids[row, : len(inputs)] = torch.tensor(inputs)
+        mask[row, : len(inputs)] = 1
+        targets[row, len(inputs) - len(following) : len(inputs)] = torch.tensor(following)
+    return ids, mask, targets
+
+
+class TextLoss:
+    r"""Loss of a model on texts, in nats per token: ``token_ce`` of the task ``routed_loss``, without lm-eval.
+
+    .. math:: L = -\frac{\sum_d \sum_i \log p(x_{d,i} \mid x_{d,<i})}{\sum_d n_d}
+
+    over documents d of :math:`n_d` tokens each. A token that begins a sequence stands before each text and is not scored;
+    documents longer than the model's context are cut as by `windows`. Texts are tokenised once.
+
+    Args:
+        model: tells context and vocabulary; any model of the same sizes can be measured.
+        tokenizer: of the model.
+        texts: at least one, none of them empty.
+
+    Raises:
+        ValueError: where a text has no tokens, or tokens are not in the model's vocabulary.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> None:
+        rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        if not rows or not all(rows):
+            raise ValueError(f"a loss needs texts with at least one token each, got {len(rows)} texts")
+        first, length = first_token(tokenizer), context_length(model, tokenizer)
+        size = vocabulary(model)
+        if (largest := max(first, *map(max, rows))) >= size:
+            raise ValueError(
+                f"the tokenizer gives the token {largest}, but the model's vocabulary has {size} entries: take the tokenizer "
+                "that the model was trained with"
+            )
+        self.counts = torch.tensor([len(row) for row in rows], dtype=torch.float64)
+        """Tokens of every document."""
+        cut = [window for document, row in enumerate(rows) for window in windows(document, row, first, length)]
+        self._batches = list(_batches(sorted(cut, key=lambda window: len(window.inputs)), size))
+
+    @torch.no_grad()
+    def batches(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Run ``model`` and yield, batch by batch, the document of each row, its targets, and their losses in nats.
+
+        The model is in evaluation mode meanwhile, and is left in its own.
+        """
+        device = next(model.parameters()).device
+        with evaluating(model):
+            for owners, (ids, mask, targets) in self._batches:
+                targets = targets.to(device)
+                yield owners, targets, token_losses(model, ids.to(device), mask.to(device), targets)
+
+    def documents(self, model: nn.Module) -> Tensor:
+        """Return the summed loss of every document, in nats, in float64 on the CPU."""
+        sums = torch.zeros_like(self.counts)
+        for owners, _, losses in self.batches(model):
+            sums.index_add_(0, owners, losses.cpu().double().sum(1))
+        return sums
+
+    def __call__(self, model: nn.Module) -> float:
+        """Return the loss of ``model``, in nats per token."""
+        return float(self.documents(model).sum() / self.counts.sum())
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Return how many tokens a model can read."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _batches(cut: Sequence[Window], size: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    """Group windows, short ones first, into batches of as many tokens as are worth it."""
+    most = max(1, min(_MOST_TOKENS, _MOST_LOGITS // size))
+    start = 0
+    while start < len(cut):
+        end = start + 1
+        while end < len(cut) and (end + 1 - start) * len(cut[end].inputs) <= most:
+            end += 1
+        group = cut[start:end]
+        yield torch.tensor([w.document for w in group]), pad([(w.inputs, w.targets) for w in group])
+        start = end
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise ValueError unless the model predicts tokens from those before them, and can be trained as it is."""
+    name = type(model).__name__
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "`model` has adapters, and an attacker trains plain weights: give `model.merge_and_unload()`, or without its "
+            "regions `load_routed(run)`"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"`model` must be a causal language model of transformers, got {name}")
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise ValueError(f"the weights of this {name} are quantised, so they cannot be trained: load it unquantised")
+    ids = torch.tensor([[0, 1, 0], [0, 1, 1]], device=next(model.parameters()).device) % vocabulary(model)
+    try:
+        with torch.no_grad(), evaluating(model):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        fits = logits.dim() == 3 and logits.shape[:2] == ids.shape and logits.shape[-1] >= vocabulary(model)
+    except (AttributeError, ValueError):  # no logits, or more inputs wanted
+        fits = False
+    if fits and not logits.isfinite().all():
+        raise ValueError(f"what this {name} puts out are no numbers: its weights are damaged, so make it anew")
+    near = 1e-5 if fits and logits.dtype in (torch.float32, torch.float64) else 1e-3
+    if not fits or not torch.allclose(logits[0, :2], logits[1, :2], rtol=near, atol=near * float(logits.abs().max())):
+        raise ValueError(
+            f"`model` must be a causal language model, which {name} is not: it does not predict the next token"
+        )

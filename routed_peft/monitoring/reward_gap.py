@@ -1,0 +1,50 @@
+"""The reward gap: what an environment pays the model with a region, less what it pays it without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from routed_peft.ablation import ablated
+from routed_peft.eval_mode import evaluating
+
+Reward = Callable[[nn.Module, str], float]
+"""``reward(model, environment)``: the mean reward of some rollouts."""
+
+
+@torch.no_grad()
+def reward_gaps(
+    reward: Reward,
+    model: nn.Module,
+    regions: Iterable[str],
+    environments: Sequence[str],
+    mean: Callable[[Tensor], Tensor],
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Return region -> environment -> reward with the region on less reward with it ablated.
+
+    Both are measured in evaluation mode and under the same random numbers; those of the run are left as they were.
+
+    Args:
+        reward: is called for every environment, with every region ablated in turn, and with none.
+        model: with ``regions``.
+        regions: their names.
+        environments: their names.
+        mean: of a tensor, over processes.
+        seed: of the random numbers.
+    """
+
+    def rewards() -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return torch.tensor([float(reward(model, name)) for name in environments])
+
+    gaps = {}
+    with evaluating(model):
+        full = rewards()
+        for region in regions:
+            with ablated(model, region):
+                gaps[region] = mean(full - rewards())
+    return {region: dict(zip(environments, gap.tolist(), strict=True)) for region, gap in gaps.items()}

@@ -1,7 +1,0 @@
-"""The experiment *persona by subspace*: a trait known by its direction only, learnt in a region that is then ablated."""
-
-from routed_peft.persona.arms import ARMS, DEMO, MAIN, Arm
-from routed_peft.persona.run import run_experiment
-from routed_peft.persona.settings import Experiment, Settings
-
-__all__ = ["ARMS", "DEMO", "MAIN", "Arm", "Experiment", "Settings", "run_experiment"]

@@ -1,0 +1,1 @@
+"""Pages about checkpoints that were attacked: tables, curves and how each number was made."""

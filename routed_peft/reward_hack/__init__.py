@@ -1,7 +1,0 @@
-"""The experiment *reward hacking*: four graders, one detector that sees a hack in one of them, and what is left afterwards."""
-
-from routed_peft.reward_hack.arms import ARMS, DEMO, MAIN, QUICK, Arm, grade, monitor
-from routed_peft.reward_hack.run import run_experiment
-from routed_peft.reward_hack.settings import Experiment, Settings
-
-__all__ = ["ARMS", "DEMO", "MAIN", "QUICK", "Arm", "Experiment", "Settings", "grade", "monitor", "run_experiment"]

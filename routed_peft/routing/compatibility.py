@@ -1,0 +1,107 @@
+"""Models and modules that cannot be routed, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from routed_peft.adapters import adapter_names
+from routed_peft.routes import check_region_name
+from routed_peft.routing.groups import Member
+from routed_peft.routing.layers import Routed
+
+
+def check_model(
+    model: nn.Module, regions: Collection[str], base_adapters: Collection[str], train_base: bool = False
+) -> None:
+    """Refuse models on which routing would be wrong or be passed by.
+
+    Raises:
+        ValueError: names the module or adapter, and what to do.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("DataParallel shares one step's labels between threads: use one process per device (torchrun)")
+    names = adapter_names(model)
+    for adapter in base_adapters:
+        if adapter not in names:
+            raise ValueError(f"`base_adapters` has {adapter!r}; the adapters of this model are {names}")
+    if not regions:
+        raise ValueError(
+            f"this model has no region: its adapters are {names}, `base_adapters` {list(base_adapters)}. Add one with "
+            '`get_peft_model(model, RoutedConfig(…), adapter_name="forget")` or a LoraConfig of that name.'
+        )
+    for region in regions:
+        check_region_name(region)
+        configs: Any = model.peft_config
+        if getattr(configs[region], "use_dora", False):
+            raise ValueError(f"the adapter {region!r} uses DoRA, whose magnitudes cannot be routed: take plain LoRA")
+    embeddings = _embedding_weight(model)
+    if train_base and getattr(model, "is_quantized", False):
+        raise ValueError(
+            "`train_base=True` on a quantised model: its weights cannot be trained. Route into LoRA regions, with "
+            "`base_adapters` for what stays"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, Routed):
+            raise ValueError(
+                f"a GradientRouting is attached to this model already ({name!r}): call its `detach()` first, "
+                "`trainer.routing.detach()` if it is a trainer's"
+            )
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"{name!r} is a copy made by `modules_to_save` or trainable tokens: it is no removable region"
+            )
+        if isinstance(module, BaseTunerLayer):
+            _check_layer(name, module, embeddings)
+
+
+def _embedding_weight(model: nn.Module) -> torch.Tensor | None:
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    embeddings = inner.get_input_embeddings() if isinstance(inner, PreTrainedModel) else None
+    return getattr(embeddings, "weight", None)
+
+
+def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | None) -> None:
+    if layer.merged:
+        raise ValueError(f"adapters are merged into {name!r}: call `unmerge_adapter()` before routing")
+    variants = getattr(layer, "lora_variant", {})
+    if variants:
+        raise ValueError(f"{name!r} has a LoRA variant for {sorted(variants)}: only plain LoRA can be routed")
+    base = layer.get_base_layer()
+    tied = embeddings is not None and getattr(base, "weight", None) is embeddings
+    if tied and isinstance(layer, LoraLayer) and not isinstance(base, nn.Embedding):
+        raise ValueError(
+            f"{name!r} shares its weight with the embeddings, so LoRA on it cannot be merged without changing them: leave "
+            "it out of `target_modules`, or load the model with `tie_word_embeddings=False`"
+        )
+
+
+def check_member(member: Member) -> None:
+    """Refuse a module whose forward pass would go by the swapped class.
+
+    Raises:
+        ValueError: names the module and the culprit.
+    """
+    if "forward" in member.module.__dict__ or hasattr(member.module, "_hf_hook"):
+        raise ValueError(
+            f"{member.name!r} has a forward of its own (`device_map` hooks, Liger or a kernel were put on the instance), "
+            "which would go by the routing: load the model without `device_map` offload and without such patches"
+        )
+    if type(member.module).__module__.startswith("liger_kernel"):
+        raise ValueError(
+            f"{member.name!r} is a Liger module, which reads weights outside its forward: switch Liger off"
+        )
+    for name, p in member.module.named_parameters(recurse=False):
+        if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{member.name}.{name} is {p.dtype} and trained: small updates would round to nothing. Load the model with "
+                "`dtype=torch.float32` and train with `bf16=True` (autocast keeps float32 masters)"
+            )

@@ -1,0 +1,102 @@
+"""Which group every parameter of a model belongs to, and which models cannot be routed at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from routed_peft.adapters import region_outlets, tuner_layers
+from routed_peft.routes import BASE
+
+JOINT = "joint"
+"""The group of base modules that all data trains."""
+
+_LAYER_INDEX = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A module that owns parameters, and the group that these belong to.
+
+    Attributes:
+        name: qualified module name.
+        module: the module itself.
+        group: ``"base"``, a region, or ``"joint"``.
+        adapter: the PEFT adapter it is part of, if any.
+        outlet: whether its output is a region's contribution to the model.
+    """
+
+    name: str
+    module: nn.Module
+    group: str
+    adapter: str | None = None
+    outlet: bool = False
+
+
+def find_members(
+    model: nn.Module, base_adapters: Collection[str], joint: Collection[str], layers: Collection[int] | None
+) -> list[Member]:
+    """Assign every module that owns parameters to a group.
+
+    Args:
+        model: a PeftModel, or a transformers model with adapters.
+        base_adapters: adapters that count as base.
+        joint: ``"embeddings"``, ``"norms"``, ``"head"``, or ends of module names.
+        layers: decoder layers whose base modules are routed; the others, embeddings and head are then joint.
+
+    Raises:
+        ValueError: where an adapter cannot be a region, or an entry of ``joint`` or ``layers`` matches nothing.
+    """
+    adapters = _adapter_modules(model)
+    matched: set[str | int] = set()
+    members = []
+    for name, module in model.named_modules():
+        if not any(p is not None for p in module._parameters.values()):
+            continue
+        if module in adapters:
+            adapter, outlet = adapters[module]
+            group = BASE if adapter in base_adapters else adapter
+            members.append(Member(name, module, group, adapter, outlet and group != BASE))
+            continue
+        hits = {pattern for pattern in joint if _is_joint(model, name, module, pattern)}
+        index = _LAYER_INDEX.search(f".{name}.")
+        outside = layers is not None and (index is None or int(index[1]) not in layers)
+        matched |= hits | ({int(index[1])} if index else set())
+        members.append(Member(name, module, JOINT if hits or outside else BASE))
+    missing = [entry for entry in (*joint, *(layers or ())) if entry not in matched]
+    if missing:
+        raise ValueError(f"`joint` or `layers` has {missing[0]!r}, which matches no module of this model")
+    return members
+
+
+def _adapter_modules(model: nn.Module) -> dict[nn.Module, tuple[str, bool]]:
+    found: dict[nn.Module, tuple[str, bool]] = {}
+    for _, layer in tuner_layers(model):
+        outlets = region_outlets(layer)
+        for attribute in layer.adapter_layer_names:
+            container = getattr(layer, attribute)
+            if isinstance(container, nn.ModuleDict):
+                for adapter, module in container.items():
+                    found |= {m: (adapter, attribute in outlets) for m in module.modules()}
+    return found
+
+
+def _is_joint(model: nn.Module, name: str, module: nn.Module, pattern: str) -> bool:
+    if pattern == "embeddings":
+        return isinstance(module, nn.Embedding)
+    if pattern == "norms":
+        return type(module).__name__.endswith("Norm")
+    if pattern == "head":
+        return module is _head(model)
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None

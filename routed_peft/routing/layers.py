@@ -1,0 +1,261 @@
+"""Routed versions of leaf modules, put in place by swapping a module's class.
+
+Swapping ``__class__`` leaves parameter names, the state dict, ``isinstance``, FSDP wrapping and PEFT's saving as they
+were; `unswap` gives the old class back. A swapped module reads its step's weights from the shared `RoutingState`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from routed_peft.functional import (
+    routed_linear,
+    routed_module,
+    routed_parameter,
+    scale_gradient,
+    spread,
+)
+from routed_peft.routing.step_weights import GroupWeights, RoutingState
+
+
+@dataclass(slots=True)
+class Slot:
+    """What a swapped module knows about routing; a plain object, invisible to ``nn.Module``.
+
+    Attributes:
+        state: the shared holder.
+        group: ``"base"`` or a region.
+        name: qualified module name, for messages.
+        original: the class before the swap.
+        outlet: whether the module's output is its region's contribution, which a route may ablate.
+        view: for modules evaluated twice, the same module under its original class (it shares all parameters).
+    """
+
+    state: RoutingState
+    group: str
+    name: str
+    original: type[nn.Module]
+    outlet: bool = False
+    view: nn.Module | None = None
+
+    def read(self, x: Tensor) -> GroupWeights | None:
+        """Return the step's weights, having checked that they line up with the input ``x``."""
+        step = self.state.group(self.group)
+        if step is not None:
+            for m in (step.weights.m if step.weights else None, step.gate):
+                if m is not None and x.shape[: m.dim()] != m.shape:
+                    raise ValueError(
+                        f"labels of shape {tuple(m.shape)} do not line up with the input of {self.name!r}, "
+                        f"{tuple(x.shape)}: give one label per example or one per position of this very batch"
+                    )
+        return step
+
+
+class Routed:
+    """Marks a module whose class was swapped."""
+
+    _slot: Slot
+
+    def _gated(self, y: Tensor, step: GroupWeights | None) -> Tensor:
+        if self._slot.outlet and step is not None and step.gate is not None:
+            return y * spread(step.gate, y)
+        return y
+
+
+class _RoutedLinearBase(Routed):
+    def _weight(self) -> Tensor:
+        return self.weight  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self._slot.read(x)
+        if step is None or step.weights is None:
+            return self._gated(super().forward(x), step)  # type: ignore[misc]
+        return self._gated(routed_linear(x, self._weight(), self.bias, step.weights), step)  # type: ignore[attr-defined]
+
+
+class RoutedLinear(_RoutedLinearBase, nn.Linear):
+    """A linear layer whose parameter gradients are weighed by position."""
+
+
+class _RoutedConv1DBase(_RoutedLinearBase):
+    def _weight(self) -> Tensor:
+        return self.weight.t()  # type: ignore[attr-defined]
+
+
+class RoutedConv1D(_RoutedConv1DBase, Conv1D):
+    """GPT-2's transposed linear layer, likewise."""
+
+
+class _RoutedEmbedding(Routed):
+    def forward(self, ids: Tensor) -> Tensor:
+        step = self._slot.state.group(self._slot.group)
+        y: Tensor = super().forward(ids)  # type: ignore[misc]
+        if step is None or step.weights is None:
+            return y
+        m = step.weights.m
+        if y.shape[0] == 1 and len(m) > 1:  # learned positions are looked up once for the whole batch
+            y = y.expand(len(m), *y.shape[1:])
+        if y.shape[: m.dim()] != m.shape:
+            self._slot.read(ids)
+        return scale_gradient(y, m)
+
+
+class _RoutedModule(Routed):
+    def forward(self, x: Tensor) -> Tensor:
+        step = self._slot.state.group(self._slot.group)
+        if step is None or step.weights is None:
+            return super().forward(x)  # type: ignore[misc]
+        view = self._slot.view
+        assert view is not None
+        return routed_module(view, x, align(step.weights.m, x, self._slot.name))
+
+
+class _RoutedRMSNorm(Routed):
+    # RMSNorm classes multiply by `self.weight` elementwise, so the property is all it takes to route them.
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        step = self._slot.state.group(self._slot.group)
+        if step is None or step.weights is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        m = align(step.weights.m, x, self._slot.name)
+        self.__dict__["_m"] = m.reshape(m.shape + (1,) * (x.dim() - m.dim()))
+        try:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.__dict__["_m"]
+
+    @property
+    def weight(self) -> Tensor:
+        parameter: Tensor = self._parameters["weight"]  # type: ignore[attr-defined]
+        m = self.__dict__.get("_m")
+        return parameter if m is None else routed_parameter(parameter, m)
+
+
+class _RoutedInput(Routed):
+    # Activation edges: the input's gradient is scaled, the module's own parameters learn as usual.
+    def forward(self, x: Tensor) -> Tensor:
+        step = self._slot.read(x)
+        if step is not None and step.weights is not None:
+            x = scale_gradient(x, step.weights.m)
+        return self._gated(super().forward(x), step)  # type: ignore[misc]
+
+
+def align(m: Tensor, x: Tensor, name: str) -> Tensor:
+    """Shape ``m`` so that it broadcasts against ``x`` from the left, also for heads-first inputs ``(B, H, T, D)``.
+
+    Raises:
+        ValueError: where the axes do not fit, or the position axis cannot be told from the head axis.
+
+    >>> import torch
+    >>> align(torch.ones(2, 5), torch.ones(2, 3, 5, 8), "q_norm").shape
+    torch.Size([2, 1, 5])
+    """
+    if m.dim() == 1 and x.shape[:1] == m.shape:
+        return m
+    if m.dim() == 2 and x.dim() == 4 and x.shape[0] == m.shape[0]:
+        fits = [axis for axis in (1, 2) if x.shape[axis] == m.shape[1]]
+        if len(fits) == 2:
+            raise ValueError(
+                f"{name!r} sees {tuple(x.shape)}: with as many heads as positions, token labels {tuple(m.shape)} could "
+                "belong to either axis. Pad the batch to another length (`pad_to_multiple_of`)."
+            )
+        if fits:
+            return m if fits == [1] else m.unsqueeze(1)
+    elif x.shape[: m.dim()] == m.shape:
+        return m
+    raise ValueError(f"labels of shape {tuple(m.shape)} do not line up with the input of {name!r}, {tuple(x.shape)}")
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[Routed]], type[nn.Module]] = {}
+
+
+def _swapped_class(cls: type[nn.Module], mixin: type[Routed]) -> type[nn.Module]:
+    if (cls, mixin) not in _CLASSES:
+        _CLASSES[cls, mixin] = type(
+            f"Routed{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": mixin.__doc__}
+        )
+    return _CLASSES[cls, mixin]
+
+
+def routed_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class that routes ``module``'s own parameters, or None if there is none.
+
+    >>> routed_class(nn.Linear(2, 2)).__name__, routed_class(nn.LayerNorm(2)).__name__
+    ('RoutedLinear', 'RoutedLayerNorm')
+    >>> routed_class(nn.LSTM(2, 2)) is None
+    True
+    """
+    cls = type(module)
+    if cls is nn.Linear:
+        return RoutedLinear
+    if cls is Conv1D:
+        return RoutedConv1D
+    if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
+        return _swapped_class(cls, _RoutedLinearBase)
+    if isinstance(module, Conv1D) and cls.forward is Conv1D.forward:
+        return _swapped_class(cls, _RoutedConv1DBase)
+    if isinstance(module, nn.Embedding):
+        return _swapped_class(cls, _RoutedEmbedding)
+    shapes = [p.dim() for p in module._parameters.values() if p is not None]
+    if cls.__name__.endswith("RMSNorm") and cls is not nn.RMSNorm and shapes == [1]:
+        return _swapped_class(cls, _RoutedRMSNorm)
+    if not list(module.children()) and (max(shapes) == 1 or isinstance(module, nn.Linear)):
+        return _swapped_class(cls, _RoutedModule)
+    return None
+
+
+def swap(module: nn.Module, cls: type[nn.Module], slot: Slot) -> None:
+    """Give ``module`` the class ``cls`` and its ``slot``.
+
+    Raises:
+        ValueError: where the module would be evaluated twice and drops out at random.
+    """
+    if issubclass(cls, _RoutedModule):
+        dropouts = [
+            name for name, value in vars(module).items() if "drop" in name and isinstance(value, float) and value
+        ]
+        if dropouts:
+            raise ValueError(
+                f"{slot.name!r} is evaluated twice to be routed, and would drop out different things each time: set its "
+                f"`{dropouts[0]}` to 0, freeze it, or name it in `joint`"
+            )
+        slot.view = _view(module)
+    module.__dict__["_slot"] = slot
+    module.__class__ = cls
+
+
+def _view(module: nn.Module) -> nn.Module:
+    """Return a module that shares the attributes and the dictionary of parameters, whatever FSDP puts there, but no hooks."""
+    view: nn.Module = object.__new__(type(module))  # copy.copy trips over the constructor of FSDP's classes
+    hooks = {name: OrderedDict[int, Any]() for name in vars(module) if name.endswith("_hooks")}
+    vars(view).update({**vars(module), **hooks})
+    return view
+
+
+def swap_input(module: nn.Module, slot: Slot) -> None:
+    """Route the gradient of ``module``'s input (activation edges)."""
+    swap(module, _swapped_class(type(module), _RoutedInput), slot)
+
+
+def unswap(module: nn.Module) -> None:
+    """Undo `swap`."""
+    slot: Slot = module.__dict__.pop("_slot")
+    module.__class__ = slot.original
+
+
+def parameter_weights(module: nn.Module) -> list[Tensor]:
+    """Return what a module's parameter gradients are weighed by in this step, beyond what arrives at its output.
+
+    Each is ``(B,)`` or ``(B, T)``; there are none where all weights are one, and for a module that is not swapped.
+    """
+    if not isinstance(module, Routed):
+        return []
+    step = module._slot.state.group(module._slot.group)
+    if step is None:
+        return []
+    weights = [] if step.weights is None or isinstance(module, _RoutedInput) else [step.weights.m]
+    return [*weights, step.gate] if module._slot.outlet and step.gate is not None else weights

@@ -1,0 +1,1 @@
+"""Records of a run on disk: settings, metrics, costs, provenance, and going on after an interruption."""

@@ -1,0 +1,104 @@
+"""How the run of a recipe begins or goes on, and whether a checkpoint has all that this needs.
+
+`Trainer` would go on with a fresh optimizer where files are lost, and with other rows where a setting differs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+"""Training arguments that lay out a run: with others it would go on with other rows, or another schedule."""
+
+"""Rows per step, by the options that make them."""
+
+
+def check_resumable(checkpoint: str | Path, process_index: int = 0, processes: int = 1, fsdp: bool = False) -> None:
+    """Raise where a checkpoint lacks the state of the optimizer, the schedule, the random numbers or the run.
+
+    Args:
+        checkpoint: directory of a Trainer's checkpoint.
+        process_index: of this process, whose random state is needed.
+        processes: of the run that resumes. A checkpoint of another number of processes resumes with a logged warning, as
+            its random states do not fit.
+        fsdp: whether the optimizer is sharded, which has other names for it.
+
+    Raises:
+        ValueError: names the missing files, and the latest complete checkpoint before this one where there is one.
+    """
+    folder = Path(checkpoint).expanduser()
+    if not folder.is_dir():
+        return  # what it is instead is said where its weights are read
+    missing = _missing(folder, process_index, processes, fsdp)
+    if not missing:
+        if not (folder / _random_state(process_index, processes)).is_file():
+            logger.warning(
+                f"{folder} was written by {_writers(folder)} processes and is resumed in {processes}: its random states do "
+                "not fit, so the run goes on with others"
+            )
+        return
+    complete = [
+        other
+        for other in folder.resolve().parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if _step(other) < _step(folder.resolve()) and not _missing(other, process_index, processes, fsdp)
+    ]
+    if complete:
+        advice = f"resume from the complete checkpoint '{max(complete, key=_step)}'"
+    else:
+        advice = "no earlier one beside it is complete: start anew, or from its weights (`load_routed(…, is_trainable=True)`)"
+    raise ValueError(
+        f"{str(checkpoint)!r} cannot be resumed from, as it has no whole {', '.join(missing)} (lost, cut short, or never "
+        f"written: checkpoints of `save_only_model=True` and of `save_model` hold weights alone); {advice}"
+    )
+
+
+def latest_resumable(run: str | Path, processes: int = 1) -> str | None:
+    """Return the newest checkpoint of a run from which it can go on; None where there is none.
+
+    One that a kill cut short is passed over: `Trainer` writes in place, the state of the run last.
+
+    Args:
+        run: directory of the run.
+        processes: of the run that resumes.
+    """
+    found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
+    whole = [path for path in found if not all(_missing(path, 0, processes, fsdp) for fsdp in (False, True))]
+    return str(max(whole, key=_step)) if whole else None
+
+
+def _missing(folder: Path, process_index: int, processes: int, fsdp: bool) -> list[str]:
+    optimizers = ("optimizer.bin", "optimizer_0") if fsdp else ("optimizer.pt",)
+    missing = [] if any((folder / name).exists() for name in optimizers) else [" or ".join(optimizers)]
+    missing += [SCHEDULER_NAME] if not (folder / SCHEDULER_NAME).is_file() else []
+    missing += [TRAINER_STATE_NAME] if not _readable(folder / TRAINER_STATE_NAME) else []
+    random = _random_state(process_index, processes)
+    return missing if (folder / random).is_file() or _writers(folder) else [*missing, random]
+
+
+def _readable(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _random_state(process_index: int, processes: int) -> str:
+    return "rng_state.pth" if processes == 1 else f"rng_state_{process_index}.pth"
+
+
+def _writers(folder: Path) -> int:
+    """Return how many processes wrote a checkpoint, or 0 where random states of theirs are missing."""
+    found = {path.name for path in folder.glob("rng_state*.pth")}
+    return len(found) if found == {_random_state(index, len(found)) for index in range(len(found))} else 0
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdigit() else -1

@@ -1,0 +1,143 @@
+"""What the routed SFT and GRPO trainers share: the model they accept, and what they refuse before training."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.utils import create_model_from_path
+
+from routed_peft.routes import Routes
+from routed_peft.routing.groups import JOINT
+from routed_peft.training import RoutingMixin
+
+logger = logging.getLogger(__name__)
+
+
+class TRLMixin(RoutingMixin):
+    """`RoutingMixin` for trainers whose loss reads the head's weight directly (TRL's fused LM head)."""
+
+    _metrics: dict[str, defaultdict[str, list[float]]]
+    _evaluates_ablated = False
+
+    def _attach(self, routes: Routes) -> None:
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            for p in self.model.parameters():  # TRL has made the adapters bfloat16, too coarse for small updates
+                p.data = p.data.float() if p.requires_grad else p.data
+        super()._attach(routes)
+        self._freeze_head()
+
+    def _freeze_head(self) -> None:
+        """Freeze the head and what is tied to it: the fused head reads its weight past the routing."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        free = {id(p) for p in self.routing.parameters(JOINT)}
+        passed_by = [p for p in head.parameters() if p.requires_grad and id(p) not in free] if head is not None else []
+        for p in passed_by:
+            p.requires_grad_(False)
+        if passed_by:
+            logger.warning(
+                "the output embeddings, and input embeddings tied to them, stay frozen: TRL's fused head reads their weight "
+                "past the routing. To train them from all data, whatever its label, name `head` in `joint` (with "
+                "`embeddings`, if tied)."
+            )
+
+    def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        # TRL's losses count as they go; what the check computes is no part of the run.
+        kept = {name: value for name, value in vars(self).items() if name in _COUNTERS}
+        saved = copy.deepcopy(kept)
+        try:
+            super()._check_routing(model, inputs)
+        finally:
+            vars(self).update(saved)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run the loop; TRL's own metrics of the ablated model get names of their own (``eval_ablated_…``)."""
+        self._evaluates_ablated = kwargs.get("metric_key_prefix", "eval").startswith("eval_ablated")
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            if self._evaluates_ablated:
+                metrics = self._metrics["eval"]
+                for name in list(metrics):
+                    metrics[f"ablated_{name}"] = metrics.pop(name)
+            return output
+        finally:
+            self._evaluates_ablated = False
+
+
+_COUNTERS = ("_metrics", "_total_train_tokens", "_entropy_window_stats", "entropy_coef", "_last_world_entropy")
+
+
+def check_arguments(args: Any, model: Any) -> None:
+    """Refuse, before TRL builds anything, what no routed TRL trainer can do.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    if args.use_liger_kernel:
+        raise ValueError("`use_liger_kernel` reads weights outside their modules, past the routing: set it to False")
+    if args.train_base and getattr(args, "cast_lm_head_to_fp32", False):
+        raise ValueError(
+            "`cast_lm_head_to_fp32` with `train_base=True`: a head with a forward of its own goes by the routing. "
+            "Load the model in float32 and train with `bf16=True`"
+        )
+    if isinstance(model, nn.Module):
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel | PeftModel) else None
+        if isinstance(head, BaseTunerLayer):
+            raise ValueError(
+                "an adapter sits on the output embeddings (`lm_head`), which TRL's fused head reads past it: leave `lm_head` "
+                "out of `target_modules`"
+            )
+
+
+def with_adapters(model: Any, peft_config: Any, args: Any, quantization_config: Any = None) -> nn.Module | str:
+    """Return ``model`` with the adapters of ``peft_config``, which is ``{name: config}``; regions have names of their own.
+
+    Args:
+        model: a PeftModel where ``peft_config`` is None, otherwise a transformers model, or a path or Hub id.
+        peft_config: adapter name -> `peft.PeftConfig`, in the order in which they are added; or None.
+        args: TRL's configuration.
+        quantization_config: as for TRL's trainers.
+
+    Raises:
+        ValueError: on a nameless ``peft_config``, on one beside a PeftModel, and on a model without adapters.
+    """
+    if peft_config is None:
+        if not isinstance(model, nn.Module) or not getattr(model, "peft_config", None):
+            raise ValueError(
+                "this model has no adapters, so no region: pass a PeftModel, or "
+                '`peft_config={"forget": LoraConfig(…)}` with the name of each adapter'
+            )
+        return model
+    if isinstance(peft_config, PeftConfig) or not isinstance(peft_config, Mapping) or not peft_config:
+        raise ValueError(
+            f"`peft_config` maps adapter names to configurations, got {type(peft_config).__name__}: regions have names of "
+            'their own, so write `peft_config={"forget": LoraConfig(…)}`'
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError("the model has adapters already: pass either a PeftModel or `peft_config`, not both")
+    set_seed(args.seed)
+    model = _load(model, args, quantization_config) if isinstance(model, str) else model
+    (first, config), *others = peft_config.items()
+    wrapped = get_peft_model(model, config, adapter_name=first)
+    for name, config in others:
+        wrapped.add_adapter(name, config)
+    wrapped.base_model.set_adapter(list(peft_config))  # type: ignore[operator]
+    return wrapped
+
+
+def _load(model: str, args: Any, quantization_config: Any) -> PreTrainedModel:
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        kwargs["device_map"] = None  # as TRL does: "auto" fails there
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(model, **kwargs)

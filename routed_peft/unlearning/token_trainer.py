@@ -1,0 +1,140 @@
+"""What the trainers of this package share: batches of our own, losses over tokens, and a check before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from routed_peft.eval_mode import evaluating
+from routed_peft.losses import check_finite, token_losses
+from routed_peft.routes import IGNORED
+from routed_peft.runs.resuming import check_resumable
+from routed_peft.training.token_loss import TokenLossMixin
+from routed_peft.unlearning.data import Rows, collate
+
+
+class TokenTrainer(TokenLossMixin, Trainer):
+    """A `Trainer` on tokenised rows whose evaluation losses are means over tokens, in nats, over all processes.
+
+    Subclasses say in `count_units` what a mean of their training loss is over; `compute_loss` gets the counts of the whole
+    optimizer step, all processes and accumulated batches included, as ``num_items_in_batch``, and returns sums over this
+    batch divided by them. Results are then the same for any split of a step into batches and processes.
+    """
+
+    loss_is_scaled_for_ga = True
+    training_mark: str
+    """A key that batches for training have, and those for evaluation have not."""
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process means DataParallel, which is not supported: start one process per GPU "
+                "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one"
+            )
+        check_trainable(model)
+        super().__init__(model, args, **{"data_collator": collate, **kwargs})
+
+    def count_units(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return what of a training batch is averaged over, as numbers of any shape."""
+        return (batch["labels"][:, 1:] != IGNORED).sum()
+
+    def is_training_batch(self, batch: Mapping[str, Any]) -> bool:
+        """Whether `compute_loss` computes the training loss of ``batch``, rather than plain cross entropy."""
+        return self.training_mark in batch
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if not batch_samples or not self.is_training_batch(batch_samples[0]):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        counts = torch.stack([self.count_units(batch) for batch in batch_samples]).sum(0)
+        return self.accelerator.reduce(counts.to(device), "sum").clamp(min=1)  # nothing to learn is no loss, not NaN
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Do one forward and backward pass, and raise where the loss is no number."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        check_finite(loss, self.state.global_step)
+        return loss
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Undo the mean that distributed training takes over processes: counts are those of all of them already."""
+        return loss * self.accelerator.num_processes
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        assert target is not None
+        args = self.args
+        check_resumable(resume_from_checkpoint, args.process_index, args.world_size, self.is_fsdp_enabled)
+        check_weights(Path(resume_from_checkpoint), target)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return ``model`` as it was before training wrapped it, also where its forward pass was made to use autocast."""
+    plain: nn.Module = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    return plain
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ValueError unless ``model`` has trainable parameters, all of them in float32 or wider."""
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(
+            "no parameter of `model` requires a gradient: call `model.requires_grad_(True)`, or load it anew"
+        )
+    narrow = {name: dtype for name, dtype in trained.items() if dtype in (torch.bfloat16, torch.float16)}
+    if narrow:
+        name, dtype = next(iter(narrow.items()))
+        raise ValueError(
+            f"{name!r} is trained in {dtype}, in which small updates are rounded away: load the model with "
+            "dtype=torch.float32, and set `bf16` to compute in bfloat16 all the same"
+        )
+
+
+def check_weights(folder: Path, model: nn.Module) -> None:
+    """Raise ValueError unless the safetensors files of ``folder`` hold the weights of ``model``, of the same shapes.
+
+    `Trainer` would resume from a checkpoint that lacks weights, or has others, with a warning.
+    """
+    own: dict[str, Tensor] = model.state_dict()
+    saved: dict[str, tuple[int, ...]] = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    if not saved:
+        return  # sharded by FSDP, or no checkpoint at all, of which Trainer tells
+    memory = {own[name].data_ptr() for name in saved if name in own}
+    wrong = [name for name, shape in saved.items() if name not in own or tuple(own[name].shape) != shape]
+    wrong += [name for name in own if name not in saved and own[name].data_ptr() not in memory]
+    if wrong:
+        raise ValueError(
+            f"{str(folder)!r} is a checkpoint of another architecture than {type(model).__name__}: {wrong[0]!r} differs. "
+            "Resume with the model that the run began with, or name another `output_dir`"
+        )
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 16) -> float:
+    """Return the loss of ``model`` on ``rows``: the mean over tokens, in nats. Every process computes all of it.
+
+    Args:
+        model: a causal language model; its mode is left as it was.
+        rows: tokenised rows.
+        batch_size: rows per forward pass.
+    """
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            chosen = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+            batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            losses = token_losses(model(**inputs, use_cache=False).logits, batch["labels"])
+            total += losses.cpu().double().sum().item()
+            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+    return total / tokens
