@@ -25,7 +25,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
-from routed_peft.checkpoint.staging import staged
+from routed_peft.checkpoint.staging import atomic_directory
 from routed_peft.data import (
     UNLABELED,
     DocumentArguments,
@@ -287,7 +287,7 @@ def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Modul
     """Write the whole model of a run with random units silenced, as many as its region has, and which; and return it."""
     model, tokenizer = open_plain(src, [recipe.region])
     silence_random_units(model, recipe.size, seed)
-    with staged(target) as aside:
+    with atomic_directory(target) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         write_json(aside / PLACEBO, {"source": src, "silenced_units_per_mlp": recipe.size, "seed": seed})

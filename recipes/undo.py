@@ -24,7 +24,7 @@ from routed_peft.evaluation.source import open_plain
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.runs.begin import begin
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.unlearning import UndoArguments, check_tokenizers, mean_loss, save_undone, undo
+from routed_peft.unlearning import UndoArguments, check_tokenizers, mean_loss, save_student, undo
 from routed_peft.unlearning.data import check_held_out
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     )
     losses = {side: mean_loss(student, ds) for side, ds in held_out.items()}
     if args.process_index == 0:
-        content = save_undone(student, record, args.output_dir, recipe.model_name_or_path, tokenizer)
+        content = save_student(student, record, args.output_dir, recipe.model_name_or_path, tokenizer)
         run.finish({**content, "losses": losses})
         print(json.dumps({**content, "losses": losses}, indent=2))
 

@@ -19,14 +19,14 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 
-from routed_peft.checkpoint.staging import staged
+from routed_peft.checkpoint.staging import atomic_directory
 from routed_peft.data import DocumentArguments, check_evaluation, evaluation_rows, labeled_documents, pack
 from routed_peft.evaluation.source import open_plain
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.files import write_json
 from routed_peft.runs.begin import begin
 from routed_peft.training import RunDirectory, RunRecorder
-from routed_peft.unlearning import UNLEARNED, UnlearningArguments, mean_loss, spent, unlearn
+from routed_peft.unlearning import UNLEARNED, UnlearningArguments, mean_loss, read_cost, unlearn
 
 SIDES = ("forget", "retain")
 
@@ -48,7 +48,7 @@ def main() -> None:
     if recipe.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint or Hub id in which to unlearn")
     args.include_num_input_tokens_seen = "non_padding"
-    former = spent(recipe.model_name_or_path)  # what it says wrong is said now
+    former = read_cost(recipe.model_name_or_path)  # what it says wrong is said now
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
         run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
@@ -79,7 +79,7 @@ def main() -> None:
         "total_ledger": None if former is None else (former + ledger).to_dict(),
     }
     if args.process_index == 0:
-        with staged(Path(args.output_dir)) as aside:
+        with atomic_directory(Path(args.output_dir)) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
             write_json(aside / UNLEARNED, summary)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Read JSON, and write files so that an interruption leaves the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a place beside ``path`` to write to; at the end it is renamed to ``path``, unless writing failed.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it is renamed to ``path`` at the end of the block, unless that raises.
 
-    An interrupted write leaves the file that was there, and processes of one machine that write the same file do not mix.
-    Directories on the way to it are made.
+    An interrupted write leaves the previous file as it was. Processes of one machine that write the same file do not mix.
+    Missing parent directories are made.
 
     Example:
         >>> from tempfile import mkdtemp
         >>> file = Path(mkdtemp(), "new", "numbers.json")
-        >>> with written_whole(file) as aside:
+        >>> with atomic_write(file) as aside:
         ...     _ = aside.write_text("{}")
         >>> file.read_text(), aside.exists()
         ('{}', False)
@@ -35,18 +35,27 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def in_use(path: Path) -> bool:
-    """Return whether ``path`` is anything but missing or an empty directory."""
+    """Return whether ``path`` exists and is not an empty directory."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` as readable JSON, all of it or none."""
-    with written_whole(path) as aside:
-        aside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` by `atomic_write`."""
+    with atomic_write(path) as aside:
+        aside.write_bytes(content)
+
+
+def write_json(path: Path, data: Any, **options: Any) -> None:
+    """Write ``data`` as indented JSON by `atomic_write`; ``options`` are those of `json.dumps`."""
+    write_bytes(path, (json.dumps(data, **{"indent": 2, **options}) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ValueError with the file's name where it is none."""
+    """Read a JSON object.
+
+    Raises:
+        ValueError: names the file, where it is not JSON or holds something other than an object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

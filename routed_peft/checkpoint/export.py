@@ -21,7 +21,14 @@ from routed_peft.adapters import _outlets
 from routed_peft.checkpoint.fetch import HUB_ARGUMENTS, fetch, hub_arguments
 from routed_peft.checkpoint.layout import Layout
 from routed_peft.checkpoint.load import load_routed
-from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, copy_matching, files_in, sha256, staged
+from routed_peft.checkpoint.staging import (
+    NOTICE_FILES,
+    TOKENIZER_FILES,
+    atomic_directory,
+    copy_matching,
+    files_in,
+    sha256,
+)
 from routed_peft.files import in_use, write_json
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.runs.provenance import versions
@@ -123,7 +130,7 @@ def export(
     }
     marks = _marks(model)
     plain = _plain(model, merged)
-    with staged(target) as aside:
+    with atomic_directory(target) as aside:
         plain.save_pretrained(aside)
         del model, plain
         _copy_companions(layout, aside, from_pretrained_kwargs.get("base"), hub)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from routed_peft.checkpoint.fetch import cached_commit
-from routed_peft.checkpoint.layout import REGION, ROUTING, VERSION, foreign_weights
-from routed_peft.checkpoint.staging import files_in, sha256, staged
-from routed_peft.checkpoint.tensors import WEIGHTS, adapter_configs, adapter_state_dict, inner_model, plain_state_dict
+from routed_peft.checkpoint.layout import REGION, ROUTING, VERSION, WEIGHTS, foreign_weights
+from routed_peft.checkpoint.staging import atomic_directory, files_in, sha256
+from routed_peft.checkpoint.tensors import adapter_configs, adapter_state_dict, inner_model, plain_state_dict
 from routed_peft.files import read_json, write_json
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.routes import Routes, check_region_name, routes_to_dict
@@ -81,9 +81,9 @@ def save_routed(
     base_adapters = list(getattr(model, "_routed_base_adapters", ()) if base_adapters is None else base_adapters)
     _check_adapters(configs, base_adapters)
     plain = plain_state_dict(model, state_dict)
-    named = _home(inner, base_revision)
-    home = {"id": None, "revision": None, "trained_from": named} if train_base or _moves_base(configs) else named
-    ours = _former_files(path, configs)
+    named = _base_location(inner, base_revision)
+    home = {"id": None, "revision": None, "trained_from": named} if train_base or _init_changes_base(configs) else named
+    ours = _previous_files(path, configs)
     record: dict[str, Any] = {
         "format": "routed_peft",
         "format_version": VERSION,
@@ -97,7 +97,7 @@ def save_routed(
         "versions": versions(),
         "extra": dict(extra or {}),
     }
-    with staged(path, ours) as aside:
+    with atomic_directory(path, ours) as aside:
         if home["id"] is None:
             _save_base(inner, plain, aside)
         if tokenizer is not None:
@@ -124,7 +124,7 @@ def _check_adapters(configs: Mapping[str, PeftConfig], base_adapters: Iterable[s
         check_region_name(name)
 
 
-def _home(inner: PreTrainedModel, revision: str | None) -> dict[str, str | None]:
+def _base_location(inner: PreTrainedModel, revision: str | None) -> dict[str, str | None]:
     """Return where a frozen base can be found again; id None where it was never saved."""
     name = inner.name_or_path or None
     if name is None or Path(name).expanduser().is_dir():
@@ -132,13 +132,13 @@ def _home(inner: PreTrainedModel, revision: str | None) -> dict[str, str | None]
     return {"id": name, "revision": revision or cached_commit(name)}
 
 
-def _moves_base(configs: Mapping[str, PeftConfig]) -> bool:
+def _init_changes_base(configs: Mapping[str, PeftConfig]) -> bool:
     """Whether an adapter's initialisation (PiSSA, OLoRA …) changed the base, so that its name no longer fits."""
     inits = [getattr(config, "init_lora_weights", True) for config in configs.values()]
     return any(isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal") for init in inits)
 
 
-def _former_files(path: Path, folders: Iterable[str]) -> list[str]:
+def _previous_files(path: Path, folders: Iterable[str]) -> list[str]:
     """Return the files of an earlier save at ``path``; ValueError where strange ones would pass for ours."""
     if not path.exists():
         return []

@@ -51,7 +51,7 @@ def copy_matching(source: Path, target: Path, patterns: Iterable[str]) -> None:
 
 
 @contextmanager
-def staged(path: Path, ours: Iterable[str] = ()) -> Iterator[Path]:
+def atomic_directory(path: Path, ours: Iterable[str] = ()) -> Iterator[Path]:
     """Yield an empty directory on the file system of ``path``; put its content at ``path`` when the block ends well.
 
     A path that does not exist, or is an empty directory, appears in one rename. In one that holds files, only

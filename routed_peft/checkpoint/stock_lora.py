@@ -8,9 +8,9 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from routed_peft.checkpoint.layout import CONFIG
-from routed_peft.checkpoint.staging import staged
-from routed_peft.checkpoint.tensors import WEIGHTS, read_tensors
+from routed_peft.checkpoint.layout import CONFIG, WEIGHTS
+from routed_peft.checkpoint.staging import atomic_directory
+from routed_peft.checkpoint.tensors import read_tensors
 from routed_peft.files import in_use
 from routed_peft.regions import RoutedConfig
 from routed_peft.regions.projections import project_off
@@ -46,7 +46,7 @@ def to_stock_lora(src: str | Path, out: str | Path) -> Path:
     if not isinstance(config, RoutedConfig):
         raise ValueError(f"{str(src)!r} holds an adapter of type {config.peft_type}, not one of RoutedConfig")
     stock, tensors = config.to_lora(), _folded(read_tensors(folder / WEIGHTS))
-    with staged(target) as aside:
+    with atomic_directory(target) as aside:
         stock.save_pretrained(str(aside))
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
     return target

@@ -112,7 +112,7 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
     from routed_peft.regions.fingerprint import fingerprint
     from routed_peft.runs.resuming import latest_resumable
     from routed_peft.training import RunDirectory, RunRecorder
-    from routed_peft.unlearning import save_undone, spent, undo
+    from routed_peft.unlearning import read_cost, save_student, undo
     from routed_peft.unlearning.data import check_held_out
     from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows
 
@@ -120,7 +120,7 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
     if args.process_index == 0:  # the others may come when it has begun
         run.check_apart(src)
     run.check_same(settings)
-    spent(src)  # what it says wrong is said now
+    read_cost(src)  # what it says wrong is said now
     documents, retain, length = load_texts(settings["text"]), settings["retain"], settings["length"]
     held_out = None if retain is None else load_texts([retain])
     teacher, tokenizer = open_plain(src, revision=settings["revision"])
@@ -143,7 +143,7 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
         callbacks=[RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)],
     )
     if args.process_index == 0:
-        content = save_undone(student, record, out, src, tokenizer)
+        content = save_student(student, record, out, src, tokenizer)
         run.finish(content)
         cache = out / "teacher"
         ours = args.topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve()

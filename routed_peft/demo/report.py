@@ -14,8 +14,9 @@ from rich.table import Table
 from routed_peft.demo.measuring import CHANCE
 from routed_peft.demo.settings import ARMS, DemoSettings
 from routed_peft.evaluation.measures import tax, way
+from routed_peft.files import write_bytes
 from routed_peft.report.drawing import LIGHT, Draw, Line, Style, Theme, draw_lines, render
-from routed_peft.report.page import environment, picture, write
+from routed_peft.report.page import environment, picture
 from routed_peft.training import RunDirectory
 
 Row = dict[str, Any]
@@ -59,7 +60,7 @@ def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: De
         file: where to; written last.
     """
     points = records.points()
-    write(file.with_name("curves.png"), render([panel(name, points, summary) for name in PANELS], LIGHT, "png"))
+    write_bytes(file.with_name("curves.png"), render([panel(name, points, summary) for name in PANELS], LIGHT, "png"))
     images = {name: picture([panel(name, points, summary)], CAPTIONS[name]) for name in PANELS}
     page = environment().get_template(TEMPLATE)
     content = page.render(
@@ -74,7 +75,7 @@ def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: De
         last=str(settings.relearn_steps[-1]),
         out=file.parent,
     )
-    write(file, content.encode())
+    write_bytes(file, content.encode())
 
 
 def training_curves(split: str, title: str) -> Panel:

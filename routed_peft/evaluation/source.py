@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,7 @@ from routed_peft.checkpoint.layout import ROUTING, Layout
 from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
 from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.text_loss import check_causal
-from routed_peft.files import read_json, written_whole
+from routed_peft.files import read_json, write_json
 from routed_peft.runs.records import own_regions, recipe_of
 
 Regions = Literal["all"] | Sequence[str]
@@ -167,7 +166,7 @@ def evaluate_source(
             "versions": {name: version(name) for name in ("routed_peft", "lm_eval", "transformers", "peft", "torch")},
             "results": results,
         }
-        _write_json(Path(output), report)
+        write_json(Path(output), report, default=str)
     return results
 
 
@@ -193,11 +192,6 @@ def _check_writable(file: Path) -> None:
     aside = file.with_name(f".{file.name}.tmp")
     aside.touch()
     aside.unlink()
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    with written_whole(file) as aside:
-        aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def open_plain(

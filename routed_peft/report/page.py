@@ -10,7 +10,6 @@ from pathlib import Path
 import jinja2
 
 from routed_peft.evaluation.measures import Crossing
-from routed_peft.files import written_whole
 from routed_peft.report.drawing import DARK, LIGHT, Draw, render
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -90,9 +89,3 @@ def picture(draws: Sequence[Draw], caption: str, size: tuple[float, float] = (5.
 def inline(svg: bytes) -> str:
     """Return an SVG as an address that holds all of it."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
-
-
-def write(file: Path, content: bytes) -> None:
-    """Write all of a file, or none."""
-    with written_whole(file) as aside:
-        aside.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What a method costs: floating-point operations, steps one after another, tokens, and labels."""
+"""Compute and label cost of a run: floating-point operations, serial steps, tokens and labels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
-    r"""The cost of a training run; ledgers of stages add up.
+class TrainingCost:
+    r"""The cost of a training run; costs of its stages add up.
 
     .. math:: \text{FLOPs} = 6\,N\,D + 2\,N_T\,D_T
 
@@ -20,15 +20,15 @@ class Ledger:
     scores). Distilling a model into one of its own size thus costs 8 N D, or 6 N D once the teacher's outputs are stored.
 
     Attributes:
-        flops: floating-point operations. Where only a part of the model is trained, an upper bound.
-        serial_steps: optimizer steps, which no number of machines can do at once.
-        tokens: trained on, with repetitions.
-        labeled_forget_tokens: different tokens that somebody had to label forget.
+        flops: floating-point operations; an upper bound where only a part of the model is trained.
+        serial_steps: optimizer steps, which cannot be run in parallel.
+        tokens: tokens trained on, repetitions included.
+        labeled_forget_tokens: distinct tokens that somebody had to label forget.
 
     Example:
-        >>> step = Ledger.of_training(parameters=100, tokens=10, steps=1, labeled_forget_tokens=5)
-        >>> step + Ledger.of_training(parameters=100, tokens=10, steps=1, teacher_tokens=10)
-        Ledger(flops=14000, serial_steps=2, tokens=20, labeled_forget_tokens=5)
+        >>> step = TrainingCost.from_counts(parameters=100, tokens=10, steps=1, labeled_forget_tokens=5)
+        >>> step + TrainingCost.from_counts(parameters=100, tokens=10, steps=1, teacher_tokens=10)
+        TrainingCost(flops=14000, serial_steps=2, tokens=20, labeled_forget_tokens=5)
     """
 
     flops: int = 0
@@ -37,56 +37,57 @@ class Ledger:
     labeled_forget_tokens: int = 0
 
     @classmethod
-    def of_training(
+    def from_counts(
         cls,
         parameters: int,
         tokens: int,
+        *,
         steps: int,
         labeled_forget_tokens: int = 0,
         teacher_tokens: int = 0,
         teacher_parameters: int | None = None,
-    ) -> Ledger:
-        """Return the ledger of one run.
+    ) -> TrainingCost:
+        """Return the cost of one run from the counts in the formula above.
 
         Args:
             parameters: N, see `matmul_parameters`.
             tokens: D.
             steps: optimizer steps.
-            labeled_forget_tokens: different ones.
-            teacher_tokens: tokens that a frozen model saw.
-            teacher_parameters: of that model; those of the trained one by default.
+            labeled_forget_tokens: distinct tokens labeled forget.
+            teacher_tokens: :math:`D_T`, tokens that a frozen model saw.
+            teacher_parameters: :math:`N_T`; N by default.
         """
         teacher = parameters if teacher_parameters is None else teacher_parameters
         return cls(6 * parameters * tokens + 2 * teacher * teacher_tokens, steps, tokens, labeled_forget_tokens)
 
-    def __add__(self, other: Ledger) -> Ledger:
-        return Ledger(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+    def __add__(self, other: TrainingCost) -> TrainingCost:
+        return TrainingCost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def to_dict(self) -> dict[str, int]:
         """Return plain data for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Ledger:
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainingCost:
         """Read what `to_dict` returned.
 
         Raises:
             ValueError: where entries are missing or unknown.
 
         Example:
-            >>> Ledger.from_dict(Ledger(flops=6).to_dict()).flops
+            >>> TrainingCost.from_dict(TrainingCost(flops=6).to_dict()).flops
             6
         """
         expected = {field.name for field in fields(cls)}
         if set(data) != expected:
-            raise ValueError(f"a ledger has the entries {sorted(expected)}, got {sorted(data)}")
+            raise ValueError(f"a cost has the entries {sorted(expected)}, got {sorted(data)}")
         return cls(**data)
 
 
 def matmul_parameters(model: nn.Module) -> int:
-    """Return how many parameters take part in a matrix product (or a norm) per token: all but tables that are looked up.
+    """Return the number of parameters in matrix products and norms per token: all except embedding tables.
 
-    An embedding that is also the output head counts once.
+    A table that is also the output head counts once.
 
     >>> matmul_parameters(nn.Sequential(nn.Embedding(9, 2), nn.Linear(2, 3, bias=False)))
     6

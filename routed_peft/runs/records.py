@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from routed_peft.files import in_use, read_json, written_whole
+from routed_peft.files import in_use, read_json, write_bytes, write_json
 from routed_peft.runs.provenance import _LIBRARIES, hardware, versions
 
 PLAIN_ARMS = ("none", "filter", "perfect_filter")
@@ -84,7 +84,7 @@ class RunDirectory:
             },
             "hardware": hardware(),
         }
-        _write(self.path / RUN, json.dumps(_plain(about), indent=2) + "\n")
+        write_json(self.path / RUN, _plain(about))
         if not resume:
             (self.path / METRICS).unlink(missing_ok=True)
 
@@ -150,7 +150,7 @@ class RunDirectory:
     def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """Drop the points that are not ``wanted``: those after the checkpoint from which a run resumes, say."""
         kept = [point for point in self.points() if wanted(point)]
-        _write(self.path / METRICS, "".join(json.dumps(point) + "\n" for point in kept))
+        write_bytes(self.path / METRICS, "".join(json.dumps(point) + "\n" for point in kept).encode())
 
     def ablation_target(self, asked: str | None = None) -> Path | None:
         """Return where the ablated model goes: ``asked``, by default beside the run; nowhere if that is "no".
@@ -173,7 +173,7 @@ class RunDirectory:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
-        _write(self.path / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
+        write_json(self.path / SUMMARY, _plain(summary))
 
 
 def _ends_whole(file: Path) -> bool:
@@ -267,11 +267,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return _plain(value.item())
     return value if value is None or isinstance(value, str | int | bool) else str(value)
-
-
-def _write(file: Path, content: str) -> None:
-    with written_whole(file) as aside:
-        aside.write_text(content, encoding="utf-8")
 
 
 def run_of(src: str | Path) -> Path:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from routed_peft.files import written_whole
+from routed_peft.files import atomic_write
 
 _METADATA = "routed_peft_subspace"
 _SHARED = "U"
@@ -47,7 +47,7 @@ def check_basis(u: Tensor, what: str = "`U`") -> None:
     if not error <= _TOLERANCE:
         raise ValueError(
             f"{what} is not orthonormal: its columns' inner products differ from the identity by {error:.3g}, allowed is "
-            f"{_TOLERANCE}. Orthonormalise it (`Subspace.of`), and keep it in float32"
+            f"{_TOLERANCE}. Orthonormalize it (`Subspace.of`), and keep it in float32"
         )
 
 
@@ -160,7 +160,7 @@ class Subspace:
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file: ``U``, or ``U.0``, ``U.1``, …, with the provenance as JSON in its metadata."""
         path = Path(path).expanduser()
-        with written_whole(path) as aside:
+        with atomic_write(path) as aside:
             save_file(self._named(), aside, metadata={"format": "pt", _METADATA: json.dumps(self.describe())})
         return path
 

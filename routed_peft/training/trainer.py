@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from routed_peft.data import RoutedCollator, class_names
 from routed_peft.routes import Routes
-from routed_peft.runs.cost import Ledger, matmul_parameters
+from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.training.arguments import RoutedTrainingArguments
 from routed_peft.training.mixin import RoutingMixin
 from routed_peft.training.self_labels import SelfLabeledRows
@@ -64,7 +64,7 @@ class RoutedTrainer(RoutingMixin, Trainer):
         Returns:
             ``steps``; ``tokens`` where ``include_num_input_tokens_seen`` is on; ``tokens_per_route`` by label; ``seconds``, of
             the last session where the run was resumed; ``losses``, in nats per token, by evaluation set, ``ablated_…`` without
-            regions; where tokens are counted the ``ledger`` of `routed_peft.runs.cost.Ledger`, evaluation not included.
+            regions; where tokens are counted the ``ledger`` of `routed_peft.runs.cost.TrainingCost`, evaluation not included.
         """
         history, step = self.state.log_history, self.state.global_step
         done = [entry for entry in history if entry["step"] == step and any(key.startswith("eval_") for key in entry)]
@@ -85,11 +85,11 @@ class RoutedTrainer(RoutingMixin, Trainer):
         }
         if tokens:
             rows = self.train_dataset
-            summary["ledger"] = Ledger.of_training(
+            summary["ledger"] = TrainingCost.from_counts(
                 matmul_parameters(self.accelerator.unwrap_model(self.model)),
                 tokens,
-                step,
-                labeled_forget_tokens,
+                steps=step,
+                labeled_forget_tokens=labeled_forget_tokens,
                 teacher_tokens=2 * rows.scored_tokens if isinstance(rows, SelfLabeledRows) else 0,
             ).to_dict()
         return summary

@@ -1,12 +1,13 @@
 """Unlearning after training, by outputs: the methods that routing is compared with, UNDO, and what they cost."""
 
+from routed_peft.deprecation import renamed
 from routed_peft.unlearning.arguments import METHODS, UndoArguments, UnlearningArguments
 from routed_peft.unlearning.data import PairedRows, Run
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_tokenizers
 from routed_peft.unlearning.teacher_cache import TeacherCache
 from routed_peft.unlearning.token_trainer import mean_loss
 from routed_peft.unlearning.trainer import UnlearningTrainer, unlearn
-from routed_peft.unlearning.undo import UNLEARNED, UndoRecord, save_undone, spent, undo
+from routed_peft.unlearning.undo import UNLEARNED, UndoRecord, read_cost, save_student, undo
 from routed_peft.unlearning.weight_noise import add_noise, shrink_perturb
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "add_noise",
     "check_tokenizers",
     "mean_loss",
-    "save_undone",
+    "read_cost",
+    "save_student",
     "shrink_perturb",
-    "spent",
     "undo",
     "unlearn",
 ]
+
+__getattr__ = renamed(__name__, {"save_undone": "save_student", "spent": "read_cost"})

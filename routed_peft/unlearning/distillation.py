@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from routed_peft.routes import IGNORED
-from routed_peft.runs.cost import Ledger, matmul_parameters
+from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning.arguments import UndoArguments
 from routed_peft.unlearning.data import Row, Rows, Run, check_rows, check_tokens, collate, pad
 from routed_peft.unlearning.losses import divergence, topk_divergence
@@ -121,10 +121,10 @@ class DistillationTrainer(TokenTrainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> TrainingCost:
         """What the steps so far have cost, without what it cost to store the teacher's outputs."""
         tokens = self._run_rows.tokens(self.state.global_step * self._rows_per_step)
-        return Ledger.of_training(
+        return TrainingCost.from_counts(
             parameters=matmul_parameters(self.accelerator.unwrap_model(self.model)),
             tokens=tokens,
             steps=self.state.global_step,

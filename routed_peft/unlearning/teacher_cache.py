@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from routed_peft.eval_mode import evaluating
-from routed_peft.files import read_json, write_json, written_whole
+from routed_peft.files import atomic_write, read_json, write_json
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.unlearning.data import Rows, collate, input_ids
 from routed_peft.unlearning.losses import topk_log_probs
@@ -111,7 +111,7 @@ def _store(path: Path, teacher: nn.Module, rows: list[Any], k: int, batch_size: 
         found = topk_log_probs(logits.to(torch.promote_types(logits.dtype, torch.float32)), k)
         for store, new in zip((values, entries, tail), found, strict=True):
             store[start : start + batch_size, : logits.shape[1]] = new.to(store)
-    with written_whole(path) as aside:
+    with atomic_write(path) as aside:
         save_file(dict(zip(NAMES, (values, entries, tail), strict=True)), aside)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from routed_peft.data.labels import FORGET, RETAIN
 from routed_peft.routes import IGNORED
-from routed_peft.runs.cost import Ledger, matmul_parameters
+from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning import rmu
 from routed_peft.unlearning.arguments import UnlearningArguments
 from routed_peft.unlearning.data import IS_FORGET, PairedRows, Rows, check_rows, check_tokens
@@ -173,11 +173,11 @@ class UnlearningTrainer(TokenTrainer):
         return divergence(before.predictions(), now.predictions())
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> TrainingCost:
         """What the steps so far have cost."""
         seen = self.state.global_step * self._pairs_per_step
         tokens = {side: self._pairs.tokens(side, seen) for side in (FORGET, RETAIN)}
-        return Ledger.of_training(
+        return TrainingCost.from_counts(
             parameters=matmul_parameters(self.accelerator.unwrap_model(self.model)),
             tokens=sum(tokens.values()),
             steps=self.state.global_step,
@@ -201,7 +201,7 @@ def unlearn(
     eval_dataset: Any = None,
     tokenizer: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> tuple[PreTrainedModel, Ledger]:
+) -> tuple[PreTrainedModel, TrainingCost]:
     """Unlearn what ``forget_rows`` teach, in place, and return the model and what that cost.
 
     Args:

@@ -14,9 +14,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from routed_peft.checkpoint.staging import staged
+from routed_peft.checkpoint.staging import atomic_directory
 from routed_peft.files import read_json, write_json
-from routed_peft.runs.cost import Ledger
+from routed_peft.runs.cost import TrainingCost
 from routed_peft.runs.provenance import versions
 from routed_peft.runs.records import SUMMARY, run_of
 from routed_peft.unlearning.arguments import UndoArguments
@@ -58,7 +58,7 @@ class UndoRecord:
     tolerance: float
     teacher_retain_loss: float | None
     student_retain_loss: float | None
-    ledger: Ledger
+    ledger: TrainingCost
 
 
 def undo(
@@ -135,7 +135,7 @@ def undo(
         stopped = stop.stopped or student_loss <= stop.limit  # the last step may get there, unseen
     if cache is not None:
         size = trainer.teacher_parameters
-        ledger += Ledger.of_training(size, tokens=0, steps=0, teacher_tokens=cache.tokens)
+        ledger += TrainingCost.from_counts(size, tokens=0, steps=0, teacher_tokens=cache.tokens)
     return student.eval(), UndoRecord(
         alpha=args.alpha,
         beta=args.beta,
@@ -164,7 +164,7 @@ def _cache(teacher: PreTrainedModel, rows: Rows, args: UndoArguments) -> Teacher
     return TeacherCache.make(folder, teacher, rows, args.topk, args.per_device_eval_batch_size)
 
 
-def spent(source: str | Path) -> Ledger | None:
+def read_cost(source: str | Path) -> TrainingCost | None:
     """Return what a checkpoint has cost, as its ``unlearning.json`` or ``summary.json`` says; None where neither does.
 
     Of an ablated one it is what its run has cost, as long as that is there; of a model that was made from another the cost of
@@ -176,10 +176,10 @@ def spent(source: str | Path) -> Ledger | None:
     records = [run_of(source) / name for name in (UNLEARNED, SUMMARY)]
     former = (read_json(file) for file in records if file.is_file())
     costs = next((about.get("total_ledger", about["ledger"]) for about in former if "ledger" in about), None)
-    return None if costs is None else Ledger.from_dict(costs)
+    return None if costs is None else TrainingCost.from_dict(costs)
 
 
-def save_undone(
+def save_student(
     student: PreTrainedModel, record: UndoRecord, out: str | Path, source: str, tokenizer: Any = None
 ) -> dict[str, Any]:
     """Write a plain checkpoint with ``undo.json``, all at once, and return what that holds.
@@ -188,11 +188,11 @@ def save_undone(
         student: of `undo`.
         record: of `undo`.
         out: directory; files in it that have other names stay.
-        source: the teacher's path or Hub id; what it has cost itself, see `spent`, is added to the total, which is unknown
+        source: the teacher's path or Hub id; what it has cost itself, see `read_cost`, is added to the total, which is unknown
             (None) where that is.
         tokenizer: is saved too.
     """
-    before = spent(source)
+    before = read_cost(source)
     content = {
         "source": source,
         **asdict(record),
@@ -201,7 +201,7 @@ def save_undone(
         "versions": versions(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    with staged(Path(out)) as aside:
+    with atomic_directory(Path(out)) as aside:
         student.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)

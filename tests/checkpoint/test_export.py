@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from routed_peft import ablation
 from routed_peft.ablation import ablated
+from routed_peft.checkpoint import export as exporting
 from routed_peft.checkpoint import inspect_checkpoint, load_routed, save_routed
 from routed_peft.checkpoint.export import ablate, export
 
@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr(ablation, "write_json", full)
+    monkeypatch.setattr(exporting, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         ablate(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -287,7 +287,7 @@ def test_an_export_that_is_not_the_source_is_never_written(
         save(self, folder, state_dict={**self.state_dict(), "lm_head.lora_B.weight": torch.ones(1)})
 
     monkeypatch.setattr(type(tiny("llama")), "save_pretrained", leaking)
-    monkeypatch.setattr(ablation, "_marks", lambda model: {"lora_B"})
+    monkeypatch.setattr(exporting, "_marks", lambda model: {"lora_B"})
     with pytest.raises(RuntimeError, match="may belong to a region"):
         ablate(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

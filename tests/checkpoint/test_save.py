@@ -22,7 +22,7 @@ from routed_peft import presets
 from routed_peft.checkpoint import inspect_checkpoint, load_routed, load_weights, save_routed
 from routed_peft.checkpoint import save as save_module
 from routed_peft.checkpoint import staging as files_module
-from routed_peft.checkpoint.staging import staged
+from routed_peft.checkpoint.staging import atomic_directory
 from routed_peft.routing.gradient_routing import GradientRouting
 
 KINDS = pytest.mark.parametrize("kind", ["mlp", "lora"])
@@ -305,7 +305,7 @@ def test_an_error_while_files_are_moved_puts_them_back(
     new = {"routing.json": "new", "forget/b": "new", "c": "new"}
 
     def write() -> None:
-        with staged(path, ["routing.json", "a", "forget/b"]) as aside:
+        with atomic_directory(path, ["routing.json", "a", "forget/b"]) as aside:
             for name, text in new.items():
                 (aside / name).parent.mkdir(exist_ok=True)
                 (aside / name).write_text(text)
@@ -497,7 +497,7 @@ def test_inspection_of_everything_else(tmp_path: Path) -> None:
 def test_files_that_other_processes_write_meanwhile_stay(tmp_path):
     """Every process of a Trainer saves its random state into the checkpoint, and none waits for the first one's model."""
     path = tmp_path / "checkpoint-2"
-    with staged(path) as aside:
+    with atomic_directory(path) as aside:
         (aside / "routing.json").write_text("{}")
         path.mkdir()
         (path / "rng_state_1.pth").write_text("theirs")

@@ -168,7 +168,7 @@ def test_facts_that_tell_each_other_are_not_parted():
         numbers = [{text.split()[0] for text in half} for half in halves]
         assert numbers[0].isdisjoint(numbers[1]) and [len(half) for half in halves] == [6, 6]
     assert (
-        AttackData.apart(forget_train=[], forget_test=["0 and"], retain_test=["a"], facts=data.facts).facts
+        AttackData.without_overlap(forget_train=[], forget_test=["0 and"], retain_test=["a"], facts=data.facts).facts
         == data.facts[1:]
     )
 

@@ -23,7 +23,7 @@ from experiments.report.reading import read_sources
 from routed_peft import RoutedTrainer
 from routed_peft.checkpoint import inspect_checkpoint
 from routed_peft.data import DocumentArguments, evaluation_rows
-from routed_peft.runs.cost import Ledger
+from routed_peft.runs.cost import TrainingCost
 from routed_peft.training import RunDirectory
 from routed_peft.unlearning import mean_loss
 
@@ -136,7 +136,7 @@ def test_a_run_leaves_its_records(runs, name):
     summary = json.loads((runs / name / "summary.json").read_text())
     assert about["config"]["training"]["max_steps"] == 4 and "--max_steps 4" in about["command"]
     assert summary["steps"] == 4 and summary["tokens"] == 4 * 16 * 16
-    ledger = Ledger.from_dict(summary["ledger"])
+    ledger = TrainingCost.from_dict(summary["ledger"])
     assert (ledger.serial_steps, ledger.tokens) == (4, summary["tokens"]) and ledger.labeled_forget_tokens % 16 == 0
     assert (ledger.labeled_forget_tokens > 0) == (about["config"]["recipe"]["labeled"] > 0)
     points = run.points()
@@ -254,7 +254,7 @@ def test_pretraining_with_self_labels(files, tmp_path, by_document):
     (found,) = json.loads((tmp_path / "self_labels/routing.json").read_text())["extra"]["self_labels"]
     assert found["step"] == 40 and len(found["rows"]) == len(found["is_forget"]) > 0
     assert {type(label) for label in found["is_forget"]} == ({list} if by_document == "true" else {bool})
-    ledger = Ledger.from_dict(json.loads((tmp_path / "self_labels/summary.json").read_text())["ledger"])
+    ledger = TrainingCost.from_dict(json.loads((tmp_path / "self_labels/summary.json").read_text())["ledger"])
     assert ledger.tokens == 80 * 16 * 16 and ledger.labeled_forget_tokens > 0
 
 

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from routed_peft import RoutedConfig, export, presets, save_routed
 from routed_peft.cli import app
 from routed_peft.data import pack, train_tokenizer
-from routed_peft.runs.cost import Ledger
+from routed_peft.runs.cost import TrainingCost
 from routed_peft.training import RunDirectory
-from routed_peft.unlearning import METHODS, DistillationTrainer, spent
+from routed_peft.unlearning import METHODS, DistillationTrainer, read_cost
 
 CONFIGS = {
     file.stem: file for name in ("unlearn_*", "undo") for file in (ROOT / "recipes/configs").glob(f"{name}.yaml")
@@ -111,7 +111,7 @@ def test_every_method_leaves_a_plain_checkpoint_and_its_records(place, tmp_path,
     summary = unlearn(place, out, f"unlearn_{method}", "--labeled", "0.5", "--learning_rate", "0.01")
     assert not same(place / "plain", out) and len(AutoTokenizer.from_pretrained(out)) <= 300
     assert summary["losses"]["forget"] > summary["losses_before"]["forget"] + (0.0 if method == "rmu" else 0.1)
-    ledger = Ledger.from_dict(summary["ledger"])
+    ledger = TrainingCost.from_dict(summary["ledger"])
     assert ledger.serial_steps == 4 and ledger.tokens == 4 * 8 * 16 * (1 if method == "gradient_ascent" else 2)
     run = RunDirectory(out)
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -126,13 +126,13 @@ def test_every_method_leaves_a_plain_checkpoint_and_its_records(place, tmp_path,
 def test_undo_after_unlearning(place, tmp_path):
     """What a checkpoint has cost is added up over all stages, where it is known."""
     assert unlearn(place, tmp_path / "of_unknown_cost", "unlearn_maxent")["total_ledger"] is None
-    pretraining = Ledger(flops=7, serial_steps=5, tokens=30, labeled_forget_tokens=10)
+    pretraining = TrainingCost(flops=7, serial_steps=5, tokens=30, labeled_forget_tokens=10)
     known = shutil.copytree(place / "plain", tmp_path / "known")
     (known / "summary.json").write_text(json.dumps({"ledger": pretraining.to_dict()}))
     source = ["--forget_rows", "2", "--model_name_or_path", str(known)]
     before = unlearn(place, tmp_path / "teacher", "unlearn_maxent", *source)
     assert before["ledger"]["labeled_forget_tokens"] == 2 * 16
-    assert Ledger.from_dict(before["total_ledger"]) == pretraining + Ledger.from_dict(before["ledger"])
+    assert TrainingCost.from_dict(before["total_ledger"]) == pretraining + TrainingCost.from_dict(before["ledger"])
     command = ["recipes/undo.py", "--config", str(CONFIGS["undo"]), *SHORT, *files(place, "--text_files")]
     command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(tmp_path / "teacher")]
     command += ["--eval_steps", "2", "--topk", "8", "--tolerance", "0"]
@@ -140,7 +140,7 @@ def test_undo_after_unlearning(place, tmp_path):
     content = json.loads((tmp_path / "out/undo.json").read_text())
     assert (content["alpha"], content["beta"], content["steps"], content["stopped"]) == (0.6, 0.1, 4, False)
     assert content["teacher_ledger"] == before["total_ledger"]
-    assert Ledger.from_dict(content["total_ledger"]).labeled_forget_tokens == 10 + 2 * 16
+    assert TrainingCost.from_dict(content["total_ledger"]).labeled_forget_tokens == 10 + 2 * 16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
     splits = {(point["split"], point["step"]) for point in RunDirectory(tmp_path / "out").points()}
     assert splits >= {("retain", 2), ("forget", 4)}
@@ -153,13 +153,13 @@ def test_undo_after_unlearning(place, tmp_path):
 
 
 def test_what_an_ablated_model_has_cost_is_what_its_run_has(place, tmp_path):
-    cost = Ledger(flops=7, serial_steps=5, tokens=30)
+    cost = TrainingCost(flops=7, serial_steps=5, tokens=30)
     run = shutil.copytree(place / "routed", tmp_path / "run")
     (run / "summary.json").write_text(json.dumps({"ledger": cost.to_dict()}))
     export(run, tmp_path / "whole", keep=["forget"])
-    assert spent(tmp_path / "whole") == cost
+    assert read_cost(tmp_path / "whole") == cost
     shutil.rmtree(run)
-    assert spent(tmp_path / "whole") is None
+    assert read_cost(tmp_path / "whole") is None
 
 
 def test_the_command_cleans_up_after_itself_alone(place, tmp_path):

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from routed_peft import GradientRouting, RoutedConfig, RoutedTrainer, load_routed, presets
 from routed_peft.data import RoutedCollator, train_tokenizer
 from routed_peft.routes import Route
-from routed_peft.runs.cost import Ledger, matmul_parameters
+from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.training import SelfLabeledRows
 
 
@@ -344,11 +344,11 @@ def test_the_summary_says_what_a_run_has_cost(tmp_path, tokenizer):
     """Scoring a row takes two forward passes; a run whose tokens are not counted has no ledger."""
     data = self_labeled()
     trainer = train(tmp_path / "a", tokenizer, dataset=data, include_num_input_tokens_seen="all", **SELF_LABELING)
-    ledger = Ledger.from_dict(trainer.run_summary(labeled_forget_tokens=24)["ledger"])
+    ledger = TrainingCost.from_dict(trainer.run_summary(labeled_forget_tokens=24)["ledger"])
     size = matmul_parameters(trainer.model)
     scored = 8 * (len(data.scorings[0]["rows"]) + sum(label != "unlabeled" for label in data.rows["route_label"]))
     assert scored == data.scored_tokens and self_labeled().scored_tokens == 0
-    assert ledger == Ledger(6 * size * 160 * 8 + 2 * size * 2 * scored, 20, 160 * 8, 24)
+    assert ledger == TrainingCost(6 * size * 160 * 8 + 2 * size * 2 * scored, 20, 160 * 8, 24)
     trainer.state.num_input_tokens_seen = 0
     assert "ledger" not in trainer.run_summary()
 

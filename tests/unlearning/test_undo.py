@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from unlearning_parts import FORGET, LENGTH, RETAIN, arguments, learned_model, loss, ragged
 
 from routed_peft.data import train_tokenizer
-from routed_peft.runs.cost import Ledger, matmul_parameters
+from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning import (
     DistillationTrainer,
     TeacherCache,
     UndoArguments,
     check_tokenizers,
-    save_undone,
+    save_student,
     undo,
     unlearn,
 )
@@ -73,7 +73,7 @@ def test_the_student_becomes_as_good_as_its_teacher_and_never_knew(teacher, tmp_
     assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters()), "the teacher stays as it is"
     size = matmul_parameters(teacher)
     tokens = record.steps * 16 * LENGTH
-    assert record.ledger == Ledger(8 * size * tokens, record.steps, tokens, 0)
+    assert record.ledger == TrainingCost(8 * size * tokens, record.steps, tokens, 0)
 
 
 def test_without_noise_the_student_is_there_at_once_and_more_noise_takes_longer(teacher, tmp_path):
@@ -191,20 +191,20 @@ def test_a_killed_run_continues_where_it_was(teacher, tmp_path):
 def test_the_output_is_a_plain_checkpoint_with_its_record(teacher, tmp_path, name):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
-    former = Ledger(flops=5, serial_steps=1, tokens=7, labeled_forget_tokens=3)
+    former = TrainingCost(flops=5, serial_steps=1, tokens=7, labeled_forget_tokens=3)
     (source / name).write_text(json.dumps({"ledger": former.to_dict()}))
     student, record = undo(teacher, MIX, options(tmp_path, max_steps=1, seed=4, eval_steps=1), RETAIN)
-    content = save_undone(student, record, out, str(source), byte_tokenizer())
+    content = save_student(student, record, out, str(source), byte_tokenizer())
     assert content == json.loads((out / "undo.json").read_text())
     assert (content["alpha"], content["beta"], content["seed"], content["steps"]) == (0.6, 0.1, 4, 1)
-    assert Ledger.from_dict(content["ledger"]) + former == Ledger.from_dict(content["total_ledger"])
-    again = save_undone(student, record, tmp_path / "again", str(out))
+    assert TrainingCost.from_dict(content["ledger"]) + former == TrainingCost.from_dict(content["total_ledger"])
+    again = save_student(student, record, tmp_path / "again", str(out))
     assert again["teacher_ledger"] is None, "`undo.json` is not read; a run of `recipes/undo.py` has a summary too:"
     (out / "summary.json").write_text(json.dumps(content))
-    again = save_undone(student, record, tmp_path / "again", str(out))
+    again = save_student(student, record, tmp_path / "again", str(out))
     assert again["teacher_ledger"] == content["total_ledger"], "all stages, not the last one"
     (out / "summary.json").write_text(json.dumps(content | {"total_ledger": None}))
-    assert save_undone(student, record, tmp_path / "again", str(out))["total_ledger"] is None
+    assert save_student(student, record, tmp_path / "again", str(out))["total_ledger"] is None
     assert same(AutoModelForCausalLM.from_pretrained(out), student)
     assert (out / "tokenizer.json").is_file()
 

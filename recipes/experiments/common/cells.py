@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from routed_peft.report.page import write
+from routed_peft.files import write_json
 from routed_peft.training import RunDirectory
 
 ALL = "all"
@@ -61,13 +61,8 @@ def write_summary(experiment: Any, records: RunDirectory, summary: Mapping[str, 
     """Write the numbers of all cells to ``summary.json`` and to ``experiment.summary_file``; return them as read back."""
     plain: dict[str, Any] = json.loads(json.dumps(summary))  # keys as a reader finds them
     for file in [records.path / "summary.json", *([Path(experiment.summary_file)] if experiment.summary_file else [])]:
-        write_json(file, plain)
+        write_json(file, plain, indent=1)
     return plain
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write all of plain data, or none."""
-    write(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def digest(*about: Any) -> str:

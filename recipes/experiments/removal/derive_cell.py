@@ -31,7 +31,7 @@ from routed_peft.demo.measuring import open_model
 from routed_peft.demo.training import bf16_helps
 from routed_peft.evaluation.placebo import silence_random_units
 from routed_peft.losses import DivergedError
-from routed_peft.runs.cost import Ledger, matmul_parameters
+from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning import UndoArguments, UnlearningArguments, undo, unlearn
 from routed_peft.unlearning.coherence import MOST, restore_coherence, trained_rows
 from routed_peft.unlearning.token_trainer import mean_loss
@@ -70,7 +70,7 @@ def coherent(model: PreTrainedModel, material: Material) -> dict[str, Any]:
     rows = torch.tensor(material.rows.select(known[:MOST])["input_ids"][:], dtype=torch.long)
     found = restore_coherence(model, rows, COHERENCE_STEPS, COHERENCE_RATES)
     tokens = COHERENCE_STEPS * trained_rows(len(rows)) * rows.shape[1]
-    ledger = Ledger.of_training(matmul_parameters(model), tokens=tokens, steps=COHERENCE_STEPS)
+    ledger = TrainingCost.from_counts(matmul_parameters(model), tokens=tokens, steps=COHERENCE_STEPS)
     return {"coherence": asdict(found), "ledger": ledger.to_dict()}
 
 
@@ -124,7 +124,7 @@ def unlearned(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     allowed = (1 + ALLOWED_RISE) * mean_loss(model, material.validation[RETAIN])
     tried, wanted = [], list(method.rates)
-    best: tuple[tuple[bool, float], float, dict[str, Tensor], Ledger] | None = None
+    best: tuple[tuple[bool, float], float, dict[str, Tensor], TrainingCost] | None = None
     while wanted:
         for rate in wanted:
             model.load_state_dict(before)

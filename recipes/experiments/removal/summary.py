@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from experiments.removal.cells import LABELS, NUMBERS, Cell, Experiment
 from experiments.report.reading import EXPERIMENT_FORMAT, read_experiment
+from routed_peft import files
 from routed_peft.demo.settings import DemoSettings
-from routed_peft.files import written_whole
 from routed_peft.runs.records import RUN
 
 ATTACK_SETTINGS = {"attack_rates": None, "attack_steps": None, "extensions": None, "attack_split": "validation"}
@@ -27,8 +27,7 @@ ATTACK_SETTINGS = {"attack_rates": None, "attack_steps": None, "extensions": Non
 
 def write_json(file: Path, content: Any) -> None:
     """Write all of ``content``, or none."""
-    with written_whole(file) as aside:
-        aside.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+    files.write_json(file, finite(content), indent=1, allow_nan=False)
 
 
 def finite(content: Any) -> Any:

@@ -26,7 +26,7 @@ from routed_peft.evaluation.measures import bootstrap, region_activity
 from routed_peft.evaluation.relearning import Attack, AttackData, relearn
 from routed_peft.evaluation.relearning.sweep import check_settings
 from routed_peft.evaluation.text_loss import TextLoss
-from routed_peft.runs.cost import Ledger, matmul_parameters
+from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.training import RunDirectory, SelfLabeledRows
 
 UNRELATED = {pair: "biology" if pair == "spanish" else "spanish" for pair in PAIRS}
@@ -39,9 +39,9 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
     material = Material.prepare(settings, folder / "data", cell.method.relabel)
     if cell.method.change:
         about = change(cell, parent, folder / cell.method.plain, material)
-        own = Ledger.from_dict(about.get("ledger", Ledger().to_dict()))
+        own = TrainingCost.from_dict(about.get("ledger", TrainingCost().to_dict()))
         former = json.loads((parent / NUMBERS).read_text())
-        before = Ledger.from_dict(former["ledger"])
+        before = TrainingCost.from_dict(former["ledger"])
         about["ledger"] = (before + own).to_dict()
         if cell.method.change in ("ablate", "random"):  # the others are trained on more
             about |= {name: former[name] for name in ("tokens_by_side",) if name in former}
@@ -103,7 +103,7 @@ def stretch(material: Material, arm: Arm, settings: DemoSettings) -> float:
     return (settings.labeled_first * first + (1 - settings.labeled_first) * rest) / own
 
 
-def ledger_of(cell: Cell, model: nn.Module, material: Material, run: Dataset | SelfLabeledRows) -> Ledger:
+def ledger_of(cell: Cell, model: nn.Module, material: Material, run: Dataset | SelfLabeledRows) -> TrainingCost:
     """Return what a model that was trained from nothing has cost, the scoring of rows by its region included.
 
     Args:
@@ -114,8 +114,8 @@ def ledger_of(cell: Cell, model: nn.Module, material: Material, run: Dataset | S
     """
     length, arm = cell.settings.length, cell.method.arm
     labels = "perfect_filter" if arm.drop == "side" else "filter" if cell.method.labels else "none"
-    return Ledger.of_training(
-        matmul_parameters(model),
+    return TrainingCost.from_counts(
+        parameters=matmul_parameters(model),
         tokens=len(run) * length,
         steps=len(run) // cell.settings.batch_size,
         labeled_forget_tokens=labeled_tokens(material.documents, material.tokenizer, length, labels),
@@ -164,7 +164,7 @@ def attack_data(plan: Attack, settings: DemoSettings, experiment: Experiment) ->
     further: dict[str, list[str]] = {}
     if plan.data == "unrelated":
         further["unrelated_train"] = first_of(load_pair(UNRELATED[settings.pair], "validation"), RETAIN)["text"][:]
-    data = AttackData.apart(  # verses come back
+    data = AttackData.without_overlap(  # verses come back
         forget_train=mine[FORGET],
         retain_train=mine[RETAIN],
         forget_test=test[FORGET],

@@ -32,7 +32,7 @@ def attacker_documents(settings: Mapping[str, Any], experiment: Mapping[str, Any
 @lru_cache
 def _count(pair: str, split: str, limit: int | None) -> int:
     texts, test = load_pair(pair, split), load_pair(pair, "test")
-    data = AttackData.apart(
+    data = AttackData.without_overlap(
         forget_train=first_of(texts, FORGET)["text"][:],
         forget_test=first_of(test, FORGET, limit)["text"][:],
         retain_test=first_of(test, RETAIN, limit)["text"][:],

@@ -13,9 +13,10 @@ from experiments.report.figures import after_worst
 from experiments.report.reading import read_sources
 from experiments.report.sections import Section
 from experiments.report.verdicts import edge, ends
+from routed_peft.files import write_bytes
 from routed_peft.report.checkpoints import Checkpoint, Figure, checkpoint_figure
 from routed_peft.report.drawing import LIGHT, render
-from routed_peft.report.page import environment, number, picture, place, share, write
+from routed_peft.report.page import environment, number, picture, place, share
 
 PAGE, FIGURES, TEMPLATE = "report.html", "figures", "experiments.html.jinja"
 
@@ -61,8 +62,8 @@ def write_report(places: Sequence[str | Path], out: str | Path) -> Report:
     for name, figure in [*((name, one) for name, own in drawn.items() for one in own), ("relearn", attacked)]:
         for format in ("png", "svg") if figure.panels else ():
             file = folder / FIGURES / f"{name}-{figure.key}.{format}"
-            write(file, render([panel.draw for panel in figure.panels], LIGHT, format))
-    write(folder / PAGE, content.encode())
+            write_bytes(file, render([panel.draw for panel in figure.panels], LIGHT, format))
+    write_bytes(folder / PAGE, content.encode())
     return Report(folder / PAGE, sections, checkpoints)
 
 

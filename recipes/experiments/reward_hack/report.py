@@ -13,8 +13,9 @@ from experiments.reward_hack.plots import draws
 from experiments.reward_hack.settings import Settings
 from experiments.reward_hack.summary import SEEDS
 from experiments.reward_hack.task import ENVIRONMENTS, SPLITS
+from routed_peft.files import write_bytes
 from routed_peft.report.drawing import LIGHT, render
-from routed_peft.report.page import environment, picture, write
+from routed_peft.report.page import environment, picture
 from routed_peft.training import RunDirectory
 
 TEMPLATE = "reward_hack.html.jinja"
@@ -37,7 +38,7 @@ def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: Se
         file: where to; written last.
     """
     panels = draws(summary["cells"])
-    write(file.with_name("curves.png"), render(list(panels.values()), LIGHT, "png"))
+    write_bytes(file.with_name("curves.png"), render(list(panels.values()), LIGHT, "png"))
     page = environment()
     page.filters["mean_range"] = mean_range
     scales = [cell["chosen_scale"] for cell in summary["cells"] if cell["arm"] == MAIN]
@@ -55,4 +56,4 @@ def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: Se
         about=json.loads((records.path / "run.json").read_text(encoding="utf-8")),
         out=file.parent,
     )
-    write(file, content.encode())
+    write_bytes(file, content.encode())

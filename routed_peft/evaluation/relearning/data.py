@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from routed_peft.deprecation import warn_renamed
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.text_loss import first_token, pad
 
@@ -72,14 +73,15 @@ class AttackData:
             raise ValueError("`facts` has texts twice, so its halves would overlap: remove the copies")
 
     @classmethod
-    def apart(cls, **texts: Sequence[str | tuple[str, ...]]) -> AttackData:
+    def without_overlap(cls, **texts: Sequence[str | tuple[str, ...]]) -> AttackData:
         """Make data of texts that repeat themselves: what is scored is left out of what is trained on.
 
         Args:
             **texts: the attributes.
 
         Example:
-            >>> AttackData.apart(forget_train=["a cell", "A gene"], forget_test=["a gene"], retain_test=["a cat"]).forget_train
+            >>> train, test = ["a cell", "A gene"], ["a gene"]
+            >>> AttackData.without_overlap(forget_train=train, forget_test=test, retain_test=["a cat"]).forget_train
             ['a cell']
         """
         scored = {_normal(text) for name in SCORED for text in _flat(texts[name])}
@@ -89,8 +91,14 @@ class AttackData:
         }
         return cls(**kept)
 
-    def concerning(self, attack: Attack) -> dict[str, list[str]]:
-        """Return those of the attributes on which what comes of an attack depends."""
+    @classmethod
+    def apart(cls, **texts: Sequence[str | tuple[str, ...]]) -> AttackData:
+        """Call `without_overlap`, under its former name."""
+        warn_renamed("AttackData.apart", "AttackData.without_overlap")
+        return cls.without_overlap(**texts)
+
+    def relevant_to(self, attack: Attack) -> dict[str, list[str]]:
+        """Return the attributes that influence the result of an attack."""
         trained = () if attack.method == "none" else _TRAINED[attack.data]
         scored = (*SCORED, "facts") if attack.data == "facts" else SCORED
         return {name: list(getattr(self, name)) for name in (*scored, *trained)}

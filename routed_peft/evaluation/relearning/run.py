@@ -155,7 +155,8 @@ def _conditions(
 
     alike = {"steps": list(steps), "seeds": list(seeds), "tokenizer": digest(tokenizer.get_vocab())}
     return {
-        attack.name: {"attack": asdict(attack), "texts": digest(data.concerning(attack)), **alike} for attack in attacks
+        attack.name: {"attack": asdict(attack), "texts": digest(data.relevant_to(attack)), **alike}
+        for attack in attacks
     }
 
 

@@ -136,7 +136,7 @@ class _Sweep:
         self.measure, self.records = measure, records
         about = [
             asdict(attack),
-            data.concerning(attack),
+            data.relevant_to(attack),
             steps,
             fingerprint(victim.model),
             _reading(victim.model, tokenizer),
