@@ -1,17 +1,18 @@
-"""Which parts of a transformer's MLP do what: the layouts of the supported families, recognised by their structure.
+r"""The parts of a transformer that regions and routing need to find: MLPs, residual writers and decoder layers.
 
 Every supported MLP computes, with ``up`` ``(H -> I)`` and ``down`` ``(I -> H)``, and ``gate`` ``(H -> I)`` where there
 is one,
 
-.. math:: y = W_d \\,\\bigl(\\sigma(W_g x) \\odot W_u x\\bigr) \\quad\\text{or}\\quad y = W_d\\, \\sigma(W_u x)
+.. math:: y = W_d \,\bigl(\sigma(W_g x) \odot W_u x\bigr) \quad\text{or}\quad y = W_d\, \sigma(W_u x)
 
-so that hidden units can be added and taken away one at a time.
+so that hidden units can be added and removed one at a time. `register_mlp_layout` adds an architecture.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,21 +20,14 @@ from torch import Tensor, nn
 
 from routed_peft.eval_mode import evaluating
 
-SUPPORTED = (
-    "gate_proj/up_proj/down_proj (Llama, Mistral, Qwen, Gemma, OLMo, SmolLM, Granite), gate_up_proj/down_proj (Phi-3), "
-    "c_fc/c_proj (GPT-2, GPT-Neo), fc1/fc2 (Phi), dense_h_to_4h/dense_4h_to_h (GPT-NeoX, Falcon)"
-)
-"""The layouts that `mlp_layout` knows, for error messages."""
-
-_PROJECTIONS = (  # gate, up, down, fused
-    ("gate_proj", "up_proj", "down_proj", False),
-    (None, "gate_up_proj", "down_proj", True),
-    (None, "c_fc", "c_proj", False),
-    (None, "fc1", "fc2", False),
-    (None, "dense_h_to_4h", "dense_4h_to_h", False),
-)
-_ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
-_EXPERTS = ("experts", "router", "shared_expert", "block_sparse_moe")
+MLP_TARGETS = {
+    model_type: ["mlp"]
+    for model_type in (
+        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 smollm3 granite phi3 phi gpt2 gpt_neo "
+        "gpt_neox falcon starcoder2 stablelm"
+    ).split()
+}
+"""By model type, the ends of the names of the MLPs: the default targets of regions of kind mlp."""
 
 _LLAMA_LIKE = "llama mistral qwen2 qwen3 gemma olmo smollm3 granite phi3 stablelm"
 
@@ -46,12 +40,15 @@ WRITERS = {
     "phi": ("self_attn.dense", "mlp.fc2"),
     "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
 }
-"""By model type, the ends of the names of the linear layers whose output is added to the residual stream as it is."""
+"""By model type, the ends of the names of the residual writers: linear layers whose output is added to the stream as it is."""
 
 POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
-"""Children of a decoder layer that normalise a writer's output before it is added (Gemma 2 and 3, OLMo 2 and 3, GLM-4)."""
+"""Children of a decoder layer that normalize a writer's output before it is added (Gemma 2 and 3, OLMo 2 and 3, GLM-4)."""
 
-_LAYER_INDEX = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_EXPERTS = ("experts", "router", "shared_expert", "block_sparse_moe")
+"""Names by which a mixture-of-experts block is recognized."""
+
+_LAYER_NAME = r"\.(?:layers|h|blocks)\.(\d+)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +56,7 @@ class MLPLayout:
     """The names of an MLP's parts.
 
     Attributes:
-        gate: projection whose activation multiplies ``up``, or None where there is none of its own.
+        gate: projection whose activation multiplies ``up``; None where there is none, or where it is part of ``up``.
         up: projection into the hidden units.
         down: projection out of the hidden units.
         act: attribute that holds the activation, a callable.
@@ -70,7 +67,7 @@ class MLPLayout:
     up: str
     down: str
     act: str
-    fused: bool
+    fused: bool = False
 
     @property
     def gated(self) -> bool:
@@ -78,11 +75,64 @@ class MLPLayout:
         return self.fused or self.gate is not None
 
 
+_Projections = tuple[str | None, str, str, bool]  # gate, up, down, fused
+
+_LAYOUTS: dict[_Projections, list[str]] = {
+    ("gate_proj", "up_proj", "down_proj", False): "Llama Mistral Qwen Gemma OLMo SmolLM Granite".split(),
+    (None, "gate_up_proj", "down_proj", True): ["Phi-3"],
+    (None, "c_fc", "c_proj", False): ["GPT-2", "GPT-Neo"],
+    (None, "fc1", "fc2", False): ["Phi"],
+    (None, "dense_h_to_4h", "dense_4h_to_h", False): ["GPT-NeoX", "Falcon"],
+}
+"""The names of the projections of every known layout, and the families that have it, for messages."""
+
+_ACTIVATIONS = ["act_fn", "activation_fn", "act", "gelu_impl"]
+
+
+def register_mlp_layout(
+    layout: MLPLayout, model_type: str, *, targets: Sequence[str] = ("mlp",), writers: Sequence[str] = ()
+) -> None:
+    """Support an architecture: call this once, before regions are made. A second call for a model type replaces the first.
+
+    Args:
+        layout: the names of the parts of its MLP. It has to compute what `mlp_forward` does; the first region checks this.
+        model_type: ``config.model_type`` of its models.
+        targets: ends of the names of its MLPs, the default `target_modules` of regions of kind mlp.
+        writers: ends of the names of its residual writers, the same for kind subspace; without them that kind is refused.
+
+    Example:
+        >>> register_mlp_layout(MLPLayout(gate=None, up="wide", down="thin", act="squash"), "toy", targets=["ffn"])
+        >>> "wide/thin (toy)" in supported_layouts()
+        True
+    """
+    families = _LAYOUTS.setdefault((layout.gate, layout.up, layout.down, layout.fused), [])
+    if model_type not in families:
+        families.append(model_type)
+    if layout.act not in _ACTIVATIONS:
+        _ACTIVATIONS.append(layout.act)
+    MLP_TARGETS[model_type] = list(targets)
+    if writers:
+        WRITERS[model_type] = tuple(writers)
+
+
+def supported_layouts() -> str:
+    """Return the known MLP layouts and their families as text, for messages."""
+    return ", ".join(
+        f"{'/'.join(name for name in names[:3] if name)} ({', '.join(families)})"
+        for names, families in _LAYOUTS.items()
+    )
+
+
+def model_type(model: nn.Module) -> str | None:
+    """Return the model type in the configuration of a transformers model; None for any other module."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def mlp_layout(mlp: nn.Module) -> MLPLayout:
-    """Recognise the layout of ``mlp`` by the names of its children.
+    """Recognize the layout of ``mlp`` by the names of its children.
 
     Raises:
-        ValueError: where the module is no MLP of a known layout; the message names its class and what is supported.
+        ValueError: where the module is not an MLP of a known layout; the message names its class and the known layouts.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -91,13 +141,14 @@ def mlp_layout(mlp: nn.Module) -> MLPLayout:
         MLPLayout(gate='gate_proj', up='up_proj', down='down_proj', act='act_fn', fused=False)
     """
     children = dict(mlp.named_children())
-    known = (names for names in _PROJECTIONS if all(name in children for name in names[:3] if name))
-    gate, up, down, fused = next(known, (None, None, None, False))
-    if up is None or down is None:
+    known = (names for names in _LAYOUTS if all(name in children for name in names[:3] if name))
+    projections = next(known, None)
+    if projections is None:
         raise ValueError(_refusal(mlp, "mixture-of-experts blocks" if _is_moe(mlp) else None))
+    gate, up, down, fused = projections
     act = next((name for name in _ACTIVATIONS if callable(getattr(mlp, name, None))), None)
     if act is None:
-        raise ValueError(_refusal(mlp, f"an MLP without an activation under one of the names {_ACTIVATIONS}"))
+        raise ValueError(_refusal(mlp, f"an MLP without an activation under one of the names {tuple(_ACTIVATIONS)}"))
     others = [
         n for n, child in children.items() if n not in (gate, up, down, act) and any(True for _ in child.parameters())
     ]
@@ -124,14 +175,15 @@ def _refusal(mlp: nn.Module, what: str | None) -> str:
     reason = f": {what} cannot be widened unit by unit" if what else ""
     return (
         f"{type(mlp).__name__} with children {[name for name, _ in mlp.named_children()]} is not a supported MLP"
-        f"{reason}. Supported are {SUPPORTED}. Choose other `target_modules`, or use a LoRA adapter as the region."
+        f"{reason}. Supported are {supported_layouts()}. Choose other `target_modules`, use a LoRA adapter as the region, or "
+        "`routed_peft.architectures.register_mlp_layout`."
     )
 
 
 def find_mlps(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the supported MLPs of ``model`` by qualified name, also those in a PEFT wrapper (``….base_layer``).
+    """Return the supported MLPs of ``model`` by qualified name, those in a PEFT wrapper (``….base_layer``) included.
 
-    Modules of other layouts are left out; nothing is raised. The inner parts of an MLP are not looked into.
+    Modules of other layouts are left out without an error. The insides of an MLP are not searched.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(hidden_size=4, intermediate_size=6, num_attention_heads=1, vocab_size=8)
@@ -151,7 +203,7 @@ def find_mlps(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def mlp_forward(mlp: nn.Module, layout: MLPLayout, x: Tensor) -> Tensor:
-    """Compute what ``layout`` says that ``mlp`` computes; ``x`` is ``(..., H)``."""
+    """Compute the output of ``mlp`` as ``layout`` describes it; ``x`` is ``(..., H)``."""
     act, up = getattr(mlp, layout.act), getattr(mlp, layout.up)(x)
     if layout.fused:
         gate, up = up.chunk(2, dim=-1)
@@ -163,13 +215,13 @@ def mlp_forward(mlp: nn.Module, layout: MLPLayout, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def verify_layout(mlp: nn.Module, layout: MLPLayout) -> None:
-    """Compare ``mlp`` with what ``layout`` says of it, on two random inputs and without dropout.
+    """Compare ``mlp`` with `mlp_forward` under ``layout``, on two random inputs and without dropout.
 
-    Modules with the same names may do other things (a residual, a scale, sparsity). Nothing is compared where weights
-    are on the meta device or are not plain floating-point matrices. The global random state is left as it was.
+    Modules with the same names may do more (a residual, a scale, sparsity). Nothing is compared where weights are on the
+    meta device or are not plain floating-point matrices. The global random state is left as it was.
 
     Raises:
-        ValueError: where the two disagree.
+        ValueError: where the two differ.
 
     Example:
         >>> class Scaled(nn.Module):
@@ -194,13 +246,13 @@ def verify_layout(mlp: nn.Module, layout: MLPLayout) -> None:
     scale = float(expected.abs().nan_to_num().max())
     if not isinstance(got, Tensor) or not torch.allclose(got, expected, tolerance, tolerance * scale, equal_nan=True):
         raise ValueError(
-            f"{type(mlp).__name__} has the names of a known MLP but computes something else than {layout}: its hidden "
-            "units cannot be extended. Choose other `target_modules`, or use a LoRA adapter as the region."
+            f"{type(mlp).__name__} has the names of a known MLP but computes something else than {layout}: hidden "
+            "units cannot be added to it. Choose other `target_modules`, or use a LoRA adapter as the region."
         )
 
 
 def is_plain(weight: Tensor | None) -> bool:
-    """Whether ``weight`` is an ordinary floating-point tensor, not a quantised or packed one.
+    """Return whether ``weight`` is an ordinary floating-point tensor, neither quantized nor packed.
 
     >>> is_plain(nn.Linear(1, 1).weight), is_plain(torch.zeros(2, dtype=torch.int8))
     (True, False)
@@ -214,7 +266,7 @@ def is_plain(weight: Tensor | None) -> bool:
 
 
 def width(projection: nn.Module, side: str) -> int:
-    """Return the number of features that go ``"in"`` or come ``"out"`` of a Linear, a Conv1D or a wrapper of one.
+    """Return the number of input (``"in"``) or output (``"out"``) features of a Linear, a Conv1D or a wrapper of one.
 
     >>> width(nn.Linear(2, 3), "out")
     3
@@ -224,29 +276,46 @@ def width(projection: nn.Module, side: str) -> int:
 
 
 def layer_index(name: str) -> int | None:
-    """Return the index of the decoder layer that a module or parameter of this name is in, or None.
+    """Return the index of the decoder layer that holds a module or parameter of this name, or None.
 
     >>> layer_index("model.layers.3.mlp.down_proj"), layer_index("lm_head")
     (3, None)
     """
-    found = _LAYER_INDEX.search(f".{name}.")
+    found = re.search(rf"{_LAYER_NAME}\.", f".{name}.")
     return int(found[1]) if found else None
 
 
-def is_writer(name: str, model_type: str) -> bool:
-    """Whether a module of this name, in a model of this type, writes into the residual stream.
+def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the decoder layers of a model by index; ValueError where it has none under the usual names.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(hidden_size=4, intermediate_size=6, num_attention_heads=1, vocab_size=8)
+    >>> list(decoder_layers(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))))
+    [0, 1]
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if match := re.fullmatch(f".*{_LAYER_NAME}", name):
+            found[int(match[1])] = module
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no decoder layers under the names `layers`, `h` or `blocks`")
+    return found
+
+
+def is_writer(name: str, of_type: str) -> bool:
+    """Return whether a module of this name, in a model of this type, writes into the residual stream.
 
     >>> is_writer("model.layers.0.mlp.down_proj", "llama"), is_writer("model.layers.0.mlp.up_proj", "llama")
     (True, False)
     """
-    return any(name.endswith(f".{end}") for end in WRITERS.get(model_type, ()))
+    return any(name.endswith(f".{end}") for end in WRITERS.get(of_type, ()))
 
 
 def find_writers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the residual writers of a plain transformers model by name, or of one with adapters under plain names.
+    """Return the residual writers of a transformers model by name; with adapters in it, under the plain model's names.
 
     Raises:
-        ValueError: where the model's type is none that `WRITERS` knows.
+        ValueError: where `WRITERS` has no entry for the model's type.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -254,14 +323,12 @@ def find_writers(model: nn.Module) -> dict[str, nn.Module]:
         >>> list(find_writers(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))))
         ['model.layers.0.self_attn.o_proj', 'model.layers.0.mlp.down_proj']
     """
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
-    if model_type not in WRITERS:
-        raise ValueError(
-            f"the residual writers of the model type {model_type!r} are not known; known are {sorted(WRITERS)}"
-        )
+    kind = str(model_type(model))
+    if kind not in WRITERS:
+        raise ValueError(f"the residual writers of the model type {kind!r} are not known; known are {sorted(WRITERS)}")
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        plain = name.replace(".base_layer", "")  # a wrapped module comes twice, the wrapper first
-        if is_writer(plain, model_type):
+        plain = name.replace(".base_layer", "")  # a wrapped module comes twice, and the wrapper comes first
+        if is_writer(plain, kind):
             found.setdefault(plain, module)
     return found

@@ -10,7 +10,7 @@ from routed_peft.routes import BASE, Route
 def sgtm(region: str = "forget", base_weight: float = 0.0) -> dict[str, Route]:
     """Selective gradient masking (SGTM, arXiv 2512.05648, section 3).
 
-    Labelled forget data trains only the region; labelled retain data is seen without the region; the rest trains both,
+    Labeled forget data trains only the region; labeled retain data is seen without the region; the rest trains both,
     and is absorbed by whichever side already knows it. As published, ``base_weight`` is 0; a little more lets forget data
     teach the base what both sides share, at the price of a little of what they do not.
 
@@ -29,7 +29,7 @@ def era(region: str = "forget", base_weight: float = -0.75) -> dict[str, Route]:
 
     Use it with ``edges="activations"``, and with token-frequency weights in ``route_weights`` to let common tokens pass:
     a token's base weight is then ``w + (1 - w) * base_weight`` (`routed_peft.data.token_frequency_weights`). Everything
-    that is not labelled forget trains as usual.
+    that is not labeled forget trains as usual.
 
     >>> era()["forget"].weights
     {'base': -0.75}
@@ -97,8 +97,8 @@ def subspace(region: str = "persona", anchor: bool = False) -> dict[str, Route]:
 def demix(region: str = "forget", other: str = "retain") -> dict[str, Route]:
     """Experts by domain (DEMix, Gururangan et al., arXiv 2108.05036), as the negative control for absorption.
 
-    Labelled rows of either side are seen, and learnt, without the other side's region. All else learns from every row, and
-    unlabelled rows teach both regions alike: nothing sends unlabelled forget data to the one that goes. In the publication an
+    Labeled rows of either side are seen, and learned, without the other side's region. All else learns from every row, and
+    unlabeled rows teach both regions alike: nothing sends unlabeled forget data to the one that goes. In the publication an
     expert takes the whole place of the MLP, so give the base a narrow one. At the end, keep ``other``:
     ``export(run, out, keep=[other])``.
 

@@ -29,7 +29,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_recognised_and_its_layout_computes_what_the_mlp_computes(family):
+def test_every_family_is_recognized_and_its_layout_computes_what_the_mlp_computes(family):
     model = FAMILIES[family]()
     mlps = find_mlps(model)
     assert len(mlps) == 2

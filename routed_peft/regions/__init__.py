@@ -1,12 +1,20 @@
-"""Regions as PEFT adapters. Importing this package registers the PEFT type ``ROUTED``."""
+"""Regions as PEFT adapters. Importing this package registers the PEFT type ``ROUTED``.
+
+From the bottom up: `peft_type` and `config`; `projections` and `hidden_units`, the arithmetic; `layer`, `subspace`, `linear`
+and `mlp`, the PEFT layers; `targets`, the plan of a region; `model`, the PEFT tuner that carries the plan out.
+"""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.peft_types import register_peft_method
 
 from routed_peft.regions.config import RoutedConfig
 from routed_peft.regions.linear import LowRankLinear
 from routed_peft.regions.mlp import RoutedMLP
 from routed_peft.regions.model import RoutedModel
-from routed_peft.regions.peft_type import register
+from routed_peft.regions.peft_type import NAME, PREFIX, peft_type
 from routed_peft.regions.subspace import has_subspace, project_base
 
-register()
-
 __all__ = ["LowRankLinear", "RoutedConfig", "RoutedMLP", "RoutedModel", "has_subspace", "project_base"]
+
+if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:  # it is there already where this module is reloaded
+    register_peft_method(name=NAME.lower(), prefix=PREFIX, config_cls=RoutedConfig, model_cls=RoutedModel)

@@ -13,7 +13,7 @@ KINDS = ("mlp", "lora", "subspace")
 """The kinds of region that there are."""
 
 INITS = ("zero", "model")
-"""The ways to initialise hidden units."""
+"""The ways to initialize hidden units."""
 
 STRENGTHS = ("cut", "weights")
 """What keeps the base from learning along a subspace: the credit cut, or the weak projection of weight gradients alone."""
@@ -51,7 +51,7 @@ class RoutedConfig(PeftConfig):
             the writers' own weight gradients lose it. This is *weak*: other layers learn what the writers do not; it is there
             to be compared with.
         store_base_part: ``"subspace"`` only. Whether the file holds the base's own part along the basis (as many numbers as the
-            region has), to which `project_base` puts a trained base back. None: yes, unless the base is quantised.
+            region has), to which `project_base` puts a trained base back. None: yes, unless the base is quantized.
         provenance: where the basis comes from, its shape and hash, written here when the region is made.
         target_modules: names of modules (a suffix each), or one regular expression; by default those of the model's type:
             its MLPs, what PEFT takes by default for ``"lora"``, all residual writers for ``"subspace"``. ``"all-linear"`` is
@@ -60,7 +60,7 @@ class RoutedConfig(PeftConfig):
         layers_to_transform: indices of the layers that the region is in; all by default.
         layers_pattern: name of the list of layers, where `layers_to_transform` cannot find it.
         init: of hidden units (``"mlp"``). ``"zero"``: the units' output weights are zero, so the model's function is
-            preserved. ``"model"``: the model's own initialisation. None becomes ``"zero"`` on a base loaded from a
+            preserved. ``"model"``: the model's own initialization. None becomes ``"zero"`` on a base loaded from a
             checkpoint and ``"model"`` on one made from scratch; what was chosen is written back here.
         base_fingerprint: `routed_peft.regions.fingerprint.fingerprint` of the base that the region was trained on,
             written when saving; attaching the region to any other base raises.
@@ -96,7 +96,7 @@ class RoutedConfig(PeftConfig):
         default=None, metadata={"help": "subspace: 'cut' (default), or 'weights', which is weak and for comparison."}
     )
     store_base_part: bool | None = field(
-        default=None, metadata={"help": "subspace: keep the base's part along the basis. Default: unless quantised."}
+        default=None, metadata={"help": "subspace: keep the base's part along the basis. Default: unless quantized."}
     )
     provenance: dict[str, Any] | None = field(
         default=None, metadata={"help": "Where the basis comes from; written when the region is made."}

@@ -28,7 +28,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``{"parameters": number of tensors, "structure": hash of names and shapes, "content": hash of values}``, with
-        content None where values cannot be compared: quantised, float16 or meta weights.
+        content None where values cannot be compared: quantized, float16 or meta weights.
 
     Raises:
         ValueError: while adapters are merged, since the base weights are then not what they were.
@@ -71,7 +71,7 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
         differs, what = "structure", "the names or shapes of its weights"
     elif None in (got["content"], expected["content"]):
         warnings.warn(
-            "the base is quantised, in float16 or not loaded, so only the names and shapes of its weights were "
+            "the base is quantized, in float16 or not loaded, so only the names and shapes of its weights were "
             "compared with those of the base that this region was trained on. Load it in float32 or bfloat16 to "
             "compare values.",
             stacklevel=2,

@@ -1,4 +1,4 @@
-"""Hidden units as tensors: appended to an MLP and cut off again, exactly, whatever its layout."""
+"""Hidden units as tensors: appended to an MLP, and removed again exactly, in every supported layout."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _WIDTH_FIELDS = ("ffn_hidden_size", "n_inner", "intermediate_size")  # Falcon; G
 
 
 @dataclass(frozen=True, slots=True)
-class Units:
-    """Weights of ``n`` hidden units: ``up``, ``gate`` ``(n, H)``, ``down`` ``(H, n)``, biases ``(n,)``, or None."""
+class HiddenUnits:
+    """Weights of ``n`` hidden units: ``up`` and ``gate`` ``(n, H)``, ``down`` ``(H, n)``, biases ``(n,)``; absent: None."""
 
     up: Tensor
     down: Tensor
@@ -27,19 +27,19 @@ class Units:
     gate_bias: Tensor | None = None
 
     @classmethod
-    def zeros(cls, n: int, hidden: int) -> Units:
-        """Return units that add nothing, exactly, for any activation."""
+    def zeros(cls, n: int, hidden: int) -> HiddenUnits:
+        """Return units whose contribution is exactly zero under any activation."""
         up, bias = torch.zeros(n, hidden), torch.zeros(n)
         return cls(up, torch.zeros(hidden, n), up, bias, bias)
 
 
-def hidden_units(mlp: nn.Module, layout: MLPLayout) -> int:
+def count_hidden_units(mlp: nn.Module, layout: MLPLayout) -> int:
     """Return the number of hidden units of ``mlp``."""
     return width(getattr(mlp, layout.down), "in")
 
 
 def check_widenable(mlp: nn.Module, layout: MLPLayout) -> None:
-    """Raise ValueError where the weights of ``mlp`` are quantised or otherwise no plain matrices."""
+    """Raise ValueError where the weights of ``mlp`` are quantized, or for another reason not plain matrices."""
     for name in filter(None, (layout.gate, layout.up, layout.down)):
         projection = getattr(mlp, name)
         if isinstance(projection, BaseTunerLayer):  # a region inside the MLP, gone by the time of a merge
@@ -47,13 +47,13 @@ def check_widenable(mlp: nn.Module, layout: MLPLayout) -> None:
         if not isinstance(projection, nn.Linear | Conv1D) or not is_plain(projection.weight):
             raise ValueError(
                 f"hidden units cannot be merged into `{name}` of {type(mlp).__name__}: it is a "
-                f"{type(projection).__name__} with quantised or wrapped weights. Load the base unquantised (float32 or "
+                f"{type(projection).__name__} with quantized or wrapped weights. Load the base unquantized (float32 or "
                 "bfloat16), or keep the region as an adapter."
             )
 
 
-def widen(mlp: nn.Module, layout: MLPLayout, units: Units) -> None:
-    """Append ``units`` behind the hidden units that ``mlp`` has, in place."""
+def widen(mlp: nn.Module, layout: MLPLayout, units: HiddenUnits) -> None:
+    """Append ``units`` after the hidden units of ``mlp``, in place."""
     for projection, parts in _in_projections(mlp, layout):
         axis = _hidden_axis(projection)
         rows = [_oriented(projection, getattr(units, part)) for part in parts]
@@ -62,22 +62,22 @@ def widen(mlp: nn.Module, layout: MLPLayout, units: Units) -> None:
         _replace(projection, _appended(projection.weight.data, rows, axis), bias)
     down: Any = getattr(mlp, layout.down)
     _replace(down, _appended(down.weight.data, [_oriented(down, units.down)], 1 - _hidden_axis(down)), None)
-    _note_width(mlp, layout)
+    _set_width(mlp, layout)
 
 
-def narrow(mlp: nn.Module, layout: MLPLayout, n: int) -> None:
-    """Keep the first ``n`` hidden units of ``mlp``, in place: what `widen` appended is gone bit for bit."""
+def truncate(mlp: nn.Module, layout: MLPLayout, n: int) -> None:
+    """Keep the first ``n`` hidden units of ``mlp``, in place. This undoes `widen` bit for bit."""
     for projection, parts in _in_projections(mlp, layout):
         axis = _hidden_axis(projection)
         bias = None if projection.bias is None else _first(projection.bias.data, len(parts), n, 0)
         _replace(projection, _first(projection.weight.data, len(parts), n, axis), bias)
     down: Any = getattr(mlp, layout.down)
     _replace(down, _first(down.weight.data, 1, n, 1 - _hidden_axis(down)), None)
-    _note_width(mlp, layout)
+    _set_width(mlp, layout)
 
 
 def _in_projections(mlp: nn.Module, layout: MLPLayout) -> list[tuple[Any, tuple[str, ...]]]:
-    """Each projection into the hidden units, and what its matrix holds, in order."""
+    """Return each projection into the hidden units, and the names of the parts that its matrix holds, in order."""
     up = getattr(mlp, layout.up)
     if layout.fused:
         return [(up, ("gate", "up"))]
@@ -102,7 +102,7 @@ def _first(tensor: Tensor, parts: int, n: int, axis: int) -> Tensor:
 
 
 def _replace(projection: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Give ``projection`` other values under the same Parameter objects, so that an optimizer keeps hold of them."""
+    """Set new values under the same Parameter objects, so that an optimizer's references stay valid."""
     for parameter, value in ((projection.weight, weight), (projection.bias, bias)):
         if value is not None:
             parameter.grad = None
@@ -113,36 +113,36 @@ def _replace(projection: Any, weight: Tensor, bias: Tensor | None) -> None:
         projection.out_features, projection.in_features = weight.shape
 
 
-def _note_width(mlp: Any, layout: MLPLayout) -> None:
+def _set_width(mlp: Any, layout: MLPLayout) -> None:
     if hasattr(mlp, "intermediate_size"):
-        mlp.intermediate_size = hidden_units(mlp, layout)
+        mlp.intermediate_size = count_hidden_units(mlp, layout)
 
 
 def check_uniform(model: nn.Module) -> None:
-    """Raise ValueError unless one number in the configuration gives the width of all MLPs of ``model``."""
-    widths = {hidden_units(mlp, mlp_layout(mlp)) for mlp in find_mlps(model).values()}
+    """Raise ValueError unless one field of the configuration gives the width of every MLP of ``model``."""
+    widths = {count_hidden_units(mlp, mlp_layout(mlp)) for mlp in find_mlps(model).values()}
     if not isinstance(model, PreTrainedModel):
         return
     config = _text_config(model)
     field = _width_field(config)
-    noted = getattr(config, field, None) if field else None
-    if field is None or len(widths) != 1 or noted not in (None, *widths):
+    configured = getattr(config, field, None) if field else None
+    if field is None or len(widths) != 1 or configured not in (None, *widths):
         raise ValueError(
             f"the MLPs of {type(model).__name__} have the widths {sorted(widths)} and its configuration says "
-            f"{field or _WIDTH_FIELDS} = {noted}: a plain checkpoint cannot describe the merged model. Keep the region "
+            f"{field or _WIDTH_FIELDS} = {configured}: a plain checkpoint cannot describe the merged model. Keep the region "
             "as an adapter."
         )
 
 
-def equalise(model: nn.Module) -> None:
-    """Pad all MLPs of ``model`` to the widest with units that add nothing, and note the width in its configuration."""
+def pad_to_widest(model: nn.Module) -> None:
+    """Pad all MLPs of ``model`` to the widest with zero units, and write the width to its configuration."""
     mlps = [(mlp, mlp_layout(mlp)) for mlp in find_mlps(model).values()]
-    widest = max(hidden_units(mlp, layout) for mlp, layout in mlps)
+    widest = max(count_hidden_units(mlp, layout) for mlp, layout in mlps)
     for mlp, layout in mlps:
-        missing = widest - hidden_units(mlp, layout)
+        missing = widest - count_hidden_units(mlp, layout)
         if missing:
             check_widenable(mlp, layout)
-            widen(mlp, layout, Units.zeros(missing, width(getattr(mlp, layout.down), "out")))
+            widen(mlp, layout, HiddenUnits.zeros(missing, width(getattr(mlp, layout.down), "out")))
     if isinstance(model, PreTrainedModel):
         config = _text_config(model)
         field = _width_field(config)

@@ -1,4 +1,4 @@
-"""`RoutedLayer`: what the layers of all kinds of region have in common."""
+"""`RoutedLayer`: the common base of the PEFT layers of all kinds of region."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from routed_peft.regions.config import RoutedConfig
 
 
 class RoutedLayer(BaseTunerLayer):
-    """What all kinds of region layers share, so that one tuner can hold them.
+    """A PEFT layer that holds regions beside a module of the base.
 
     Attributes:
-        region_outlets: names of the ``nn.ModuleDict``s whose modules' output is all that the region contributes: with
-            these outputs multiplied by zero, the region is ablated.
+        region_outlets: names of the ``nn.ModuleDict`` attributes whose modules' outputs are all that a region contributes.
+            With these outputs multiplied by zero, the region is ablated.
         base_layer: the module that the regions stand beside.
     """
 
@@ -23,7 +23,7 @@ class RoutedLayer(BaseTunerLayer):
     region_outlets: ClassVar[tuple[str, ...]] = ()
 
     def update_layer(self, adapter_name: str, config: RoutedConfig, model: nn.Module) -> None:
-        """Add the region ``adapter_name``; ``model`` gives its scheme of initialisation."""
+        """Add the region ``adapter_name``; ``model`` gives its initialization scheme."""
         raise NotImplementedError
 
     def check_mergeable(self) -> None:

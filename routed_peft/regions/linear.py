@@ -21,18 +21,19 @@ class LowRankLinear(nn.Module, SubspaceLayer):
 
     .. math:: y = W x + b + \sum_l \tfrac{\alpha_l}{r_l} B_l A_l x + \sum_s U_s M_s \, \mathrm{sg}(x)
 
-    over the active regions ``l`` of kind lora (LoRA, arXiv 2106.09685), computed as PEFT's own LoRA computes it, so that the
-    two agree bit for bit, and ``s`` of kind subspace, with the stop-gradient ``sg``. A lora with a subspace of its own
-    stays off it: :math:`P_\perp B A`. Regions compute in the dtype of their own weights.
+    summed over the active regions ``l`` of kind lora (LoRA, arXiv 2106.09685) and ``s`` of kind subspace, with the
+    stop-gradient ``sg``. LoRA is computed as in PEFT, so that the two agree bit for bit. A lora with a `subspace` stays off
+    it: :math:`P_\perp B A`. Regions compute in the dtype of their own weights.
 
-    While gradients are on, an active subspace region of strength ``"cut"`` takes the part along its basis out of the backward
-    signal to everything but itself; of strength ``"weights"``, out of the gradient of ``W`` and ``b`` only.
+    While gradients are on, an active subspace region of strength ``"cut"`` removes the component along its basis from the
+    gradient of everything but itself. One of strength ``"weights"`` removes it from the gradients of ``W`` and ``b`` only.
 
     Args:
-        base_layer: an ``nn.Linear`` or ``Conv1D``, possibly quantised.
+        base_layer: an ``nn.Linear`` or ``Conv1D``, possibly quantized.
         adapter_name: name of the first region.
         config: its configuration.
         model: the model that the layer belongs to.
+        writer: whether the layer writes into the residual stream.
         basis: ``(d, k)`` where the region has a subspace at this layer; None otherwise, or where it is to be loaded.
     """
 
@@ -45,6 +46,7 @@ class LowRankLinear(nn.Module, SubspaceLayer):
         self,
         base_layer: nn.Module,
         adapter_name: str,
+        *,
         config: RoutedConfig,
         model: nn.Module,
         writer: bool = False,
@@ -60,7 +62,7 @@ class LowRankLinear(nn.Module, SubspaceLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, model, writer, basis)
+        self.update_layer(adapter_name, config, model, writer=writer, basis=basis)
         self.train(base_layer.training)
 
     def update_layer(
@@ -68,10 +70,11 @@ class LowRankLinear(nn.Module, SubspaceLayer):
         adapter_name: str,
         config: RoutedConfig,
         model: nn.Module,
+        *,
         writer: bool = False,
         basis: Tensor | None = None,
     ) -> None:
-        """Add the region ``adapter_name``, on the device of the layer; it changes nothing yet."""
+        """Add the region ``adapter_name`` on the device of the layer; its contribution starts at zero."""
         assert adapter_name not in self.lora_A and adapter_name not in self.routed_M
         if config.kind == "lora":
             assert config.r is not None and config.lora_alpha is not None
@@ -86,11 +89,11 @@ class LowRankLinear(nn.Module, SubspaceLayer):
             nn.init.zeros_(m.weight)
             self.routed_M[adapter_name] = m
         if config.provenance is not None and (writer or config.kind == "subspace"):
-            self._add_basis(adapter_name, config, basis, self.out_features)
+            self._add_basis(adapter_name, config, basis=basis, width=self.out_features)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's output plus what the active regions add; ``x`` is ``(..., D)``."""
+        """Return the layer's output plus the contributions of the active regions; ``x`` is ``(..., D)``."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self._base(x, *args, **kwargs)
@@ -98,7 +101,7 @@ class LowRankLinear(nn.Module, SubspaceLayer):
         for name in present:
             if name in self.lora_A:
                 result = result + self._lora(name, x)
-        u = self.guarded("cut")
+        u = self.protected_basis("cut")
         if u is not None and result.requires_grad:
             result = cut_gradient(result, u)
         for name in present:
@@ -113,10 +116,10 @@ class LowRankLinear(nn.Module, SubspaceLayer):
         return [name for name in self.active_adapters if name in known and name not in self.merged_adapters]
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        u = self.guarded("weights")
+        u = self.protected_basis("weights")
         if u is None or not any(p.requires_grad for p in self.base_layer.parameters()):
             return self.base_layer(x, *args, **kwargs)
-        # The gradient to x is whole, that to the parameters cut: two evaluations, whose difference in value is exactly zero.
+        # The gradient to x is complete, that to the parameters is cut: two evaluations, whose values differ by exactly zero.
         detached = {name: p.detach() for name, p in self.base_layer.named_parameters()}
         through_x: Tensor = torch.func.functional_call(self.base_layer, detached, (x, *args), kwargs)
         through_parameters = cut_gradient(self.base_layer(x.detach(), *args, **kwargs), u)
@@ -132,18 +135,18 @@ class LowRankLinear(nn.Module, SubspaceLayer):
         return nn.functional.linear(self.routed_M[name](x), self.basis(name))
 
     def check_mergeable(self) -> None:
-        """Raise ValueError where the layer is quantised."""
+        """Raise ValueError where the layer is quantized."""
         if not is_plain(self.weight):
             raise ValueError(
-                f"regions cannot be merged into {type(self.base_layer).__name__}, whose weights are quantised or wrapped. "
-                "Load the base unquantised (float32 or bfloat16), or keep the region as an adapter."
+                f"regions cannot be merged into {type(self.base_layer).__name__}, whose weights are quantized or wrapped. "
+                "Load the base unquantized (float32 or bfloat16), or keep the region as an adapter."
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of regions to the layer's weight.
 
         Args:
-            safe_merge: refuse (ValueError) to merge what is not finite.
+            safe_merge: raise ValueError on updates that are not finite.
             adapter_names: which regions; the active ones by default.
         """
         known = self._get_available_adapters()
@@ -155,13 +158,13 @@ class LowRankLinear(nn.Module, SubspaceLayer):
         if safe_merge and (broken := [name for name, update in updates.items() if not update.isfinite().all()]):
             raise ValueError(f"the weights of the region {broken[0]!r} are not all finite: it was not merged")
         if self._unmerged is None:
-            self._unmerged = self.weight.data.clone()  # subtracting again would leave rounding errors in the base
+            self._unmerged = self.weight.data.clone()  # subtracting the update would leave rounding errors
         for name, update in updates.items():
             self.weight.data += update  # in the wider of the two dtypes, then rounded
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take the updates of all merged regions out again; the weight is what it was, bit for bit."""
+        """Remove the updates of all merged regions; the weight is restored bit for bit."""
         if self._unmerged is not None:
             self.weight.data.copy_(self._unmerged)
             self._unmerged = None
@@ -169,7 +172,7 @@ class LowRankLinear(nn.Module, SubspaceLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, name: str) -> Tensor:
-        """Return what the region ``name`` adds to the weight, laid out as the weight is: ``(D, O)`` in a Conv1D."""
+        """Return the update of the weight by the region ``name``, in the weight's own layout: ``(D, O)`` in a Conv1D."""
         if name in self.routed_M:
             return self._oriented(self.basis(name) @ self._linear("routed_M", name).weight)
         a, b = self._linear("lora_A", name).weight, self._linear("lora_B", name).weight

@@ -11,19 +11,19 @@ from transformers import PreTrainedModel
 
 from routed_peft.architectures import mlp_layout, width
 from routed_peft.regions.config import RoutedConfig
-from routed_peft.regions.hidden_units import Units, check_widenable, hidden_units, narrow, widen
+from routed_peft.regions.hidden_units import HiddenUnits, check_widenable, count_hidden_units, truncate, widen
 from routed_peft.regions.layer import RoutedLayer
 from routed_peft.regions.projections import cut_gradient
 from routed_peft.regions.subspace import SubspaceLayer
 
 
 class RoutedMLP(nn.Module, RoutedLayer):
-    r"""An MLP and the hidden units of regions beside it.
+    r"""An MLP, and beside it the hidden units of regions.
 
     .. math:: y = \mathrm{MLP}(x) + \sum_r W_d^r \bigl(\sigma(W_g^r x) \odot W_u^r x\bigr)
 
-    over the active regions ``r`` (without the gate where the MLP has none). This is the MLP with its hidden layer
-    widened, its units kept apart by region. Regions compute in the dtype of their own weights.
+    summed over the active regions ``r`` (without the gate where the MLP has none). This equals the MLP with a wider hidden
+    layer, whose extra units are kept apart by region. Regions compute in the dtype of their own weights.
 
     Args:
         base_layer: the MLP, of a layout that `routed_peft.architectures.mlp_layout` knows (ValueError otherwise).
@@ -36,7 +36,7 @@ class RoutedMLP(nn.Module, RoutedLayer):
     other_param_names: tuple[str, ...] = ()
     region_outlets: ClassVar[tuple[str, ...]] = ("routed_down",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RoutedConfig, model: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: RoutedConfig, model: nn.Module) -> None:
         super().__init__()
         self.layout = mlp_layout(base_layer)
         self.base_layer = base_layer
@@ -61,18 +61,17 @@ class RoutedMLP(nn.Module, RoutedLayer):
             bias = getattr(gate, "bias", None) is not None
             self.routed_gate[adapter_name] = nn.Linear(hidden, config.size, bias=bias)
         self.routed_down[adapter_name] = nn.Linear(config.size, width(down, "out"), bias=False)
-        self._initialise(adapter_name, config, model)
+        self._initialize(adapter_name, config, model)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     @torch.no_grad()
-    def _initialise(self, adapter_name: str, config: RoutedConfig, model: nn.Module) -> None:
+    def _initialize(self, adapter_name: str, config: RoutedConfig, model: nn.Module) -> None:
         down = self._linear("routed_down", adapter_name)
         if down.weight.is_meta:
-            return  # about to be loaded
+            return  # its weights are about to be loaded
         if isinstance(model, PreTrainedModel):
-            like = _empty_like(
-                self.base_layer
-            )  # the MLP's own class: GPT-2 scales its MLPs' output projection by depth
+            # of the MLP's own class, because GPT-2 scales its MLPs' output projection by depth
+            like = _empty_like(self.base_layer)
             like.add_module(self.layout.up, self.routed_up[adapter_name])
             like.add_module(self.layout.down, down)
             if self.layout.gated:
@@ -85,7 +84,7 @@ class RoutedMLP(nn.Module, RoutedLayer):
         return super()._get_base_layer_device_and_dtype(getattr(base_layer, self.layout.up))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the MLP's output plus what the active regions add; ``x`` is ``(..., H)``."""
+        """Return the MLP's output plus the contributions of the active regions; ``x`` is ``(..., H)``."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         output = self.base_layer(x, *args, **kwargs)
@@ -93,13 +92,13 @@ class RoutedMLP(nn.Module, RoutedLayer):
             return output
         for name in self.active_adapters:
             if name in self.routed_up and name not in self.merged_adapters:
-                output = output + self._guarded(self._contribution(name, x)).to(output.dtype)
+                output = output + self._protected(self._contribution(name, x)).to(output.dtype)
         return output
 
-    def _guarded(self, contribution: Tensor) -> Tensor:
-        """Keep the units, like the base, from learning along the subspaces of regions at the MLP's own writer."""
+    def _protected(self, contribution: Tensor) -> Tensor:
+        """Apply the gradient cut of subspace regions at the MLP's own output projection to the units, too."""
         writer = getattr(self.base_layer, self.layout.down)
-        u = writer.guarded("cut") if isinstance(writer, SubspaceLayer) else None
+        u = writer.protected_basis("cut") if isinstance(writer, SubspaceLayer) else None
         return contribution if u is None or not contribution.requires_grad else cut_gradient(contribution, u)
 
     def _contribution(self, name: str, x: Tensor) -> Tensor:
@@ -112,11 +111,11 @@ class RoutedMLP(nn.Module, RoutedLayer):
         return self.routed_down[name](hidden)
 
     def check_mergeable(self) -> None:
-        """Raise ValueError where the MLP is quantised."""
+        """Raise ValueError where the MLP is quantized."""
         check_widenable(self.base_layer, self.layout)
 
-    def check_bare(self) -> None:
-        """Raise ValueError where other regions sit inside the MLP, whose widths a merge beside them would change."""
+    def check_unwrapped(self) -> None:
+        """Raise ValueError where other regions sit inside the MLP: a merge would change the widths that they rely on."""
         inside = [name for name, child in self.base_layer.named_children() if isinstance(child, BaseTunerLayer)]
         if inside:
             raise ValueError(
@@ -128,14 +127,14 @@ class RoutedMLP(nn.Module, RoutedLayer):
         """Append the hidden units of regions to the MLP's own.
 
         Args:
-            safe_merge: refuse (ValueError) to merge weights that are not finite.
+            safe_merge: raise ValueError on weights that are not finite.
             adapter_names: which regions, in this order; the active ones by default.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.routed_up]
         if not names:
             return
         self.check_mergeable()
-        self.check_bare()
+        self.check_unwrapped()
         for name in names:
             units = self._units(name)
             if safe_merge and not all(t.isfinite().all() for t in (units.up, units.down, units.gate) if t is not None):
@@ -144,17 +143,17 @@ class RoutedMLP(nn.Module, RoutedLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Cut off the units of all merged regions; the MLP is what it was, bit for bit."""
+        """Remove the units of all merged regions; the MLP is restored bit for bit."""
         added = sum(self._linear("routed_up", name).out_features for name in self.merged_adapters)
         if added:
-            narrow(self.base_layer, self.layout, hidden_units(self.base_layer, self.layout) - added)
+            truncate(self.base_layer, self.layout, count_hidden_units(self.base_layer, self.layout) - added)
         self.merged_adapters.clear()
 
-    def _units(self, name: str) -> Units:
+    def _units(self, name: str) -> HiddenUnits:
         up, down = self._linear("routed_up", name), self._linear("routed_down", name)
         gate = self._linear("routed_gate", name) if self.layout.gated else None
         gate_weight, gate_bias = (None, None) if gate is None else (gate.weight, gate.bias)
-        return Units(up.weight, down.weight, gate_weight, up.bias, gate_bias)
+        return HiddenUnits(up.weight, down.weight, gate_weight, up.bias, gate_bias)
 
     def _linear(self, part: str, name: str) -> nn.Linear:
         return cast(nn.Linear, getattr(self, part)[name])

@@ -7,29 +7,28 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from routed_peft.architectures import is_writer, layer_index
+from routed_peft.architectures import MLP_TARGETS, is_writer, layer_index, model_type
 from routed_peft.regions.config import RoutedConfig
 from routed_peft.regions.fingerprint import check_fingerprint
-from routed_peft.regions.hidden_units import check_uniform, equalise
+from routed_peft.regions.hidden_units import check_uniform, pad_to_widest
 from routed_peft.regions.layer import RoutedLayer
 from routed_peft.regions.linear import LowRankLinear
 from routed_peft.regions.mlp import RoutedMLP
 from routed_peft.regions.peft_type import PREFIX
-from routed_peft.regions.subspace import GuardedEmbedding
-from routed_peft.regions.targets import MLP_TARGETS, bare_mlps, check_targets, fill_targets, free_embeddings
+from routed_peft.regions.subspace import ProtectedEmbedding
+from routed_peft.regions.targets import RegionPlan, input_embeddings, plan_targets, unwrapped_mlps
 from routed_peft.routes import check_region_name
-from routed_peft.subspaces.basis import Subspace
 
 
 class RoutedModel(BaseTuner):
     """Puts regions into a model. Made by ``get_peft_model(base, RoutedConfig(...), adapter_name="forget")``.
 
     Raises:
-        ValueError: on a name that PEFT, TRL or Trainer give a meaning, an unsupported architecture, targets that match
-            nothing, or a base that is not the one that the region was trained on. The model is then unchanged.
+        ValueError: on a name with a meaning of its own in PEFT, TRL or Trainer, an unsupported architecture, targets that
+            match nothing, or a base other than the one that the region was trained on. The model is then unchanged.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,11 +44,10 @@ class RoutedModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = RoutedLayer
     target_module_mapping = MLP_TARGETS
+    _plan: RegionPlan
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        assert isinstance(peft_config, RoutedConfig)
-        fill_targets(self.model, peft_config, model_config.get("model_type"))
-        return peft_config
+        return peft_config  # `inject_adapter` has completed it
 
     def inject_adapter(
         self,
@@ -59,44 +57,32 @@ class RoutedModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Add the region ``adapter_name`` to ``model``, after checks that leave it unchanged where they fail."""
+        """Add the region ``adapter_name``: check everything, then complete its configuration, then change the model."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, RoutedConfig)
-        if not (config.inference_mode and adapter_name == "default"):  # the name that stock loading gives, unasked
+        if not (config.inference_mode and adapter_name == "default"):  # PEFT loads a nameless adapter under this name
             check_region_name(adapter_name)
         if config.base_fingerprint is not None:
             check_fingerprint(model, config.base_fingerprint)
-        with nullcontext() if config.kind == "mlp" else bare_mlps(model):
-            self._prepare_adapter_config(config, self.get_model_config(model))
-            targets = self._targets(model, config)
-            self._subspace = None if config.subspace is None else Subspace.load(config.subspace)
-            check_targets(model, config, targets, self._subspace)
-            if config.kind == "mlp" and config.init is None:
-                config.init = "zero" if getattr(model, "name_or_path", None) else "model"
+        with nullcontext() if config.kind == "mlp" else unwrapped_mlps(model):
+            self._plan = plan_targets(model, config)
+            self._plan.write_to(config)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         if config.kind == "subspace":
-            self._guard_embeddings(model, adapter_name, config, list(targets))
+            self._protect_embeddings(model, adapter_name, config)
 
-    def _guard_embeddings(self, model: nn.Module, name: str, config: RoutedConfig, targets: list[str]) -> None:
-        lowest = min(index for target in targets if (index := layer_index(target)) is not None)
-        basis = None if self._subspace is None else self._subspace.at(lowest)
+    def _protect_embeddings(self, model: nn.Module, adapter_name: str, config: RoutedConfig) -> None:
+        lowest = min(index for target in self._plan.targets if (index := layer_index(target)) is not None)
+        basis = self._plan.basis(lowest)
         assert config.provenance is not None
-        for path, embedding in free_embeddings(model, config.provenance["width"]).items():
-            if isinstance(embedding, GuardedEmbedding):
-                embedding.guard(name, config, basis)
+        for path, embedding in input_embeddings(model, config.provenance["width"]).items():
+            if isinstance(embedding, ProtectedEmbedding):
+                embedding.protect(adapter_name, config, basis)
             else:
                 parent, _, child = path.rpartition(".")
-                guarded = GuardedEmbedding(embedding, name, config, basis)
-                guarded.set_adapter(self.active_adapters)
-                setattr(model.get_submodule(parent), child, guarded)
-
-    def _targets(self, model: nn.Module, config: RoutedConfig) -> dict[str, nn.Module]:
-        wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        return {
-            name: module
-            for name, module in model.named_modules()
-            if name and not name.startswith(wrapped) and self._check_target_module_exists(config, name)
-        }
+                protected = ProtectedEmbedding(embedding, adapter_name, config=config, basis=basis)
+                protected.set_adapter(self.active_adapters)
+                setattr(model.get_submodule(parent), child, protected)
 
     def _create_and_replace(
         self,
@@ -113,15 +99,17 @@ class RoutedModel(BaseTuner):
             if isinstance(target, RoutedMLP):
                 target.update_layer(adapter_name, peft_config, self.model)
             else:
-                setattr(parent, target_name, RoutedMLP(target, adapter_name, peft_config, self.model))
+                setattr(parent, target_name, RoutedMLP(target, adapter_name, config=peft_config, model=self.model))
             return
-        writer = is_writer(current_key, str(self.get_model_config(self.model).get("model_type")))
-        index = layer_index(current_key)
-        basis = self._subspace.at(index) if self._subspace is not None and writer and index is not None else None
+        writer = is_writer(current_key, str(model_type(self.model)))
+        basis = self._plan.basis(layer_index(current_key)) if writer else None
         if isinstance(target, LowRankLinear):
-            target.update_layer(adapter_name, peft_config, self.model, writer, basis)
+            target.update_layer(adapter_name, peft_config, self.model, writer=writer, basis=basis)
         else:
-            setattr(parent, target_name, LowRankLinear(target, adapter_name, peft_config, self.model, writer, basis))
+            layer = LowRankLinear(
+                target, adapter_name, config=peft_config, model=self.model, writer=writer, basis=basis
+            )
+            setattr(parent, target_name, layer)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -129,7 +117,7 @@ class RoutedModel(BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name).replace(".base_layer.", ".")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own goes on to copy `weight`, which an MLP has not
+        setattr(parent, child_name, new_module)  # PEFT's own also copies `weight`, which an MLP lacks
 
     def _layers(self) -> list[RoutedLayer]:
         return [module for module in self.model.modules() if isinstance(module, RoutedLayer)]
@@ -140,11 +128,11 @@ class RoutedModel(BaseTuner):
             layer.check_mergeable()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge regions, the active ones by default, in a way that `unmerge_adapter` undoes exactly."""
+        """Merge regions, the active ones by default, so that `unmerge_adapter` restores the base exactly."""
         self._check_names(adapter_names)
         for mlp in self._mlps():  # before anything is merged
             if any(name in mlp.routed_up for name in adapter_names or self.active_adapters):
-                mlp.check_bare()
+                mlp.check_unwrapped()
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _check_names(self, adapter_names: list[str] | None) -> None:
@@ -159,10 +147,10 @@ class RoutedModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        """Leave a plain model: with ``merge`` the named regions are part of it, all others are gone.
+        """Return the plain model: with ``merge`` the named regions are part of it, and all others are gone.
 
-        Regions merged earlier are unmerged first, so that what is asked for here is what comes out: `unload` gives the
-        original weights, and no region outside ``adapter_names`` stays.
+        Regions merged earlier are unmerged first, so that the result depends on this call alone: `unload` gives the original
+        weights, and no region outside ``adapter_names`` stays.
         """
         names = adapter_names
         if merge:
@@ -177,7 +165,7 @@ class RoutedModel(BaseTuner):
         if widens:
             check_uniform(self.model)
         inner_first = sorted(self.model.named_modules(), key=lambda item: -item[0].count("."))
-        for path, layer in inner_first:  # PEFT's own loop does not look for layers inside of layers
+        for path, layer in inner_first:  # PEFT's own loop does not look inside its layers
             if isinstance(layer, RoutedLayer):
                 if merge:
                     layer.merge(safe_merge=safe_merge, adapter_names=names)
@@ -185,7 +173,7 @@ class RoutedModel(BaseTuner):
                 setattr(self.model.get_submodule(parent), child, layer.base_layer)
         super()._unload_and_optionally_merge(False, progressbar)
         if widens:
-            equalise(self.model)
+            pad_to_widest(self.model)
         return self.model
 
     def _mlps(self) -> list[RoutedMLP]:

@@ -1,18 +1,18 @@
-"""The PEFT type ``ROUTED``. PEFT has no public way to add a type, so the enum member is added by hand, once."""
+"""The enum member ``PeftType.ROUTED``. PEFT has no public way to add a type, so the member is added by hand, once."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.peft_types import PeftType, register_peft_method
+from peft.utils.peft_types import PeftType
 
 NAME = "ROUTED"
 PREFIX = "routed_"
+"""Start of the names of a region's parameters in a layer, as PEFT needs it to find them."""
 
 
 def peft_type() -> PeftType:
-    """Return ``PeftType.ROUTED``, adding it first where it is not there yet.
+    """Return ``PeftType.ROUTED``, adding it first where it is missing.
 
     >>> peft_type() is PeftType("ROUTED")
     True
@@ -27,12 +27,3 @@ def peft_type() -> PeftType:
         PeftType._value2member_map_[NAME] = member
         type.__setattr__(PeftType, NAME, member)
     return PeftType(NAME)
-
-
-def register() -> None:
-    """Make PEFT know the type: its configuration, its tuner and its prefix. A second call changes nothing."""
-    from routed_peft.regions.config import RoutedConfig
-    from routed_peft.regions.model import RoutedModel
-
-    if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=NAME.lower(), prefix=PREFIX, config_cls=RoutedConfig, model_cls=RoutedModel)

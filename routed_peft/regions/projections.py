@@ -1,6 +1,7 @@
-r"""Projections onto and off a subspace: of the backward signal, of an output, and of a weight after an optimizer's step.
+r"""Projections onto a subspace and off it: of a gradient, of an output, and of a weight after an optimizer step.
 
-With an orthonormal basis ``U`` ``(d, k)``, :math:`P = U U^\top` projects onto it and :math:`P_\perp = I - U U^\top` off it.
+With an orthonormal basis ``U`` ``(d, k)``, :math:`P = U U^\top` projects onto its span, and :math:`P_\perp = I - U U^\top` onto
+the orthogonal complement ("off the subspace").
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ class _CutGradient(torch.autograd.Function):
 
 
 def cut_gradient(y: Tensor, u: Tensor) -> Tensor:
-    r"""Return ``y``, whose gradient loses its part in the subspace.
+    r"""Return ``y`` unchanged; its gradient loses its component in the subspace.
 
     .. math:: y \mapsto y, \qquad \partial_y \mapsto P_\perp \partial_y
 
-    At the output of every residual writer, this leaves whatever computed ``y`` no credit for moving it within the subspace.
+    At the output of every residual writer, this gives the modules that computed ``y`` no gradient for moving it within the
+    subspace.
 
     Args:
         y: ``(..., d)``.
@@ -71,15 +73,20 @@ def joint_basis(bases: Sequence[Tensor]) -> Tensor | None:
     return vectors[:, values > 1e-4]
 
 
-def put_back(matrix: Tensor, u: Tensor, part: Tensor) -> None:
-    r"""Give ``matrix`` ``(d, n)`` the subspace part ``part`` ``(k, n)`` again, in place.
+def restore_component(matrix: Tensor, u: Tensor, part: Tensor) -> None:
+    r"""Set the component of ``matrix`` along the subspace back to ``part``, in place.
 
     .. math:: W \leftarrow W - U (U^\top U)^{+} (U^\top W - C_0)
 
-    For an orthonormal ``u`` the middle factor is the identity; for the columns of several bases side by side it is not.
+    The middle factor is the identity for an orthonormal ``u``, but not for the columns of several bases side by side.
+
+    Args:
+        matrix: W, ``(d, n)``.
+        u: U, ``(d, k)``.
+        part: :math:`C_0`, the coordinates to restore, ``(k, n)``.
 
     >>> w = torch.tensor([[1.0], [2.0]])
-    >>> put_back(w, torch.tensor([[1.0], [0.0]]), torch.tensor([[5.0]])); w
+    >>> restore_component(w, torch.tensor([[1.0], [0.0]]), torch.tensor([[5.0]])); w
     tensor([[5.],
             [2.]])
     """

@@ -1,8 +1,8 @@
-r"""``kind="subspace"``: what the layers that know a subspace of the residual stream share.
+r"""``kind="subspace"``: the common base of layers with a basis, the protected embeddings, and `project_base`.
 
-A region of this kind adds :math:`U M x` to the writers of the residual stream, and keeps everything else from learning
-along ``U``: the backward signal loses its ``U``-part at every writer (`cut_gradient`), and the ``U``-part of a trained
-weight is put back after every step of the optimizer (`project_base`).
+A region of this kind adds :math:`U M x` to the writers of the residual stream, and keeps all other parameters from learning
+along ``U``: the gradient loses its component along ``U`` at every writer (`cut_gradient`), and the component of a trained
+weight is restored after every optimizer step (`project_base`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from routed_peft.regions.config import RoutedConfig
 from routed_peft.regions.layer import RoutedLayer
-from routed_peft.regions.projections import cut_gradient, joint_basis, put_back
+from routed_peft.regions.projections import cut_gradient, joint_basis, restore_component
 from routed_peft.subspaces.basis import check_basis
 
 
@@ -27,9 +27,9 @@ class SubspaceLayer(RoutedLayer):
 
     Attributes:
         routed_U: by region, its basis ``(d, k)``.
-        routed_C0: by region, the part of the base's weight (and bias, the last column) along the basis, as it was when the
-            region was made: ``(k, n)``.
-        strengths: by region, ``"cut"`` or ``"weights"``, of those that keep the base from learning.
+        routed_C0: by region, the component along the basis of the base's weight (and bias, the last column) when the region
+            was made: ``(k, n)``.
+        strengths: ``"cut"`` or ``"weights"``, by region, for the regions that keep the base from learning.
     """
 
     routed_U: BufferDict
@@ -45,8 +45,8 @@ class SubspaceLayer(RoutedLayer):
         dtype = self._get_base_layer_device_and_dtype(self.base_layer)[1]
         return torch.float64 if dtype == torch.float64 else torch.float32
 
-    def _add_basis(self, name: str, config: RoutedConfig, basis: Tensor | None, width: int) -> None:
-        """Remember the basis of a region; None where it is about to be loaded, and not a number until then."""
+    def _add_basis(self, name: str, config: RoutedConfig, *, basis: Tensor | None, width: int) -> None:
+        """Store the basis of a region; None where it is about to be loaded, and NaN until then."""
         assert config.provenance is not None
         if basis is None:
             basis = torch.full((width, config.provenance["k"]), float("nan"))
@@ -63,7 +63,7 @@ class SubspaceLayer(RoutedLayer):
         self._move_adapter_to_device_of_base_layer(name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Bases, and what is trained along them, keep their precision whatever the base has.
+        # Bases, and the weights trained along them, keep their precision whatever that of the base.
         own, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             container: Any = getattr(self, attribute)
@@ -82,10 +82,10 @@ class SubspaceLayer(RoutedLayer):
         self._checked.pop(adapter_name, None)
 
     def basis(self, name: str) -> Tensor:
-        """Return the basis of the region ``name``, checked once.
+        """Return the basis of the region ``name``; it is checked at the first call.
 
         Raises:
-            ValueError: where it was never loaded, or is no orthonormal basis (any more).
+            ValueError: where it was never loaded, or is not orthonormal.
         """
         u: Tensor = self.routed_U[name]
         if self._checked.get(name) != u.dtype and not torch.compiler.is_compiling():
@@ -98,8 +98,11 @@ class SubspaceLayer(RoutedLayer):
             self._checked[name] = u.dtype
         return u
 
-    def guarded(self, strength: str) -> Tensor | None:
-        """Return a basis of all that active regions of this strength keep the base from learning along, if training."""
+    def protected_basis(self, strength: str) -> Tensor | None:
+        """Return an orthonormal basis of the directions that active regions of this strength protect.
+
+        None outside training (gradients off), with adapters disabled, and where no such region is active.
+        """
         if not torch.is_grad_enabled() or self.disable_adapters:
             return None
         names = [name for name in self.active_adapters if self.strengths.get(name) == strength]
@@ -107,7 +110,7 @@ class SubspaceLayer(RoutedLayer):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Put the trained weights' parts along the bases of all active regions back to what they were."""
+        """Restore the trained weights' components along the bases of all active regions."""
         names = [name for name in self.active_adapters if name in self.routed_C0]
         if not names or not any(p.requires_grad for p in self.base_layer.parameters()):
             return
@@ -117,15 +120,15 @@ class SubspaceLayer(RoutedLayer):
         for parameter, view in _parameters(self.base_layer):
             stop = start + view(parameter).shape[1]
             if parameter.requires_grad:
-                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                put_back(view(whole), u, part[:, start:stop])
+                full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                restore_component(view(full), u, part[:, start:stop])
                 if isinstance(parameter, DTensor):  # sharded by FSDP2
-                    parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+                    parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
             start = stop
 
 
 def _parameters(base: nn.Module) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-    """Yield a layer's parameters, each with how to see it as columns in the residual stream: ``(d, n)``, a bias ``(d, 1)``."""
+    """Yield a layer's parameters, each with a view as columns in the residual stream: ``(d, n)``, a bias ``(d, 1)``."""
     weight: Any = base.weight
     yield weight, lambda w: w.T if isinstance(base, Conv1D | nn.Embedding) else w
     bias = getattr(base, "bias", None)
@@ -134,19 +137,19 @@ def _parameters(base: nn.Module) -> Iterator[tuple[Tensor, Callable[[Tensor], Te
 
 
 def project_base(model: nn.Module) -> int:
-    r"""Put every trained writer's part along the regions' subspaces back to what it was when they were made.
+    r"""Restore every trained writer's component along the regions' subspaces to its value when these were made.
 
     .. math:: W \leftarrow W - U (U^\top W - C_0), \qquad C_0 = U^\top W_0
 
-    Call it after every step of the optimizer when the base itself is trained: the gradient has no part along ``U``, but
-    Adam's division by elementwise moments, weight decay and rounding bring one back. `RoutedTrainer` does it by itself;
-    other trainers take `routed_peft.training.SubspaceProjection`. A second call changes nothing but rounding.
+    Call it after every optimizer step when the base itself is trained. The gradient has no component along ``U``, but
+    Adam's division by elementwise moments, weight decay and rounding bring one back. `RoutedTrainer` calls it; for other
+    trainers there is the callback `routed_peft.training.SubspaceProjection`. A second call changes no more than rounding.
 
     Args:
         model: a model with active regions of ``kind="subspace"``.
 
     Returns:
-        The number of layers looked at.
+        The number of layers visited.
     """
     layers = [module for module in model.modules() if isinstance(module, SubspaceLayer)]
     for layer in layers:
@@ -155,12 +158,12 @@ def project_base(model: nn.Module) -> int:
 
 
 def has_subspace(model: nn.Module) -> bool:
-    """Whether a model has a region that keeps its base from learning along a subspace."""
+    """Return whether a model has a region that keeps its base from learning along a subspace."""
     return any(isinstance(module, SubspaceLayer) and module.strengths for module in model.modules())
 
 
-class GuardedEmbedding(nn.Module, SubspaceLayer):
-    """An embedding whose output's gradient loses its part along the regions' subspaces. The value is never touched.
+class ProtectedEmbedding(nn.Module, SubspaceLayer):
+    """An embedding whose output's gradient loses its component along the regions' subspaces; the value stays as it is.
 
     Args:
         base_layer: the embedding; of tokens, or of positions.
@@ -172,7 +175,9 @@ class GuardedEmbedding(nn.Module, SubspaceLayer):
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("routed_U", "routed_C0")
 
-    def __init__(self, base_layer: nn.Embedding, adapter_name: str, config: RoutedConfig, basis: Tensor | None) -> None:
+    def __init__(
+        self, base_layer: nn.Embedding, adapter_name: str, *, config: RoutedConfig, basis: Tensor | None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.num_embeddings, self.embedding_dim = base_layer.num_embeddings, base_layer.embedding_dim
@@ -180,26 +185,26 @@ class GuardedEmbedding(nn.Module, SubspaceLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
-        self.guard(adapter_name, config, basis)
+        self.protect(adapter_name, config, basis)
         self.train(base_layer.training)
 
-    def guard(self, adapter_name: str, config: RoutedConfig, basis: Tensor | None) -> None:
-        """Keep the embedding from learning along another region's basis, too."""
-        self._add_basis(adapter_name, config, basis, self.embedding_dim)
+    def protect(self, adapter_name: str, config: RoutedConfig, basis: Tensor | None) -> None:
+        """Keep the embedding from learning along one more region's basis."""
+        self._add_basis(adapter_name, config, basis=basis, width=self.embedding_dim)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what the embedding returns."""
+        """Return the embedding's own output."""
         y: Tensor = self.base_layer(*args, **kwargs)
-        # "weights" as well: the table is the only thing upstream of it
-        guarded = [u for u in (self.guarded("cut"), self.guarded("weights")) if u is not None]
-        u = joint_basis(guarded)
+        # both strengths: nothing but the table is upstream of this output
+        bases = [u for u in (self.protected_basis("cut"), self.protected_basis("weights")) if u is not None]
+        u = joint_basis(bases)
         return y if u is None or not y.requires_grad else cut_gradient(y, u)
 
     def check_mergeable(self) -> None:
-        """Nothing of a region is ever merged into an embedding."""
+        """Accept: no part of a region is ever merged into an embedding."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge nothing: there is nothing of a region here."""
+        """Merge nothing: the embedding holds no part of a region."""
 
     def unmerge(self) -> None:
-        """Undo nothing."""
+        """Do nothing, as `merge` does."""

@@ -1,126 +1,177 @@
-"""Which modules a region goes to, by default and as asked, and the checks that it can."""
+"""The plan of a region: its target modules, by default or as asked, with every check before the model is changed."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from routed_peft.architectures import (
+    MLP_TARGETS,
     POST_NORMS,
-    SUPPORTED,
     WRITERS,
     find_mlps,
     is_plain,
     is_writer,
     layer_index,
     mlp_layout,
+    model_type,
+    supported_layouts,
     verify_layout,
     width,
 )
 from routed_peft.regions.config import RoutedConfig
 from routed_peft.regions.mlp import RoutedMLP
-from routed_peft.regions.subspace import GuardedEmbedding
+from routed_peft.regions.subspace import ProtectedEmbedding
 from routed_peft.subspaces.basis import Subspace
-
-MLP_TARGETS = {
-    model_type: ["mlp"]
-    for model_type in (
-        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 smollm3 granite phi3 phi gpt2 gpt_neo "
-        "gpt_neox falcon starcoder2 stablelm"
-    ).split()
-}
-"""The MLPs of each model type."""
 
 _DEFAULTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "mlp": MLP_TARGETS,
     "lora": TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     "subspace": WRITERS,
 }
+"""Default `target_modules`, by kind of region and model type."""
+
 _DROPOUTS = (
     "resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "embd_pdrop", "embed_dropout", "embedding_dropout",
 )  # fmt: skip
+"""Fields of configurations that drop out what a layer writes into the residual stream."""
 
 
-def fill_targets(model: nn.Module, config: RoutedConfig, model_type: str | None) -> None:
-    """Write the default `target_modules` of the model's type into ``config`` where none are given.
+@dataclass(frozen=True)
+class RegionPlan:
+    """All decisions about a region that its configuration leaves to the model; every check has passed.
+
+    Attributes:
+        targets: qualified names of the modules that get the region.
+        target_modules: the names, or the regular expression, that select them.
+        init: initialization of hidden units; None for kinds without any.
+        subspace: the directions that were read from `RoutedConfig.subspace`; None where there is no file to read.
+        provenance: description of the directions, from that file or from the region's own files.
+        store_base_part: whether the region's file holds the base's component along the directions.
+    """
+
+    targets: tuple[str, ...]
+    target_modules: list[str] | str
+    init: str | None
+    subspace: Subspace | None
+    provenance: dict[str, Any] | None
+    store_base_part: bool | None
+
+    def write_to(self, config: RoutedConfig) -> None:
+        """Complete ``config`` with the decisions, so that PEFT saves them."""
+        config.target_modules, config.init = self.target_modules, self.init
+        config.provenance, config.store_base_part = self.provenance, self.store_base_part
+
+    def basis(self, layer: int | None) -> Tensor | None:
+        """Return the directions ``(d, k)`` at a decoder layer; None outside layers, or where there is no file to read."""
+        return None if self.subspace is None or layer is None else self.subspace.at(layer)
+
+
+def plan_targets(model: nn.Module, config: RoutedConfig) -> RegionPlan:
+    """Decide where a region goes and check that it can go there. Neither argument is changed.
+
+    Args:
+        model: the model, without the wrappers of widened MLPs where the region is of another kind (`unwrapped_mlps`).
+        config: the region's configuration.
 
     Raises:
-        ValueError: where there is no default.
+        ValueError: where the model has no default targets, nothing matches, or a target cannot hold the region. The message
+            names the module and a way out.
     """
-    if config.target_modules == "all-linear" and config.kind != "mlp":
-        _maybe_include_all_linear_layers(config, model)
-        config.target_modules = sorted(config.target_modules or ())
     if config.kind == "subspace" or config.subspace is not None:
-        _check_residual_stream(model, config, model_type)
+        _check_residual_stream(model, config)
+    chosen = copy.copy(config)
+    chosen.target_modules = _target_modules(model, config)
+    targets = _matching_modules(model, chosen)
+    subspace = None if config.subspace is None else Subspace.load(config.subspace)
+    if not targets:
+        raise ValueError(
+            f"`target_modules` = {chosen.target_modules} (`exclude_modules` = {config.exclude_modules}, "
+            f"`layers_to_transform` = {config.layers_to_transform}) match no module of {type(model).__name__}. "
+            f"Its supported MLPs: {list(find_mlps(model)) or 'none'}. Supported layouts: {supported_layouts()}."
+        )
+    init, store_base_part = config.init, config.store_base_part
+    if config.kind == "mlp":
+        _check_mlps(targets)
+        if init is None:
+            init = "zero" if getattr(model, "name_or_path", None) else "model"
+    else:
+        _check_linear(model, config, targets)
+        if subspace is not None or config.provenance is not None:
+            _check_writers(model, config, targets, subspace=subspace)
+        if config.kind == "subspace":
+            store_base_part = _stores_base_part(config, targets)
+    return RegionPlan(
+        targets=tuple(targets),
+        target_modules=chosen.target_modules,
+        init=init,
+        subspace=subspace,
+        provenance=config.provenance if subspace is None else subspace.describe(),
+        store_base_part=store_base_part,
+    )
+
+
+def _target_modules(model: nn.Module, config: RoutedConfig) -> list[str] | str:
+    if config.target_modules == "all-linear" and config.kind != "mlp":
+        expanded = _maybe_include_all_linear_layers(copy.copy(config), model)
+        return sorted(expanded.target_modules or ())
     if config.target_modules is not None:
-        return
-    defaults = _DEFAULTS[config.kind]
-    if model_type is None or model_type not in defaults:
-        raise ValueError(f"no default `target_modules` for the model type {model_type!r}: {_advice(model, config)}")
-    config.target_modules = list(defaults[model_type])
+        return config.target_modules
+    kind, defaults = model_type(model), _DEFAULTS[config.kind]
+    if kind not in defaults:
+        raise ValueError(f"no default `target_modules` for the model type {kind!r}: {_advice(model, config)}")
+    return list(defaults[kind])
 
 
 def _advice(model: nn.Module, config: RoutedConfig) -> str:
     if config.kind != "mlp":
         return "pass the names of linear layers"
     found = sorted({name.rpartition(".")[2] for name in find_mlps(model)})
-    return f"pass them, for example {found}" if found else f"it has no supported MLP. Supported: {SUPPORTED}"
+    return f"pass them, for example {found}" if found else f"it has no supported MLP. Supported: {supported_layouts()}"
 
 
-def _check_residual_stream(model: nn.Module, config: RoutedConfig, model_type: str | None) -> None:
-    """Refuse models in which a writer's output is not what arrives in the residual stream."""
+def _matching_modules(model: nn.Module, config: RoutedConfig) -> dict[str, nn.Module]:
+    """Return the modules that PEFT will target under ``config``, by name; the insides of PEFT layers are left out."""
+    wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not name.startswith(wrapped) and check_target_module_exists(config, name)
+    }
+
+
+def _check_residual_stream(model: nn.Module, config: RoutedConfig) -> None:
+    """Refuse models in which a writer's output differs from what arrives in the residual stream."""
     norms = sorted({name for path, _ in model.named_modules() if (name := path.rpartition(".")[2]) in POST_NORMS})
     if norms:
         raise ValueError(
-            f"{type(model).__name__} normalises what a layer writes before it is added (`{norms[0]}`), so a subspace of the "
-            "residual stream is none of the writer's output, and `W + U M` cannot be merged: subspace regions are not built "
-            "for such models (Gemma 2 and 3, OLMo 2 and 3)"
+            f"{type(model).__name__} normalizes what a layer writes before it is added (`{norms[0]}`), so a subspace of the "
+            "residual stream is not one of the writer's output, and `W + U M` cannot be merged: subspace regions are not "
+            "built for such models (Gemma 2 and 3, OLMo 2 and 3). Use a region of kind 'mlp' or 'lora'"
         )
-    if model_type not in WRITERS:
+    if model_type(model) not in WRITERS:
         raise ValueError(
-            f"the residual writers of the model type {model_type!r} are not known; known are {sorted(WRITERS)}"
+            f"the residual writers of the model type {model_type(model)!r} are not known; known are {sorted(WRITERS)}"
         )
     settings = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
     dropouts = {name: p for name in _DROPOUTS if (p := getattr(settings, name, 0.0))}
     if dropouts and not config.inference_mode:
         raise ValueError(
-            f"the model drops out what its layers write ({dropouts}), which turns directions before it into others behind "
-            f"it: load it with `{next(iter(dropouts))}=0.0`"
+            f"the model applies dropout to what its layers write ({dropouts}), so directions before and after it differ: "
+            f"load it with `{next(iter(dropouts))}=0.0`"
         )
 
 
-def check_targets(
-    model: nn.Module, config: RoutedConfig, targets: dict[str, nn.Module], subspace: Subspace | None = None
-) -> None:
-    """Refuse ``targets``, modules of ``model`` by name, that a region of this kind cannot go to.
-
-    What the region will be is written back: the provenance of ``subspace``, and whether the base's part is stored.
-
-    Raises:
-        ValueError: names the module, and what to do.
-    """
-    if not targets:
-        raise ValueError(
-            f"`target_modules` = {config.target_modules} (`exclude_modules` = {config.exclude_modules}, "
-            f"`layers_to_transform` = {config.layers_to_transform}) match no module of {type(model).__name__}. "
-            f"Its supported MLPs: {list(find_mlps(model)) or 'none'}. Supported layouts: {SUPPORTED}."
-        )
-    if config.kind == "mlp":
-        _check_mlps(targets)
-        return
-    _check_linear(model, config, targets)
-    if subspace is not None or config.provenance is not None:
-        _check_subspace(model, config, targets, subspace)
-
-
-def _check_mlps(targets: dict[str, nn.Module]) -> None:
+def _check_mlps(targets: Mapping[str, nn.Module]) -> None:
     verified: set[type] = set()
     for module in targets.values():
         mlp = module.base_layer if isinstance(module, RoutedMLP) else module
@@ -130,61 +181,66 @@ def _check_mlps(targets: dict[str, nn.Module]) -> None:
             verify_layout(mlp, layout)
 
 
-def _check_linear(model: nn.Module, config: RoutedConfig, targets: dict[str, nn.Module]) -> None:
-    inner = {name: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for name, m in targets.items()}
+def _check_linear(model: nn.Module, config: RoutedConfig, targets: Mapping[str, nn.Module]) -> None:
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    for name, module in inner.items():
-        if not isinstance(module, nn.Linear | Conv1D):
+    for name, module in targets.items():
+        inner = _inner(module)
+        if not isinstance(inner, nn.Linear | Conv1D):
             raise ValueError(
                 f"a region of kind {config.kind!r} goes to linear layers (nn.Linear, Conv1D), got {name!r}, a "
-                f"{type(module).__name__}: choose other `target_modules`"
+                f"{type(inner).__name__}: choose other `target_modules`"
             )
-        if embeddings is not None and module.weight is getattr(embeddings, "weight", None):
+        if embeddings is not None and inner.weight is getattr(embeddings, "weight", None):
             raise ValueError(
                 f"{name!r} shares its weight with the embeddings, so a region on it cannot be merged: leave it out of "
                 "`target_modules`"
             )
 
 
-def _check_subspace(
-    model: nn.Module, config: RoutedConfig, targets: dict[str, nn.Module], subspace: Subspace | None
+def _check_writers(
+    model: nn.Module, config: RoutedConfig, targets: Mapping[str, nn.Module], *, subspace: Subspace | None
 ) -> None:
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
-    writers = {name: module for name, module in targets.items() if is_writer(name, model_type)}
-    strangers = sorted(set(targets) - set(writers))
-    if config.kind == "subspace" and strangers:
+    kind = str(model_type(model))
+    writers = {name: module for name, module in targets.items() if is_writer(name, kind)}
+    others = sorted(set(targets) - set(writers))
+    if config.kind == "subspace" and others:
         raise ValueError(
-            f"a region of kind 'subspace' goes to residual writers, here those ending in {WRITERS[model_type]}; got "
-            f"{strangers[0]!r}: choose among these, or leave `target_modules` out"
+            f"a region of kind 'subspace' goes to residual writers, here those ending in {WRITERS[kind]}; got "
+            f"{others[0]!r}: choose among these, or leave `target_modules` out"
         )
-    if subspace is not None:
-        config.provenance = subspace.describe()
-        for name, module in writers.items():
-            if width(module, "out") != subspace.width:
-                raise ValueError(
-                    f"`subspace` is one of a residual stream of width {subspace.width}, that of {name!r} has "
-                    f"{width(module, 'out')}: it was made for another model"
-                )
-            index = layer_index(name)
-            assert index is not None
-            subspace.at(index)
-    if config.kind == "subspace":
-        inner = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in writers.values()]
-        plain = all(is_plain(cast(Tensor, module.weight)) for module in inner)
-        if config.store_base_part and not plain:
+    if subspace is None:
+        return
+    for name, module in writers.items():
+        if width(module, "out") != subspace.width:
             raise ValueError(
-                "`store_base_part=True` on a quantised base, whose weights cannot be trained: leave it at None, and train "
-                "adapters beside the region"
+                f"`subspace` belongs to a residual stream of width {subspace.width}, but that of {name!r} has "
+                f"{width(module, 'out')}: it was made for another model"
             )
-        config.store_base_part = plain if config.store_base_part is None else config.store_base_part
+        index = layer_index(name)
+        assert index is not None
+        subspace.at(index)
 
 
-def free_embeddings(model: nn.Module, size: int) -> dict[str, nn.Embedding | GuardedEmbedding]:
-    """Return the embeddings that start the residual stream of width ``size``, of tokens and positions, by name."""
+def _stores_base_part(config: RoutedConfig, targets: Mapping[str, nn.Module]) -> bool:
+    plain = all(is_plain(cast(Tensor, _inner(module).weight)) for module in targets.values())
+    if config.store_base_part and not plain:
+        raise ValueError(
+            "`store_base_part=True` on a quantized base, whose weights cannot be trained: leave it at None, and train "
+            "adapters beside the region"
+        )
+    return plain if config.store_base_part is None else config.store_base_part
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def input_embeddings(model: nn.Module, size: int) -> dict[str, nn.Embedding | ProtectedEmbedding]:
+    """Return by name the embeddings that start the residual stream of width ``size``: of tokens and of positions."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | GuardedEmbedding)
+        if isinstance(module, nn.Embedding | ProtectedEmbedding)
         and not name.endswith(".base_layer")
         and module.embedding_dim == size
         and layer_index(name) is None
@@ -192,8 +248,12 @@ def free_embeddings(model: nn.Module, size: int) -> dict[str, nn.Embedding | Gua
 
 
 @contextmanager
-def bare_mlps(model: nn.Module) -> Iterator[None]:
-    """Take the wrappers of `RoutedMLP` off for the length of a block, so that PEFT finds what is inside under plain names."""
+def unwrapped_mlps(model: nn.Module) -> Iterator[None]:
+    """Take the `RoutedMLP` wrappers off within the block, so that PEFT finds the inner modules under their plain names.
+
+    Raises:
+        ValueError: while a region is merged.
+    """
     wrapped = [
         (parent, name, child)
         for parent in model.modules()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,27 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from routed_peft.architectures import find_writers, layer_index
+from routed_peft.architectures import decoder_layers, find_writers, layer_index
 from routed_peft.eval_mode import evaluating
 
 Conversation = tuple[str, str]
 """A prompt, and the response to it; ready as the model reads them (chat template applied)."""
-
-_LAYER = re.compile(r".*\.(?:layers|h|blocks)\.\d+")
-
-
-def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the decoder layers of a model by index; ValueError where it has none under the usual names.
-
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> sizes = dict(hidden_size=4, intermediate_size=6, num_attention_heads=1, vocab_size=8)
-    >>> list(decoder_layers(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))))
-    [0, 1]
-    """
-    found = {int(name.rpartition(".")[2]): module for name, module in model.named_modules() if _LAYER.fullmatch(name)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no decoder layers under the names `layers`, `h` or `blocks`")
-    return found
 
 
 def check_layers(model: nn.Module, layers: Sequence[int]) -> None:
@@ -79,7 +62,7 @@ def covariance(
     layer: int,
     batch_size: int = 8,
 ) -> Tensor:
-    """Return the uncentred second moment ``(d, d)`` of the residual stream behind ``layer`` over all response tokens."""
+    """Return the uncentered second moment ``(d, d)`` of the residual stream behind ``layer`` over all response tokens."""
     total: Tensor | float = 0.0
     with torch.no_grad():
         for hidden, mask in _residual_streams(model, tokenizer, conversations, [layer], batch_size):

@@ -1,4 +1,4 @@
-"""How much of what a model learnt is along a subspace after all: in its weights, and in what it computes."""
+"""How much of what a model learned is along a subspace after all: in its weights, and in what it computes."""
 
 from __future__ import annotations
 

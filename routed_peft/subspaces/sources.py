@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from routed_peft.architectures import find_writers, layer_index
-from routed_peft.subspaces.activations import Conversation, decoder_layers, response_means
+from routed_peft.architectures import decoder_layers, find_writers, layer_index
+from routed_peft.subspaces.activations import Conversation, response_means
 from routed_peft.subspaces.basis import Subspace
 
 Layers = int | Sequence[int] | None
@@ -58,7 +58,7 @@ def contrastive_pca(
     layers: Layers,
     k: int,
 ) -> Subspace:
-    """Return the k leading directions of the differences within pairs of conversations; uncentred, so the mean is in it.
+    """Return the k leading directions of the differences within pairs of conversations; uncentered, so the mean is in it.
 
     Args:
         model: the model to be trained, as it is before.

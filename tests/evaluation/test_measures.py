@@ -10,7 +10,7 @@ from evaluation_parts import TEXTS, byte_tokenizer, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from regions_parts import randomise, with_region
+from regions_parts import randomize, with_region
 from torch.nn import functional as F
 
 from routed_peft.ablation import ablated
@@ -211,7 +211,7 @@ def test_activity_of_hidden_units_is_that_of_their_formula():
 def test_activity_of_lora_regions_and_of_regions_that_are_not_there():
     tokenizer = byte_tokenizer()
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"]), "forget")
-    randomise(model, "forget")
+    randomize(model, "forget")
     found = region_activity(model, tokenizer, "forget", TEXTS[:1], TEXTS[1:])
     assert len(found) == 4 and all(activity.forget > 0 and activity.retain > 0 for activity in found.values())
     with ablated(model, "forget"):  # its output is zeroed, its units still answer

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monitor_parts import KINDS, model_of, monitored, quiet, rows
 from reference import loss_of
-from subspace_parts import guards, subspace_file, with_subspace
+from subspace_parts import subspace_file, subspace_layers, with_subspace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
@@ -232,8 +232,8 @@ def test_a_subspace_region(tmp_path):
         layer.register_forward_hook(
             lambda _, __, y: y.register_hook(gradients.append) and None if y.requires_grad else None
         )
-    see = monitor.see
-    monitor.see = lambda inputs, names: (batches.append(names), see(inputs, names))
+    observe = monitor.observe
+    monitor.observe = lambda inputs, names: (batches.append(names), observe(inputs, names))
     before = [layer.get_delta_weight("forget").clone() for layer in layers]
     trainer.train()
     report, u = monitor.reports["forget"], layers[0].basis("forget")
@@ -263,7 +263,7 @@ def test_a_subspace_region(tmp_path):
     with torch.no_grad():
         layers[0].base_layer.weight += 0.1 * u[:, :1]
     moved = 0.1 * layers[0].in_features ** 0.5
-    kept = torch.cat([m.routed_C0["forget"].flatten() for m in guards(model)]).norm()
+    kept = torch.cat([m.routed_C0["forget"].flatten() for m in subspace_layers(model)]).norm()
     assert weight_drift(model, "forget") == pytest.approx(moved / float(kept), rel=1e-6)
 
 

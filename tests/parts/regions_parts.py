@@ -18,17 +18,17 @@ PEFT_NOISE = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 def with_region(base: PreTrainedModel, name: str = "forget", size: int = 5, **fields: Any) -> PeftModel:
     """Wrap ``base`` with one region of random weights."""
     model = get_peft_model(base, RoutedConfig(size=size, task_type="CAUSAL_LM", **fields), adapter_name=name)
-    randomise(model, name)
+    randomize(model, name)
     return model.eval()
 
 
 def add_region(model: PeftModel, name: str, size: int, **fields: Any) -> None:
     """Add another region of random weights, not active."""
     model.add_adapter(name, RoutedConfig(size=size, task_type="CAUSAL_LM", **fields))
-    randomise(model, name)
+    randomize(model, name)
 
 
-def randomise(model: nn.Module, name: str) -> None:
+def randomize(model: nn.Module, name: str) -> None:
     """Draw all weights of the region ``name`` anew."""
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
@@ -43,7 +43,7 @@ def layers(model: nn.Module) -> list[RoutedMLP]:
 
 
 class Int8Linear(nn.Linear):
-    """Eight bits a weight and one scale, in the way of quantisation libraries: the parameter is an integer tensor."""
+    """Eight bits a weight and one scale, in the way of quantization libraries: the parameter is an integer tensor."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from families import tiny, tokens
 from peft import PeftModel, get_peft_model
-from regions_parts import randomise
+from regions_parts import randomize
 from torch import Tensor, nn
 
 from routed_peft import RoutedConfig
@@ -36,11 +36,11 @@ def with_subspace(base: nn.Module, path: str, name: str = "persona", start: bool
     config = RoutedConfig(kind="subspace", subspace=path, task_type="CAUSAL_LM", **fields)
     model = get_peft_model(base, config, adapter_name=name)
     if not start:
-        randomise(model, name)
+        randomize(model, name)
     return model
 
 
-def guards(model: nn.Module) -> list[SubspaceLayer]:
+def subspace_layers(model: nn.Module) -> list[SubspaceLayer]:
     return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from families import tiny
-from subspace_parts import X, guards, subspace_file, with_subspace
+from subspace_parts import X, subspace_file, subspace_layers, with_subspace
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -24,7 +24,7 @@ def train(model: nn.Module) -> nn.Module:
         optimizer.zero_grad()
         model(input_ids=X, labels=X).loss.backward()
         optimizer.step()
-        assert project_base(model) == len(guards(model))
+        assert project_base(model) == len(subspace_layers(model))
     return model
 
 

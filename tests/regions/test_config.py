@@ -9,7 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 import routed_peft.regions
 from routed_peft.regions import RoutedConfig, RoutedModel
-from routed_peft.regions.peft_type import peft_type, register
+from routed_peft.regions.peft_type import peft_type
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,6 @@ def test_the_enum_member_is_like_any_other():
 
 
 def test_registration_can_be_repeated():
-    register()
     importlib.reload(routed_peft.regions)
     assert PEFT_TYPE_TO_CONFIG_MAPPING[peft_type()] is RoutedConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[peft_type()] is RoutedModel

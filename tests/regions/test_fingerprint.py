@@ -75,7 +75,7 @@ def test_large_tensors_are_sampled_from_end_to_end():
     assert fingerprint(model)["content"] != before["content"]
 
 
-@pytest.mark.parametrize("kind", ["float16", "quantised", "meta"])
+@pytest.mark.parametrize("kind", ["float16", "quantized", "meta"])
 def test_where_values_cannot_be_compared_the_structure_still_is(kind):
     expected = fingerprint(tiny("llama"))
 

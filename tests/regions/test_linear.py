@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
-from regions_parts import PEFT_NOISE, randomise
+from regions_parts import PEFT_NOISE, randomize
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -44,8 +44,8 @@ def mixed(family: str = "llama") -> PeftModel:
     """A LoRA on everything that is linear, inside the MLPs that a region of units widens."""
     model = seeded(FAMILIES[family](), RoutedConfig(size=5, init="model", task_type="CAUSAL_LM"), "forget")
     model.add_adapter("retain", lora())
-    randomise(model, "forget")
-    randomise(model, "retain")
+    randomize(model, "forget")
+    randomize(model, "retain")
     model.base_model.set_adapter(["forget", "retain"])
     return model.eval()
 
@@ -60,8 +60,8 @@ def test_it_is_a_stock_lora_bit_for_bit(family, tmp_path):
         assert not any(p.requires_grad for n, p in model.named_parameters() if ".retain." not in n)
     same = dict(stock.named_parameters())
     assert all(torch.equal(p, same[n]) for n, p in ours.named_parameters())  # the same seed, the same start
-    randomise(ours, "retain")
-    randomise(stock, "retain")
+    randomize(ours, "retain")
+    randomize(stock, "retain")
     on = logits(ours)
     assert torch.equal(on, logits(stock))
 
@@ -89,10 +89,10 @@ def test_pefts_own_doors(family, tmp_path):
     before = logits(base)
     model = seeded(base, lora(target_modules=None), "bio")  # PEFT's own default targets
     assert torch.equal(logits(model), before)
-    randomise(model, "bio")
+    randomize(model, "bio")
     bio = logits(model)
     model.add_adapter("cyber", lora())
-    randomise(model, "cyber")
+    randomize(model, "cyber")
     assert torch.equal(logits(model), bio)
     model.base_model.set_adapter(["bio", "cyber"])
     both = logits(model)
@@ -116,12 +116,12 @@ def test_pefts_own_doors(family, tmp_path):
 
 def test_a_base_in_bfloat16_has_a_region_in_float32():
     model = seeded(tiny("llama", torch.bfloat16), lora())
-    randomise(model, "retain")
+    randomize(model, "retain")
     assert {p.dtype for n, p in model.named_parameters() if ".retain." in n} == {torch.float32}
     on = logits(model)
     assert on.dtype == torch.bfloat16
     stock = seeded(tiny("llama", torch.bfloat16), LoraConfig(r=3, lora_alpha=5, **ALL))
-    randomise(stock, "retain")
+    randomize(stock, "retain")
     assert torch.equal(logits(stock), on)
     assert torch.equal(logits(model.merge_and_unload()), logits(stock.merge_and_unload()))
 
@@ -141,7 +141,7 @@ def test_units_and_lora_in_one_model(family, tmp_path):
     with ablated(model, "retain"):
         forget = logits(model)
     alone = seeded(FAMILIES[family](), lora())
-    randomise(alone, "retain")
+    randomize(alone, "retain")
     assert torch.equal(logits(alone), retain)  # the LoRA does not know of the units
 
     model.save_pretrained(tmp_path)
@@ -241,12 +241,12 @@ def test_model_types_without_a_default_need_targets():
         get_peft_model(model, RoutedConfig(kind="lora"), adapter_name="forget")
 
 
-def test_a_quantised_layer_runs_but_does_not_merge():
+def test_a_quantized_layer_runs_but_does_not_merge():
     model = seeded(tiny("llama"), lora(target_modules=["q_proj"]))
-    randomise(model, "retain")
+    randomize(model, "retain")
     layer = next(m for m in model.modules() if isinstance(m, LowRankLinear))
     layer.base_layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="whose weights are quantised or wrapped"):
+    with pytest.raises(ValueError, match="whose weights are quantized or wrapped"):
         model.merge_adapter()
 
 

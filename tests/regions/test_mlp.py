@@ -183,16 +183,16 @@ def test_safe_merge_refuses_what_is_not_finite():
         model.merge_adapter(safe_merge=True)
 
 
-def test_a_quantised_base_runs_but_does_not_merge():
+def test_a_quantized_base_runs_but_does_not_merge():
     base = tiny("llama")
     last = base.model.layers[1].mlp  # the refusal must come before anything is merged into the first
     last.up_proj = Int8Linear(last.up_proj)
     model = with_region(base)
     on = logits(model)
     assert on.isfinite().all() and layers(model)[1].routed_up["forget"].weight.dtype == torch.float32
-    with pytest.raises(ValueError, match="`up_proj` of LlamaMLP: it is a Int8Linear with quantised"):
+    with pytest.raises(ValueError, match="`up_proj` of LlamaMLP: it is a Int8Linear with quantized"):
         model.merge_adapter()
-    with pytest.raises(ValueError, match="Load the base unquantised"):
+    with pytest.raises(ValueError, match="Load the base unquantized"):
         model.merge_and_unload()
     assert not any(layer.merged for layer in layers(model))
     assert torch.equal(logits(model), on)

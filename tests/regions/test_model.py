@@ -2,7 +2,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny, tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
-from regions_parts import PEFT_NOISE, add_region, layers, randomise, with_region
+from regions_parts import PEFT_NOISE, add_region, layers, randomize, with_region
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from routed_peft.regions import RoutedConfig
@@ -69,7 +69,7 @@ def test_transformers_own_add_adapter():
     model = tiny("gpt2")
     before = logits(model)
     model.add_adapter(RoutedConfig(size=3), adapter_name="forget")
-    randomise(model, "forget")
+    randomize(model, "forget")
     on = logits(model)
     assert not torch.equal(on, before)
     model.disable_adapters()

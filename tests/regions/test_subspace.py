@@ -5,8 +5,8 @@ import torch
 from families import TIED, tiny
 from peft import AutoPeftModelForCausalLM, PeftModel, get_model_status
 from reference import loss_of
-from regions_parts import PEFT_NOISE, randomise
-from subspace_parts import FAMILIES, X, by_hand, float64, guards, logits, subspace_file, with_subspace
+from regions_parts import PEFT_NOISE, randomize
+from subspace_parts import FAMILIES, X, by_hand, float64, logits, subspace_file, subspace_layers, with_subspace
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +14,7 @@ from routed_peft import RoutedConfig, ablate, ablated, export, load_routed, save
 from routed_peft.architectures import find_writers
 from routed_peft.checkpoint.stock_lora import to_stock_lora
 from routed_peft.regions.linear import LowRankLinear
-from routed_peft.regions.subspace import GuardedEmbedding, project_base
+from routed_peft.regions.subspace import ProtectedEmbedding, project_base
 from routed_peft.subspaces import Subspace
 from routed_peft.subspaces.measures import leak
 
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_definition(family, layers, tmp_path):
     for name, layer in writers.items():
         torch.testing.assert_close(layer.routed_M["persona"].weight.grad, m[name].grad, rtol=0, atol=1e-6)
         assert layer.routed_M["persona"].weight.grad.abs().max() > 1e-4
-    for module in guards(model):
+    for module in subspace_layers(model):
         head_too = family in TIED and getattr(module, "num_embeddings", 0) == 64 and "wpe" not in str(module)
         if not head_too:
             along = module.routed_U["persona"].T @ residual_first(module)
@@ -79,13 +79,13 @@ def test_the_weak_strength_projects_weight_gradients_and_nothing_else(tmp_path):
     path = subspace_file(tmp_path)
     weak = trained(with_subspace(float64("llama"), path, strength="weights"))
     free = trained(with_subspace(float64("llama"), path, strength="weights"))
-    for layer in guards(free):
+    for layer in subspace_layers(free):
         layer.strengths.clear()
     values = [loss_of(model, BATCH) for model in (weak, free)]
     assert torch.equal(*values)
     for value in values:
         value.backward()
-    u = guards(weak)[0].routed_U["persona"]
+    u = subspace_layers(weak)[0].routed_U["persona"]
     projected = plain_gradients(weak)
     for name, gradient in plain_gradients(free).items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -107,8 +107,8 @@ def test_without_gradients_or_with_the_region_off_nothing_is_cut(tmp_path):
     for name, p in plain.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, rtol=0, atol=1e-12)
     with torch.no_grad():
-        assert all(layer.guarded("cut") is None for layer in guards(model))
-    assert all(layer.guarded("cut") is not None for layer in guards(model))
+        assert all(layer.protected_basis("cut") is None for layer in subspace_layers(model))
+    assert all(layer.protected_basis("cut") is not None for layer in subspace_layers(model))
     with ablated(model, "persona"):  # absent from the forward pass, and still nobody else's to learn
         model.zero_grad()
         loss_of(model, BATCH).backward()
@@ -126,7 +126,7 @@ def test_pefts_own_doors(family, tmp_path):
     model = with_subspace(base, subspace_file(tmp_path), start=True)
     assert torch.equal(logits(model), before)
     assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"routed_M"}
-    randomise(model, "persona")
+    randomize(model, "persona")
     on = logits(model)
     assert (on - before).abs().max() > 0.01
     with ablated(model, "persona"):
@@ -146,7 +146,7 @@ def test_pefts_own_doors(family, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), on)
 
     model.add_adapter("other", RoutedConfig(kind="subspace", subspace=subspace_file(tmp_path, k=3, seed=9)))
-    randomise(model, "other")
+    randomize(model, "other")
     assert torch.equal(logits(model), on)
     model.base_model.set_adapter(["persona", "other"])
     both = logits(model)
@@ -166,7 +166,7 @@ def test_transformers_own_add_adapter(tmp_path):
     model = tiny("llama")
     before = logits(model)
     model.add_adapter(RoutedConfig(kind="subspace", subspace=subspace_file(tmp_path)), adapter_name="persona")
-    randomise(model, "persona")
+    randomize(model, "persona")
     assert not torch.equal(logits(model), before)
     model.disable_adapters()
     assert torch.equal(logits(model), before)
@@ -209,7 +209,7 @@ def test_two_regions_cut_the_sum_of_their_subspaces(tmp_path):
     for _ in range(3):
         optimizer.zero_grad()
         loss_of(model, BATCH).backward()
-        for layer in guards(model):
+        for layer in subspace_layers(model):
             for u in layer.routed_U.values():
                 assert (u.T @ residual_first(layer)).abs().max() < 1e-12
         optimizer.step()
@@ -227,16 +227,16 @@ def test_projection_after_the_step_stops_adams_leak(family, fields, tmp_path):
 
     def leaks(project: bool) -> list[float]:
         model = trained(with_subspace(float64(family), subspace_file(tmp_path), start=True))
-        start = {id(layer): layer.base_layer.weight.detach().clone() for layer in guards(model)}
+        start = {id(layer): layer.base_layer.weight.detach().clone() for layer in subspace_layers(model)}
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
         for _ in range(20):
             optimizer.zero_grad()
             loss_of(model, BATCH).backward()
             optimizer.step()
             if project:
-                assert project_base(model) == len(guards(model))
+                assert project_base(model) == len(subspace_layers(model))
         result = []
-        for layer in guards(model):
+        for layer in subspace_layers(model):
             pair = [layer.base_layer.weight, start[id(layer)]]
             pair = pair if isinstance(layer.base_layer, nn.Linear) else [w.T for w in pair]
             result.append(leak(*pair, layer.routed_U["persona"]))
@@ -254,7 +254,7 @@ def test_a_retain_lora_stays_off_the_subspace(tmp_path):
     path = subspace_file(tmp_path)
     model = with_subspace(tiny("llama"), path)
     model.add_adapter("retain", RoutedConfig(kind="lora", r=3, subspace=path, target_modules="all-linear"))
-    randomise(model, "retain")
+    randomize(model, "retain")
     model.base_model.set_adapter(["persona", "retain"])
     both = logits(model)
     with ablated(model, "persona"):
@@ -291,18 +291,18 @@ def test_units_of_an_mlp_region_do_not_learn_along_the_subspace(tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), on, rtol=0, atol=1e-10)
 
 
-def test_a_quantised_base_keeps_no_part_and_does_not_merge(tmp_path):
+def test_a_quantized_base_keeps_no_part_and_does_not_merge(tmp_path):
     base = tiny("llama")
     for writer in find_writers(base).values():
         writer.weight = nn.Parameter(writer.weight.to(torch.int8), requires_grad=False)
     path = subspace_file(tmp_path)
-    with pytest.raises(ValueError, match="`store_base_part=True` on a quantised base"):
+    with pytest.raises(ValueError, match="`store_base_part=True` on a quantized base"):
         with_subspace(base, path, store_base_part=True)
-    assert not guards(base)
+    assert not subspace_layers(base)
     model = with_subspace(base, path)
     assert model.peft_config["persona"].store_base_part is False
-    assert not any(len(layer.routed_C0) for layer in guards(model))
-    with pytest.raises(ValueError, match="whose weights are quantised or wrapped"):
+    assert not any(len(layer.routed_C0) for layer in subspace_layers(model))
+    with pytest.raises(ValueError, match="whose weights are quantized or wrapped"):
         model.merge_adapter()
 
 
@@ -323,7 +323,7 @@ def test_bad_fields(fields, message):
 @pytest.mark.parametrize(
     ("family", "overrides", "file", "fields", "message"),
     [
-        ("llama", {}, {"width": 20}, {}, "of width 20, that of 'model.layers.0.self_attn.o_proj' has 16"),
+        ("llama", {}, {"width": 20}, {}, "of width 20, but that of 'model.layers.0.self_attn.o_proj' has 16"),
         ("llama", {}, {"layers": 1}, {}, r"has no basis for layer 1, only for \[0\]"),
         (
             "llama",
@@ -333,9 +333,9 @@ def test_bad_fields(fields, message):
             "goes to residual writers, .* got 'model.layers.0.self_attn.q_p",
         ),
         ("llama", {}, {}, {"target_modules": ["nothing"]}, "match no module"),
-        ("gemma2", {}, {}, {}, r"normalises what a layer writes before it is added \(`post_feedforward_layernorm`\)"),
+        ("gemma2", {}, {}, {}, r"normalizes what a layer writes before it is added \(`post_feedforward_layernorm`\)"),
         ("olmo2", {}, {}, {}, "not built for such models"),
-        ("gpt2", {"resid_pdrop": 0.1}, {}, {}, r"drops out .*'resid_pdrop': 0.1.* load it with `resid_pdrop=0.0`"),
+        ("gpt2", {"resid_pdrop": 0.1}, {}, {}, r"applies dropout .*'resid_pdrop': 0.1.* load it with `resid_pdrop=0.0`"),
         ("gpt_neox", {"hidden_dropout": 0.1}, {}, {}, "load it with `hidden_dropout=0.0`"),
     ],
 )
@@ -343,7 +343,7 @@ def test_models_and_files_that_do_not_fit(family, overrides, file, fields, messa
     base = tiny(family, **overrides)
     with pytest.raises(ValueError, match=message):
         with_subspace(base, subspace_file(tmp_path, **file), **fields)
-    assert not guards(base) and not any(isinstance(m, GuardedEmbedding) for m in base.modules())
+    assert not subspace_layers(base) and not any(isinstance(m, ProtectedEmbedding) for m in base.modules())
 
 
 def test_a_missing_file_and_a_basis_that_was_never_loaded(tmp_path):
@@ -372,9 +372,9 @@ def test_a_deleted_region_leaves_nothing_to_a_new_one_of_its_name(tmp_path):
     model.add_adapter("other", RoutedConfig(kind="subspace", subspace=subspace_file(tmp_path, k=3, seed=9)))
     model.delete_adapter("other")
     model.add_adapter("other", RoutedConfig(kind="lora", r=2, target_modules=["o_proj"]))
-    randomise(model, "other")
+    randomize(model, "other")
     model.base_model.set_adapter(["other"])
     trained(model)
     loss_of(model, BATCH).backward()  # nothing is cut: the new region has no subspace
     layer = next(m for m in model.modules() if isinstance(m, LowRankLinear))
-    assert layer.guarded("cut") is None and len(layer.routed_C0) == 1
+    assert layer.protected_basis("cut") is None and len(layer.routed_C0) == 1

@@ -6,7 +6,7 @@ from datasets import Dataset
 from families import VOCABULARY, tiny
 from reference import by_example, loss_of
 from regions_parts import PEFT_NOISE
-from subspace_parts import guards, logits, subspace_file, with_subspace
+from subspace_parts import logits, subspace_file, subspace_layers, with_subspace
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from routed_peft import GradientRouting, Route, RoutedTrainer, RoutedTrainingArguments, ablated, load_routed, presets
@@ -35,7 +35,7 @@ class Toy:
         path = str(Subspace(self.u, {"source": "toy"}).save(folder / "toy.safetensors"))
         self.model = with_subspace(base, path, start=True, strength=strength or "cut")
         if strength is None:
-            for layer in guards(self.model):
+            for layer in subspace_layers(self.model):
                 layer.strengths.clear()
         self.ids = torch.randint(3, VOCABULARY, (8, 8), generator=generator)
         with torch.no_grad():
@@ -228,7 +228,7 @@ def test_autocast_cuts_to_its_own_precision(tmp_path):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    for layer in guards(model):
+    for layer in subspace_layers(model):
         u, weight = layer.routed_U["persona"], layer.base_layer.weight
         gradient = weight.grad if isinstance(layer, LowRankLinear) else weight.grad.T
         assert u.dtype == torch.float32 and (u.T @ gradient).norm() < 1e-2 * gradient.norm()
@@ -240,7 +240,7 @@ def test_compiled_it_is_one_graph_with_the_same_gradients(strength, tmp_path):
     model = with_subspace(tiny("llama"), subspace_file(tmp_path), strength=strength).train()
     for p in model.parameters():
         p.requires_grad_(True)
-    layer = next(module for module in guards(model) if isinstance(module, LowRankLinear))
+    layer = next(module for module in subspace_layers(model) if isinstance(module, LowRankLinear))
     x = torch.randn(2, 3, 16, requires_grad=True)
 
     def gradients(function) -> list[torch.Tensor]:

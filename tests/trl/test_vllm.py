@@ -7,7 +7,7 @@ import torch
 import trl.trainer.grpo_trainer
 from families import tiny
 from peft import get_peft_model
-from regions_parts import randomise
+from regions_parts import randomize
 from subspace_parts import subspace_file
 from trl.generation.vllm_generation import VLLMGeneration
 from trl_parts import VOCABULARY, completions_of, detector, logps, lora, prompts, trainer_of, two_loras, weights
@@ -66,7 +66,7 @@ def adapted(kind: str, folder):
     model.add_adapter("forget", RoutedConfig(**(along if path else low_rank)))
     model.base_model.set_adapter(["retain", "forget"])
     for name in ("retain", "forget"):
-        randomise(model, name)
+        randomize(model, name)
     return model
 
 
