@@ -1,4 +1,7 @@
-"""Packages of the distribution: ``routed_peft``, and the folders of ``evals/`` under names of their own."""
+"""Packages of the distribution: ``routed_peft``, and the folders of ``evals/`` as sub-packages of it.
+
+They are listed here and not in pyproject.toml, for setuptools finds packages only where their folders have their names.
+"""
 
 from setuptools import find_packages, setup
 

@@ -1,13 +1,41 @@
-"""Gradient routing for Hugging Face: decide during training where a piece of data is learnt, then remove it."""
+"""Gradient routing for Hugging Face: decide during training where a piece of data is learned, then remove it.
 
-from routed_peft import presets
-from routed_peft.ablation import ablated
-from routed_peft.checkpoint import load_routed, push_to_hub, save_routed
-from routed_peft.checkpoint.export import ablate, export
-from routed_peft.regions import RoutedConfig
-from routed_peft.routes import Route
-from routed_peft.routing.gradient_routing import GradientRouting
-from routed_peft.training import RoutedTrainer, RoutedTrainingArguments
+``import routed_peft`` alone is cheap: its names are imported when they are first used. Taking any of them, or
+``import routed_peft.regions``, registers the PEFT type ``ROUTED``, so that PEFT itself can load a region.
+"""
+
+from typing import TYPE_CHECKING
+
+from routed_peft.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from routed_peft import presets
+    from routed_peft.ablation import ablated
+    from routed_peft.checkpoint import load_routed, push_to_hub, save_routed
+    from routed_peft.checkpoint.export import ablate, export
+    from routed_peft.regions import RoutedConfig
+    from routed_peft.routes import Route
+    from routed_peft.routing.gradient_routing import GradientRouting
+    from routed_peft.training import RoutedTrainer, RoutedTrainingArguments
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "GradientRouting": "routed_peft.routing.gradient_routing",
+            "Route": "routed_peft.routes",
+            "RoutedConfig": "routed_peft.regions",
+            "RoutedTrainer": "routed_peft.training",
+            "RoutedTrainingArguments": "routed_peft.training",
+            "ablate": "routed_peft.checkpoint.export",
+            "ablated": "routed_peft.ablation",
+            "export": "routed_peft.checkpoint.export",
+            "load_routed": "routed_peft.checkpoint",
+            "presets": "routed_peft.presets",
+            "push_to_hub": "routed_peft.checkpoint",
+            "save_routed": "routed_peft.checkpoint",
+        },
+        before="routed_peft.regions",
+    )
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""The command ``routed-peft``: look at runs, ablate and measure them, and see the whole method in a demonstration."""
+"""The command ``routed-peft``: inspect, ablate, measure and attack runs, and a demonstration of the whole method."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typer.core import TyperGroup
 
 from routed_peft.commands import COMMANDS
 
-# What takes seconds to import (torch, transformers, lm-eval) is imported by the commands that need it.
+# Modules that take seconds to import (torch, transformers, lm-eval) are imported by the commands that need them.
+
+EXTRAS = {"lm_eval": "eval", "matplotlib": "report", "pandas": "report", "sklearn": "classifiers", "trl": "trl"}
+"""The extra of this package that installs each optional module."""
 
 
 class _Commands(TyperGroup):
-    """Prints a user's mistake, or the Hub's refusal, as one line; `--debug` shows where it came from."""
+    """Prints a user's mistake, or the Hub's refusal, as one line; `--debug` shows the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -26,6 +29,8 @@ class _Commands(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             words = " ".join([*getattr(error, "__notes__", []), str(error)]).split()  # such as: no directory
+            if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").split(".")[0])):
+                words.append(f'(pip install "routed_peft[{extra}]")')
             typer.echo(f"routed-peft: {' '.join(words) or type(error).__name__}", err=True)
             raise typer.Exit(1) from error
 

@@ -6,14 +6,18 @@ lm-eval is an optional dependency (``pip install "routed_peft[eval]"``) and is i
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 from rich.table import Table
 from torch import nn
 
 from routed_peft.ablation import ablated
+from routed_peft.adapters import routing_record
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_TASKS = ("routed_loss", "routed_mc", "routed_cloze")
 Scores = dict[str, float]
@@ -101,7 +105,7 @@ def region_names(model: nn.Module, base_adapters: Sequence[str] | None = None) -
     >>> region_names(nn.Linear(1, 1))
     []
     """
-    kept = getattr(model, "_routed_base_adapters", ()) if base_adapters is None else base_adapters
+    kept = routing_record(model).base_adapters if base_adapters is None else base_adapters
     return [name for name in getattr(model, "peft_config", {}) if name not in kept]
 
 
@@ -125,6 +129,8 @@ def results_frame(results: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     >>> results_frame({"ablated": {"routed_forget_mc/acc": 0.25}}).loc["routed_forget_mc/acc", "ablated"]
     np.float64(0.25)
     """
+    import pandas as pd
+
     return pd.DataFrame({name: dict(scores) for name, scores in results.items()})
 
 
@@ -141,9 +147,9 @@ def results_table(
     table.add_column("metric")
     for name in results:
         table.add_column(name, justify="right")
-    for key, row in results_frame(results).iterrows():
-        cells = ["–" if pd.isna(value) else f"{value:.3f}" for value in row]
-        table.add_row(*str(key).rsplit("/", 1), *cells)
+    for key in dict.fromkeys(key for scores in results.values() for key in scores):
+        row = [scores.get(key, math.nan) for scores in results.values()]
+        table.add_row(*key.rsplit("/", 1), *("–" if math.isnan(value) else f"{value:.3f}" for value in row))
     return table
 
 

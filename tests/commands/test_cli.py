@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from routed_peft import Route, RoutedConfig, presets, save_routed
 from routed_peft.cli import app
+from routed_peft.commands import COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def run(tmp_path_factory) -> Path:
     model = get_peft_model(tiny_llama(), RoutedConfig(size=3, init="model"), adapter_name="forget")
     model.add_adapter("bio", RoutedConfig(size=4, init="model"))
     routes = {**presets.sgtm("forget"), "bio": Route(weights={"base": 0.5})}
-    return save_routed(model, path, routes, byte_tokenizer(), train_base=True, tokens_per_route={"forget": 12000})
+    return save_routed(model, path, routes=routes, tokenizer=byte_tokenizer(), train_base=True, tokens_per_route={"forget": 12000})
 
 
 def call(*arguments: object):
@@ -191,10 +192,30 @@ def test_tasks_path_holds_the_tasks():
     assert (Path(result.output.strip()) / "routed_forget_loss.yaml").is_file()
 
 
-@pytest.mark.parametrize("command", ["inspect", "ablate", "evaluate", "demo", "tasks-path"])
+COMMAND_NAMES = [command.__name__.replace("_", "-") for command in COMMANDS]
+
+
+@pytest.mark.parametrize("command", COMMAND_NAMES)
 def test_help_has_an_example(command):
     result = call(command, "--help")
     assert result.exit_code == 0 and "Example" in result.output
+
+
+def test_help_and_inspection_import_nothing_heavy(run):
+    """One process answers `--help` of every command, `tasks-path` and `inspect`, and then names what it has imported."""
+    lines = [["--help"], *([name, "--help"] for name in COMMAND_NAMES), ["tasks-path"], ["inspect", str(run)]]
+    code = f"""
+import sys
+from routed_peft.cli import app
+for line in {lines}:
+    app(line, standalone_mode=False)
+heavy = ("torch", "transformers", "peft", "accelerate", "datasets", "lm_eval", "trl", "numpy", "pandas", "matplotlib")
+print("imported:", [name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage:") == len(lines) - 2 and "Adapters" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imported: []"
 
 
 def test_the_installed_command_works_as_a_process():
