@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ def program(file: Path, lines: str) -> None:
     file.chmod(0o755)
 
 
-def run(tmp_path: Path, system: str, gpu: bool | None, reachable: bool) -> tuple[list[str], str]:
+def run(tmp_path: Path, system: str, gpu: bool | None, reachable: bool, *arguments: str) -> tuple[list[str], str]:
     """Start a copy of `run` whose python, uname and nvidia-smi are made up; return what python was called with."""
     for name in ("run", "constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -28,8 +29,9 @@ def run(tmp_path: Path, system: str, gpu: bool | None, reachable: bool) -> tuple
         (tools / name).symlink_to(shutil.which(name))
     if gpu is not None:
         program(tools / "nvidia-smi", f"exit {int(not gpu)}")
-    command = ["sh", "run", "test", "-k", "x"]
-    done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tools)}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sh", "run", "test", *arguments], cwd=tmp_path, env={"PATH": str(tools)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return calls.read_text().splitlines(), done.stderr
 
@@ -45,7 +47,7 @@ def run(tmp_path: Path, system: str, gpu: bool | None, reachable: bool) -> tuple
     ],
 )
 def test_torch_for_the_cpu_where_there_is_no_gpu(tmp_path, system, gpu, reachable, flag):
-    calls, said = run(tmp_path, system, gpu, reachable)
+    calls, said = run(tmp_path, system, gpu, reachable, "-k", "x")
     (install,) = [call for call in calls if call.startswith("-m pip install")]
     assert install.endswith(f"-c constraints.txt {INDEX}" if flag else "-c constraints.txt")
     looked = any(call.startswith("-c import") for call in calls)
@@ -59,6 +61,13 @@ def test_an_environment_that_is_up_to_date_is_left_alone(tmp_path):
     (tmp_path / "calls").unlink()
     done = subprocess.run(["sh", "run", "test"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (tmp_path / "calls").read_text().splitlines() == ["-m pytest"] and "installing" not in done.stderr
+
+
+def test_the_fast_tier_leaves_out_what_is_slow_distributed_or_of_experiments(tmp_path):
+    calls, said = run(tmp_path, "Linux", True, True, "--fast", "-k", "two words")
+    assert calls[-1] == "-m pytest -m not slow and not distributed and not experiments -k two words"
+    registered = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    assert {"slow", "distributed", "experiments"} == {line.split(":")[0] for line in registered}
 
 
 def test_unknown_verbs_are_refused():
