@@ -1,4 +1,3 @@
-import doctest
 import gzip
 import json
 import math
@@ -8,7 +7,6 @@ import pytest
 import yaml
 from evaluation_parts import TEXTS, byte_tokenizer, tiny_llama, token_loss, write_jsonl
 
-import routed_peft.tasks
 from routed_peft.tasks import path, utils
 
 pytest.importorskip("lm_eval")
@@ -21,11 +19,6 @@ GROUPS = {"routed_loss": 2, "routed_mc": 2, "routed_cloze": 4}
 @pytest.fixture(scope="module")
 def tokenizer():
     return byte_tokenizer()
-
-
-@pytest.mark.parametrize("module", [routed_peft.tasks, utils])
-def test_doctests(module):
-    assert doctest.testmod(module).failed == 0
 
 
 def test_every_task_loads_with_packaged_data(tokenizer):

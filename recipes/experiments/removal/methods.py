@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_predict
 
 from routed_peft.data import FORGET, RETAIN, UNLABELED
 from routed_peft.demo.settings import ARMS, Arm
@@ -70,6 +67,10 @@ def tfidf_overrule(ds: Dataset) -> Dataset:
 
 def _tfidf(ds: Dataset, threshold: str | None = None, overrule: bool = False) -> Dataset:
     texts, labels = ds["text"][:], np.array(ds["route_label"][:])
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+
     features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True).fit_transform(texts)
     known = np.flatnonzero(labels != UNLABELED)
     classifier = LogisticRegression(C=10, max_iter=1000).fit(features[known], labels[known])
