@@ -34,6 +34,7 @@ from routed_peft.data import (
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.runs.begin import begin
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder
+from routed_peft.training.self_label_config import setting
 
 BASE_ADAPTER, REGION = "retain", "forget"
 
@@ -65,9 +66,9 @@ class Recipe(DocumentArguments):
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of linear layers, or all-linear."}
     )
 
-    labeled_first: float = field(default=0.0, metadata={"help": "Share of the run that takes labelled rows only."})
-    first_forget_share: float = field(default=0.5, metadata={"help": "Share of forget rows in that."})
-    forget_share: float | None = field(default=None, metadata={"help": "Share of labelled forget rows after that."})
+    labeled_first: float = setting("labeled_first", 0.0)
+    first_forget_share: float = setting("first_forget_share", 0.5)
+    forget_share: float | None = setting("forget_share", None)
 
     attn_implementation: str = field(
         default="auto", metadata={"help": "auto: eager on a CPU, where it is the fastest for short rows."}
@@ -85,9 +86,10 @@ def main() -> None:
     args.include_num_input_tokens_seen = "all"
     args.dataloader_pin_memory = args.device.type != "cpu"
     args.train_base, args.base_adapters = False, [BASE_ADAPTER]
+    args.kept_regions = [] if recipe.arm == "routed" else [REGION]
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
-    begin(run, recipe, args, RoutedArguments.__annotations__)
+    begin(run, recipe, args=args, own=RoutedArguments.__annotations__)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
+from routed_peft.adapters import adapter_names
 from routed_peft.checkpoint.staging import atomic_directory
 from routed_peft.data import (
     UNLABELED,
@@ -48,8 +49,8 @@ from routed_peft.files import write_json
 from routed_peft.routes import routes_from_dict
 from routed_peft.runs.begin import begin
 from routed_peft.runs.records import PLACEBO
-from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabeledRows
-from routed_peft.training.self_labels import SETTINGS, THRESHOLDS
+from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabelConfig, SelfLabeledRows
+from routed_peft.training.self_label_config import setting
 from routed_peft.unlearning import mean_loss
 from routed_peft.unlearning.coherence import MOST, restore_coherence
 
@@ -88,30 +89,16 @@ class Recipe(DocumentArguments):
     size: int = field(default=256, metadata={"help": "Extra hidden units beside every MLP."})
 
     vocab_size: int = field(default=2048, metadata={"help": "Of the tokenizer trained on the text, without a model."})
-    labeled_first: float = field(default=0.0, metadata={"help": "Share of the run that takes labelled rows only."})
-    first_forget_share: float = field(default=0.5, metadata={"help": "Share of forget rows in that."})
-    forget_share: float | None = field(default=None, metadata={"help": "Share of labelled forget rows after that."})
     self_labels: bool = field(
-        default=False, metadata={"help": "Let the region label the unlabelled rows after `labeled_first` of the run."}
+        default=False, metadata={"help": "Let the region label the unlabeled rows after `labeled_first` of the run."}
     )
-    threshold: str = field(
-        default="balanced",
-        metadata={
-            "help": "With `self_labels`: where forget rows begin, as many standard deviations from either side's mean, as many "
-            "median deviations from either median, or at the midpoint of the means.",
-            "choices": list(THRESHOLDS),
-        },
-    )
-    score_again_at: float | None = field(
-        default=None,
-        metadata={"help": "With `self_labels`: share of the run after which the region labels rows once more."},
-    )
-    robust_share: float = field(
-        default=0.0, metadata={"help": "With `self_labels`: share of retain rows that teach only the region."}
-    )
-    overrule: bool = field(
-        default=False, metadata={"help": "With `self_labels`: let the region label the labelled rows anew as well."}
-    )
+    labeled_first: float = setting("labeled_first", 0.0)
+    first_forget_share: float = setting("first_forget_share", 0.5)
+    forget_share: float | None = setting("forget_share", None)
+    threshold: str = setting("threshold")
+    score_again_at: float | None = setting("score_again_at")
+    robust_share: float = setting("robust_share")
+    overrule: bool = setting("overrule")
     by_document: bool = field(
         default=False,
         metadata={
@@ -151,12 +138,13 @@ def main() -> None:
     args.evaluate_ablated &= recipe.method != "random"  # what it silences is no region
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
-    begin(run, recipe, args, RoutedArguments.__annotations__)
+    begin(run, recipe, args=args, own=RoutedArguments.__annotations__)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args, documents)
+    args.kept_regions = kept_regions(recipe, args, model)
     check_length(model, tokenizer, recipe.length)
     held_out = evaluation_rows(recipe, tokenizer)
     check_evaluation(args, held_out)
@@ -210,9 +198,8 @@ def in_order(
     if recipe.self_labels:
         if not recipe.overrule and UNLABELED not in rows["route_label"][:]:
             logger.warning("`self_labels` finds nothing to do: every row has a label, and `overrule` is off")
-        about = {name: getattr(recipe, name) for name in SETTINGS}
         separator = tokenizer.eos_token_id if recipe.by_document else None
-        return SelfLabeledRows(rows, count, seed=args.seed, separator=separator, **about)
+        return SelfLabeledRows(rows, count, SelfLabelConfig.from_settings(recipe), seed=args.seed, separator=separator)
     run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed, recipe.first_forget_share)
     if not recipe.frequency_weights or recipe.method in PLACEBOS:
         return run
@@ -260,6 +247,13 @@ def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> 
         for name in experts(recipe):
             model.add_adapter(name, RoutedConfig(size=recipe.size, task_type="CAUSAL_LM"))
     return model, tokenizer
+
+
+def kept_regions(recipe: Recipe, args: RoutedTrainingArguments, model: nn.Module) -> list[str]:
+    """Return the regions that belong to the model: all in an arm without routing, otherwise the experts that stay."""
+    if recipe.arm == "routed":
+        return experts(recipe)
+    return [name for name in adapter_names(model) if name not in args.base_adapters]
 
 
 def experts(recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""Documents within packed rows: the mean over each, and rows laid out anew with documents of one kind."""
+"""Documents within packed rows: means over documents, and rows regrouped by kinds of documents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, List
 from torch import Tensor
 
 from routed_peft.data.columns import ROUTE_LABEL
@@ -15,7 +15,7 @@ from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 
 
 def document_of(ids: Tensor, separator: int) -> Tensor:
-    """Return which of its row's documents each token belongs to, ``(B, T)``; the separator ends its own.
+    """Return the index of each token's document within its row, ``(B, T)``; a separator belongs to the document it ends.
 
     >>> document_of(torch.tensor([[5, 0, 6, 7, 0, 8]]), separator=0).tolist()
     [[0, 0, 1, 1, 1, 2]]
@@ -43,15 +43,15 @@ def document_means(values: Tensor, documents: Tensor) -> Tensor:
 
 
 def regroup(rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int) -> tuple[Dataset, list[str]]:
-    """Lay out unlabelled rows anew, so that none mixes documents that count as forget with others.
+    """Regroup unlabeled rows, so that no row mixes forget documents with others.
 
     Args:
-        rows: of one length, with ``input_ids``, ``route_label``, and any columns of lists that have a value for each token.
+        rows: of one length, with ``input_ids``, ``route_label``, and further columns only with a value for each token.
         is_forget: for each row, whether each of its documents counts as forget.
         separator: the token that ends a document.
 
     Returns:
-        Rows of the same length, and what each counts as. What does not fill a row is dropped.
+        rows of the same length, and the label of each; tokens that do not fill a row are dropped.
 
     Example:
         >>> rows = Dataset.from_dict({"input_ids": [[5, 0, 6, 0], [7, 0, 8, 0]], "route_label": ["unlabeled"] * 2})
@@ -59,7 +59,7 @@ def regroup(rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int) 
         >>> found["input_ids"][:], labels
         ([[5, 0, 7, 0], [6, 0, 8, 0]], ['forget', 'retain'])
     """
-    if not len(rows):  # all of the text was labelled by somebody
+    if not len(rows):  # all text came with labels
         return rows, []
     columns = {name: np.array(rows[name][:]) for name in rows.column_names if name != ROUTE_LABEL}
     ids = columns["input_ids"]
@@ -73,3 +73,16 @@ def regroup(rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int) 
             parts[name] += list(values[chosen][: count * ids.shape[1]].reshape(count, -1))
         labels += [label] * count
     return Dataset.from_dict(parts | {ROUTE_LABEL: [UNLABELED] * len(labels)}, features=rows.features), labels
+
+
+def check_regroupable(rows: Dataset) -> None:
+    """Raise ValueError unless rows are of one length and their columns can be regrouped by documents."""
+    lengths = {len(ids) for ids in rows["input_ids"]}
+    if len(lengths) != 1:
+        raise ValueError(f"`separator` needs packed rows of one length, got {sorted(lengths)[:4]} and more")
+    others = [name for name in rows.column_names if name != ROUTE_LABEL and not isinstance(rows.features[name], List)]
+    if others:
+        raise ValueError(
+            f"`separator` regroups documents, and {others[0]!r} has one value for a whole row: remove it, or give a list "
+            "with a value for each token (`pack(…, per_token=[…])`)"
+        )

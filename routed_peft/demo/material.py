@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -30,8 +29,7 @@ from routed_peft.data import (
 )
 from routed_peft.demo.settings import Arm, DemoSettings
 from routed_peft.routes import BASE
-from routed_peft.training import SelfLabeledRows
-from routed_peft.training.self_labels import SETTINGS
+from routed_peft.training import SelfLabelConfig, SelfLabeledRows
 
 SIDES = (FORGET, RETAIN)
 ERA_WEIGHT = presets.era()[FORGET].weight(BASE)
@@ -111,10 +109,9 @@ class Material:
         weights = self._frequency_weights() if settings.frequency_weights else None
         if weights is not None:
             weights = weights + (1 - weights) * settings.base_weight
-        about: dict[str, Any] = {name: getattr(settings, name) for name in SETTINGS}
-        if settings.by_document:
-            about["separator"] = self.tokenizer.eos_token_id
-        return SelfLabeledRows(rows, count, seed=seed, token_weights=weights, **about)
+        separator = self.tokenizer.eos_token_id if settings.by_document else None
+        config = SelfLabelConfig.from_settings(settings)
+        return SelfLabeledRows(rows, count, config, seed=seed, token_weights=weights, separator=separator)
 
     def _frequency_weights(self) -> Tensor:
         labels, texts = self.documents["route_label"][:], self.documents["text"][:]

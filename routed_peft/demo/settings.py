@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from routed_peft.training.self_label_config import SelfLabelConfig, setting
+
 
 @dataclass(frozen=True)
-class DemoSettings:
-    """All that can be set. Every arm gets the same, but for what only routing has, from `labeled_first` to `base_weight`.
+class DemoSettings(SelfLabelConfig):
+    """Settings of the demo, the same for every arm; those of `SelfLabelConfig` matter to the routed arm alone.
 
     Attributes:
         pair: which texts, a key of `routed_peft.corpora.PAIRS`.
@@ -15,14 +17,7 @@ class DemoSettings:
         labeled: share of the documents of each side that carry a label.
         recall: share of the labelled forget documents that are labelled forget (`routed_peft.data.simulate_labels`).
         precision: share of the documents labelled forget that are.
-        labeled_first: share of the run in which the routed arm sees labelled rows only.
-        first_forget_share: share of forget rows in that.
         self_labels: whether the region then labels the unlabelled rows, in the routed arm (`SelfLabeledRows`).
-        threshold: above which benefit a row counts as forget (`routed_peft.training.benefit.benefit_threshold`).
-        score_again_at: share of the run after which the region labels rows once more; None for never.
-        forget_share: share of forget rows in the rest of the routed arm's run; None for their share in the data.
-        robust_share: share of the retain rows that are seen with the region on, and teach only the region.
-        overrule: whether the region labels the labelled rows anew as well, in the routed arm.
         base_weight: gradient weight of forget rows on the base, in the routed arm. A little above 0 lets them teach it what
             both sides share, at the price of a little of what they do not.
         frequency_weights: whether forget rows teach the base, in the routed arm, as far as their tokens are as common in retain
@@ -57,14 +52,8 @@ class DemoSettings:
     labeled: float = 0.5
     recall: float = 1.0
     precision: float = 1.0
-    labeled_first: float = 0.15
-    first_forget_share: float = 0.1
     self_labels: bool = True
-    threshold: str = "balanced"
-    score_again_at: float | None = None
-    forget_share: float | None = 0.1
-    robust_share: float = 0.05
-    overrule: bool = False
+    robust_share: float = setting("robust_share", 0.05)
     base_weight: float = 0.0
     frequency_weights: bool = False
     mixed_rows: bool = False
@@ -78,6 +67,10 @@ class DemoSettings:
     relearn_steps: tuple[int, ...] = (0, 5, 10, 20)
     relearn_learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     relearn_limit: int = 100
+
+    def __post_init__(self) -> None:
+        if self.self_labels:
+            super().__post_init__()
 
     @classmethod
     def quick(cls) -> DemoSettings:

@@ -158,7 +158,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
             watcher.start()
             self._stack.callback(watcher.stop)
 
-    def see(self, inputs: Mapping[str, Any], environments: Any) -> None:
+    def observe(self, inputs: Mapping[str, Any], environments: Any) -> None:
         """Look at a batch that is about to be trained on; the trainer calls it.
 
         Args:

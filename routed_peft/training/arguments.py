@@ -15,6 +15,13 @@ class RoutedArguments:
     base_adapters: list[str] = field(
         default_factory=list, metadata={"help": "Adapters that belong to the base and stay, such as a `retain` LoRA."}
     )
+    kept_regions: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Regions that belong to the model, as in a run without routing: evaluation and attacks load them unless "
+            "told otherwise."
+        },
+    )
     edges: str = field(
         default="parameters",
         metadata={

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from routed_peft.ablation import ablated
+from routed_peft.data.columns import ROUTE_LABEL
+from routed_peft.data.labels import UNLABELED
+from routed_peft.data.regroup import document_means, document_of
 from routed_peft.eval_mode import evaluating
 from routed_peft.losses import token_losses
 from routed_peft.routes import IGNORED
+
+NO_DOCUMENT = torch.inf
+"""Value at positions where no document begins, so that every row has equally many values."""
 
 
 def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") -> float:
     r"""Return the benefit above which a row counts as forget.
 
-    Forget rows differ among themselves more than retain rows do. The threshold is therefore "balanced": as
-    many standard deviations below the mean of the former as above that of the latter,
+    Benefits of forget rows vary more than those of retain rows. The "balanced" threshold is as many standard deviations
+    below the mean of the former as above that of the latter,
 
     .. math:: t = \frac{\mu_f \sigma_r + \mu_r \sigma_f}{\sigma_f + \sigma_r},
 
-    where normal distributions would err as often on either side. "median" puts the median in place of the mean and the median
-    absolute deviation in place of the standard deviation, which a few wrong labels hardly move. "midpoint" is
-    :math:`(\mu_f + \mu_r) / 2`.
+    at which normal distributions would have equal error rates on both sides. "median" takes medians and median absolute
+    deviations instead, which a few wrong labels hardly move. "midpoint" is :math:`(\mu_f + \mu_r) / 2`.
 
     Args:
-        forget: benefits of labelled forget rows, ``(N,)``, in nats per token.
-        retain: benefits of labelled retain rows, ``(M,)``.
+        forget: benefits of labeled forget rows, ``(N,)``, in nats per token.
+        retain: benefits of labeled retain rows, ``(M,)``.
         kind: "balanced", "median" or "midpoint".
 
     Example:
@@ -36,13 +45,13 @@ def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") ->
         (-0.6, 0.0)
     """
     (mu_f, above), (mu_r, below) = (middle_and_spread(side, kind) for side in (forget, retain))
-    if kind == "midpoint" or 0 in (above, below):  # which says nothing of how far a side reaches
+    if kind == "midpoint" or 0 in (above, below):  # a spread of 0 says nothing about the width of a side
         above = below = 1.0
     return (mu_f * below + mu_r * above) / (above + below)
 
 
 def middle_and_spread(values: Tensor, kind: str) -> tuple[float, float]:
-    """Return mean and standard deviation, or "median" and median absolute deviation; of an even number the lower middle one.
+    """Return mean and standard deviation; for "median" the lower median and the median absolute deviation.
 
     >>> middle_and_spread(torch.tensor([0.0, 1.0, 5.0]), "median")
     (1.0, 1.0)
@@ -55,12 +64,15 @@ def middle_and_spread(values: Tensor, kind: str) -> tuple[float, float]:
 
 @torch.no_grad()
 def region_benefit(model: nn.Module, batch: dict[str, Tensor], regions: Sequence[str]) -> Tensor:
-    """Return how much lower the loss is with the regions than without, ``(B, T - 1)``, in nats, at each token but the first.
+    """Return the loss without the regions minus the loss with them, at each token but the first.
 
     Args:
         model: with `regions`.
-        batch: ``input_ids``, ``labels`` and ``attention_mask``, ``(B, T)``; other keys are left out.
-        regions: their names.
+        batch: ``input_ids``, ``labels`` and ``attention_mask``, ``(B, T)``; other keys are ignored.
+        regions: names of the regions.
+
+    Returns:
+        ``(B, T - 1)``, in nats.
     """
     device = next(model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
@@ -74,3 +86,42 @@ def region_benefit(model: nn.Module, batch: dict[str, Tensor], regions: Sequence
 def row_means(values: Tensor, targets: Tensor) -> Tensor:
     """Return each row's mean, ``(B,)``, of `token_losses` or their differences over the targets that have a loss."""
     return values.sum(1) / (targets[:, 1:] != IGNORED).sum(1).clamp(min=1)
+
+
+def score_rows(
+    trainer: Any, rows: Dataset, indices: np.ndarray, *, batch_size: int, separator: int | None = None
+) -> list[Tensor]:
+    """Return the benefit of the trainer's regions to rows, or to each of their documents.
+
+    Processes share the work, each with equally many batches.
+
+    Args:
+        trainer: a routed Trainer, whose model, collator and autocast are used.
+        rows: packed rows with ``input_ids``.
+        indices: of the rows to score.
+        batch_size: rows in a forward pass.
+        separator: the token that ends a document; None to score whole rows.
+
+    Returns:
+        for each index a tensor of one value, or of one value per document, in nats per token.
+    """
+    accelerator = trainer.accelerator
+    each = -(-len(indices) // accelerator.num_processes)
+    mine = np.resize(indices, each * accelerator.num_processes)[accelerator.process_index * each :][:each]
+    with trainer.compute_loss_context_manager(), torch.no_grad():
+        scores = []
+        for part in np.array_split(mine, -(-len(mine) // batch_size)):
+            batch = trainer.data_collator([{**rows[int(index)], ROUTE_LABEL: UNLABELED} for index in part])
+            benefit = region_benefit(trainer.model, batch, trainer.routing.regions)
+            scores.append(_batch_scores(benefit, batch, separator))
+    found = accelerator.gather(torch.cat(scores).to(accelerator.device)).cpu()[: len(indices)]
+    return [own[own != NO_DOCUMENT] for own in found]
+
+
+def _batch_scores(benefit: Tensor, batch: dict[str, Tensor], separator: int | None) -> Tensor:
+    """Return the benefit of each row, ``(B, 1)``, or at the first token of each document, ``(B, T)``."""
+    if separator is None:
+        return row_means(benefit, batch["labels"].to(benefit.device))[:, None]
+    documents = document_of(batch["input_ids"].to(benefit.device), separator)
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+    return document_means(benefit, documents).masked_fill(~begins, NO_DOCUMENT)

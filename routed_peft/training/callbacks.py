@@ -1,4 +1,4 @@
-"""What a Trainer's callbacks hear of an evaluation in two passes."""
+"""Callbacks of a Trainer: one `on_evaluate` for two passes, and projection of the base after each step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from routed_peft.regions.subspace import has_subspace, project_base
 
 
 @contextmanager
-def held_back(handler: CallbackHandler) -> Iterator[None]:
-    """Keep ``on_evaluate`` from callbacks, but for progress bars, which end with each pass.
+def single_on_evaluate(handler: CallbackHandler) -> Iterator[None]:
+    """Skip ``on_evaluate`` of all callbacks but progress bars, so that an evaluation in two passes calls it once.
 
-    A callback such as `EarlyStoppingCallback` looks for its metric in every evaluation it hears of; one pass alone has
-    only half of the metrics.
+    A callback such as `EarlyStoppingCallback` expects its metric at every call, and one pass has only half of the metrics.
     """
 
     def hold(args: Any, state: Any, control: TrainerControl, metrics: Any, **kwargs: Any) -> TrainerControl:
@@ -38,8 +37,8 @@ class SubspaceProjection(TrainerCallback):
     """Calls `project_base` directly after each step of the optimizer.
 
     `RoutedTrainer` and the trainers of `routed_peft.trl` add it by themselves; give it to any other ``Trainer``, TRL's
-    included, as one of its ``callbacks``. What the base had along each subspace is kept in the region's own files, so a run
-    that is resumed, or continued from ``load_routed(..., is_trainable=True)``, is put back to the very same numbers.
+    included, as one of its ``callbacks``. The component of the base along each subspace is saved with the region, so a run
+    that is resumed, or continued from ``load_routed(..., is_trainable=True)``, projects to exactly the same numbers.
 
     Raises:
         ValueError: when training begins, on a model without a region of ``kind="subspace"``.
@@ -56,7 +55,7 @@ class SubspaceProjection(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse to do nothing without a word."""
+        """Refuse a model without a subspace region, on which the callback would do nothing."""
         if model is None or not has_subspace(model):
             raise ValueError(
                 "`SubspaceProjection` is for models with a region of kind 'subspace', and this one has none: add one with "
@@ -71,6 +70,6 @@ class SubspaceProjection(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the base back."""
+        """Restore the component of the base along each subspace."""
         assert model is not None
         project_base(model)

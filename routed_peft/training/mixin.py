@@ -1,4 +1,4 @@
-"""What routing adds to a Trainer: labels in every step, groups that rest, evaluation with regions ablated."""
+"""Mix-in that adds routing to a Trainer: labels in every step, idle groups, evaluation with regions ablated."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 
 from routed_peft.ablation import ablated
+from routed_peft.checkpoint.save import check_kept_regions
 from routed_peft.data import RoutedCollator, check_route_columns
 from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT, ROUTE_QUARANTINE
-from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.losses import check_finite
 from routed_peft.regions.subspace import has_subspace
 from routed_peft.routes import IGNORED, Routes
 from routed_peft.routing.gradient_routing import GradientRouting
 from routed_peft.training.activation_penalty import activation_l1
-from routed_peft.training.callbacks import SubspaceProjection, held_back
+from routed_peft.training.callbacks import SubspaceProjection, single_on_evaluate
+from routed_peft.training.changing_dataset import ChangingDataset
 from routed_peft.training.label_checks import check_labels_occur
-from routed_peft.training.optimizer import clip_by_group, rest, tag_groups
+from routed_peft.training.optimizer import clip_by_group, drop_idle_gradients, tag_groups
 from routed_peft.training.saving import SavingMixin
-from routed_peft.training.self_labeler import SelfLabeler
-from routed_peft.training.self_labels import SelfLabeledRows
 from routed_peft.training.token_loss import TokenLossMixin
 
 
-class _Rest(TrainerCallback):
-    """Lets groups rest that nothing has taught since the last step; runs between clipping and the optimizer."""
+class _IdleGradients(TrainerCallback):
+    """Drops gradients of groups that no data has trained since the last step; runs between clipping and the optimizer."""
 
     def __init__(self, trainer: RoutingMixin) -> None:
         self.trainer = trainer
@@ -41,18 +40,18 @@ class _Rest(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer._rest_idle_groups()
+        self.trainer._drop_idle_gradients()
 
 
 class BatchObserver(Protocol):
-    """What looks at every batch just before it is trained on, such as a `routed_peft.monitoring.RegionMonitor`."""
+    """Observer of every batch just before it is trained on, such as a `routed_peft.monitoring.RegionMonitor`."""
 
-    def see(self, inputs: Mapping[str, Any], environments: Any) -> None:
-        """Look at a batch without its route columns; ``environments`` is its column ``route_environment``, or None."""
+    def observe(self, inputs: Mapping[str, Any], environments: Any) -> None:
+        """Take a batch without its route columns; ``environments`` is its column ``route_environment``, or None."""
 
 
 class RoutingMixin(SavingMixin, TokenLossMixin):
-    """What routing adds to a Trainer; `RoutedTrainer` and TRL's trainers share it."""
+    """Routing for a Trainer, shared by `RoutedTrainer` and TRL's trainers."""
 
     optimizer: torch.optim.Optimizer
     observer: BatchObserver | None = None
@@ -60,7 +59,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
     # Setting up
 
     def _attach(self, routes: Routes) -> None:
-        """Attach the routing; called once the Trainer around it is built."""
+        """Attach the routing; called at the end of the Trainer's constructor."""
         self._refuse_unsupported()
         args = self.args
         self.routing = GradientRouting(
@@ -73,16 +72,16 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
             joint=args.joint,
             gather=args.gather and not args.torch_compile,
         )
+        check_kept_regions(args.kept_regions, self.routing.regions)
         self._checked = not args.self_check
         self._labels_checked = not args.check_labels_after
         self.tokens_per_route: Counter[str] = Counter()  # over the run and all processes
         self._taught: Counter[tuple[str, str]] = Counter()  # since the last optimizer step, in this process
-        self.add_callback(_Rest(self))
+        self.add_callback(_IdleGradients(self))
         if has_subspace(self.model):
             self.add_callback(SubspaceProjection())
-        if isinstance(self.train_dataset, SelfLabeledRows):
-            self._check_self_labeled()
-            self.add_callback(SelfLabeler(self, self.train_dataset))
+        if isinstance(self.train_dataset, ChangingDataset):
+            self.add_callback(self.train_dataset.callback(self))
 
     def _refuse_unsupported(self) -> None:
         args = self.args
@@ -108,19 +107,6 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
                 "FSDP1 flattens parameters of different groups together: set `use_orig_params` or use FSDP2"
             )
 
-    def _check_self_labeled(self) -> None:
-        missing = [label for label in (FORGET, RETAIN, UNLABELED) if label not in self.routing.routes]
-        if missing:
-            raise ValueError(
-                f"`SelfLabeledRows` need routes for 'forget', 'retain' and 'unlabeled'; {missing} have none"
-            )
-        if self.args.train_sampling_strategy != "sequential" or self.args.dataloader_num_workers:
-            raise ValueError(
-                "`SelfLabeledRows` change under way: set `train_sampling_strategy` to 'sequential' and "
-                f"`dataloader_num_workers` to 0 (got {self.args.train_sampling_strategy!r} and "
-                f"{self.args.dataloader_num_workers})"
-            )
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns or []
@@ -141,7 +127,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
             self._check_labels_occur(check_route_columns(self.train_dataset, self.routing.routes))
 
     def _check_under_way(self) -> None:
-        """Check the labels of a stream, once, after `check_labels_after` steps: what it will yield is not known before."""
+        """Check the labels of a stream, once, after `check_labels_after` steps; they cannot be known before."""
         step = self.state.global_step + 1
         if self._labels_checked or isinstance(self.train_dataset, Dataset) or step < self.args.check_labels_after:
             return
@@ -184,7 +170,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
             self._check_routing(model, inputs)
         self._count(labels, weights, inputs)
         if self.observer is not None:
-            self.observer.see(inputs, environments)
+            self.observer.observe(inputs, environments)
         with self.routing(labels, weights):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         check_finite(loss, self.state.global_step)
@@ -201,7 +187,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
         self.routing.self_check(prepared, loss)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as `Trainer` does, plus the activation penalty where one is asked for."""
+        """Compute the loss as `Trainer` does, plus the activation penalty if `activation_l1` is set."""
         if not self.args.activation_l1 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with activation_l1(self.model) as norms:
@@ -214,7 +200,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
     def _count(self, labels: Tensor, weights: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]) -> None:
         has_loss = self._has_loss(inputs).cpu()
         reached = has_loss.flip(1).cummax(1).values.flip(1)
-        for group, count in self.routing.learning(labels, reached, weights).items():
+        for group, count in self.routing.count_learning_positions(labels, reached, weights).items():
             self._taught["group", group] += count
         per_position = labels.cpu() if labels.dim() == 2 else labels.cpu().unsqueeze(1).expand_as(has_loss)
         for index, label in enumerate(self.routing.routes):
@@ -230,8 +216,8 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
         self.accelerator.unscale_gradients(self.optimizer)
         return clip_by_group(self.optimizer, self.args.max_grad_norm)
 
-    def _rest_idle_groups(self) -> None:
-        """Sum up over all processes what has been taught since the last step, and rest the groups that nothing taught."""
+    def _drop_idle_gradients(self) -> None:
+        """Drop gradients of groups that no process has trained since the last step; count tokens over all processes."""
         groups, labels = self.routing.groups, list(self.routing.routes)
         keys = [("group", group) for group in groups] + [("label", label) for label in labels]
         counts = torch.tensor([self._taught[key] for key in keys], device=self.args.device)
@@ -239,7 +225,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
         taught = self.accelerator.reduce(counts, "sum").tolist()
         self.tokens_per_route.update(dict(zip(labels, taught[len(groups) :], strict=True)))
         self._check_under_way()
-        rest(self.optimizer, {group for group, count in zip(groups, taught, strict=False) if not count})
+        drop_idle_gradients(self.optimizer, {group for group, count in zip(groups, taught, strict=False) if not count})
 
     # Evaluation
 
@@ -258,14 +244,14 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
     ) -> dict[str, float]:
         """Evaluate as `Trainer` does, then again with all regions ablated (``eval_ablated_…``).
 
-        Callbacks hear of the two as one evaluation, after the second and with the metrics of both.
+        Callbacks get one ``on_evaluate``, after the second pass, with the metrics of both.
         """
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         if not self.args.evaluate_ablated or isinstance(datasets, dict):  # a dict comes back here one by one
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         first, *rest = metric_key_prefix.split("_", 1)  # "eval_forget" -> "eval_ablated_forget"
         prefix = "_".join([first, "ablated", *rest])
-        with held_back(self.callback_handler):
+        with single_on_evaluate(self.callback_handler):
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             with ablated(self.model, *self.routing.regions):
                 metrics |= super().evaluate(eval_dataset, ignore_keys, prefix)
@@ -273,7 +259,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
         return metrics
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate one batch; labels play no part."""
+        """Evaluate one batch without its route columns."""
         _pop_routes(inputs)
         inputs.pop(ROUTE_ENVIRONMENT, None)
         return super().prediction_step(model, inputs, *args, **kwargs)

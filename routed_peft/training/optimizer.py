@@ -1,4 +1,4 @@
-"""One optimizer with tagged parameter groups: the base and each region can have rates, clipping and rests of their own."""
+"""Parameter groups of one optimizer by routing group, with learning rates, clipping and idle steps of their own."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tag_groups(
     optimizer.param_groups[:] = split
 
 
-def rest(optimizer: torch.optim.Optimizer, idle: Collection[str]) -> None:
+def drop_idle_gradients(optimizer: torch.optim.Optimizer, idle: Collection[str]) -> None:
     """Set gradients of the groups in ``idle`` to None, so that this step leaves them and their state alone.
 
     A gradient of zero would not do: Adam moves such a parameter by momentum, about nine learning rates over 20 steps, and
@@ -60,7 +60,7 @@ def rest(optimizer: torch.optim.Optimizer, idle: Collection[str]) -> None:
 
     >>> p = nn.Parameter(torch.ones(1)); p.grad = torch.zeros(1)
     >>> optimizer = torch.optim.SGD([{"params": [p], "route": "forget"}], lr=0.1)
-    >>> rest(optimizer, {"forget"}); p.grad is None
+    >>> drop_idle_gradients(optimizer, {"forget"}); p.grad is None
     True
     """
     for group in optimizer.param_groups:

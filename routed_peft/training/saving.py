@@ -1,4 +1,4 @@
-"""How a routed Trainer saves, resumes and publishes: in the layout of `routed_peft.checkpoint`, base weights included."""
+"""Saving, resuming and publishing of a routed Trainer, in the layout of `routed_peft.checkpoint` with base weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from routed_peft.checkpoint import load_weights, push_to_hub, save_routed
 from routed_peft.routing.gradient_routing import GradientRouting
 from routed_peft.runs.resuming import check_resumable
 from routed_peft.training.arguments import RoutedTrainingArguments
-from routed_peft.training.self_labels import SelfLabeledRows
+from routed_peft.training.changing_dataset import ChangingDataset
 
 if TYPE_CHECKING:
     _Host = Trainer
@@ -44,8 +44,9 @@ class SavingMixin(_Host):
                 tokenizer=self.processing_class,
                 train_base=self.args.train_base,
                 base_adapters=self.args.base_adapters,
+                kept_regions=self.args.kept_regions,
                 tokens_per_route=dict(self.tokens_per_route),
-                extra={"self_labels": rows.scorings} if isinstance(rows, SelfLabeledRows) else None,
+                extra=rows.state() if isinstance(rows, ChangingDataset) else None,
                 state_dict=state_dict,
             )
 
@@ -76,8 +77,8 @@ class SavingMixin(_Host):
             load_weights(self.model, resume_from_checkpoint)
         saved = json.loads(Path(resume_from_checkpoint, "routing.json").read_text())
         self.tokens_per_route = Counter(saved["tokens_per_route"])
-        if isinstance(self.train_dataset, SelfLabeledRows):
-            self.train_dataset.restore(saved["extra"].get("self_labels", []))
+        if isinstance(self.train_dataset, ChangingDataset):
+            self.train_dataset.restore(saved["extra"])
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:

@@ -1,85 +1,68 @@
-"""Labels that the region finds itself: a region that has learnt its side knows an unlabelled row of it when it sees one."""
+"""Self-labels: relabel unlabeled rows during training by how much the region lowers their loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, List, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_WEIGHTS, column_values
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
-from routed_peft.data.regroup import regroup
+from routed_peft.data.regroup import check_regroupable, regroup
 from routed_peft.data.schedule import draw_order
 from routed_peft.routes import BASE
+from routed_peft.training.benefit import benefit_threshold, middle_and_spread, score_rows
+from routed_peft.training.changing_dataset import ChangingDataset
+from routed_peft.training.self_label_config import SelfLabelConfig
 
 REFERENCE_ROWS = 256
-THRESHOLDS = ("balanced", "median", "midpoint")
-SETTINGS = (
-    "labeled_first",
-    "first_forget_share",
-    "threshold",
-    "score_again_at",
-    "forget_share",
-    "robust_share",
-    "overrule",
-)
-"""What can be set of `SelfLabeledRows`, beside the seed; recipes and experiments use the same names."""
+"""Labeled rows of each side that are scored to set the threshold, at most."""
 
 
-class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
-    r"""The rows of a run in the order in which they are trained on, relabelled under way by the region itself.
+class SelfLabeledRows(ChangingDataset):
+    r"""The rows of a run in training order, relabeled during the run by the region itself.
 
-    The first ``labeled_first`` of the run takes labelled rows only, a tenth of them forget: the region needs few to know its
-    side, and the base, which learns from the others alone, would be late with more of them. Then the region is asked for its
-    *benefit* to every unlabelled row,
+    The first ``labeled_first`` of the run takes labeled rows only, a tenth of them forget. The region needs few forget rows
+    to learn its side, and the base learns from the others alone. Then every unlabeled row is scored by the region's *benefit*,
 
     .. math:: b = L_{\text{ablated}} - L_{\text{on}},
 
-    the row's mean loss with the regions ablated less that with them on, in nats per token. A row whose benefit is above a
-    threshold between the means over labelled forget and labelled retain rows
-    (`routed_peft.training.benefit.benefit_threshold`) is treated as forget from there on, the others as retain, and the
-    rest of the run is laid out anew. As forget rows teach the base little or nothing, few of them are taken
-    (``forget_share``).
+    the row's mean loss with the regions ablated minus that with them on, in nats per token. Rows above a threshold between
+    the benefits of labeled forget rows and labeled retain rows (`routed_peft.training.benefit.benefit_threshold`) count as
+    forget from then on, the others as retain. The rest of the run is drawn anew from these labels. Forget rows teach the
+    base little or nothing, so few of them are taken (``forget_share``).
 
-    Give it to `RoutedTrainer` as ``train_dataset``, with ``train_sampling_strategy="sequential"``; the trainer scores,
-    relabels, and keeps what was found in its checkpoints.
+    Pass it to `RoutedTrainer` as ``train_dataset``, with ``train_sampling_strategy="sequential"``. The trainer scores and
+    relabels the rows, and saves the labels found in its checkpoints.
 
     Args:
         rows: packed rows with ``input_ids`` and ``route_label`` forget, retain or unlabeled.
         count: rows of the whole run: steps times rows per step, over all processes.
-        labeled_first: share of the run before the scoring.
-        forget_share: share of forget rows, labelled or found, in the rest of the run; None for their share in ``rows``.
-        robust_share: share of the retain rows, labelled or found, that are trained like forget rows: with the region on,
-            and teaching the region. Otherwise it never sees retain text, and the model *with* its region is bad at it
-            (compare core-robustness of GRAM, arXiv 2607.08077).
-        overrule: whether labelled rows are asked too, and what is found counts in place of what was given; for labels that may
-            be wrong. Otherwise a wrong label is obeyed to the end of the run. A region that has seen few forget rows tells less
-            well that a label is wrong, and wrong labels move the mean of a side: use it with a ``first_forget_share`` of 0.5
-            and the ``threshold`` "median", with which it is tested.
+        config: shares, threshold and times of scoring.
         seed: same seed, same run.
-        first_forget_share: share of forget rows before the scoring.
-        threshold: "balanced", "median" or "midpoint", see `routed_peft.training.benefit.benefit_threshold`.
-        score_again_at: share of the run after which the region is asked once more, None for never. By then it knows its side
-            better, and what it finds counts in place of what it found at first.
-        separator: the token that ends a document (``tokenizer.eos_token_id``). It is then documents that are scored, and not
-            rows, whatever they share a row with; documents of one kind share rows from there on. For rows of one length, whose
-            further columns have a value for each token.
-        token_weights: ``(V,)``: the base's gradient weight at every token of rows that count as forget, such as
-            `routed_peft.data.token_frequency_weights`, so that tokens which both sides share still teach it. The route of
-            forget rows must then leave the base its weight of 1, which these numbers multiply.
+        token_weights: ``(V,)``: the base's gradient weight at every token of forget rows, such as
+            `routed_peft.data.token_frequency_weights`, so that tokens common on both sides still teach the base. The route
+            of forget rows must then leave the base its weight of 1, which these numbers multiply.
+        separator: the token that ends a document (``tokenizer.eos_token_id``), to score documents instead of rows.
+            Documents of one kind then share rows. Rows must be of one length, and their other columns must have a value
+            for each token.
+        **settings: deprecated: fields of `SelfLabelConfig`; pass ``config``.
 
     Raises:
-        ValueError: where a share is out of range, there are no labelled rows of both kinds to start from, or a column cannot be
-            laid out anew by documents.
+        ValueError: where labeled rows of either side are missing, or a column cannot be regrouped by documents.
 
     Example:
         >>> rows = Dataset.from_dict({"input_ids": [[1], [2], [3], [4]],
         ...                           "route_label": ["forget", "retain", "unlabeled", "unlabeled"]})
-        >>> run = SelfLabeledRows(rows, 8, labeled_first=0.25)
+        >>> run = SelfLabeledRows(rows, 8, SelfLabelConfig(labeled_first=0.25))
         >>> run.relabel(np.array([2, 3]), np.array([True, False]), start=2)
         >>> run.labels.tolist(), run[0]
         (['forget', 'retain', 'forget', 'retain'], {'input_ids': [2], 'route_label': 'retain'})
@@ -89,70 +72,89 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         self,
         rows: Dataset,
         count: int,
-        labeled_first: float = 0.15,
-        forget_share: float | None = 0.1,
-        robust_share: float = 0.0,
+        config: SelfLabelConfig | None = None,
+        *,
         seed: int = 0,
-        overrule: bool = False,
-        first_forget_share: float = 0.1,
-        threshold: str = "balanced",
         token_weights: Tensor | None = None,
         separator: int | None = None,
-        score_again_at: float | None = None,
+        **settings: Any,
     ) -> None:
-        if not 0 < labeled_first < 1:
-            raise ValueError(f"`labeled_first` is a share of the run, between 0 and 1; got {labeled_first}")
-        if score_again_at is not None and not labeled_first < score_again_at < 1:
-            raise ValueError(
-                f"`score_again_at` is a share of the run, between `labeled_first` ({labeled_first}) and 1; got {score_again_at}"
-            )
-        if not 0 <= robust_share < 1:
-            raise ValueError(f"`robust_share` is a share, at least 0 and less than 1; got {robust_share}")
-        if threshold not in THRESHOLDS:
-            raise ValueError(f"`threshold` must be one of {THRESHOLDS}, got {threshold!r}")
-        self.rows, self.seed, self.threshold = rows, seed, threshold
-        again = {} if score_again_at is None else {"score_again_at": score_again_at}
-        self.score_at = {"labeled_first": labeled_first, **again}
-        """Shares of the run after which rows are scored, by the argument that says so."""
-        self.forget_share, self.robust_share, self.overrule = forget_share, robust_share, overrule
-        self.token_weights, self.separator = token_weights, separator
+        self.config = config = _with_settings(config or SelfLabelConfig(), settings)
+        self.rows, self.seed, self.token_weights, self.separator = rows, seed, token_weights, separator
         if separator is not None:
-            check_columns(rows)
+            check_regroupable(rows)
+        again = {} if config.score_again_at is None else {"score_again_at": config.score_again_at}
+        self.score_at = {"labeled_first": config.labeled_first, **again}
+        """Shares of the run after which rows are scored, by the setting that asks for it."""
         self._given = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
         self._at_first = rows
-        order = draw_order(self._given.tolist(), count, labeled_first, forget_share, seed, first_forget_share)
+        order = draw_order(
+            self._given.tolist(),
+            count,
+            labeled_first=config.labeled_first,
+            forget_share=config.forget_share,
+            seed=seed,
+            first_forget_share=config.first_forget_share,
+        )
         self._order_at_first = np.array(order)
-        self.restore([])
+        self.restore({})
 
-    def restore(self, scorings: Sequence[dict[str, Any]]) -> None:
-        """Lay out the run as in an interrupted one, by the `scorings` in its checkpoint; as at first without any."""
+    # Contract of `ChangingDataset`
+
+    def callback(self, trainer: Any) -> TrainerCallback:
+        """Return the callback that scores and relabels the rows.
+
+        Raises:
+            ValueError: where routes are missing, or the trainer would shuffle rows or fetch them in other processes.
+        """
+        missing = [label for label in (FORGET, RETAIN, UNLABELED) if label not in trainer.routing.routes]
+        if missing:
+            raise ValueError(
+                f"`SelfLabeledRows` need routes for 'forget', 'retain' and 'unlabeled'; {missing} have none: add them to "
+                "`routes`"
+            )
+        args = trainer.args
+        if args.train_sampling_strategy != "sequential" or args.dataloader_num_workers:
+            raise ValueError(
+                "`SelfLabeledRows` change during training: set `train_sampling_strategy` to 'sequential' and "
+                f"`dataloader_num_workers` to 0 (got {args.train_sampling_strategy!r} and {args.dataloader_num_workers})"
+            )
+        return SelfLabeler(trainer, self)
+
+    def state(self) -> dict[str, Any]:
+        """Return all scorings so far, from which the labels follow."""
+        return {"self_labels": self.scorings}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Lay out the run as an interrupted one was, from its `state`; as at the beginning where that is empty."""
         self.rows = self._at_first
         self.labels = self._given.copy()
-        """What every row counts as by now."""
+        """Current label of every row."""
         self.found_rows = np.array([], dtype=int)
         """Indices of the rows whose label was found."""
         self._order = self._order_at_first.copy()
         self._labels_in_order = self.labels[self._order]
         self._sides_in_order = self._labels_in_order.copy()
         self.scorings: list[dict[str, Any]] = []
-        """What each scoring found: at which ``step``, the run's row ``start`` from which on it counts, the ``rows`` that were
-        scored, whether each, or each of its documents, ``is_forget``, and how many ``tokens`` it took."""
-        for scoring in scorings:
-            self.add(scoring)
+        """Result of each scoring: its ``step``, the run's row ``start`` from which it applies, the ``rows`` that were scored,
+        whether each, or each of its documents, ``is_forget``, and the number of ``tokens`` scored."""
+        for scoring in state.get("self_labels", []):
+            self.apply_scoring(scoring)
 
-    def add(self, scoring: dict[str, Any]) -> None:
-        """Relabel by what a scoring found, see `scorings`."""
-        self.scorings.append(scoring)
-        found = scoring["is_forget"] if self.separator is not None else np.array(scoring["is_forget"], dtype=bool)
-        self.relabel(np.array(scoring["rows"], dtype=int), found, scoring["start"])
-
-    def __len__(self) -> int:
-        return len(self._order)
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of the forward passes of all scorings: two for every scored token."""
+        return 2 * self.scored_tokens
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens of the rows whose benefit was taken, those included against which the others were judged."""
+        """Tokens of the rows that were scored, including the labeled rows that set the threshold."""
         return sum(scoring["tokens"] for scoring in self.scorings)
+
+    # Rows of the run
+
+    def __len__(self) -> int:
+        return len(self._order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, label = int(self._order[index]), self._labels_in_order[index]
@@ -162,7 +164,7 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         return row
 
     def _base_weights(self, ids: Sequence[int], label: str, side: str) -> list[float]:
-        """Return what the route's base weight is multiplied by at every position, which predicts the token after it."""
+        """Return the multiplier of the route's base weight at every position, which predicts the token after it."""
         if label != FORGET:
             return [1.0] * len(ids)
         if side != FORGET:  # retain text that teaches the region alone
@@ -171,28 +173,36 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
         return [*self.token_weights[torch.tensor(ids[1:], dtype=torch.long)].tolist(), 0.0]
 
     def in_order(self, column: str) -> list[Any]:
-        """Return a column's values in the order of the run, as it now is."""
+        """Return a column's values in the run's current order."""
         values = self.rows[column][:]
         return [values[index] for index in self._order]
 
-    def given(self, label: str, count: int | None = None) -> np.ndarray:
-        """Return the indices of rows that came with this label, in an order that is random but always the same."""
+    # Scoring
+
+    def rows_labeled(self, label: str, count: int | None = None) -> np.ndarray:
+        """Return indices of rows that came with this label, in an order that is random but always the same."""
         return self._shuffled(np.flatnonzero(self._given == label))[:count]
+
+    def rows_to_score(self, count: int) -> np.ndarray:
+        """Return indices of at most ``count`` rows to score, in the order of `rows_labeled`."""
+        if not self.config.overrule:
+            return self.rows_labeled(UNLABELED, count)
+        return self._shuffled(np.arange(len(self._given)))[:count]
 
     def _shuffled(self, indices: np.ndarray) -> np.ndarray:
         return np.random.default_rng([self.seed, 1]).permutation(indices)
 
-    def to_score(self, count: int) -> np.ndarray:
-        """Return the indices of at most ``count`` rows that the region is asked about, in the order of `given`."""
-        if not self.overrule:
-            return self.given(UNLABELED, count)
-        return self._shuffled(np.arange(len(self._given)))[:count]
+    def apply_scoring(self, scoring: dict[str, Any]) -> None:
+        """Record the result of a scoring (see `scorings`) and relabel rows by it."""
+        self.scorings.append(scoring)
+        found = scoring["is_forget"] if self.separator is not None else np.array(scoring["is_forget"], dtype=bool)
+        self.relabel(np.array(scoring["rows"], dtype=int), found, scoring["start"])
 
     def relabel(self, scored: np.ndarray, is_forget: np.ndarray | Sequence[Sequence[bool]], start: int) -> None:
-        """Lay out the run anew from its row ``start`` on; rows that could be scored and were not are not taken any more.
+        """Draw the run anew from its row ``start`` on; rows that could have been scored and were not are left out.
 
         Args:
-            scored: indices of rows, see `to_score`.
+            scored: indices of rows, see `rows_to_score`.
             is_forget: for each, whether it counts as forget; with a ``separator``, whether each of its documents does.
             start: first row of the run that changes.
         """
@@ -200,30 +210,106 @@ class SelfLabeledRows(torch.utils.data.Dataset[dict[str, Any]]):
             self.labels = self._given.copy()
             self.labels[scored] = np.where(is_forget, FORGET, RETAIN)
             self.found_rows = np.sort(scored)
-        else:  # rows of an earlier scoring stay, for the run has gone through them
+        else:  # rows of an earlier scoring stay, because the run has used them
             found, labels = regroup(self._at_first.select(scored), list(is_forget), self.separator)
             self.found_rows = len(self.rows) + np.arange(len(labels))
             self.rows = concatenate_datasets([self.rows, found])
             self.labels = np.concatenate([self.labels, np.array(labels, dtype=object)])
-        given = np.array([], dtype=int) if self.overrule else np.flatnonzero(self._given != UNLABELED)
+        given = np.array([], dtype=int) if self.config.overrule else np.flatnonzero(self._given != UNLABELED)
         known = np.union1d(given, self.found_rows)
         order = draw_order(
-            self.labels[known].tolist(), len(self) - start, forget_share=self.forget_share, seed=[self.seed, start]
+            self.labels[known].tolist(),
+            len(self) - start,
+            forget_share=self.config.forget_share,
+            seed=[self.seed, start],
         )
         self._order[start:] = known[order]
         self._sides_in_order[start:] = labels = self.labels[self._order[start:]]
-        robust = np.random.default_rng([self.seed, start]).random(len(labels)) < self.robust_share
+        robust = np.random.default_rng([self.seed, start]).random(len(labels)) < self.config.robust_share
         self._labels_in_order[start:] = np.where(robust & (labels == RETAIN), FORGET, labels)
 
 
-def check_columns(rows: Dataset) -> None:
-    """Raise ValueError unless rows are of one length and their columns can be laid out anew, document by document."""
-    lengths = {len(ids) for ids in rows["input_ids"]}
-    if len(lengths) != 1:
-        raise ValueError(f"`separator` needs packed rows of one length, got {sorted(lengths)[:4]} and more")
-    others = [name for name in rows.column_names if name != ROUTE_LABEL and not isinstance(rows.features[name], List)]
-    if others:
+class SelfLabeler(TrainerCallback):
+    """Scores and relabels `SelfLabeledRows` after the labeled start of a run."""
+
+    def __init__(self, trainer: Any, rows: SelfLabeledRows) -> None:
+        self.trainer, self.rows = trainer, rows
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reset labels found in an earlier run of the same rows; check the run's length and the times of scoring."""
+        if state.global_step == 0:
+            self.rows.restore({})
+        wanted = state.max_steps * self._per_step(args)
+        if len(self.rows) != wanted:
+            raise ValueError(
+                f"the rows are laid out for a run of {len(self.rows)} and it takes {wanted}, {state.max_steps} steps of "
+                f"{self._per_step(args)}: make `SelfLabeledRows` with `count={wanted}`, or set `max_steps`"
+            )
+        steps = self._steps(state)
+        last = max(steps)
+        if len(steps) < len(self.rows.score_at) or self._start(args, last) >= len(self.rows):
+            raise ValueError(
+                f"`{steps[last]}`: after step {last} of {state.max_steps} there is nothing left to label: score earlier, or "
+                "train for longer"
+            )
+
+    def _steps(self, state: TrainerState) -> dict[int, str]:
+        """Return the steps after which rows are scored, with the setting that asks for each."""
+        return {max(1, round(share * state.max_steps)): name for name, share in self.rows.score_at.items()}
+
+    @staticmethod
+    def _per_step(args: TrainingArguments) -> int:
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def _start(self, args: TrainingArguments, step: int) -> int:
+        """Return the first row of the run that a scoring after this step changes."""
+        return (step + 1) * self._per_step(args)  # a loader may have fetched the next batch already
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Score rows after the labeled start, and a second time where `score_again_at` asks for it."""
+        name = self._steps(state).get(state.global_step)
+        if name is None:
+            return
+        rows, start = self.rows, self._start(args, state.global_step)
+        scored = rows.rows_to_score(len(rows) - start)
+        known = [rows.rows_labeled(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
+        indices = np.concatenate([*known, scored])
+        found = score_rows(self.trainer, rows.rows, indices, batch_size=args.eval_batch_size, separator=rows.separator)
+        benefits = iter(found)
+        forget, retain = (torch.cat(list(islice(benefits, len(own)))) for own in known)
+        threshold = self._threshold(forget, retain, f"`{name}`: after {state.global_step} steps")
+        by_document = [(own > threshold).tolist() for own in benefits]  # of the rows that are left
+        flat = [label for own in by_document for label in own]
+        is_forget = by_document if rows.separator is not None else flat
+        tokens = sum(len(ids) for ids in rows.rows.select(indices)["input_ids"])
+        result = {"rows": scored.tolist(), "is_forget": is_forget, "tokens": tokens}
+        rows.apply_scoring({"step": state.global_step, "start": start} | result)
+        self.trainer.log({"self_labels_forget": sum(flat), "self_labels_retain": len(flat) - sum(flat)})
+
+    def _threshold(self, forget: Tensor, retain: Tensor, moment: str) -> float:
+        """Return the threshold between the benefits of either side; refuse a region that cannot tell the sides apart."""
+        kind = self.rows.config.threshold
+        (mu_f, _), (mu_r, _) = (middle_and_spread(side, kind) for side in (forget, retain))
+        if not mu_f > mu_r:  # also where the model has diverged
+            raise ValueError(
+                f"{moment} the region helps labeled forget rows by {mu_f:.3f} nats per token and retain rows by "
+                f"{mu_r:.3f}, so it cannot tell them apart: give it a longer start, or check the labels"
+            )
+        return benefit_threshold(forget, retain, kind)
+
+
+def _with_settings(config: SelfLabelConfig, settings: Mapping[str, Any]) -> SelfLabelConfig:
+    """Return ``config`` with the deprecated keyword arguments put in."""
+    if not isinstance(config, SelfLabelConfig):
         raise ValueError(
-            f"`separator` lays documents out anew, and {others[0]!r} has one value for a whole row: remove it, or give a list "
-            "with a value for each token (`pack(…, per_token=[…])`)"
+            f"`config` is a `SelfLabelConfig`, got {config!r}: write `SelfLabelConfig(labeled_first=0.15)`"
         )
+    if settings:
+        warnings.warn(
+            f"`SelfLabeledRows(..., {', '.join(settings)})` is deprecated: pass `config=SelfLabelConfig(...)`",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return replace(config, **settings)

@@ -1,4 +1,4 @@
-"""Losses of a `Trainer`: in training they must be numbers, in evaluation they are means over tokens, in nats."""
+"""Evaluation losses of a `Trainer` as means over tokens, in nats."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from routed_peft.routes import IGNORED
 
 
 class TokenLossMixin:
-    """What makes a `Trainer`'s evaluation loss the mean over all *tokens*, where it takes a mean over batches."""
+    """Mix-in that makes a `Trainer`'s evaluation loss the mean over all *tokens* instead of the mean over batches."""
 
     accelerator: Accelerator
     _loss_sums: Tensor
     _measures = False
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        # Trainer would have an evaluation's loss divided by the tokens of all processes, whichever of them has how many
+        # otherwise Trainer divides an evaluation's loss by the tokens of all processes, however many each has
         return None if self._measures else super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate one batch, and remember its loss and tokens."""
+        """Evaluate one batch, and add up its loss and tokens."""
         if "labels" in inputs:
-            inputs = {**inputs, "labels": once(inputs["labels"], self.accelerator)}
+            inputs = {**inputs, "labels": ignore_repeated_rows(inputs["labels"], self.accelerator)}
         self._measures = True
         try:
             result = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
@@ -49,12 +49,12 @@ class TokenLossMixin:
         return output
 
 
-def once(labels: Tensor, accelerator: Accelerator) -> Tensor:
-    """Return the targets of a batch, ignored in rows that are in it again only to give every process as many.
+def ignore_repeated_rows(labels: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the targets of a batch, ignored in rows that only repeat others to give every process equally many.
 
     Args:
         labels: ``(B, T)``.
-        accelerator: whose data loader the batch comes from; it fills its last batches with rows from the beginning.
+        accelerator: its data loader made the batch; the loader fills last batches with rows from the beginning.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:

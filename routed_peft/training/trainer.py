@@ -12,8 +12,8 @@ from routed_peft.data import RoutedCollator, class_names
 from routed_peft.routes import Routes
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.training.arguments import RoutedTrainingArguments
+from routed_peft.training.changing_dataset import ChangingDataset
 from routed_peft.training.mixin import RoutingMixin
-from routed_peft.training.self_labels import SelfLabeledRows
 
 
 class RoutedTrainer(RoutingMixin, Trainer):
@@ -90,6 +90,6 @@ class RoutedTrainer(RoutingMixin, Trainer):
                 tokens,
                 steps=step,
                 labeled_forget_tokens=labeled_forget_tokens,
-                teacher_tokens=2 * rows.scored_tokens if isinstance(rows, SelfLabeledRows) else 0,
+                teacher_tokens=rows.forward_tokens if isinstance(rows, ChangingDataset) else 0,
             ).to_dict()
         return summary

@@ -58,10 +58,10 @@ def test_grpo_is_monitored(tmp_path):
     seen = []
 
     class Spy:
-        def see(self, inputs, environments):
+        def observe(self, inputs, environments):
             tokens = [word_tokenizer().decode(ids[ids != 0]) for ids in inputs["prompt_ids"]]
             seen.extend(zip(tokens, environments, strict=True))
-            monitor.see(inputs, environments)
+            monitor.observe(inputs, environments)
 
     trainer.observer = Spy()
     trainer.train()

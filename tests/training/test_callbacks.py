@@ -4,14 +4,7 @@ import pytest
 from training_parts import rows, trainer_of
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from routed_peft.data import train_tokenizer
-
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["a"], vocab_size=258)
 
 
 class Heard(TrainerCallback):

@@ -4,13 +4,6 @@ import pytest
 from datasets import ClassLabel, Features, IterableDataset, List, Value
 from training_parts import LABELS, assert_same, rows, train, trainer_of, weights
 
-from routed_peft.data import train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["a"], vocab_size=258)
-
 
 def stream(*labels: str) -> IterableDataset:
     """Yield four rows, which is a step, of each label."""

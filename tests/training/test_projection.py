@@ -10,7 +10,7 @@ from subspace_parts import logits, subspace_file, subspace_layers, with_subspace
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from routed_peft import GradientRouting, Route, RoutedTrainer, RoutedTrainingArguments, ablated, load_routed, presets
-from routed_peft.data import RoutedCollator, train_tokenizer
+from routed_peft.data import RoutedCollator
 from routed_peft.regions.linear import LowRankLinear
 from routed_peft.regions.subspace import project_base
 from routed_peft.subspaces import Subspace
@@ -82,11 +82,6 @@ def test_without_a_region_to_take_it_the_weak_strength_learns_the_persona_all_th
     weak, cut = (Toy(strength, tmp_path, region=False) for strength in ("weights", "cut"))
     assert weak.on == weak.off < 0.1 * weak.before and weak.task < 0.5  # through rows that writers had along U
     assert cut.on == cut.off > 0.7 * cut.before and cut.task < 0.5
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["a"], vocab_size=258)
 
 
 def rows(count: int = 24) -> Dataset:

@@ -1,17 +1,11 @@
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
-from hypothesis import strategies as st
 
-from routed_peft.data.regroup import document_means, document_of
-from routed_peft.losses import token_losses
-from routed_peft.training.benefit import benefit_threshold, row_means
+from routed_peft.training.self_label_config import SelfLabelConfig
 from routed_peft.training.self_labels import SelfLabeledRows
 
 
@@ -20,22 +14,26 @@ def rows(forget: int = 10, retain: int = 10, unlabeled: int = 20) -> Dataset:
     return Dataset.from_dict({"input_ids": [[i] for i in range(len(labels))], "route_label": labels})
 
 
+def self_labeled(rows: Dataset, count: int, token_weights=None, separator=None, **settings) -> SelfLabeledRows:
+    return SelfLabeledRows(rows, count, SelfLabelConfig(**settings), token_weights=token_weights, separator=separator)
+
+
 def labels_of(run: SelfLabeledRows, start: int, stop: int) -> list[str]:
     return [run[i]["route_label"] for i in range(start, stop)]
 
 
 def test_a_run_starts_with_labelled_rows_only_a_tenth_of_them_forget():
-    run = SelfLabeledRows(rows(), 100, labeled_first=0.2)
+    run = self_labeled(rows(), 100, labeled_first=0.2)
     assert len(run) == 100 and labels_of(run, 0, 20).count("forget") == 2
-    half = SelfLabeledRows(rows(), 100, labeled_first=0.2, first_forget_share=0.5)
+    half = self_labeled(rows(), 100, labeled_first=0.2, first_forget_share=0.5)
     assert labels_of(half, 0, 20).count("forget") == 10
     assert "unlabeled" not in labels_of(run, 0, 20) and "unlabeled" in labels_of(run, 20, 100)
 
 
 def test_relabelled_rows_are_taken_in_the_shares_asked_for():
-    run = SelfLabeledRows(rows(), 100, labeled_first=0.2, forget_share=0.1)
+    run = self_labeled(rows(), 100, labeled_first=0.2, forget_share=0.1)
     before = labels_of(run, 0, 24)
-    scored = run.given("unlabeled", 12)
+    scored = run.rows_labeled("unlabeled", 12)
     run.relabel(scored, np.arange(12) < 3, start=24)
     assert labels_of(run, 0, 24) == before
     after = labels_of(run, 24, 100)
@@ -45,9 +43,9 @@ def test_relabelled_rows_are_taken_in_the_shares_asked_for():
 
 
 def test_what_was_given_is_overruled_where_that_is_asked_for():
-    run = SelfLabeledRows(rows(), 100, labeled_first=0.2, forget_share=0.5, overrule=True)
+    run = self_labeled(rows(), 100, labeled_first=0.2, forget_share=0.5, overrule=True)
     before = labels_of(run, 0, 24)
-    scored = run.to_score(32)
+    scored = run.rows_to_score(32)
     assert len(set(scored.tolist())) == 32 and {label for label in run._given[scored]} == {
         "forget",
         "retain",
@@ -59,12 +57,12 @@ def test_what_was_given_is_overruled_where_that_is_asked_for():
     taken = [run[i] for i in range(24, 100)]
     assert all((row["route_label"] == "forget") == (row["input_ids"][0] % 2 == 0) for row in taken)
     assert {row["input_ids"][0] for row in taken} == set(scored.tolist()), "those that were not asked about are out"
-    assert set(SelfLabeledRows(rows(), 100).to_score(100)) == set(range(20, 40))
+    assert set(self_labeled(rows(), 100).rows_to_score(100)) == set(range(20, 40))
 
 
 def test_robust_rows_are_retain_rows_that_count_as_forget():
-    run = SelfLabeledRows(rows(), 2000, labeled_first=0.2, forget_share=0.1, robust_share=0.5)
-    run.relabel(run.given("unlabeled"), np.zeros(20, dtype=bool), start=400)
+    run = self_labeled(rows(), 2000, labeled_first=0.2, forget_share=0.1, robust_share=0.5)
+    run.relabel(run.rows_labeled("unlabeled"), np.zeros(20, dtype=bool), start=400)
     trained_as, truly = np.array(labels_of(run, 400, 2000)), run.labels[run._order[400:]]
     robust = (trained_as == "forget") & (truly == "retain")
     assert 0.45 < robust.sum() / (truly == "retain").sum() < 0.55
@@ -74,15 +72,17 @@ def test_robust_rows_are_retain_rows_that_count_as_forget():
 def test_token_weights_let_shared_tokens_of_forget_rows_teach_the_base():
     """A position predicts the token after it; retain rows that teach the region alone give the base nothing."""
     found = Dataset.from_dict({"input_ids": [[0, 1, 2]] * 40, "route_label": rows()["route_label"]})
-    run = SelfLabeledRows(found, 400, 0.2, 0.5, 0.5, token_weights=torch.tensor([0.25, 0.5, 0.75]))
-    run.relabel(run.given("unlabeled"), np.arange(20) < 10, start=80)
+    run = self_labeled(
+        found, 400, labeled_first=0.2, forget_share=0.5, robust_share=0.5, token_weights=torch.tensor([0.25, 0.5, 0.75])
+    )
+    run.relabel(run.rows_labeled("unlabeled"), np.arange(20) < 10, start=80)
     weights = {"forget": [0.5, 0.75, 0.0], "robust": [0.0] * 3, "retain": [1.0] * 3}
     kinds = set()
     for place in range(80, 400):
         row, truth = run[place], run.labels[run._order[place]]
         kinds.add(kind := truth if row["route_label"] == truth else "robust")
         assert row["route_weights"] == {"base": weights[kind]}
-    assert kinds == {"forget", "robust", "retain"} and "route_weights" not in SelfLabeledRows(rows(), 100)[0]
+    assert kinds == {"forget", "robust", "retain"} and "route_weights" not in self_labeled(rows(), 100)[0]
 
 
 def scoring(rows: list[int], is_forget: list, start: int) -> dict:
@@ -91,40 +91,19 @@ def scoring(rows: list[int], is_forget: list, start: int) -> dict:
 
 def test_restored_runs_are_the_same():
     """After two scorings, the second of which found other rows; and rows that were trained on before serve anew."""
-    first, second = (SelfLabeledRows(rows(), 100, labeled_first=0.2, robust_share=0.3) for _ in range(2))
+    first, second = (self_labeled(rows(), 100, labeled_first=0.2, robust_share=0.3) for _ in range(2))
     at_first = [first[i] for i in range(100)]
-    once = scoring(first.to_score(20).tolist(), (np.arange(20) % 2 == 0).tolist(), 30)
-    again = scoring(first.to_score(15).tolist(), (np.arange(15) % 3 == 0).tolist(), 60)
-    first.add(once)
+    once = scoring(first.rows_to_score(20).tolist(), (np.arange(20) % 2 == 0).tolist(), 30)
+    again = scoring(first.rows_to_score(15).tolist(), (np.arange(15) % 3 == 0).tolist(), 60)
+    first.apply_scoring(once)
     between = [first[i] for i in range(30, 60)]
-    first.add(again)
+    first.apply_scoring(again)
     assert [first[i] for i in range(30, 60)] == between, "the second scoring leaves what is behind it"
     assert first.scored_tokens == 14 and len(first.found_rows) == 15
-    second.restore([once, again])
+    second.restore({"self_labels": [once, again]})
     assert [first[i] for i in range(100)] == [second[i] for i in range(100)]
-    second.restore([])
+    second.restore({})
     assert [second[i] for i in range(100)] == at_first and second.scored_tokens == 0
-
-
-def test_row_means_are_over_the_tokens_that_have_a_loss():
-    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
-    targets = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
-    means = row_means(token_losses(logits, targets), targets)
-    log = logits.log_softmax(-1)
-    assert torch.allclose(means[1], -log[1, 0, 6])
-    assert torch.allclose(means[0], -(log[0, 0, 2] + log[0, 1, 3] + log[0, 2, 4]) / 3)
-
-
-@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=4))
-def test_means_over_documents(ids):
-    """The obvious way: cut every row after each 0, and leave out the row's first token, which nothing predicts."""
-    ids, values = torch.tensor(ids), torch.arange(5.0).expand(len(ids), 5) ** 2
-    found = document_means(values, document_of(ids, separator=0))
-    for row, means in zip(ids.tolist(), found, strict=True):
-        cuts = [0, *(i + 1 for i, token in enumerate(row) if token == 0 and i < 5), 6]
-        for start, stop in pairwise(cuts):
-            own = [float((i - 1) ** 2) for i in range(max(start, 1), stop)]
-            assert means[start:stop].tolist() == pytest.approx([sum(own) / max(1, len(own))] * (stop - start))
 
 
 def mixed_rows() -> Dataset:
@@ -135,7 +114,7 @@ def mixed_rows() -> Dataset:
 
 
 def test_documents_of_one_kind_share_rows_once_they_were_told_apart():
-    run = SelfLabeledRows(mixed_rows(), 40, labeled_first=0.5, forget_share=0.25, separator=0)
+    run = self_labeled(mixed_rows(), 40, labeled_first=0.5, forget_share=0.25, separator=0)
     assert len(run.found_rows) == 0 and set(labels_of(run, 20, 40)) == {"forget", "retain", "unlabeled"}
     run.relabel(np.array([2, 3, 4]), [[True, False], [False, True], [True, False]], start=20)
     new = [run.rows[int(i)] for i in run.found_rows]
@@ -145,76 +124,45 @@ def test_documents_of_one_kind_share_rows_once_they_were_told_apart():
     taken = [run[i] for i in range(20, 40)]
     assert sum(row["route_label"] == "forget" for row in taken) == 5
     assert all((row["input_ids"][0] == 1) == (row["route_label"] == "forget") for row in taken)
-    again = SelfLabeledRows(mixed_rows(), 40, labeled_first=0.5, forget_share=0.25, separator=0)
+    again = self_labeled(mixed_rows(), 40, labeled_first=0.5, forget_share=0.25, separator=0)
     found = scoring([2, 3, 4], [[True, False], [False, True], [True, False]], 20)
-    again.restore([found])
+    again.restore({"self_labels": [found]})
     assert [again[i] for i in range(40)] == [run[i] for i in range(40)]
     before = [run[i] for i in range(20, 30)]
     run.relabel(np.array([2, 3, 4]), [[False, False], [False, True], [True, False]], start=30)
     assert [run[i] for i in range(20, 30)] == before, "their rows stay where they were"
     assert [run.rows[int(i)]["input_ids"] for i in run.found_rows] == [[1, 0, 1, 0], [1, 0, 2, 0], [2, 0, 2, 0]]
-    again.restore([found, scoring([2, 3, 4], [[False, False], [False, True], [True, False]], 30)])
+    second_scoring = scoring([2, 3, 4], [[False, False], [False, True], [True, False]], 30)
+    again.restore({"self_labels": [found, second_scoring]})
     assert [again[i] for i in range(40)] == [run[i] for i in range(40)]
 
 
 def test_where_all_is_labelled_there_are_no_documents_to_ask_about():
     labeled = mixed_rows().select([0, 1])
-    run = SelfLabeledRows(labeled, 16, labeled_first=0.25, separator=0)
-    assert len(run.to_score(100)) == 0
-    run.relabel(run.to_score(100), [], start=4)
+    run = self_labeled(labeled, 16, labeled_first=0.25, separator=0)
+    assert len(run.rows_to_score(100)) == 0
+    run.relabel(run.rows_to_score(100), [], start=4)
     assert len(run.found_rows) == 0 and set(labels_of(run, 4, 16)) == {"forget", "retain"}
 
 
 def test_what_cannot_be_laid_out_anew_is_refused():
     whole = mixed_rows().remove_columns("side").add_column("side", ["forget"] * 5)
-    with pytest.raises(
-        ValueError, match="`separator` lays documents out anew, and 'side' has one value for a whole row"
-    ):
-        SelfLabeledRows(whole, 40, separator=0)
+    with pytest.raises(ValueError, match="`separator` regroups documents, and 'side' has one value for a whole row"):
+        self_labeled(whole, 40, separator=0)
     with pytest.raises(ValueError, match=r"`separator` needs packed rows of one length, got \[1, 2\] and more"):
-        SelfLabeledRows(
+        self_labeled(
             Dataset.from_dict({"input_ids": [[1], [1, 2]], "route_label": ["forget", "retain"]}), 40, separator=0
         )
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="`labeled_first` is a share of the run, between 0 and 1; got 0"):
-        SelfLabeledRows(rows(), 10, labeled_first=0.0)
-    with pytest.raises(ValueError, match=r"`score_again_at` is .* between `labeled_first` \(0.2\) and 1; got 0.2"):
-        SelfLabeledRows(rows(), 10, labeled_first=0.2, score_again_at=0.2)
-    with pytest.raises(ValueError, match="`robust_share` is a share"):
-        SelfLabeledRows(rows(), 10, robust_share=1.0)
     with pytest.raises(ValueError, match="the data has only the labels"):
-        SelfLabeledRows(rows(forget=0), 10)
+        self_labeled(rows(forget=0), 10)
+    with pytest.raises(ValueError, match="`config` is a `SelfLabelConfig`, got 0.2"):
+        SelfLabeledRows(rows(), 10, 0.2)
 
 
-def test_the_balanced_threshold_lies_as_many_deviations_from_either_side():
-    generator = torch.Generator().manual_seed(0)
-    forget = 1 + 0.5 * torch.randn(10_000, generator=generator)
-    retain = -0.5 + 0.1 * torch.randn(10_000, generator=generator)
-    t = benefit_threshold(forget, retain)
-    missed, wrong = (forget <= t).double().mean(), (retain > t).double().mean()
-    assert (
-        abs(missed - wrong) < 2e-3
-        and missed < 0.01 < (forget <= benefit_threshold(forget, retain, "midpoint")).double().mean()
-    )
-    same = torch.ones(3)
-    assert benefit_threshold(same, -same) == 0.0, "the midpoint where nothing varies"
-    assert benefit_threshold(same[:1], -same[:1]) == 0.0
-    for kind in ("balanced", "median"):
-        assert benefit_threshold(torch.tensor([2.0, 4.0, 6.0]), -same, kind) == 1.5, "nor where one side does not"
-    with pytest.raises(
-        ValueError, match=r"`threshold` must be one of \('balanced', 'median', 'midpoint'\), got 'mean'"
-    ):
-        SelfLabeledRows(rows(), 10, threshold="mean")
-
-
-def test_wrong_labels_hardly_move_the_threshold_of_medians():
-    generator = torch.Generator().manual_seed(0)
-    forget, retain = (torch.randn(10_000, generator=generator) * wide + at for wide, at in ((0.5, 1.0), (0.1, -0.5)))
-    clean = [benefit_threshold(forget, retain, kind) for kind in ("balanced", "median")]
-    assert abs(clean[0] - clean[1]) < 0.02, "the same where both sides are normal"
-    swapped = torch.cat([forget[2000:], retain[:2000]]), torch.cat([retain[2000:], forget[:2000]])
-    balanced, median = (benefit_threshold(*swapped, kind) for kind in ("balanced", "median"))
-    errors = [(forget <= t).double().mean() + (retain > t).double().mean() for t in (balanced, median)]
-    assert errors[1] < 0.02 < 4 * errors[1] < errors[0]
+def test_settings_by_keyword_still_work_and_warn():
+    with pytest.warns(DeprecationWarning, match="labeled_first.*pass `config=SelfLabelConfig") as caught:
+        run = SelfLabeledRows(rows(), 100, labeled_first=0.2)
+    assert caught[0].filename == __file__ and run.config == SelfLabelConfig(labeled_first=0.2)

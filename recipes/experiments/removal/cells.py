@@ -1,8 +1,7 @@
-"""What an experiment consists of: cells, each one method at one share of labels and one seed, made once for all experiments."""
+"""Cells of the experiment: each is one method at one share of labels and one seed, made once for all experiments."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,23 +10,16 @@ from experiments.removal.methods import ALLOWED_RISE, EXTENSIONS, METHODS, UNLEA
 from experiments.report.methods import VARIANT, base_of
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.relearning import Attack
-from routed_peft.evaluation.relearning.sweep import check_grid
-from routed_peft.training.self_labels import SETTINGS
+from routed_peft.evaluation.relearning.grid import check_grid
+from routed_peft.training.self_label_config import SETTING_NAMES
 
-NUMBERS = "numbers.json"
-ROUTING = (*SETTINGS, "self_labels", "base_weight", "frequency_weights", "by_document", "region_learning_rate")
+ROUTING = (*SETTING_NAMES, "self_labels", "base_weight", "frequency_weights", "by_document", "region_learning_rate")
 """Settings that mean something to routed arms alone."""
 VARIABLE = (*ROUTING, "region_size")
 """Settings in which a routed arm may differ from the others of an experiment."""
-HOW = (
-    []
-    if (UNLEARNING_STEPS, EXTENSIONS, ALLOWED_RISE) == (100, 4, 0.05)
-    else [UNLEARNING_STEPS, EXTENSIONS, ALLOWED_RISE]
-)
-"""How long unlearning takes, and how its rate is chosen: part of a key where it is not what it was at first."""
-ADDED = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "score_again_at": None,
-         "frequency_weights": False, "mixed_rows": False, "by_document": False}  # fmt: skip
-"""Settings that came later: at these values they are not part of a key, so that cells from before keep theirs."""
+DEFAULTS = {"overrule": False, "first_forget_share": 0.5, "threshold": "midpoint", "score_again_at": None,
+            "frequency_weights": False, "mixed_rows": False, "by_document": False, "attack_split": "validation"}  # fmt: skip
+"""Values of settings that were added later, for cells and summaries from before."""
 SPLITS = ("validation", "train")
 LABELS = ("labeled", "recall", "precision")
 ATTACKING = ("relearn_documents", "relearn_steps", "relearn_learning_rates", "relearn_limit")
@@ -81,7 +73,7 @@ class Experiment:
             raise ValueError(f"`attack_split` must be one of {', '.join(SPLITS)}, got {self.attack_split!r}")
         for name in self.attacks:  # now, and not when the first model has been trained
             Attack.parse(name)
-        check_grid(self.attack_rates, self.seeds, self.attack_steps, ("attack_rates", "attack_steps"))
+        check_grid(self.attack_rates, self.seeds, steps=self.attack_steps, names=("attack_rates", "attack_steps"))
         for quality in self.label_quality:
             parse_quality(quality)
 
@@ -100,8 +92,8 @@ def parse_quality(text: str) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One method at one share of labels and one seed; `settings` has what it depends on.
+class MethodCell:
+    """One method at one share of labels and one seed.
 
     Attributes:
         shown: the method that was asked for.
@@ -118,7 +110,7 @@ class Cell:
     labels: dict[str, float]
 
     @classmethod
-    def of(cls, shown: str, settings: DemoSettings) -> Cell:
+    def from_method(cls, shown: str, settings: DemoSettings) -> MethodCell:
         """Return the cell of a method, or of a variant of it, under an experiment's settings."""
         asked, _, changes = shown.partition(VARIANT)
         changed = variant(changes)
@@ -132,22 +124,34 @@ class Cell:
         return cls(shown, name, method, replace(settings, **(neutral | method.settings)), labels)
 
     @property
-    def key(self) -> str:
-        """Name of its directory: what it depends on, in short."""
-        settings, left_out = asdict(self.settings), irrelevant(self.method)
-        relevant = {k: v for k, v in settings.items() if k not in left_out and (k not in ADDED or v != ADDED[k])}
-        unlearning = [self.method.unlearning, self.method.rates, *HOW] if self.method.change in UNLEARNING else []
-        about = json.dumps([self.name, relevant, *unlearning, *self._made_from()], sort_keys=True)
-        share = f"-{self.settings.labeled:g}" if self.method.labels else ""
-        digest = hashlib.sha256(about.encode()).hexdigest()[:8]
-        return f"{self.settings.pair}-{self.name}{share}-{self.settings.seed}-{digest}"
+    def parent(self) -> MethodCell | None:
+        """The cell whose model this one's is made from."""
+        return MethodCell.from_method(self.method.parent, self.settings) if self.method.parent else None
 
-    def _made_from(self) -> list[str]:
-        """Return what else its model depends on: the model it is made from where settings leave that open, and new labels."""
-        parent = Cell.of(self.method.parent, self.settings) if self.method.parent else None
-        further = parent is not None and (parent.method.change is not None or parent.method.arm.routed)
-        made_from = [parent.key] if parent and further else []
-        return made_from + ([self.method.relabel.__name__] if self.method.relabel else [])
+    @property
+    def directory(self) -> str:
+        """What its directory is called; settings tell directories of one name apart."""
+        share = f"-{self.settings.labeled:g}" if self.method.labels else ""
+        return f"{self.settings.pair}-{self.name}{share}-{self.settings.seed}"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What identifies it in a summary."""
+        return {"method": self.shown, "seed": self.settings.seed} | {name: self.labels.get(name) for name in LABELS}
+
+    def depends_on(self) -> dict[str, Any]:
+        """Return all that its model depends on, as data that JSON can hold."""
+        left_out, method, parent = irrelevant(self.method), self.method, self.parent
+        about: dict[str, Any] = {key: v for key, v in asdict(self.settings).items() if key not in left_out}
+        about["method"] = self.name
+        if method.relabel:
+            about["relabel"] = method.relabel.__name__
+        if method.change in UNLEARNING:
+            about["unlearning"] = {"weights": method.unlearning, "rates": method.rates, "steps": UNLEARNING_STEPS,
+                                   "extensions": EXTENSIONS, "allowed_rise": ALLOWED_RISE}  # fmt: skip
+        if parent and (parent.method.change is not None or parent.method.arm.routed):  # else settings tell it all
+            about["made_from"] = parent.depends_on()
+        return about
 
 
 def variant(changes: str) -> dict[str, Any]:
@@ -229,11 +233,11 @@ def irrelevant(method: Method) -> list[str]:
     ]
 
 
-def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
+def all_cells(experiment: Experiment, settings: DemoSettings) -> list[MethodCell]:
     """Return the cells of an experiment, those of a seed together, each once."""
     if unknown := [name for name in experiment.methods if base_of(name) not in METHODS]:
         raise ValueError(f"`methods` has {unknown}; the methods are {list(METHODS)}")
-    cells: dict[tuple[str, str], Cell] = {}
+    cells: dict[str, MethodCell] = {}
     for seed in experiment.seeds:
         for quality in experiment.label_quality:
             recall, precision = parse_quality(quality)
@@ -242,6 +246,6 @@ def all_cells(experiment: Experiment, settings: DemoSettings) -> list[Cell]:
                 for name in experiment.methods:
                     if len({*experiment.labeled_shares}) > 1 and adds_nothing(base_of(name), here):
                         continue
-                    cell = Cell.of(name, here)
-                    cells.setdefault((cell.key, name), cell)
+                    cell = MethodCell.from_method(name, here)
+                    cells.setdefault(json.dumps([name, cell.depends_on()], sort_keys=True), cell)
     return list(cells.values())

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import torch
+
+from routed_peft.losses import token_losses
+from routed_peft.training.benefit import benefit_threshold, row_means
+
+
+def test_row_means_are_over_the_tokens_that_have_a_loss():
+    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
+    means = row_means(token_losses(logits, targets), targets)
+    log = logits.log_softmax(-1)
+    assert torch.allclose(means[1], -log[1, 0, 6])
+    assert torch.allclose(means[0], -(log[0, 0, 2] + log[0, 1, 3] + log[0, 2, 4]) / 3)
+
+
+def test_the_balanced_threshold_lies_as_many_deviations_from_either_side():
+    generator = torch.Generator().manual_seed(0)
+    forget = 1 + 0.5 * torch.randn(10_000, generator=generator)
+    retain = -0.5 + 0.1 * torch.randn(10_000, generator=generator)
+    t = benefit_threshold(forget, retain)
+    missed, wrong = (forget <= t).double().mean(), (retain > t).double().mean()
+    assert (
+        abs(missed - wrong) < 2e-3
+        and missed < 0.01 < (forget <= benefit_threshold(forget, retain, "midpoint")).double().mean()
+    )
+    same = torch.ones(3)
+    assert benefit_threshold(same, -same) == 0.0, "the midpoint where nothing varies"
+    assert benefit_threshold(same[:1], -same[:1]) == 0.0
+    for kind in ("balanced", "median"):
+        assert benefit_threshold(torch.tensor([2.0, 4.0, 6.0]), -same, kind) == 1.5, "nor where one side does not"
+
+
+def test_wrong_labels_hardly_move_the_threshold_of_medians():
+    generator = torch.Generator().manual_seed(0)
+    forget, retain = (torch.randn(10_000, generator=generator) * wide + at for wide, at in ((0.5, 1.0), (0.1, -0.5)))
+    clean = [benefit_threshold(forget, retain, kind) for kind in ("balanced", "median")]
+    assert abs(clean[0] - clean[1]) < 0.02, "the same where both sides are normal"
+    swapped = torch.cat([forget[2000:], retain[:2000]]), torch.cat([retain[2000:], forget[:2000]])
+    balanced, median = (benefit_threshold(*swapped, kind) for kind in ("balanced", "median"))
+    errors = [(forget <= t).double().mean() + (retain > t).double().mean() for t in (balanced, median)]
+    assert errors[1] < 0.02 < 4 * errors[1] < errors[0]
