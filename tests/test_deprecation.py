@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from routed_peft import unlearning
+from routed_peft.evaluation import relearning
 from routed_peft.evaluation.relearning.data import AttackData
 
 
@@ -15,6 +16,11 @@ def test_renamed_functions_of_unlearning(old: str, new: str) -> None:
     assert caught[0].filename == __file__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         unlearning.nothing  # noqa: B018
+
+
+def test_summarise() -> None:
+    with pytest.warns(DeprecationWarning, match="relearning.summarise is now called summarize"):
+        assert relearning.summarise is relearning.summarize
 
 
 def test_attack_data_apart() -> None:

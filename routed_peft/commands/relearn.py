@@ -99,6 +99,7 @@ def relearn(
     from routed_peft.evaluation.relearning import (
         Attack,
         AttackData,
+        SourceOptions,
         log_spaced,
         read_facts,
         read_texts,
@@ -121,18 +122,22 @@ def relearn(
     summary = relearn_source(
         src,
         data,
-        out,
-        [Attack.parse(name, batch_size=batch_size, length=length) for name in attack or ["forget"]],
-        [_number(float, rate, "--learning-rate") for rate in learning_rate.split(",")] if learning_rate else None,
-        range(seeds),
-        log_spaced(marks[0]) if len(marks) == 1 else marks,
-        extensions,
-        None if regions is None else parse_regions(regions),
-        reference if reference_loss is None else reference_loss,
-        revision,
-        device,
-        progress=True,
-        oracle=oracle,
+        out=out,
+        attacks=[Attack.parse(name, batch_size=batch_size, length=length) for name in attack or ["forget"]],
+        learning_rates=[_number(float, rate, "--learning-rate") for rate in learning_rate.split(",")]
+        if learning_rate
+        else None,
+        seeds=range(seeds),
+        steps=log_spaced(marks[0]) if len(marks) == 1 else marks,
+        options=SourceOptions(
+            extensions=extensions,
+            regions=None if regions is None else parse_regions(regions),
+            reference=reference if reference_loss is None else reference_loss,
+            oracle=oracle,
+            revision=revision,
+            device=device,
+            progress=True,
+        ),
     )
     if processes().is_main_process:
         Console().print(*summary_tables(summary))

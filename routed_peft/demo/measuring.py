@@ -15,7 +15,7 @@ from routed_peft.demo.material import SIDES, Material
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation import evaluate
 from routed_peft.evaluation.measures import worst_case
-from routed_peft.evaluation.relearning import Attack, AttackData, Curve, read_texts, relearn
+from routed_peft.evaluation.relearning import Attack, AttackData, Curve, RelearnOptions, read_texts, relearn
 from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.training import RunDirectory
 
@@ -75,12 +75,10 @@ def attack(
         material.tokenizer,
         Attack("forget", batch_size=settings.relearn_documents, length=settings.length),
         data,
-        settings.relearn_learning_rates,
+        learning_rates=settings.relearn_learning_rates,
         seeds=[settings.seed],
         steps=steps,
-        measure=lambda attacked: {FORGET: loss(attacked)},
-        extensions=0,
-        on_curve=note,
+        options=RelearnOptions(extensions=0, measure=lambda attacked: {FORGET: loss(attacked)}, on_curve=note),
     )
     worst = worst_case(steps, {curve.learning_rate: [curve.losses(FORGET)] for curve in curves})
     return {entry.step: entry.mean for entry in worst}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from routed_peft.architectures import find_mlps, mlp_layout
+from routed_peft.architectures import find_mlps, output_projection
 
 
 def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
@@ -35,7 +35,7 @@ def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
     if not mlps:
         raise ValueError(f"{type(model).__name__} has no MLP of a known layout, of which units could be silenced")
     for name, mlp in mlps.items():
-        down = getattr(mlp, mlp_layout(mlp).down)
+        down = output_projection(mlp)
         axis = 0 if isinstance(down, Conv1D) else 1  # of its inputs
         units = down.weight.shape[axis]
         if count >= units:

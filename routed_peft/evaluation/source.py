@@ -13,14 +13,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from routed_peft.checkpoint import load_routed
 from routed_peft.checkpoint.fetch import fetch, hub_arguments
 from routed_peft.checkpoint.layout import ROUTING, Layout
+from routed_peft.checkpoint.load import load_run
+from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
 from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.text_loss import check_causal
 from routed_peft.files import read_json, write_json
-from routed_peft.runs.records import own_regions, recipe_of
+from routed_peft.runs.records import read_recipe
 
 Regions = Literal["all"] | Sequence[str]
 
@@ -38,25 +39,32 @@ def parse_regions(regions: str | None) -> Regions:
     return "all" if regions == "all" else regions.split("+")
 
 
-def read_layout(src: str | Path, revision: str | None = None, **hub: Any) -> Layout | None:
-    """Return the layout of a run that `save_routed` wrote, or None for a plain checkpoint of transformers.
+def open_source(src: str | Path, revision: str | None = None, **hub: Any) -> OpenRun | None:
+    """Open a run that `save_routed` wrote; return None for a plain checkpoint of transformers.
 
     Raises:
-        ValueError: where there is an adapter without its model.
+        ValueError: ``src`` is an adapter without its model.
     """
-    root, _ = fetch(src, revision, **hub)
+    root, commit = fetch(src, revision, **hub)
     adapter = root / "adapter_config.json"
     if adapter.is_file() and not any((root / name).is_file() for name in (ROUTING, "config.json")):
         about = read_json(adapter)  # transformers loads others together with the base that they name
         if about.get("peft_type") == "ROUTED" or not about.get("base_model_name_or_path"):
             raise ValueError(f"{str(src)!r} {NO_MODEL}")
-    return Layout.read(root, str(src)) if (root / ROUTING).is_file() else None
+    return OpenRun(Layout.read(root, str(src)), commit, hub) if (root / ROUTING).is_file() else None
 
 
-def tokenizer_place(src: str | Path, layout: Layout | None, revision: str | None = None) -> tuple[str, str | None]:
+def own_regions(run: OpenRun | None) -> Regions:
+    """Return the regions of a run that belong to its model; "all" if none of them would be left out."""
+    kept = [] if run is None else run.layout.kept_regions
+    return "all" if run is not None and kept == run.layout.regions else kept
+
+
+def tokenizer_place(src: str | Path, run: OpenRun | None, revision: str | None = None) -> tuple[str, str | None]:
     """Return where the tokenizer of `src` is, and its revision: beside the weights, else that of the frozen base."""
-    if layout is None:
+    if run is None:
         return str(src), revision
+    layout = run.layout
     if (layout.root / "tokenizer_config.json").is_file():
         return str(layout.root), None
     base = layout.data["base"]
@@ -73,7 +81,7 @@ def held_out_pair(src: str | Path, metadata: Mapping[str, Any]) -> tuple[str, bo
     >>> held_out_pair("nowhere", {})
     ('biology', False)
     """
-    told = recipe_of(src)
+    told = read_recipe(src)
     own = None if told.get("train_file") or told.get("text_files") else told.get("pair")
     return metadata.get("pair") or own or "biology", bool(metadata.get("pair") or own)
 
@@ -97,13 +105,13 @@ def load_source(
     Raises:
         ValueError: an unknown region, or no tokenizer; and what `load_routed` raises.
     """
-    layout = read_layout(src, revision, **hub_arguments(from_pretrained_kwargs))
+    run = open_source(src, revision, **hub_arguments(from_pretrained_kwargs))
     if tokenizer is None or isinstance(tokenizer, str | Path):
-        place, at = (tokenizer, None) if tokenizer else tokenizer_place(src, layout, revision)
+        place, at = (tokenizer, None) if tokenizer else tokenizer_place(src, run, revision)
         tokenizer = AutoTokenizer.from_pretrained(place, revision=at or "main", **hub_arguments(from_pretrained_kwargs))
-    if layout is not None:
-        names = layout.regions if regions == "all" else regions
-        return load_routed(src, names, revision=revision, **from_pretrained_kwargs), tokenizer
+    if run is not None:
+        names = run.layout.regions if regions == "all" else regions
+        return load_run(run, names, **from_pretrained_kwargs), tokenizer
     if regions != "all" and regions:
         raise ValueError(f"`regions` names {list(regions)}, but {str(src)!r} is a plain checkpoint without regions")
     plain = AutoModelForCausalLM.from_pretrained(src, revision=revision or "main", **from_pretrained_kwargs)
@@ -146,8 +154,8 @@ def evaluate_source(
         ImportError: lm-eval is not installed.
         ValueError: an unknown task or region, or no tokenizer; and what `load_routed` raises.
     """
-    layout = read_layout(src, revision, **hub_arguments(from_pretrained_kwargs))
-    configurations = _configurations(str(src), [] if layout is None else layout.regions, regions)
+    run = open_source(src, revision, **hub_arguments(from_pretrained_kwargs))
+    configurations = _configurations(str(src), [] if run is None else run.layout.regions, regions)
     if output is not None:
         _check_writable(Path(output))
     metadata = {"pair": held_out_pair(src, metadata or {})[0], **(metadata or {})}
@@ -202,7 +210,8 @@ def open_plain(
     Raises:
         ValueError: where it is no causal language model; and what `load_source` raises.
     """
-    if read_layout(src, revision) is None:
+    run = open_source(src, revision)
+    if run is None:
         if Path(src, "adapter_config.json").is_file() and not Path(src, "config.json").is_file():
             raise ValueError(f"{str(src)!r} {NO_MODEL}")
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -212,7 +221,7 @@ def open_plain(
                 f"{str(src)!r} is a {', '.join(config.architectures)}, not a causal language model: there is no "
                 "loss on text to relearn"
             )
-    regions = own_regions(src) if regions is None else regions
+    regions = own_regions(run) if regions is None else regions
     model, tokenizer = load_source(src, regions, revision, dtype=torch.float32)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()

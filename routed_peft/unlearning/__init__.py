@@ -1,9 +1,13 @@
-"""Unlearning after training, by outputs: the methods that routing is compared with, UNDO, and what they cost."""
+"""Unlearning after training: output-based baselines, UNDO, and their cost.
+
+`register_forget_loss` adds a baseline.
+"""
 
 from routed_peft.deprecation import renamed
 from routed_peft.unlearning.arguments import METHODS, UndoArguments, UnlearningArguments
 from routed_peft.unlearning.data import PairedRows, Run
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_tokenizers
+from routed_peft.unlearning.forget_losses import ForgetLoss, Outputs, register_forget_loss
 from routed_peft.unlearning.teacher_cache import TeacherCache
 from routed_peft.unlearning.token_trainer import mean_loss
 from routed_peft.unlearning.trainer import UnlearningTrainer, unlearn
@@ -14,6 +18,8 @@ __all__ = [
     "METHODS",
     "UNLEARNED",
     "DistillationTrainer",
+    "ForgetLoss",
+    "Outputs",
     "PairedRows",
     "Run",
     "StopAtTeacher",
@@ -26,6 +32,7 @@ __all__ = [
     "check_tokenizers",
     "mean_loss",
     "read_cost",
+    "register_forget_loss",
     "save_student",
     "shrink_perturb",
     "undo",

@@ -1,4 +1,4 @@
-"""What an unlearning run is told: fields added to `transformers.TrainingArguments`, with the same names as YAML keys."""
+"""Arguments of unlearning runs, added to `transformers.TrainingArguments`; YAML keys have the same names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-METHODS = ("gradient_ascent", "graddiff", "npo", "simnpo", "maxent", "rmu")
+from routed_peft.unlearning.forget_losses import FORGET_LOSSES
+
+METHODS = FORGET_LOSSES.keys()
+"""Names of the methods; those of `register_forget_loss` appear here too."""
 RETAIN_LOSSES = ("ce", "kl")
-_BETA = {"npo": 0.1, "simnpo": 2.5}
 
 
 @dataclass
@@ -26,19 +28,19 @@ class UnlearningArguments(TrainingArguments):
 
     method: str = field(
         default="graddiff",
-        metadata={"help": "What is done to forget rows; see docs/recipes.md.", "choices": METHODS},
+        metadata={"help": "Loss on forget rows; see docs/recipes.md.", "choices": METHODS},
     )
     gamma: float = field(default=1.0, metadata={"help": "Weight of the forget term."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of the retain term; gradient_ascent has none."})
     retain_loss: str = field(
         default="ce",
         metadata={
-            "help": "Retain term: cross entropy, or KL from the model before. RMU has its own.",
+            "help": "Retain term: cross entropy, or KL from the original model. RMU has its own.",
             "choices": RETAIN_LOSSES,
         },
     )
     beta: float | None = field(
-        default=None, metadata={"help": "NPO and SimNPO: inverse temperature; by default 0.1 and 2.5."}
+        default=None, metadata={"help": "Inverse temperature; by default 0.1 for NPO and 2.5 for SimNPO."}
     )
     margin: float = field(default=0.0, metadata={"help": "SimNPO: gamma of its paper."})
     steering: float = field(
@@ -57,11 +59,11 @@ class UnlearningArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"`method` is one of {METHODS}, got {self.method!r}")
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.retain_loss not in RETAIN_LOSSES:
-            raise ValueError(f"`retain_loss` is one of {RETAIN_LOSSES}, got {self.retain_loss!r}")
+            raise ValueError(f"`retain_loss` must be one of {', '.join(RETAIN_LOSSES)}, got {self.retain_loss!r}")
         if self.beta is None:
-            self.beta = _BETA.get(self.method)
+            self.beta = FORGET_LOSSES[self.method].beta
         for name in ("gamma", "alpha", "beta", "steering"):
             value = getattr(self, name)
             if value is not None and not (0 < value < float("inf") or (value == 0 and name == "alpha")):
@@ -72,19 +74,19 @@ class UnlearningArguments(TrainingArguments):
     @property
     def uses_retain(self) -> bool:
         """Whether retain rows are trained on."""
-        return self.method != "gradient_ascent" and self.alpha > 0
+        return FORGET_LOSSES[self.method].uses_retain and self.alpha > 0
 
     @property
     def reads_reference(self) -> tuple[str, ...]:
-        """Sides that the frozen model from before is run on."""
-        forget = self.method == "npo"
-        retain = self.uses_retain and (self.retain_loss == "kl" or self.method == "rmu")
+        """Sides on which the frozen original is run."""
+        loss = FORGET_LOSSES[self.method]
+        forget, retain = loss.reads_reference, self.uses_retain and (self.retain_loss == "kl" or loss.steers)
         return ("forget",) * forget + ("retain",) * retain
 
 
 @dataclass
 class UndoArguments(TrainingArguments):
-    """`transformers.TrainingArguments` for `undo`; ``max_steps`` is the most that distillation may take.
+    """`transformers.TrainingArguments` for `undo`; ``max_steps`` limits distillation.
 
     Raises:
         ValueError: for a number out of range.
@@ -97,18 +99,18 @@ class UndoArguments(TrainingArguments):
 
     alpha: float = field(
         default=0.6,
-        metadata={"help": "How far weights are moved to their initialisation: 0 not at all, 1 all the way."},
+        metadata={"help": "How far weights are moved to their initialization: 0 not at all, 1 all the way."},
     )
-    beta: float = field(default=0.1, metadata={"help": "Share of the initialisation's noise in that."})
+    beta: float = field(default=0.1, metadata={"help": "Share of the initialization's noise in that."})
     tolerance: float = field(
         default=0.05, metadata={"help": "Stop once the retain loss is within this share of the teacher's."}
     )
     topk: int | None = field(
         default=None,
-        metadata={"help": "Store so many of the teacher's outputs per token first; by default it runs in every step."},
+        metadata={"help": "Number of the teacher's outputs stored per token first; by default it runs in every step."},
     )
     teacher_cache: str | None = field(
-        default=None, metadata={"help": "Where they are stored; OUTPUT_DIR/teacher by default."}
+        default=None, metadata={"help": "Directory of the stored outputs; OUTPUT_DIR/teacher by default."}
     )
 
     def __post_init__(self) -> None:
@@ -120,13 +122,13 @@ class UndoArguments(TrainingArguments):
         if self.topk is not None and self.topk < 1:
             raise ValueError(f"`topk` must be at least 1, got {self.topk}")
         if self.teacher_cache and self.topk is None:
-            raise ValueError("`teacher_cache` says where the teacher's outputs are stored: say how many, with `topk`")
+            raise ValueError("`teacher_cache` needs `topk`, the number of the teacher's outputs to store per token")
         super().__post_init__()
         plain_batches(self)
 
 
 def plain_batches(args: TrainingArguments) -> None:
-    """Set what our datasets and batches need of a Trainer."""
+    """Set the arguments on which the datasets and batches of this package depend."""
     args.dataloader_pin_memory &= args.device.type != "cpu"
     args.remove_unused_columns = False  # batches are made by our own collator
     args.train_sampling_strategy = "sequential"  # the datasets are in order already

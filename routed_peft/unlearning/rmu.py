@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from routed_peft.architectures import find_mlps, mlp_layout
+from routed_peft.architectures import find_mlps, output_projection
 from routed_peft.routes import IGNORED
 from routed_peft.unlearning.arguments import UnlearningArguments
 from routed_peft.unlearning.data import Rows, collate
@@ -40,7 +40,7 @@ def prepare(model: PreTrainedModel, args: UnlearningArguments) -> int:
         )
     model.requires_grad_(False)
     for block in trained:
-        getattr(mlps[block], mlp_layout(mlps[block]).down).requires_grad_(True)
+        output_projection(mlps[block]).requires_grad_(True)
     return layer
 
 

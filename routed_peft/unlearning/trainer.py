@@ -1,10 +1,9 @@
-"""`UnlearningTrainer`: one Trainer for all output-based methods, and `unlearn`, which does it in one call."""
+"""`UnlearningTrainer`, one Trainer for all output-based methods, and `unlearn`, the same in one call."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,64 +16,35 @@ from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning import rmu
 from routed_peft.unlearning.arguments import UnlearningArguments
 from routed_peft.unlearning.data import IS_FORGET, PairedRows, Rows, check_rows, check_tokens
-from routed_peft.unlearning.losses import divergence, npo, simnpo, squared_distance, token_log_probs, uniform_divergence
+from routed_peft.unlearning.forget_losses import FORGET_LOSSES, Outputs
+from routed_peft.unlearning.losses import divergence, squared_distance, token_log_probs
 from routed_peft.unlearning.reference import frozen_reference
 from routed_peft.unlearning.token_trainer import TokenTrainer, unwrap
 
-TOKENS, ROWS = 0, 1
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model makes of rows: ``logits`` (B, T, V), ``hidden`` (B, T, D) of one block or None; and ``labels`` (B, T)."""
-
-    logits: Tensor
-    hidden: Tensor | None
-    labels: Tensor
-
-    def of(self, rows: Tensor) -> Outputs:
-        """Return what belongs to the rows where ``rows`` ``(B,)`` is true."""
-        return Outputs(self.logits[rows], None if self.hidden is None else self.hidden[rows], self.labels[rows])
-
-    @property
-    def counted(self) -> Tensor:
-        """Positions that predict a token that counts, ``(B, T - 1)``."""
-        return self.labels[:, 1:] != IGNORED
-
-    def log_probs(self) -> Tensor:
-        """Summed log-probability of each row, ``(B,)``."""
-        return token_log_probs(self.logits, self.labels).sum(1)
-
-    def predictions(self) -> Tensor:
-        """Logits at the positions that count, ``(N, V)``."""
-        return self.logits[:, :-1][self.counted]
-
-    def activations(self) -> Tensor:
-        """Activations at the positions that count, ``(N, D)``."""
-        assert self.hidden is not None
-        return self.hidden[:, :-1][self.counted]
+UNITS = ("tokens", "rows")
 
 
 class UnlearningTrainer(TokenTrainer):
-    r"""Trains a model to do badly on forget rows and as before on retain rows.
+    r"""A `Trainer` that makes a model forget some rows and keeps it as it was on others.
 
     .. math:: L = \gamma\, L_{\text{forget}} + \alpha\, L_{\text{retain}}
 
-    Every batch holds as many rows of either side, in one forward pass. Terms are means over tokens (NPO and SimNPO: over
-    rows) of the whole optimizer step, however it is split into batches and processes. Plain models are trained whole; RMU
-    trains a few matrices, and leaves the others frozen.
+    Every batch holds equally many rows of either side, in one forward pass. Terms are means over the tokens (NPO and SimNPO:
+    rows) of the whole optimizer step, for any split into batches and processes. All parameters are trained; RMU trains a
+    few matrices, and freezes the others. `register_forget_loss` adds methods.
 
     Args:
         model: a causal language model, its weights in float32.
         args: `UnlearningArguments`; its ``num_train_epochs`` are passes over the forget rows.
-        forget_rows: tokenised rows (``input_ids``; ``labels`` with -100 where only a part is to be forgotten).
+        forget_rows: tokenized rows (``input_ids``; ``labels`` with -100 where only a part is to be forgotten).
         retain_rows: likewise; not needed for gradient ascent.
-        reference: the model from before, for NPO, RMU and KL retention; a frozen copy of ``model`` by default. Resuming needs
-            the same one again: pass the model from before as ``model``, not the checkpoint.
+        reference: the original model, for NPO, RMU and KL retention; a frozen copy of ``model`` by default. A run that
+            resumes needs the same one: pass the original as ``model``, not the checkpoint.
         **kwargs: as for `Trainer`: ``eval_dataset`` (rows, or a dict of them by name), ``callbacks``, ``processing_class``.
 
     Raises:
-        ValueError: where a side is empty or made with another tokenizer, nothing is trainable, or ``reference`` does not fit.
+        ValueError: on an empty side, rows of another tokenizer, a model without trainable parameters, or a ``reference`` of
+            another architecture.
     """
 
     args: UnlearningArguments
@@ -84,6 +54,7 @@ class UnlearningTrainer(TokenTrainer):
         self,
         model: PreTrainedModel,
         args: UnlearningArguments,
+        *,
         forget_rows: Rows,
         retain_rows: Rows | None = None,
         reference: nn.Module | None = None,
@@ -100,7 +71,9 @@ class UnlearningTrainer(TokenTrainer):
         retain = retain_rows if args.uses_retain else None
         pairs = PairedRows(forget_rows, retain, args.max_steps * per_step, args.seed)
         self._pairs, self._pairs_per_step = pairs, per_step
-        self._layer = rmu.prepare(model, args) if args.method == "rmu" else None
+        self._forget_loss = FORGET_LOSSES[args.method]
+        self._layer = rmu.prepare(model, args) if self._forget_loss.steers else None
+        self._target: Tensor | None = None
         super().__init__(model, args, train_dataset=pairs, **kwargs)
         self.reference = None
         if args.reads_reference:
@@ -111,7 +84,7 @@ class UnlearningTrainer(TokenTrainer):
             self._target = rmu.target(before, forget_rows, self._layer, args).to(args.device)
 
     def count_units(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return tokens and rows of either side, ``(2, 2)``: forget first."""
+        """Return the numbers of tokens and rows of either side, ``(2, 2)``: forget first."""
         tokens, is_forget = (batch["labels"][:, 1:] != IGNORED).sum(1), batch[IS_FORGET]
         units = torch.stack([tokens, torch.ones_like(tokens)])  # (2, B)
         return torch.stack([units[:, is_forget].sum(1), units[:, ~is_forget].sum(1)])
@@ -125,23 +98,23 @@ class UnlearningTrainer(TokenTrainer):
         counts = self.count_units(inputs) if num_items_in_batch is None else num_items_in_batch
         is_forget = inputs[IS_FORGET]
         now, before = self._run(model, inputs), self._before(inputs)
-        values, unit = self._forget_term(now.of(is_forget), before.get(FORGET))
-        loss = self.args.gamma * values.sum() / counts[0, unit]
+        values = self._forget_loss.function(now.select(is_forget), before.get(FORGET), self.args)
+        loss = self.args.gamma * values.sum() / counts[0, UNITS.index(self._forget_loss.unit)]
         if self.args.uses_retain:
-            values = self._retain_term(now.of(~is_forget), before.get(RETAIN))
-            loss = loss + self.args.alpha * values.sum() / counts[1, TOKENS]
+            values = self._retain_term(now.select(~is_forget), before.get(RETAIN))
+            loss = loss + self.args.alpha * values.sum() / counts[1, UNITS.index("tokens")]
         loss = self.scaled(loss)
         return (loss, {"logits": now.logits}) if return_outputs else loss
 
     def _run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Outputs:
         inputs, labels = {name: inputs[name] for name in ("input_ids", "attention_mask")}, inputs["labels"]
         outputs = model(**inputs, output_hidden_states=self._layer is not None, use_cache=False)
-        hidden = None if self._layer is None else _wide(outputs.hidden_states[self._layer + 1])
-        return Outputs(_wide(outputs.logits), hidden, labels)
+        hidden = None if self._layer is None else _at_least_float32(outputs.hidden_states[self._layer + 1])
+        return Outputs(_at_least_float32(outputs.logits), hidden, labels, self._target)
 
     @torch.no_grad()
     def _before(self, inputs: Mapping[str, Tensor]) -> dict[str, Outputs]:
-        """Run the frozen model on the sides whose term compares with it."""
+        """Run the frozen model on the sides whose term compares with it; return its outputs by side."""
         found = {}
         for side in self.args.reads_reference:
             assert self.reference is not None
@@ -149,32 +122,17 @@ class UnlearningTrainer(TokenTrainer):
             found[side] = self._run(self.reference, {name: tensor[rows] for name, tensor in inputs.items()})
         return found
 
-    def _forget_term(self, now: Outputs, before: Outputs | None) -> tuple[Tensor, int]:
-        """Return the values whose mean is the forget term, and what the mean is over."""
-        args = self.args
-        if args.method in ("gradient_ascent", "graddiff"):
-            return token_log_probs(now.logits, now.labels), TOKENS
-        if args.method == "maxent":
-            return uniform_divergence(now.predictions()), TOKENS
-        if args.method == "rmu":
-            return squared_distance(now.activations(), self._target), TOKENS
-        assert args.beta is not None
-        if args.method == "simnpo":
-            return simnpo(now.log_probs(), now.counted.sum(1).clamp(min=1), args.beta, args.margin), ROWS
-        assert before is not None
-        return npo(now.log_probs(), before.log_probs(), args.beta), ROWS
-
     def _retain_term(self, now: Outputs, before: Outputs | None) -> Tensor:
         """Return values whose mean over tokens is the retain term."""
         if before is None:
             return -token_log_probs(now.logits, now.labels)
-        if self.args.method == "rmu":
+        if self._forget_loss.steers:
             return squared_distance(now.activations(), before.activations())
         return divergence(before.predictions(), now.predictions())
 
     @property
     def ledger(self) -> TrainingCost:
-        """What the steps so far have cost."""
+        """Cost of the steps so far."""
         seen = self.state.global_step * self._pairs_per_step
         tokens = {side: self._pairs.tokens(side, seen) for side in (FORGET, RETAIN)}
         return TrainingCost.from_counts(
@@ -186,7 +144,7 @@ class UnlearningTrainer(TokenTrainer):
         )
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     """Return ``x`` in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -202,15 +160,15 @@ def unlearn(
     tokenizer: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[PreTrainedModel, TrainingCost]:
-    """Unlearn what ``forget_rows`` teach, in place, and return the model and what that cost.
+    """Unlearn ``forget_rows`` in place, and return the model and the cost.
 
     Args:
         model: a causal language model, its weights in float32.
-        forget_rows: tokenised rows, as `routed_peft.data.pack` makes them.
+        forget_rows: tokenized rows, as `routed_peft.data.pack` makes them.
         retain_rows: likewise; None for gradient ascent.
-        args: says the method, its weights, and all that a `Trainer` is told.
+        args: method, weights of its terms, and the settings of a `Trainer`.
         reference: see `UnlearningTrainer`.
-        eval_dataset: rows, or rows by name, whose loss is taken as ``args.eval_strategy`` says.
+        eval_dataset: rows, or rows by name, evaluated at the times of ``args.eval_strategy``.
         tokenizer: saved with checkpoints, if there are any.
         callbacks: of the trainer.
 
@@ -234,9 +192,9 @@ def unlearn(
         trainer = UnlearningTrainer(
             model,
             args,
-            forget_rows,
-            retain_rows,
-            reference,
+            forget_rows=forget_rows,
+            retain_rows=retain_rows,
+            reference=reference,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=list(callbacks),

@@ -18,7 +18,7 @@ from routed_peft.checkpoint.staging import atomic_directory
 from routed_peft.files import read_json, write_json
 from routed_peft.runs.cost import TrainingCost
 from routed_peft.runs.provenance import versions
-from routed_peft.runs.records import SUMMARY, run_of
+from routed_peft.runs.records import SUMMARY, records_directory
 from routed_peft.unlearning.arguments import UndoArguments
 from routed_peft.unlearning.data import Rows, check_rows
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_vocabularies
@@ -173,7 +173,7 @@ def read_cost(source: str | Path) -> TrainingCost | None:
     Raises:
         ValueError: these are not readable, or hold a ledger that is none.
     """
-    records = [run_of(source) / name for name in (UNLEARNED, SUMMARY)]
+    records = [records_directory(source) / name for name in (UNLEARNED, SUMMARY)]
     former = (read_json(file) for file in records if file.is_file())
     costs = next((about.get("total_ledger", about["ledger"]) for about in former if "ledger" in about), None)
     return None if costs is None else TrainingCost.from_dict(costs)

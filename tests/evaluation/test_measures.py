@@ -25,8 +25,13 @@ from routed_peft.evaluation.measures import (
     recovered,
     region_activity,
     relearning_area,
+    removed,
+    retain_tax,
+    share_relearned,
+    tax,
     to_recover,
     tokens_of_plain,
+    way,
     within_utility,
     worst_case,
 )
@@ -154,7 +159,37 @@ def test_absorption_is_what_the_region_adds_to_the_filter(filtered, absorbed):
 
 
 def test_shares_need_something_to_be_a_share_of():
-    assert math.isnan(recovered(0.5, 0.7, base=0.5)) and recovered(5.0, 4.0, base=3.0) == 0.5
+    assert math.isnan(share_relearned(0.5, 0.7, base=0.5)) and share_relearned(5.0, 4.0, base=3.0) == 0.5
+    assert math.isnan(removed(4.0, dense=3.0, perfect=3.0)) and math.isnan(removed(4.0, dense=3.0, perfect=2.0))
+    assert math.isnan(recovered(3.0, on=3.0, dense=3.0)) and math.isnan(recovered(2.0, on=3.0, dense=3.0))
+
+
+@given(st.floats(0, 20), st.floats(0, 10), st.floats(0.01, 10))
+def test_removed_is_linear_from_zero_to_one(ablated, dense, distance):
+    perfect = dense + distance
+    assert removed(dense, dense, perfect) == 0
+    assert removed(perfect, dense, perfect) == 1
+    assert removed(ablated, dense, perfect) * (perfect - dense) == pytest.approx(ablated - dense, abs=1e-9)
+
+
+def test_removed_is_not_bounded_and_the_retain_tax_is_a_difference():
+    assert removed(2.5, dense=3.0, perfect=4.0) == -0.5 and removed(5.0, dense=3.0, perfect=4.0) == 2
+    assert retain_tax(3.5, 3.25) == 0.25 and retain_tax(3.0, 3.25) == -0.25
+
+
+@given(st.floats(0, 20), st.floats(0, 10), st.floats(0.01, 10))
+def test_recovered_is_linear_in_the_loss_with_the_region_on(on, dense, distance):
+    ablated_loss = dense + distance
+    assert recovered(ablated_loss, ablated_loss, dense) == 0
+    assert recovered(ablated_loss, dense, dense) == 1
+    assert recovered(ablated_loss, on, dense) * (ablated_loss - dense) == pytest.approx(ablated_loss - on, abs=1e-9)
+
+
+def test_former_names_of_measures_warn():
+    with pytest.warns(DeprecationWarning, match="way is now called removed"):
+        assert way(5.0, unrouted=3.0, perfect=7.0) == 0.5
+    with pytest.warns(DeprecationWarning, match="tax is now called retain_tax"):
+        assert tax(3.75, filtered=3.5) == 0.25
 
 
 def test_a_bootstrap_covers_the_truth_as_often_as_it_says():

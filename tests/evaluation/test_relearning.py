@@ -11,8 +11,18 @@ from families import tiny
 from relearning_parts import DATA, FORGET, RETAIN, model, tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from routed_peft.evaluation.relearning import Attack, AttackData, Curve, Point, TextLoss, log_spaced, relearn, summarise
-from routed_peft.evaluation.relearning.attacked_model import Victim, quantise
+from routed_peft.evaluation.relearning import (
+    Attack,
+    AttackData,
+    Curve,
+    Point,
+    RelearnOptions,
+    TextLoss,
+    log_spaced,
+    relearn,
+    summarize,
+)
+from routed_peft.evaluation.relearning.attacked_model import AttackedModel, quantize
 from routed_peft.evaluation.relearning.data import training_batches
 from routed_peft.evaluation.relearning.summary import summary_tables
 from routed_peft.training import RunDirectory
@@ -25,7 +35,8 @@ NAMES = (
 
 
 def attack(victim, name, rates=(1e-2,), seeds=(0,), steps=(0, 1, 3), extensions=0, data=DATA, **options):
-    return relearn(victim, TOKENIZER, name, data, rates, seeds, steps, extensions=extensions, **options)
+    grid = {"learning_rates": rates, "seeds": seeds, "steps": steps}
+    return relearn(victim, TOKENIZER, name, data, **grid, options=RelearnOptions(extensions=extensions, **options))
 
 
 def state(victim):
@@ -64,7 +75,7 @@ def test_a_model_that_says_nothing_can_be_attacked(silent):
                 parameter.data.zero_()
         curves = attack(victim, name, extensions=1)
         assert curves[0].start["forget"] == pytest.approx(math.log(300))
-        result = summarise(Attack.parse(name), curves)
+        result = summarize(Attack.parse(name), curves)
         assert result["verdict"] in ("attack", "no attack") and math.isfinite(result["envelope"][-1]["mean"])
 
 
@@ -111,7 +122,7 @@ def test_an_attack_that_diverges_or_helps_nobody_says_so():
                       tuple(Point(i, i, scores) for i, scores in enumerate([{"forget": 5.0, "retain": 4.0},
                                                                             {"forget": 6.2, "retain": 3.5}])))  # fmt: skip
     assert forgotten.status == "no attack", "other text was learnt, which drives the target's out: no divergence"
-    assert summarise(Attack.parse("retain"), [forgotten], 3.0)["recovery"] == {
+    assert summarize(Attack.parse("retain"), [forgotten], reference=3.0)["recovery"] == {
         "steps": None,
         "tokens": None,
         "share": None,
@@ -126,7 +137,9 @@ def test_an_attack_that_diverges_or_helps_nobody_says_so():
     hardly = replace(forgotten, points=(Point(0, 0, point), Point(1, 1, {"forget": 4.99, "retain": 4.0})))
     assert hardly.status == "no attack", "a hundredth of a nat is none"
     lost = replace(forgotten, points=(*forgotten.points, Point(2, 2, {"forget": math.nan, "retain": math.nan})))
-    assert summarise(Attack.parse("retain"), [lost], 3.0)["recovery"]["share"] is None, "divergence is no robustness"
+    assert summarize(Attack.parse("retain"), [lost], reference=3.0)["recovery"]["share"] is None, (
+        "divergence is no robustness"
+    )
     victim = model()
     broken = attack(victim, "forget", rates=(1e30,), steps=(0, 1, 5, 6))[0]
     assert broken.status == "diverged" and math.isnan(broken.losses("forget")[-1])
@@ -217,7 +230,7 @@ def test_perturbing_comes_before_the_first_step():
 def test_rounding_leaves_so_many_values_for_each_output(family):
     victim = tiny(family)
     before = state(victim)
-    quantise(victim, 4)
+    quantize(victim, 4)
     after = victim.state_dict()
     name = "model.layers.0.mlp.up_proj.weight" if family == "llama" else "transformer.h.0.mlp.c_fc.weight"
     old, new = (s[name] if family == "llama" else s[name].T for s in (before, after))
@@ -231,8 +244,10 @@ def test_rounding_leaves_so_many_values_for_each_output(family):
 def test_experts_in_one_tensor_are_not_passed_over():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=2, **sizes))
-    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts.gate_up_proj' holds those of several experts"):
-        quantise(model, 8)
+    with pytest.raises(
+        ValueError, match=r"'model.layers.0.mlp.experts.gate_up_proj' holds the weights of several experts"
+    ):
+        quantize(model, 8)
 
 
 def test_a_seed_that_diverged_keeps_the_retain_loss_of_the_state_it_goes_back_to():
@@ -244,7 +259,7 @@ def test_a_seed_that_diverged_keeps_the_retain_loss_of_the_state_it_goes_back_to
 
     nan = math.nan
     curves = [curve(0, (5.0, 3.0), (4.0, 3.5), (nan, nan)), curve(1, (5.0, 3.0), (4.5, 3.1), (2.0, 3.3))]
-    result = summarise(Attack("forget"), curves, reference=1.0)
+    result = summarize(Attack("forget"), curves, reference=1.0)
     last = result["envelope"][-1]
     assert (last["mean"], last["retain"]) == (pytest.approx(3.0), pytest.approx((3.5 + 3.3) / 2))
     assert all(one.keys() == last.keys() for one in result["useful"]["envelope"]), "the same is said of useful states"
@@ -261,8 +276,8 @@ def test_finished_curves_are_not_run_again_and_halves_are(tmp_path, monkeypatch)
     lines = records.path.joinpath("metrics.jsonl").read_text().splitlines(keepends=True)
     records.path.joinpath("metrics.jsonl").write_text("".join(lines[:-2]) + lines[-2][:10])  # killed while it wrote
     ran = []
-    whole = Victim.under
-    monkeypatch.setattr(Victim, "under", lambda self, *what: ran.append(what) or whole(self, *what))
+    whole = AttackedModel.prepared_for
+    monkeypatch.setattr(AttackedModel, "prepared_for", lambda self, *what: ran.append(what) or whole(self, *what))
     again = attack(model(), "forget", rates=(1e-3, 1e-2), seeds=(0, 1), records=records, names={"arm": "routed"})
     assert again == first and len(ran) == 1 and ran[0][1] == 1
     assert len(records.points()) == 4 * 3 and {point["arm"] for point in records.points()} == {"routed"}

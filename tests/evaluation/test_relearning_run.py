@@ -34,13 +34,27 @@ from routed_peft import RoutedConfig, presets, save_routed
 from routed_peft.checkpoint.export import ablate
 from routed_peft.cli import app
 from routed_peft.evaluation.measures import relearning_area
-from routed_peft.evaluation.relearning import Attack, TextLoss, read_facts, read_summary, relearn, relearn_source
-from routed_peft.evaluation.relearning.attacked_model import Victim
-from routed_peft.evaluation.relearning.run import _references
+from routed_peft.evaluation.relearning import (
+    Attack,
+    SourceOptions,
+    TextLoss,
+    read_facts,
+    read_summary,
+    relearn,
+    relearn_source,
+)
+from routed_peft.evaluation.relearning.attacked_model import AttackedModel
+from routed_peft.evaluation.relearning.run import _reference_losses
 from routed_peft.evaluation.relearning.summary import summary_tables
 from routed_peft.evaluation.source import open_plain
 
 QUICK = {"learning_rates": [1e-3, 1e-2], "seeds": [0, 1], "steps": [0, 1, 4], "extensions": 0}
+GRID = ("learning_rates", "seeds", "steps")
+
+
+def attack_source(src, data, out, attacks=("forget",), **settings):
+    grid = {name: settings.pop(name) for name in GRID if name in settings}
+    return relearn_source(src, data, out=out, attacks=attacks, **grid, options=SourceOptions(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +71,7 @@ def places(tmp_path_factory) -> Path:
     knowing.save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
     routed = get_peft_model(model(seed=1), RoutedConfig(size=4, init="model"), adapter_name="forget")
-    save_routed(routed, folder / "run", presets.sgtm("forget"), tokenizer(), train_base=True)
+    save_routed(routed, folder / "run", routes=presets.sgtm("forget"), tokenizer=tokenizer(), train_base=True)
     ablate(folder / "run", folder / "ablated")
     for name in ("forget_train", "forget_test", "retain_train", "retain_test", "facts"):
         write_jsonl(folder / f"{name}.jsonl", [{"text": text} for text in getattr(DATA, name)])
@@ -66,7 +80,7 @@ def places(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def attacked(places) -> dict:
-    return relearn_source(
+    return attack_source(
         places / "run", DATA, places / "attacked", ["forget", "facts", "int8"], reference=places / "base", **QUICK
     )
 
@@ -106,9 +120,11 @@ def test_the_summary_says_what_was_attacked_and_how_it_went(places, attacked):
 
 def test_a_repeated_command_runs_nothing_and_another_attack_is_added(places, attacked, monkeypatch):
     ran = []
-    whole = Victim.under
-    monkeypatch.setattr(Victim, "under", lambda self, *what: ran.append(what[0].name) or whole(self, *what))
-    again = relearn_source(
+    whole = AttackedModel.prepared_for
+    monkeypatch.setattr(
+        AttackedModel, "prepared_for", lambda self, *what: ran.append(what[0].name) or whole(self, *what)
+    )
+    again = attack_source(
         places / "run", DATA, places / "attacked", ["forget", "bias"], reference=places / "base", **QUICK
     )
     assert again["attacks"]["forget"] == attacked["attacks"]["forget"]
@@ -117,17 +133,19 @@ def test_a_repeated_command_runs_nothing_and_another_attack_is_added(places, att
 
 def test_another_attack_needs_no_other_again_and_another_reading_does(places, tmp_path, monkeypatch):
     ran = []
-    whole = Victim.under
-    monkeypatch.setattr(Victim, "under", lambda self, *what: ran.append(what[0].name) or whole(self, *what))
+    whole = AttackedModel.prepared_for
+    monkeypatch.setattr(
+        AttackedModel, "prepared_for", lambda self, *what: ran.append(what[0].name) or whole(self, *what)
+    )
     source = shutil.copytree(places / "ablated", tmp_path / "model")
     few = QUICK | {"learning_rates": [1e-3], "seeds": [0], "steps": [0, 1]}
     less = replace(DATA, retain_train=(), unrelated_train=())
-    relearn_source(source, less, tmp_path / "out", ["forget"], **few)
-    relearn_source(source, DATA, tmp_path / "out", ["forget", "mixed"], **few)
+    attack_source(source, less, tmp_path / "out", ["forget"], **few)
+    attack_source(source, DATA, tmp_path / "out", ["forget", "mixed"], **few)
     assert ran == ["forget", "mixed"]
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    summary = relearn_source(source, DATA, tmp_path / "out", ["forget"], **few)
+    summary = attack_source(source, DATA, tmp_path / "out", ["forget"], **few)
     assert ran == ["forget", "mixed", "forget"]
     first = summary["attacks"]["forget"]["envelope"][0]["mean"]
     assert first == pytest.approx(summary["start"]["forget"], abs=1e-5)
@@ -159,7 +177,7 @@ def test_losses_after_an_attack_have_one_too(places, attacked):
 
 def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_path):
     about = {"reference": places / "base", **QUICK}
-    summary = relearn_source(places / "run", DATA, tmp_path / "out", ["forget"], oracle=places / "attacked", **about)
+    summary = attack_source(places / "run", DATA, tmp_path / "out", ["forget"], oracle=places / "attacked", **about)
     own, reference = summary["attacks"]["forget"], summary["reference"]["forget"]
     losses = [point["mean"] for point in own["envelope"]]
     assert own["area"] == pytest.approx(relearning_area([0, 1, 4], losses, reference, losses)) == pytest.approx(1.0)
@@ -171,7 +189,7 @@ def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_
         ({"attacks": ["lora"]}, "lacks the attack 'lora'"),
         (
             {"attacks": ["forget"], "steps": [0, 1]},
-            "was attacked otherwise than is asked for now, in steps of 'forget'",
+            "was attacked with other settings, in steps of 'forget'",
         ),
         ({"attacks": ["forget"], "seeds": [0]}, "in seeds of 'forget'"),
         ({"attacks": ["forget"], "data": replace(DATA, forget_test=FORGET[5:])}, "in texts of 'forget'"),
@@ -180,7 +198,7 @@ def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_
     for change, message in wrong:
         with pytest.raises(ValueError, match=message):
             options = {"data": DATA, "oracle": places / "attacked", **about} | change
-            relearn_source(places / "run", out=tmp_path / "no", **options)
+            attack_source(places / "run", out=tmp_path / "no", **options)
     assert not (tmp_path / "no").exists()
 
 
@@ -188,23 +206,23 @@ def test_an_oracle_of_which_nothing_came_back_holds_out_all_the_way(places, tmp_
     """Rounding trains nothing, so that it has no area; retain text brings back nothing of what never was there."""
     about = QUICK | {"learning_rates": [1e-6], "seeds": [0], "extensions": 0}
     wanted = ["int8", "retain", "forget"]
-    filtered = relearn_source(places / "ablated", DATA, tmp_path / "oracle", wanted, **about)
+    filtered = attack_source(places / "ablated", DATA, tmp_path / "oracle", wanted, **about)
     assert filtered["attacks"]["retain"]["verdict"] == "no attack"
     about |= {"learning_rates": [1e-3], "reference": places / "base", "oracle": tmp_path / "oracle"}
-    found = relearn_source(places / "run", DATA, tmp_path / "out", wanted, **about)["attacks"]
+    found = attack_source(places / "run", DATA, tmp_path / "out", wanted, **about)["attacks"]
     assert "area" not in found["int8"] and 0 < found["forget"]["area"] < 1
 
 
 def test_a_changed_command_that_is_interrupted_leaves_no_summary_of_the_former(places, tmp_path, monkeypatch):
     few = QUICK | {"learning_rates": [1e-3], "seeds": [0], "steps": [0, 1]}
-    relearn_source(places / "ablated", DATA, tmp_path / "out", ["forget"], **few)
+    attack_source(places / "ablated", DATA, tmp_path / "out", ["forget"], **few)
 
     def killed(*what):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Victim, "under", killed)
+    monkeypatch.setattr(AttackedModel, "prepared_for", killed)
     with pytest.raises(KeyboardInterrupt):
-        relearn_source(places / "ablated", DATA, tmp_path / "out", ["forget"], **(few | {"steps": [0, 2]}))
+        attack_source(places / "ablated", DATA, tmp_path / "out", ["forget"], **(few | {"steps": [0, 2]}))
     with pytest.raises(ValueError, match="was `routed-peft relearn` interrupted"):
         read_summary(tmp_path / "out")
 
@@ -214,13 +232,13 @@ def test_a_model_of_a_short_context_is_attacked_within_it(places, tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokenizer().save_pretrained(tmp_path / "gpt2")
     few = QUICK | {"learning_rates": [1e-2], "seeds": [0], "steps": [0, 1]}
-    assert relearn_source(tmp_path / "gpt2", DATA, tmp_path / "out", ["forget"], **few)["attacks"]["forget"]["verdict"]
+    assert attack_source(tmp_path / "gpt2", DATA, tmp_path / "out", ["forget"], **few)["attacks"]["forget"]["verdict"]
 
 
 def test_run_export_and_regions_are_attacked_alike(places, attacked):
     start = {}
     for name, source, regions in (("ablated", "ablated", ()), ("on", "run", ["forget"])):
-        summary = relearn_source(places / source, DATA, places / f"out-{name}", ["lora"], regions=regions, **QUICK)
+        summary = attack_source(places / source, DATA, places / f"out-{name}", ["lora"], regions=regions, **QUICK)
         assert summary["attacks"]["lora"]["verdict"] == "attack"
         start[name] = summary["start"]
     assert start["ablated"] == attacked["start"] != start["on"]
@@ -363,7 +381,7 @@ def test_checkpoints_that_are_no_causal_language_models_are_refused(places, tmp_
     t5.save_pretrained(tmp_path / "t5")
     for name, kind in (("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")):
         with pytest.raises(ValueError, match=f"is a {kind}, not a causal language model"):
-            relearn_source(tmp_path / name, DATA, tmp_path / "out")
+            attack_source(tmp_path / name, DATA, tmp_path / "out")
     classifier = LlamaForSequenceClassification(tiny_llama().config)
     for wrong in (bert, t5, classifier, torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match="`model` must be a causal language model"):
@@ -387,7 +405,7 @@ def test_checkpoints_that_are_no_causal_language_models_are_refused(places, tmp_
 def test_a_directory_with_other_records_is_left_alone(places, attacked):
     before = (places / "attacked/run.json").read_text()
     with pytest.raises(ValueError, match="holds other records"):
-        relearn_source(places / "base", DATA, places / "attacked", **QUICK)
+        attack_source(places / "base", DATA, places / "attacked", **QUICK)
     assert (places / "attacked/run.json").read_text() == before
 
 
@@ -402,13 +420,20 @@ def test_a_summary_of_another_version_is_refused(places, attacked, tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps({"verdict": "of a demo"}))
     with pytest.raises(ValueError, match="is no summary of relearning"):
         read_summary(tmp_path)
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         read_summary(tmp_path / "none.json")
 
 
 def test_a_run_as_reference_keeps_its_regions(places):
     """The model from which nothing was removed is the whole run, not the ablated one."""
-    found = _references(places / "run", model(), tokenizer(), DATA, [Attack.parse("forget")], [0], None)
+    found = _reference_losses(
+        SourceOptions(reference=places / "run"),
+        model(),
+        tokenizer=tokenizer(),
+        data=DATA,
+        attacks=[Attack.parse("forget")],
+        seeds=[0],
+    )
     whole, ablated = (open_plain(places / "run", regions)[0] for regions in ("all", ()))
     losses = [TextLoss(model, tokenizer(), DATA.forget_test)(model) for model in (whole, ablated)]
     assert found["forget"] == pytest.approx(losses[0]) and abs(losses[0] - losses[1]) > 1e-3
@@ -419,7 +444,7 @@ def test_units_of_an_arm_without_routing_belong_to_it(places, tmp_path, arm, reg
     """What they learnt is no less the model's own than the rest, so that without them another model would be attacked."""
     run = shutil.copytree(places / "run", tmp_path / "run")
     (run / "run.json").write_text(json.dumps({"config": {"recipe": {"arm": arm}}}))
-    summary = relearn_source(run, DATA, tmp_path / "out", ["bias"], seeds=[0], steps=[0, 1])
+    summary = attack_source(run, DATA, tmp_path / "out", ["bias"], seeds=[0], steps=[0, 1])
     assert list(summary["regions"]) == list(regions)
     left, _ = open_plain(places / "run", regions)
     assert summary["start"]["forget"] == pytest.approx(TextLoss(left, tokenizer(), DATA.forget_test)(left))
@@ -430,7 +455,7 @@ def test_a_reference_of_another_architecture_is_refused(places, tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="is a gpt2 model and the source a llama one"):
-        relearn_source(places / "run", DATA, tmp_path / "out", reference=tmp_path / "gpt2", **QUICK)
+        attack_source(places / "run", DATA, tmp_path / "out", reference=tmp_path / "gpt2", **QUICK)
 
 
 def test_the_reference_of_facts_is_taken_on_the_scored_halves(places, attacked):

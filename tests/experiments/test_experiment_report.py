@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import json
 import math
 import re
+import runpy
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from matplotlib.figure import Figure
-from report_parts import cell, cells, curve, summary, write
-from typer.testing import CliRunner
+from places import ROOT
+from report_parts import attacked_checkpoint, cell, cells, curve, summary, write
 
 from experiments.report import write_report
 from experiments.report.aggregate import aggregate
@@ -23,11 +26,10 @@ from experiments.report.points import offsets
 from experiments.report.reading import read_sources
 from experiments.report.targets import targets
 from experiments.report.verdicts import sentences
-from routed_peft.cli import app
-from routed_peft.evaluation.measures import Crossing, Spread, relearning_area
-from routed_peft.evaluation.relearning import Attack, Curve, Point, summarise
+from routed_peft.evaluation.measures import Crossing, Spread
 from routed_peft.report.drawing import DARK, LIGHT
 
+COMMAND = runpy.run_path(str(ROOT / "recipes" / "report.py"))["main"]
 RIGHT = (1.0, 1.0)
 
 
@@ -44,7 +46,7 @@ def attacked(seed, *forget, status="attack", steps=None):
     return cell("routed", forget[0][0], 3.5, 0.5, seed, attacks={"forget": curves})
 
 
-def test_losses_way_and_tax_are_compared_within_a_seed():
+def test_losses_removal_and_retain_tax_are_compared_within_a_seed():
     rows = [
         *cells(0),
         *[row | {"seed": 1} for row in cells() if row["method"] != "filter"],
@@ -52,18 +54,22 @@ def test_losses_way_and_tax_are_compared_within_a_seed():
     ]
     result = routed(rows)
     assert result.forget == Spread(pytest.approx(16 / 3), 5.0, 6.0, 3) and result.retain.n == 3
-    assert result.way == Spread(pytest.approx(2 / 3), pytest.approx(2 / 3), pytest.approx(2 / 3), 2), (
+    assert result.removed == Spread(pytest.approx(2 / 3), pytest.approx(2 / 3), pytest.approx(2 / 3), 2), (
         "seed 7 has no ends"
     )
-    assert result.tax == Spread(pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1), 1), "seed 1 has no filter"
-    assert aggregate(rows).get("control").tax.mean == pytest.approx(0.2), "there is only one filter to compare with"
-    assert aggregate([*rows, cell("filter", 3.2, 3.4, 0.1)]).get("control").tax is None
+    assert result.retain_tax_same_labels == Spread(pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1), 1), (
+        "seed 1 has no filter"
+    )
+    assert aggregate(rows).get("control").retain_tax_same_labels.mean == pytest.approx(0.2), (
+        "there is only one filter to compare with"
+    )
+    assert aggregate([*rows, cell("filter", 3.2, 3.4, 0.1)]).get("control").retain_tax_same_labels is None
 
 
-def test_a_way_that_cannot_be_told_is_none():
+def test_a_removal_that_cannot_be_told_is_none():
     rows = [row | {"forget_loss": 2.0} if row["method"] == "perfect_filter" else row for row in cells()]
-    assert routed(rows).way is None
-    assert routed([row for row in cells() if row["method"] == "routed"]).tax is None
+    assert routed(rows).removed is None
+    assert routed([row for row in cells() if row["method"] == "routed"]).retain_tax_same_labels is None
 
 
 def test_an_attack_is_its_worst_case_over_rates_and_earlier_steps():
@@ -74,7 +80,7 @@ def test_an_attack_is_its_worst_case_over_rates_and_earlier_steps():
     assert attack.verdict == "attack" and attack.interior and attack.best_rates == (1e-3,)
     assert attack.learning_rates == (3e-4, 1e-3, 1e-2, 3e-2)
     assert attack.recovery == Crossing(3, ">") and attack.recovery_by_seed == (Crossing(3, ">"),)
-    assert [way.mean for way in attack.way] == pytest.approx([2 / 3, 0.9 / 2.1, 0.7 / 1.2])
+    assert [one.mean for one in attack.removed] == pytest.approx([2 / 3, 0.9 / 2.1, 0.7 / 1.2])
     assert attack.area.mean == pytest.approx((4.025 - 3.0) / (5.0 - 3.0)), (
         "steps 0, 1 and 3 are evenly spaced in log(1 + s)"
     )
@@ -94,7 +100,7 @@ def test_every_seed_has_an_attacker_of_its_own():
     attack = routed([one, two]).attacks["forget"]
     assert [(loss.mean, loss.min, loss.max) for loss in attack.forget] == [(5.5, 5, 6), (3.5, 3, 4), (3.0, 3, 3)]
     assert attack.best_rates == (1e-3, 1e-2) and not attack.interior
-    assert attack.recovery is None and attack.area is None and attack.way == (None, None, None)
+    assert attack.recovery is None and attack.area is None and attack.removed == (None, None, None)
 
 
 def test_what_lowers_no_loss_is_no_attack_and_what_diverges_is_no_robustness():
@@ -176,9 +182,9 @@ def test_facts_are_compared_with_facts():
 
 def test_targets_are_met_or_missed_by_the_numbers():
     verdicts = {target.wanted: target for target in targets(aggregate(cells()))}
-    way = verdicts["50 % of the labels: at least 95 % of the way"]
-    assert way.met is False and way.measured == "66.7 %" and way.verdict == "missed, on 1 seed only"
-    assert verdicts["50 % of the labels: tax at most 0.05 nats at equal tokens"].met is False
+    removed = verdicts["50 % of the labels: at least 95 % removed"]
+    assert removed.met is False and removed.measured == "66.7 %" and removed.verdict == "missed, on 1 seed only"
+    assert [target.met for target in verdicts.values() if target.kind == "tax"] == [False]
     above = verdicts[
         "50 % of the labels: forget loss after the worst attack above that of the filter with the same labels"
     ]
@@ -219,16 +225,16 @@ def test_what_was_not_removed_is_not_recovered():
     """A share of nothing is no number: no routing's own loss, measured twice, differs in the last digits."""
     rows = [row | {"forget_loss": 3.0 + 1e-8} if row["method"] == "control" else row for row in cells()]
     found = aggregate(rows)
-    assert found.get("control").attacks["forget"].recovered is None
-    assert routed(rows).attacks["forget"].recovered.mean == pytest.approx((5.0 - 3.5) / (5.0 - 3.0))
+    assert found.get("control").attacks["forget"].share_relearned is None
+    assert routed(rows).attacks["forget"].share_relearned.mean == pytest.approx((5.0 - 3.5) / (5.0 - 3.0))
 
 
 def test_sentences_say_what_came_out():
     (sentence,) = sentences(aggregate(cells()))
-    assert sentence.startswith("With 50 % of the labels, routing and ablating went 67 % of the way")
+    assert sentence.startswith("With 50 % of the labels, routing and ablating removed 67 %")
     assert (
         "filter with the same labels: 17 %" in sentence
-        and "tax against the filter with the same labels is +0.10" in sentence
+        and "retain tax against the filter with the same labels is +0.10" in sentence
     )
     assert "After the worst attack the forget loss is 3.50 (filter: 2.90 ‡; perfect filter: 4.00 ‡)." in sentence
     (sentence,) = sentences(aggregate(cells()[:4]))
@@ -239,7 +245,7 @@ def test_sentences_say_what_came_out():
 def test_sentences_tell_of_a_variant_where_there_is_nothing_else():
     rows = [row | {"method": "routed:by_document=true"} if row["method"] == "routed" else row for row in cells()]
     (sentence,) = sentences(aggregate(rows))
-    assert sentence.startswith("With 50 % of the labels, routing and ablating went 67 % of the way")
+    assert sentence.startswith("With 50 % of the labels, routing and ablating removed 67 %")
     assert any(target.kind == "placebo" for target in targets(aggregate(rows)))
 
 
@@ -249,8 +255,8 @@ def test_a_base_that_never_knew_the_forget_side_is_said_to():
     assert sentence.startswith(
         "Nothing can be removed here: the model without routing, forget loss 6.50, knows no more"
     )
-    way = next(target for target in targets(aggregate(rows)) if target.kind == "way")
-    assert (way.met, way.measured, way.verdict) == (None, "–", "cannot be told")
+    removed = next(target for target in targets(aggregate(rows)) if target.kind == "removed")
+    assert (removed.met, removed.measured, removed.verdict) == (None, "–", "cannot be told")
 
 
 def test_caveats_follow_from_what_is_missing():
@@ -348,16 +354,6 @@ def test_names_beside_points_do_not_cover_each_other():
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def relearning(tmp_path, name, reference=3.0, oracle=None):
-    points = [Point(step, 100 * step, {"forget": loss, "retain": 4.0}) for step, loss in ((0, 5.0), (1, 4.0), (3, 2.5))]
-    curves = [Curve("forget", "forget", 1e-3, seed, {"forget": 5.0, "retain": 4.0}, tuple(points)) for seed in (0, 1)]
-    result = summarise(Attack("forget"), curves, reference, oracle)
-    about = {"format": 1, "kind": "relearning", "source": "org/model", "start": {"forget": 5.0, "retain": 4.0}}
-    about |= {"seeds": [0, 1], "steps": [0, 1, 3], "attacks": {"forget": result}, "versions": {"torch": "2.0"}}
-    write(tmp_path / name / "run.json", {"command": "routed-peft relearn org/model"})
-    return write(tmp_path / name / "summary.json", about)
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
@@ -366,10 +362,11 @@ def report(tmp_path_factory):
     about = summary(rows) | {"command": "python recipes/experiment.py --config x.yaml", "versions": {"torch": "2.13.0"}}
     write(folder / "biology.json", about)
     write(folder / "step_time.json", {"sizes": {}})
-    relearning(folder, "attacked")
-    result = CliRunner().invoke(app, ["report", str(folder), "--out", str(folder / "out")])
-    assert not result.exception, result.output
-    return folder, (folder / "out" / "report.html").read_text(), result.output
+    attacked_checkpoint(folder, "attacked")
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        COMMAND([str(folder), "--out", str(folder / "out")])
+    return folder, (folder / "out" / "report.html").read_text(), screen.getvalue()
 
 
 class Links(HTMLParser):
@@ -407,10 +404,10 @@ def test_the_page_holds_numbers_provenance_cards_and_caveats(report):
     _, page, _ = report
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     for expected in (
-        "routing and ablating went 67 % of the way",
-        "All methods, measured alike: 50 % of the documents labelled",
+        "routing and ablating removed 67 %",
+        "All methods, measured alike: 50 % of the documents labeled",
         "3.50 58 % 4.00 0.001 &gt; 3 0.417 75 % 0.51 3.80 5.00 67 % 3.80 43 %",
-        "0 where it lies from the first step on at the loss that the model which was never unlearnt had before any attack",
+        "0 where it lies from the first step on at the loss that the model which was never unlearned had before any attack",
         "python recipes/experiment.py --config x.yaml",
         "torch 2.13.0",
         "seeds 0, 1:",
@@ -438,56 +435,18 @@ def test_figures_lie_beside_the_page_and_the_terminal_names_it(report):
     assert screen.rstrip().endswith(f"written to {folder / 'out' / 'report.html'}")
 
 
-def test_a_checkpoint_that_was_attacked_needs_no_experiment(tmp_path):
-    written = write_report([relearning(tmp_path, "rmu"), relearning(tmp_path, "npo", None)], tmp_path / "out")
-    assert [one.source.name for one in written.checkpoints] == ["rmu", "npo"] and not written.sections
-    attack = written.checkpoints[0].attacks["forget"]
-    assert [loss.mean for loss in attack.forget] == [5.0, 4.0, 2.5] and attack.forget[0].n == 2
-    assert attack.recovery.at == pytest.approx(1 + 2 * (4 - 3.02) / 1.5) and not attack.interior
-    assert attack.recovery_tokens.at == pytest.approx(100 * attack.recovery.at) and attack.area is None
-    assert "231 tokens" in written.page.read_text()
-    other = written.checkpoints[1].attacks["forget"]
-    assert other.recovery is None and other.recovery_tokens is None
-    compared = write_report([relearning(tmp_path, "sgtm", 3.0, [6.0, 5.0, 4.5])], tmp_path / "compared")
-    assert compared.checkpoints[0].attacks["forget"].area.mean == pytest.approx(
-        relearning_area([0, 1, 3], [5.0, 4.0, 2.5], 3.0, [6.0, 5.0, 4.5])
-    )
-    assert "org/model" in written.page.read_text()
-
-
-def test_checkpoints_show_intervals_over_documents_and_areas_where_summaries_hold_them(tmp_path):
-    def heads_and_rows(*files):
-        table = write_report(files, tmp_path / "out").page.read_text().split('id="checkpoints"')[1].split("</table>")[0]
-        lines = [re.findall(r"<t[hd].*?</t[hd]>", line, re.DOTALL) for line in table.split("<tr>")[1:]]
-        return [[" ".join(re.sub(r"<[^>]+>", " ", one).split()) for one in line] for line in lines if len(line) > 1]
-
-    plain, known = relearning(tmp_path, "rmu"), relearning(tmp_path, "sgtm", 3.0, [6.0, 5.0, 4.5])
-    about = json.loads(known.read_text())
-    about["attacks"]["forget"]["envelope"][-1]["documents"] = [2.25, 2.75]
-    write(known, about)
-    head, row = heads_and_rows(plain)
-    assert "area" not in head and row[head.index("other documents")] == "–", "bounds were not measured"
-    head, first, second = heads_and_rows(plain, known)
-    assert second[head.index("other documents")] == "2.25 to 2.75" and second[head.index("area")] == "0.41"
-    assert first[head.index("area")] == "–" and len(head) == len(first) == len(second)
-    older = json.loads(plain.read_text())
-    for entry in older["attacks"]["forget"]["envelope"]:
-        entry.pop("documents", None)
-    assert heads_and_rows(write(plain, older))[1][3] == "–"
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "is not there"),
-        ("{", "is no JSON"),
+        (None, "does not exist"),
+        ("{", "is not JSON"),
         ({"sizes": {}}, "is no summary of an experiment or of relearning"),
         ([1], "is no summary of an experiment or of relearning"),
         (summary(cells()) | {"format": 2}, "has the format 2, this version of routed_peft reads 1"),
         ({"kind": "relearning", "format": 0}, "has the format 0"),
         (summary([]), "has no finished cell yet"),
         (summary([{"method": "filter", "seed": 0}]), "cell 1 of .* lacks labeled, recall, precision, forget_loss"),
-        (summary([*cells(), cell("filter", 3.0, 3.0, 0.5)]), "cell 6 of .* is there twice"),
+        (summary([*cells(), cell("filter", 3.0, 3.0, 0.5)]), "cell 6 of .* repeats an earlier cell"),
         (summary([cell("filter", math.nan, 3.0, 0.5)]), "has the `forget_loss` nan"),
         (summary([cell("filter", 3.0, 3.0, 0.5, attacks={"forget": [{"steps": []}]})]), "attack 'forget' of cell 1"),
     ],
@@ -520,14 +479,14 @@ def test_a_directory_stands_for_all_summaries_in_it(tmp_path):
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
-    result = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert result.exit_code == 1 and result.output.startswith("routed-peft: ") and "holds no summary" in result.output
+    with pytest.raises(SystemExit, match=r"^recipes/report.py: .* holds no summary of an experiment or of relearning"):
+        COMMAND([str(tmp_path)])
 
 
 def test_numbers_do_not_depend_on_the_order_of_cells():
     rows = [row for seed in (0, 1) for row in cells(seed)]
     one, other = routed(rows), routed(rows[::-1])
-    assert one.way == other.way and one.attacks == other.attacks
+    assert one.removed == other.removed and one.attacks == other.attacks
     assert json.dumps(one.forget.as_dict()) == json.dumps(other.forget.as_dict())
     assert replace(one, cells={}) == replace(other, cells={})
 

@@ -27,7 +27,7 @@ def test_rmu_steers_to_one_fixed_direction_and_keeps_its_retain_term(learned, tm
     """The faults of the reference implementations, each one looked at."""
     model = copy.deepcopy(learned)
     args = arguments(tmp_path, "rmu", **OPTIONS)
-    trainer = UnlearningTrainer(model, args, FORGET, RETAIN)
+    trainer = UnlearningTrainer(model, args, forget_rows=FORGET, retain_rows=RETAIN)
     target = trainer._target.clone()
     assert 0.2 < target.lt(0).float().mean() < 0.8, "not the positive orthant"
     lengths = trainer.reference(torch.tensor([row["input_ids"] for row in FORGET]), output_hidden_states=True)
@@ -44,8 +44,9 @@ def test_rmu_steers_to_one_fixed_direction_and_keeps_its_retain_term(learned, tm
     strayed = {}
     for alpha in (0.0, 10.0):
         moved = copy.deepcopy(learned)
-        UnlearningTrainer(moved, arguments(tmp_path, "rmu", **{**OPTIONS, "alpha": alpha}), FORGET, RETAIN).train()
-        now = trainer._run(moved.eval(), batch).of(~batch["is_forget"]).activations()
+        args = arguments(tmp_path, "rmu", **{**OPTIONS, "alpha": alpha})
+        UnlearningTrainer(moved, args, forget_rows=FORGET, retain_rows=RETAIN).train()
+        now = trainer._run(moved.eval(), batch).select(~batch["is_forget"]).activations()
         strayed[alpha] = (now - before).norm().item()
     assert strayed[10.0] < 0.5 * strayed[0.0], "the retain term works"
 
@@ -66,5 +67,5 @@ def test_rmu_finds_its_way_in_other_architectures(tmp_path, family):
 
 def test_rmu_can_steer_by_an_absolute_length(learned, tmp_path):
     args = arguments(tmp_path, "rmu", steering=6.5, steering_relative=False)
-    trainer = UnlearningTrainer(copy.deepcopy(learned), args, FORGET, RETAIN)
+    trainer = UnlearningTrainer(copy.deepcopy(learned), args, forget_rows=FORGET, retain_rows=RETAIN)
     assert trainer._target.norm().item() == pytest.approx(6.5, rel=1e-5)

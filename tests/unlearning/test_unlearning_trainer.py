@@ -102,7 +102,7 @@ def test_a_step_is_exact_however_it_is_split(tmp_path, method, retain_loss, accu
         per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation,
         retain_loss=retain_loss, **options,
     )  # fmt: skip
-    trainer = UnlearningTrainer(model, args, ragged(5, 0), ragged(7, 1))
+    trainer = UnlearningTrainer(model, args, forget_rows=ragged(5, 0), retain_rows=ragged(7, 1))
     with torch.no_grad():  # away from the reference, where NPO's and KL's terms are special
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).double()
@@ -127,7 +127,7 @@ def test_only_what_has_a_target_is_forgotten(learned, tmp_path):
     """Rows may say with `labels` that only some of their tokens count: answers, say."""
     pairs = [{**row, "labels": [-100] * 6 + row["input_ids"][6:]} for row in FORGET]
     args = arguments(tmp_path, "graddiff", max_steps=1, per_device_train_batch_size=16)
-    trainer = UnlearningTrainer(copy.deepcopy(learned), args, pairs, RETAIN)
+    trainer = UnlearningTrainer(copy.deepcopy(learned), args, forget_rows=pairs, retain_rows=RETAIN)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
     assert trainer.count_units(batch).tolist() == [[16 * 6, 16], [16 * (LENGTH - 1), 16]]
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_lost_its_optimizer_is_not_resumed_from(learned, tmp_p
     unlearn(copy.deepcopy(learned), FORGET, RETAIN, arguments(tmp_path, **options))
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     options |= {"max_steps": 3, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
-    with pytest.raises(ValueError, match=r"has no whole optimizer\.pt.*checkpoint-1'"):
+    with pytest.raises(ValueError, match=r"lacks a complete optimizer\.pt.*checkpoint-1'"):
         unlearn(copy.deepcopy(learned), FORGET, RETAIN, arguments(tmp_path, **options))
 
 
@@ -191,7 +191,7 @@ def test_evaluation_losses_are_means_over_tokens(learned, tmp_path):
     sides = {"forget": ragged(5, 0), "retain": ragged(7, 1)}
     model = tiny("llama", vocab_size=300)
     args = arguments(tmp_path, max_steps=1, per_device_eval_batch_size=2)
-    trainer = UnlearningTrainer(model, args, FORGET, RETAIN, eval_dataset=sides)
+    trainer = UnlearningTrainer(model, args, forget_rows=FORGET, retain_rows=RETAIN, eval_dataset=sides)
     metrics = trainer.evaluate()
     for side, data in sides.items():
         assert metrics[f"eval_{side}_loss"] == pytest.approx(mean_loss(model, data, 3), rel=1e-5)
@@ -213,8 +213,8 @@ def test_sides_take_turns_evenly():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "rnu"}, "`method` is one of"),
-        ({"retain_loss": "mse"}, "`retain_loss` is one of"),
+        ({"method": "rnu"}, "`method` must be one of"),
+        ({"retain_loss": "mse"}, "`retain_loss` must be one of"),
         ({"beta": 0.0}, "`beta` must be a positive number"),
         ({"alpha": -1.0}, "`alpha` must be a positive number"),
         ({"gamma": float("inf")}, "`gamma` must be a positive number"),

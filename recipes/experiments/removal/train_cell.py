@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from torch import nn
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 
-from experiments.removal.cells import NUMBERS, Cell, Experiment
+from experiments.common.cells import NUMBERS, Site
+from experiments.common.progress import Ticker
+from experiments.removal.cells import Experiment, MethodCell
 from experiments.removal.derive_cell import change
 from routed_peft.corpora import PAIRS, load_pair
 from routed_peft.corpora.arithmetic import SAME
@@ -23,8 +25,8 @@ from routed_peft.demo.measuring import measure_model, open_model
 from routed_peft.demo.settings import Arm, DemoSettings
 from routed_peft.demo.training import REGION, regions_of, train_arm
 from routed_peft.evaluation.measures import bootstrap, region_activity
-from routed_peft.evaluation.relearning import Attack, AttackData, relearn
-from routed_peft.evaluation.relearning.sweep import check_settings
+from routed_peft.evaluation.relearning import Attack, AttackData, RelearnOptions, relearn
+from routed_peft.evaluation.relearning.grid import check_settings
 from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.training import RunDirectory, SelfLabeledRows
@@ -33,31 +35,27 @@ UNRELATED = {pair: "biology" if pair == "spanish" else "spanish" for pair in PAI
 """Pair -> the pair whose retain text is unrelated to both of its sides: English verses, or WordNet."""
 
 
-def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> dict[str, Any]:
-    """Train a cell's model in ``folder``, or change that of its ``parent``, measure it, and return its numbers."""
-    settings, arm = cell.settings, cell.method.arm
+def make(cell: MethodCell, site: Site) -> dict[str, Any]:
+    """Train a cell's model, or change that of its parent, measure it, and return its numbers."""
+    settings, arm, folder = cell.settings, cell.method.arm, site.folder
     material = Material.prepare(settings, folder / "data", cell.method.relabel)
     if cell.method.change:
-        about = change(cell, parent, folder / cell.method.plain, material)
-        own = TrainingCost.from_dict(about.get("ledger", TrainingCost().to_dict()))
-        former = json.loads((parent / NUMBERS).read_text())
-        before = TrainingCost.from_dict(former["ledger"])
-        about["ledger"] = (before + own).to_dict()
-        if cell.method.change in ("ablate", "random"):  # the others are trained on more
-            about |= {name: former[name] for name in ("tokens_by_side",) if name in former}
-        return about | measured(open_model(folder / cell.method.plain), settings, material)
+        about = change(cell, site.parent, folder / cell.method.plain, material)
+        return with_former(about, cell, site.parent) | measured(
+            open_model(folder / cell.method.plain), settings, material
+        )
     if cell.method.equal_retain:
         settings = replace(settings, steps=round(settings.steps * stretch(material, arm, settings)))
     run, records = material.run_of(arm, settings), RunDirectory(folder)
     records.start(asdict(settings) | {"method": cell.name}, seeds={"seed": settings.seed})
-    labels = train_arm(arm, settings, material, run, folder, records, watcher)
+    labels = train_arm(arm, settings, material, run, folder, records, Ticker(site.tick))
     numbers: dict[str, Any] = {"tokens_by_side": tokens_by_side(run, settings.length), "targets_by_label": labels}
     if cell.method.labels:
         numbers["unlabeled_tokens_by_side"] = tokens_by_side(run, settings.length, UNLABELED)
     if isinstance(run, SelfLabeledRows):
         numbers |= found_quality(run)
     whole = open_model(folder / "run", regions_of(arm)[0]) if arm.routed else open_model(folder / arm.plain)
-    numbers["ledger"] = ledger_of(cell, whole, material, run).to_dict()
+    numbers["ledger"] = cost_of(cell, whole, material=material, run=run).to_dict()
     if not arm.demix:  # its curves are with both experts and with neither, never with the one that stays
         numbers |= last_validation(records, ablated=arm.routed)
     numbers |= measured(open_model(folder / cell.method.plain), settings, material)
@@ -68,6 +66,15 @@ def make(cell: Cell, folder: Path, parent: Path, watcher: TrainerCallback) -> di
         activity = region_activity(whole, material.tokenizer, REGION, texts[FORGET], texts[RETAIN])
         numbers["region_activity_ratio"] = [layer.ratio for layer in activity.values()]
     return numbers
+
+
+def with_former(about: dict[str, Any], cell: MethodCell, parent: Path) -> dict[str, Any]:
+    """Return what was said of a change, with the costs of the parent's model added, and its tokens where none were added."""
+    former = json.loads((parent / NUMBERS).read_text())
+    own = TrainingCost.from_dict(about.get("ledger", TrainingCost().to_dict()))
+    cost = TrainingCost.from_dict(former["ledger"]) + own
+    kept = ("tokens_by_side",) if cell.method.change in ("ablate", "random") else ()  # the others are trained on more
+    return about | {"ledger": cost.to_dict()} | {name: former[name] for name in kept if name in former}
 
 
 def last_validation(records: RunDirectory, ablated: bool) -> dict[str, float]:
@@ -103,7 +110,7 @@ def stretch(material: Material, arm: Arm, settings: DemoSettings) -> float:
     return (settings.labeled_first * first + (1 - settings.labeled_first) * rest) / own
 
 
-def ledger_of(cell: Cell, model: nn.Module, material: Material, run: Dataset | SelfLabeledRows) -> TrainingCost:
+def cost_of(cell: MethodCell, model: nn.Module, *, material: Material, run: Dataset | SelfLabeledRows) -> TrainingCost:
     """Return what a model that was trained from nothing has cost, the scoring of rows by its region included.
 
     Args:
@@ -123,19 +130,18 @@ def ledger_of(cell: Cell, model: nn.Module, material: Material, run: Dataset | S
     )
 
 
-def attack(cell: Cell, folder: Path, name: str, experiment: Experiment) -> list[dict[str, Any]]:
+def attack(cell: MethodCell, site: Site, *, name: str, experiment: Experiment) -> list[dict[str, Any]]:
     """Attack a cell's model; return an entry for each learning rate, with the losses at every step.
 
     Where the attack trains on half of the facts, the forget losses are those on the other half.
     """
     plan, steps = Attack.parse(name, length=cell.settings.length), experiment.attack_steps
     data, rates = attack_data(plan, cell.settings, experiment), rates_of(plan, experiment)
-    place = folder / cell.method.plain
+    place = site.folder / cell.method.plain
     model, tokenizer = open_model(place), AutoTokenizer.from_pretrained(place)
-    seeds, records = [cell.settings.seed], RunDirectory(folder / "attacks")
-    curves = relearn(
-        model, tokenizer, plan, data, rates, seeds, steps, extensions=experiment.extensions, records=records
-    )
+    seeds, records = [cell.settings.seed], RunDirectory(site.folder / "attacks")
+    options = RelearnOptions(extensions=experiment.extensions, records=records)
+    curves = relearn(model, tokenizer, plan, data, learning_rates=rates, seeds=seeds, steps=steps, options=options)
     return [
         {"learning_rate": curve.learning_rate, "status": curve.status, "steps": steps}
         | {"tokens": [point.tokens for point in curve.points]}
@@ -149,7 +155,8 @@ def check_attacks(experiment: Experiment, settings: DemoSettings) -> None:
     for name in experiment.attacks:
         plan = Attack.parse(name, length=settings.length)
         rates = rates_of(plan, experiment) or plan.learning_rates
-        check_settings(plan, attack_data(plan, settings, experiment), rates, experiment.seeds, experiment.attack_steps)
+        data, seeds, steps = attack_data(plan, settings, experiment), experiment.seeds, experiment.attack_steps
+        check_settings(plan, data, rates=rates, seeds=seeds, steps=steps)
 
 
 def rates_of(plan: Attack, experiment: Experiment) -> list[float] | None:

@@ -6,15 +6,27 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from routed_peft.data import FORGET
-from routed_peft.evaluation.measures import Crossing, Spread, recovered, relearning_area, to_recover, way, worst_case
+from routed_peft.evaluation.measures import (
+    Crossing,
+    Spread,
+    relearning_area,
+    removed,
+    share_relearned,
+    to_recover,
+    worst_case,
+)
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
-from routed_peft.evaluation.relearning.envelope import Outcome
-from routed_peft.report.attacks import Relearning, Row, _number, spread
+from routed_peft.evaluation.relearning.envelope import Envelope
+from routed_peft.report.attacks import Relearning, nan_if_none, spread
 
-REMOVED = 0.1
+Row = Mapping[str, Any]
+"""A cell of an experiment."""
+LEAST_REMOVED = 0.1
+"""Nats that a method must have removed for a share of them to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
     Args:
         name: of the attack.
         cells: seed -> cell of the condition; those without this attack are left out.
-        base: seed -> cell of the model that was never unlearnt.
+        base: seed -> cell of the model that was never unlearned.
         oracle: seed -> cell of the perfect filter.
 
     Raises:
@@ -81,14 +93,14 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
         recovery=_recovery(steps, found, reference),
         recovery_by_seed=tuple(to_recover(steps, found[seed].forget, loss) for seed, loss in reference.items()),
         halfway=_recovery(steps, found, midway, tolerance=0.0),
-        recovered=spread(
-            recovered(before[s], found[s].forget[-1], loss)
+        share_relearned=spread(
+            share_relearned(before[s], found[s].forget[-1], loss)
             for s, loss in reference.items()
-            if before[s] - loss > REMOVED
+            if before[s] - loss > LEAST_REMOVED
         ),
         area=_area(steps, found, reference, high),
-        way=tuple(
-            spread([way(found[s].forget[i], low[s].forget[i], high[s].forget[i]) for s in ends])
+        removed=tuple(
+            spread([removed(found[s].forget[i], low[s].forget[i], high[s].forget[i]) for s in ends])
             for i in range(len(steps))
         ),
     )  # fmt: skip
@@ -96,17 +108,24 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
 
 def _seed(cell: Row, name: str, target: str) -> _Seed:
     curves = sorted(cell["attacks"][name], key=lambda curve: curve["learning_rate"])
-    forget = {curve["learning_rate"]: [[_number(loss) for loss in curve["forget_losses"]]] for curve in curves}
-    retain = {curve["learning_rate"]: [[_number(loss) for loss in curve["retain_losses"]]] for curve in curves}
+    forget = {curve["learning_rate"]: [[nan_if_none(loss) for loss in curve["forget_losses"]]] for curve in curves}
+    retain = {curve["learning_rate"]: [[nan_if_none(loss) for loss in curve["retain_losses"]]] for curve in curves}
     rates = tuple(forget)
     steps = curves[0]["steps"][: len(forget[rates[0]][0])]  # what trains nothing is measured once
     # perturbing comes before the first step
     before = cell["forget_loss"] if target == FORGET else worst_case(steps, forget)[0].mean
-    found = Outcome.of(steps, forget, retain, before, cell["retain_loss"], {curve["status"] for curve in curves})
-    last = found.envelope[-1]
+    found = Envelope.from_losses(
+        steps,
+        forget,
+        retain=retain,
+        before=before,
+        retain_before=cell["retain_loss"],
+        statuses={curve["status"] for curve in curves},
+    )
+    last = found.states[-1]
     return _Seed(
         steps=tuple(steps),
-        forget=tuple(state.case.mean for state in found.envelope),
+        forget=tuple(state.case.mean for state in found.states),
         retain=last.retain,
         useful=math.nan if found.useful is None else found.useful[-1].case.mean,
         verdict=found.verdict,

@@ -1,4 +1,4 @@
-"""Tables of experiments that ask one thing: what settings of self-labels trade, what leaks, what single facts bring back."""
+"""Tables of experiments with one question: settings of self-labels, leakage, single facts, kinds of attacks."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from collections.abc import Callable
 from experiments.report.aggregate import BASE, Comparison, Result, aggregate
 from experiments.report.costs import costs
 from experiments.report.methods import VARIANT
-from experiments.report.verdicts import ranged
 from experiments.tables.absent import Report, lacking
-from experiments.tables.experiment_tables import NONE, available, of_labels, shown, title, written
+from experiments.tables.experiment_tables import NONE, REMOVED, SAME_LABELS, available, of_labels, shown, title, written
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.relearning.attacks import METHODS, Attack
 from routed_peft.report.attacks import Relearning, spread
-from routed_peft.report.page import part
+from routed_peft.report.numbers import part, ranged
 
 
 def frontier(report: Report, command: str) -> str:
-    """What the settings of routing with self-labels trade: removal, tax, and what the model can do with its region on."""
+    """Return a table of settings of self-labels: removal, retain tax, and losses with the region on."""
     found = of_labels(report["cells"], (0.5, 1.0, 1.0))
     columns: dict[str, Callable[[Result], str]] = {
         "routed, with": lambda r: setting(r, report),
         "forget loss": lambda r: ranged(r.forget),
         "retain loss": lambda r: ranged(r.retain),
-        "way": lambda r: ranged(r.way, as_share=True),
-        "tax": lambda r: ranged(r.tax),
+        REMOVED: lambda r: ranged(r.removed, as_share=True),
+        SAME_LABELS: lambda r: ranged(r.retain_tax_same_labels),
         "region on: forget": lambda r: ranged(region_on(found, r, "forget")),
         "retain": lambda r: ranged(region_on(found, r, "retain")),
     }
@@ -56,18 +55,31 @@ def region_on(found: Comparison, result: Result, side: str) -> Spread | None:
 
 
 def leaking(report: Report, command: str) -> str:
-    """Leakage of unlabelled forget text, over shares of labels."""
+    """Return a table of the leakage of unlabeled forget text, over shares of labels."""
     found = aggregate(report["cells"])
     rows = []
     for result in sorted(shown(found, None, labeled_only=True), key=lambda r: r.condition.labeled or 0):
         cost = costs(found, result)
         rest = result.over("unlabeled_tokens_by_side").get("forget")
         row = [result.condition.labels, title(result, report), ranged(result.forget), ranged(result.retain)]
-        row += [ranged(result.tax), NONE if rest is None else f"{rest / 1000:.1f} k", part(cost.leakage)]
+        row += [
+            ranged(result.retain_tax_same_labels),
+            NONE if rest is None else f"{rest / 1000:.1f} k",
+            part(cost.leakage),
+        ]
         rows.append([*row, part(cost.penalty)])
-    names = ["labels", "method", "forget loss", "retain loss", "tax", "unlabelled forget tokens", "leakage", "penalty"]
+    names = [
+        "labels",
+        "method",
+        "forget loss",
+        "retain loss",
+        SAME_LABELS,
+        "unlabeled forget tokens",
+        "leakage",
+        "penalty",
+    ]
     said = (
-        f"Mean (range) over {len(found.seeds)} seeds. Leakage: of the unlabelled forget tokens that a model was trained on, "
+        f"Mean (range) over {len(found.seeds)} seeds. Leakage: of the unlabeled forget tokens that a model was trained on, "
         "the share that would teach a plain model as much. Penalty: the share of its retain tokens that it could do "
         "without. Both are read off plain models that saw more and less text; –: they do not tell, or of the leakage not even "
         "that it is below 100 %."
@@ -76,7 +88,7 @@ def leaking(report: Report, command: str) -> str:
 
 
 def facts(report: Report, command: str) -> str:
-    """What training on half of the facts brings back of the others, and what an attack on the logits alone brings back."""
+    """Return a table of two attacks: training on half of the facts to bring back the others, and biases on the logits."""
     found, about = aggregate(report["cells"]), report["experiment"]
     rows = []
     for result in shown(found, None, labeled_only=False):
@@ -85,20 +97,26 @@ def facts(report: Report, command: str) -> str:
         row += [after(half), ranged(result.forget)]
         row.append(NONE if bias is None else ranged(bias.forget[-1]) if bias.attacked else bias.verdict)
         rows.append(row)
-    heads = ["facts left out: loss", "… after the others", "recovered", "forget loss", "… after a bias on the logits"]
+    heads = [
+        "facts left out: loss",
+        "… after the others",
+        "share relearned",
+        "forget loss",
+        "… after a bias on the logits",
+    ]
     rates = ", ".join(f"{rate:g}" for rate in about["attack_rates"])
     said = (
         f"Mean (range) over {len(found.seeds)} seeds. Half of the facts that were trained on are trained on again, "
         f"{about['attack_steps'][-1]} steps at most, the worst case of all steps and learning rates ({rates}, and those beyond "
-        "an end where the best is there), and the other half is scored. Recovered: the share of the loss on these by which the "
+        "an end where the best is there), and the other half is scored. Share relearned: of the loss on these by which the "
         f"model was worse than no routing. The bias is one number a token, fitted to {available(report)} at rates of its "
-        f"own ({', '.join(f'{rate:g}' for rate in METHODS['bias'])})."
+        f"own ({', '.join(f'{rate:g}' for rate in METHODS['bias'].learning_rates)})."
     )
     return written(["method", *heads], rows, [said, *lacking(report), f"From `{command}`."])
 
 
 def attacked(report: Report, command: str) -> str:
-    """Forget loss after attacks of several kinds, side by side."""
+    """Return a table of the forget loss after attacks of several kinds."""
     found, about = aggregate(report["cells"]), report["experiment"]
     rows = []
     for result in shown(found, None, labeled_only=False):
@@ -122,5 +140,7 @@ def lowest(attack: Relearning) -> str:
 
 
 def after(attack: Relearning | None) -> str:
-    """Write which share of what was removed an attack has brought back."""
-    return NONE if attack is None else ranged(attack.recovered, as_share=True) if attack.attacked else attack.verdict
+    """Write the share of what was removed that an attack has brought back."""
+    return (
+        NONE if attack is None else ranged(attack.share_relearned, as_share=True) if attack.attacked else attack.verdict
+    )

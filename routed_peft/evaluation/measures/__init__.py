@@ -1,12 +1,22 @@
-"""What the measurements mean: formulas over losses, each with its unit and its source."""
+"""Formulas over losses, each with its unit and its source."""
 
 from routed_peft.evaluation.measures.activity import Activity, region_activity
 from routed_peft.evaluation.measures.crossing import Crossing, crossing
-from routed_peft.evaluation.measures.removal import absorption, compute_penalty, leakage, tax, tokens_of_plain, way
+from routed_peft.evaluation.measures.removal import (
+    absorption,
+    compute_penalty,
+    leakage,
+    recovered,
+    removed,
+    retain_tax,
+    tax,
+    tokens_of_plain,
+    way,
+)
 from routed_peft.evaluation.measures.robustness import (
     WorstCase,
-    recovered,
     relearning_area,
+    share_relearned,
     to_recover,
     within_utility,
     worst_case,
@@ -26,6 +36,9 @@ __all__ = [
     "recovered",
     "region_activity",
     "relearning_area",
+    "removed",
+    "retain_tax",
+    "share_relearned",
     "tax",
     "to_recover",
     "tokens_of_plain",

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from routed_peft.adapters import adapters_in, outlet_modules, tuner_layers
 from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.routes import IGNORED
 
@@ -83,13 +83,12 @@ def region_activity(
 
 
 def _outlets(model: nn.Module, region: str) -> dict[str, nn.Module]:
-    """Return layer -> the projection through which all that the region contributes leaves it."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    """Return layer -> the projection through which the region's whole contribution passes."""
     return {
-        name: getattr(layer, outlet)[region]
-        for name, layer in layers.items()
-        for outlet in getattr(type(layer), "region_outlets", ("lora_B",))
-        if region in getattr(layer, outlet, ())
+        name: module
+        for name, layer in tuner_layers(model)
+        if region in adapters_in(layer)
+        for module in outlet_modules(layer, region)
     }
 
 

@@ -1,4 +1,4 @@
-"""How far a removal went, what it cost, and how much leaked: losses of models trained side by side."""
+"""Removal, its retain tax and its leakage, from the losses of models that were trained side by side."""
 
 from __future__ import annotations
 
@@ -6,56 +6,95 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from routed_peft.deprecation import warn_renamed
 from routed_peft.evaluation.measures.crossing import Crossing, crossing
 
 _OPPOSITE: dict[str, Literal["=", ">", "<"]] = {"=": "=", ">": "<", "<": ">"}
 
 
-def way(routed: float, unrouted: float, perfect: float) -> float:
-    r"""Return how much of the way from "never unlearnt" to "never learnt" a removal covers.
+def removed(ablated: float, dense: float, perfect: float) -> float:
+    r"""Return the share of the forget knowledge that a model lacks once its region is ablated.
 
-    .. math:: \text{way} = \frac{L_\text{routed} - L_\text{unrouted}}{L_\text{perfect} - L_\text{unrouted}}
+    .. math:: \text{removed} = \frac{L_\text{ablated} - L_\text{dense}}{L_\text{perfect} - L_\text{dense}}
 
-    with L the loss on held-out forget text, in nats per token. 0 is the model without routing, 1 the model that never saw
-    forget data; more than 1 is possible, and no better: such a model is wrong in a way that ignorance is not. Losses
-    after relearning can be compared by the same formula. The definition is this library's (docs/design.md, "What a claim
-    needs"); UNDO (arXiv 2506.06278) scales its robustness between the same two models.
+    with L the loss on held-out forget text, in nats per token. 0 is the same model trained without routing, 1 the model that
+    never saw forget data. More than 1 is possible and no better: such a model is surer of wrong tokens than one that never
+    learned. Losses after relearning can be compared by the same formula. The definition is this library's (docs/design.md,
+    "What a claim needs"); UNDO (arXiv 2506.06278) scales its robustness between the same two models.
 
     Args:
-        routed: forget loss of the routed model, its region ablated.
-        unrouted: forget loss of the same model trained on the same data without routing.
-        perfect: forget loss of the model trained on data from which all forget rows were filtered.
+        ablated: forget loss of the routed model, its region ablated.
+        dense: forget loss of the same model trained on the same data without routing.
+        perfect: forget loss of the perfect filter, trained on the data without any forget rows.
 
     Returns:
-        The share; NaN where the perfect filter's loss is not above that without routing, so that there is no way to go.
+        The share; NaN where the perfect filter's loss is not above the dense model's, so that nothing can be removed.
 
     Example:
-        >>> way(5.0, unrouted=3.0, perfect=6.0)
+        >>> removed(5.0, dense=3.0, perfect=6.0)
         0.6666666666666666
-        >>> way(5.0, unrouted=3.0, perfect=3.0)
+        >>> removed(5.0, dense=3.0, perfect=3.0)
         nan
     """
-    distance = perfect - unrouted
-    return (routed - unrouted) / distance if distance > 0 else math.nan
+    distance = perfect - dense
+    return (ablated - dense) / distance if distance > 0 else math.nan
+
+
+def recovered(ablated: float, on: float, dense: float) -> float:
+    r"""Return the share of what was removed that the region gives back where it is switched on.
+
+    .. math:: \text{recovered} = \frac{L_\text{ablated} - L_\text{on}}{L_\text{ablated} - L_\text{dense}}
+
+    with L the loss on held-out forget text, in nats per token. 1 is a model that is as good with its region as one that was
+    never routed. The definition is this library's (docs/design.md, "What a claim needs"). What an attacker brings back is
+    measured by `share_relearned`.
+
+    Args:
+        ablated: forget loss of the routed model, its region ablated.
+        on: forget loss of the same model with its region.
+        dense: forget loss of the same model trained on the same data without routing.
+
+    Returns:
+        The share; NaN where the ablated model's loss is not above the dense one's, so that nothing was removed.
+
+    Example:
+        >>> recovered(5.0, on=3.5, dense=3.0)
+        0.75
+    """
+    distance = ablated - dense
+    return (ablated - on) / distance if distance > 0 else math.nan
+
+
+def retain_tax(ablated: float, filtered: float) -> float:
+    r"""Return the cost of a removal on retain text, in nats per token.
+
+    .. math:: \text{retain tax} = L_\text{ablated} - L_\text{filtered}
+
+    with L the loss on held-out retain text. It is taken against the perfect filter, or, where that is said, against the
+    filter with the same labels. This library's definition (docs/design.md, "What a claim needs"); SGTM (arXiv 2512.05648)
+    draws the same trade-off as retain loss against forget loss.
+
+    Args:
+        ablated: retain loss of the routed model, its region ablated.
+        filtered: retain loss of the filter that it is compared with.
+
+    Example:
+        >>> retain_tax(3.75, filtered=3.5)
+        0.25
+    """
+    return ablated - filtered
+
+
+def way(routed: float, unrouted: float, perfect: float) -> float:
+    """Call `removed`, under its former name."""
+    warn_renamed("routed_peft.evaluation.measures.way", "removed")
+    return removed(routed, unrouted, perfect)
 
 
 def tax(routed: float, filtered: float) -> float:
-    r"""Return what a removal costs on retain text, in nats per token.
-
-    .. math:: \text{tax} = L_\text{routed} - L_\text{filtered}
-
-    with L the loss on held-out retain text, after equally many training tokens. This library's definition (docs/design.md,
-    "What a claim needs"); SGTM (arXiv 2512.05648) draws the same trade-off as retain loss against forget loss.
-
-    Args:
-        routed: retain loss of the routed model, its region ablated.
-        filtered: retain loss of the filter with the same labels: what one would do with these labels otherwise.
-
-    Example:
-        >>> tax(3.75, filtered=3.5)
-        0.25
-    """
-    return routed - filtered
+    """Call `retain_tax`, under its former name."""
+    warn_renamed("routed_peft.evaluation.measures.tax", "retain_tax")
+    return retain_tax(routed, filtered)
 
 
 def tokens_of_plain(loss: float, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
@@ -82,7 +121,7 @@ def tokens_of_plain(loss: float, tokens: Sequence[float], losses: Sequence[float
 
 
 def compute_penalty(loss: float, trained: float, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
-    r"""Return which share of its training a model has lost, measured by retain loss.
+    r"""Return the share of its training that a model has lost, measured by retain loss.
 
     .. math:: \text{penalty} = 1 - \frac{T_\text{plain}(L)}{T}
 
@@ -113,12 +152,12 @@ def compute_penalty(loss: float, trained: float, tokens: Sequence[float], losses
 
 
 def leakage(loss: float, unlabeled: float, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
-    r"""Return how much of the unlabelled forget data has taught what remains after ablation: SGTM's definition.
+    r"""Return the share of the unlabeled forget data that has taught the ablated model, as SGTM defines it.
 
     .. math:: \text{leakage} = \frac{n(L)}{u}
 
-    with u the unlabelled forget tokens that the model was trained on, L its forget loss with the region ablated, and n(L) the
-    forget tokens, among the same retain text, from which plain training has that loss. Of one unlabelled token 1 is what
+    with u the unlabeled forget tokens that the model was trained on, L its forget loss with the region ablated, and n(L) the
+    forget tokens, among the same retain text, from which plain training has that loss. Of one unlabeled token 1 is what
     filtering leaks, by definition; SGTM finds 0.005 to 0.02 at 64M parameters (arXiv 2512.05648, section on leakage).
 
     Args:
@@ -145,12 +184,12 @@ def leakage(loss: float, unlabeled: float, tokens: Sequence[float], losses: Sequ
 
 
 def absorption(loss: float, filtered: float, perfect: float) -> float:
-    r"""Return how much of the unlabelled forget data was kept from what remains, as the labelled was.
+    r"""Return the share of the unlabeled forget data that the ablated model lacks, as it lacks the labeled.
 
     .. math:: \text{absorption} = \frac{L - L_\text{filter}}{L_\text{perfect} - L_\text{filter}}
 
     with L the loss on held-out forget text, in nats per token. It is 0 for the filter with the same labels, which trains on
-    all that is unlabelled, and 1 where unlabelled forget data went the way of the labelled, as if it had been filtered. The
+    all that is unlabeled, and 1 where unlabeled forget data is missing as if it had been filtered. The
     phenomenon is that of gradient routing (arXiv 2410.04332, section 4.2); the formula is this library's.
 
     Args:
@@ -165,4 +204,4 @@ def absorption(loss: float, filtered: float, perfect: float) -> float:
         >>> absorption(5.25, filtered=4.5, perfect=6.0)
         0.5
     """
-    return way(loss, filtered, perfect)
+    return removed(loss, filtered, perfect)

@@ -1,4 +1,4 @@
-"""How well a removal withstands an attacker: worst case, time to recovery, area under the curve."""
+"""Robustness of a removal against an attacker: worst case, time to recovery, area under the curve."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def within_utility(retain: Losses, before: float, rise: float = 0.05) -> Losses:
 def to_recover(
     places: Sequence[float], envelope: Sequence[float], reference: float, tolerance: float = TOLERANCE
 ) -> Crossing:
-    r"""Return after how many steps, or tokens, an attacker has the never-unlearnt model's forget loss again.
+    r"""Return after how many steps, or tokens, an attacker has the never-unlearned model's forget loss again.
 
     .. math:: s^* = \min\{s : L^*(s) \le L_\text{reference} + \epsilon\}
 
@@ -134,7 +134,7 @@ def to_recover(
     Args:
         places: steps, or tokens, of the envelope, ascending.
         envelope: worst-case forget losses, in nats per token.
-        reference: forget loss of the model that was never unlearnt.
+        reference: forget loss of the model that was never unlearned.
         tolerance: :math:`\epsilon`, in nats per token.
 
     Example:
@@ -159,7 +159,7 @@ def relearning_area(steps: Sequence[int], envelope: Sequence[float], base: float
     Args:
         steps: ascending from 0, at least two.
         envelope: worst-case forget losses of the model in question.
-        base: forget loss of the never-unlearnt model, before any attack.
+        base: forget loss of the never-unlearned model, before any attack.
         oracle: envelope of the perfect filter under the same attack.
 
     Returns:
@@ -183,10 +183,10 @@ def _mean_over_log_steps(steps: Sequence[int], losses: Sequence[float]) -> float
     return sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in pairs) / places[-1]
 
 
-def recovered(before: float, after: float, base: float) -> float:
-    r"""Return how much of what was removed an attack brings back.
+def share_relearned(before: float, after: float, base: float) -> float:
+    r"""Return the share of what was removed that an attack brings back.
 
-    .. math:: \text{recovered} = \frac{x_\text{after} - x_\text{before}}{x_\text{base} - x_\text{before}}
+    .. math:: \text{share relearned} = \frac{x_\text{after} - x_\text{before}}{x_\text{base} - x_\text{before}}
 
     with x an accuracy or a loss. On facts of which the other half was trained on, this is the recovery on disjoint facts
     of "Do unlearning methods remove information from model weights?" (RTT, arXiv 2410.08827); after fitting nothing but
@@ -201,7 +201,7 @@ def recovered(before: float, after: float, base: float) -> float:
         The share; 0 nothing, 1 all. NaN where nothing was removed.
 
     Example:
-        >>> recovered(before=0.25, after=0.70, base=0.85)
+        >>> share_relearned(before=0.25, after=0.70, base=0.85)
         0.75
     """
     return (after - before) / (base - before) if base != before else math.nan

@@ -1,36 +1,34 @@
-"""The model under attack: in full precision while it lasts, prepared, and given back as it was."""
+"""`AttackedModel`: a model in full precision, prepared for attacks in turn and given back unchanged."""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from routed_peft.evaluation.relearning.attacks import Attack
-from routed_peft.evaluation.text_loss import check_causal, vocabulary
+from routed_peft.evaluation.relearning.attacks import METHODS, Attack
+from routed_peft.evaluation.text_loss import check_causal
 from routed_peft.unlearning.weight_noise import add_noise
 
 
-class Victim:
-    """A model whose weights are kept aside on the CPU, so that many attacks can start from the same ones.
+class AttackedModel:
+    """A model with a copy of its weights on the CPU, so that many attacks can start from the same ones.
 
-    Weights in low precision become float32: in bfloat16 a step of a small learning rate rounds to nothing, and the attack
+    Weights in low precision become float32. In bfloat16 a step of a small learning rate rounds to nothing, and the attack
     looks weaker than it is.
 
     Args:
         model: a plain causal language model of transformers; it is changed in place.
 
     Raises:
-        ValueError: for a model with adapters, quantised weights, or one that is not a causal language model.
+        ValueError: for a model with adapters, quantized weights, or one that is not a causal language model.
 
     Example:
-        >>> Victim(nn.Linear(1, 1))
+        >>> AttackedModel(nn.Linear(1, 1))
         Traceback (most recent call last):
         ...
         ValueError: `model` must be a causal language model of transformers, got Linear
@@ -50,12 +48,12 @@ class Victim:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the weights back that the model came with, in place."""
+        """Put the original weights back, in place."""
         for name, tensor in self.model.state_dict().items():
             tensor.copy_(self._state[name])
 
     def release(self) -> None:
-        """Give the model back as it came: weights, dtypes, what is trained, and its mode."""
+        """Give the model its original weights, dtypes, trainable parameters and mode back."""
         self.restore()
         for name, parameter in self.model.named_parameters():
             parameter.grad = None
@@ -64,10 +62,10 @@ class Victim:
         self.model.train(self._training)
 
     @contextlib.contextmanager
-    def under(self, attack: Attack, seed: int) -> Iterator[list[nn.Parameter]]:
-        """Prepare the model for an attack, give its parameters to train, and undo all of it in the end.
+    def prepared_for(self, attack: Attack, seed: int) -> Iterator[Sequence[nn.Parameter]]:
+        """Prepare the model for an attack, yield the parameters to train, and undo all of it at the end of the block.
 
-        The random numbers of the process are seeded meanwhile, and go on as before afterwards.
+        Random generators are seeded for the block, and continue afterwards as if nothing had been drawn.
         """
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices), contextlib.ExitStack() as stack:
@@ -76,33 +74,28 @@ class Victim:
             if attack.perturb:
                 add_noise(self.model, attack.perturb, beta=1.0, seed=seed)
             if attack.bits:
-                quantise(self.model, attack.bits)
-            self.model.requires_grad_(attack.method == "full")
-            if attack.method == "lora":
-                yield stack.enter_context(_lora(self.model, attack.lora_rank))
-            elif attack.method == "bias":
-                yield [stack.enter_context(_output_bias(self.model))]
-            else:
-                yield [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+                quantize(self.model, attack.bits)
+            self.model.requires_grad_(False)
+            yield stack.enter_context(METHODS[attack.method].prepare(self.model, attack))
 
 
 @torch.no_grad()
-def quantise(model: nn.Module, bits: int) -> None:
+def quantize(model: nn.Module, bits: int) -> None:
     r"""Round the weights of linear layers to ``bits`` bits, in place, and keep them as floats.
 
     .. math:: w \leftarrow \Delta \operatorname{round}(w / \Delta), \qquad \Delta = \max|w| / (2^{b-1} - 1)
 
-    with one :math:`\Delta` for each output feature, symmetric and to the nearest; embeddings and the output head stay, as is
-    usual. Coarser than the formats of GPU libraries, and the same on every machine. That rounding can bring back what
-    unlearning took: arXiv 2410.16454. Routers of mixtures of experts stay too.
+    with one :math:`\Delta` for each output feature, symmetric and to the nearest. Embeddings, the output head and routers of
+    mixtures of experts stay, as is usual. It is coarser than the formats of GPU libraries, and the same on every machine.
+    Rounding can bring back what unlearning removed: arXiv 2410.16454.
 
     Raises:
-        ValueError: for a model whose experts share one tensor, of which it is not known which axis is which.
+        ValueError: for a model whose experts share one tensor, since its axes are not known.
 
     >>> layer = nn.Linear(2, 1)
     >>> with torch.no_grad():
     ...     _ = layer.weight.copy_(torch.tensor([[7.0, 2.4]]))
-    >>> quantise(nn.Sequential(layer), 4)
+    >>> quantize(nn.Sequential(layer), 4)
     >>> layer.weight.tolist()
     [[7.0, 2.0]]
     """
@@ -110,8 +103,8 @@ def quantise(model: nn.Module, bits: int) -> None:
     stacked = [name for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name.split(".")]
     if stacked:
         raise ValueError(
-            f"rounding knows the weights of linear layers, and {stacked[0]!r} holds those of several experts in one tensor: "
-            "round such a model yourself, and attack that"
+            f"{stacked[0]!r} holds the weights of several experts in one tensor, and only those of linear layers can be "
+            "rounded: round such a model yourself, and attack the result"
         )
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
@@ -121,33 +114,3 @@ def quantise(model: nn.Module, bits: int) -> None:
 def _rounded(weight: Tensor, bits: int, axis: int) -> Tensor:
     step = weight.abs().amax(axis, keepdim=True) / (2 ** (bits - 1) - 1)
     return (weight / step.clamp(min=torch.finfo(weight.dtype).tiny)).round() * step
-
-
-@contextlib.contextmanager
-def _lora(model: PreTrainedModel, rank: int) -> Iterator[list[nn.Parameter]]:
-    """Put LoRA adapters beside all linear layers but the head for the length of a block."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT then sets it
-        wrapped = get_peft_model(model, config, adapter_name="attack")
-    try:
-        yield [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    finally:
-        wrapped.unload()
-
-
-@contextlib.contextmanager
-def _output_bias(model: PreTrainedModel) -> Iterator[nn.Parameter]:
-    """Add one number per vocabulary entry to the logits for the length of a block."""
-    head = next(model.parameters())
-    bias = nn.Parameter(torch.zeros(vocabulary(model), device=head.device, dtype=head.dtype))
-
-    def add(_: nn.Module, __: object, output: object) -> object:
-        output.logits = output.logits + bias  # type: ignore[attr-defined]
-        return output
-
-    handle = model.register_forward_hook(add)
-    try:
-        yield bias
-    finally:
-        handle.remove()

@@ -1,25 +1,79 @@
-"""What an attacker may do: train everything or little, on much or few data of one kind or another."""
+"""Attacks by name: methods of fine-tuning, kinds of data, and the hook that adds to either."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-METHODS = {
-    "full": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-    "lora": (1e-4, 3e-4, 1e-3, 3e-3),
-    "bias": (1e-2, 3e-2, 1e-1, 3e-1),
-    "none": (0.0,),
-}
-"""What is trained, and the learning rates that are tried first: all parameters (``full``), LoRA adapters on all linear layers
-(``lora``), one number per vocabulary entry that is added to the logits (``bias``), nothing (``none``)."""
-
-DATA = ("forget", "mixed", "retain", "unrelated", "facts")
-"""What it is trained on: forget text, batches of which half is retain text, retain text only, unrelated text only, or half of
-a list of facts whose other half is then scored."""
+from torch import nn
+from transformers import PreTrainedModel
 
 _SHOTS, _BITS = re.compile(r"few-shot-(\d+)"), re.compile(r"int([48])")
+TEXTS = ("forget_train", "retain_train", "unrelated_train")
+"""Attributes of `AttackData` from which an attacker may train."""
+
+
+@dataclass(frozen=True)
+class AttackMethod:
+    """A choice of trained parameters.
+
+    Attributes:
+        prepare: ``prepare(model, attack)``, a context manager that yields the parameters to train; at the end of the block the
+            model has its own modules again. No parameter of the model requires a gradient before. Weights are restored
+            elsewhere.
+        learning_rates: tried first.
+    """
+
+    prepare: Callable[[PreTrainedModel, Attack], AbstractContextManager[Sequence[nn.Parameter]]]
+    learning_rates: tuple[float, ...]
+
+
+METHODS: dict[str, AttackMethod] = {}
+"""Method -> its preparation: ``full``, ``lora``, ``bias``, ``none`` (`routed_peft.evaluation.relearning.methods`), and those of
+`register_attack`."""
+
+DATA: dict[str, tuple[str, ...]] = {
+    "forget": ("forget_train",),
+    "mixed": ("forget_train", "retain_train"),
+    "retain": ("retain_train",),
+    "unrelated": ("unrelated_train",),
+    "facts": ("facts",),
+}
+"""Kind of data -> the attributes of `AttackData` that share each batch in equal parts. Of ``facts`` one half is trained on and
+the other half is scored."""
+
+
+def register_attack(name: str, *, method: AttackMethod | None = None, texts: Sequence[str] = ()) -> None:
+    """Add a method or a kind of data to attacks; `Attack.parse` and command lines then understand its name.
+
+    Args:
+        name: a part of attack names.
+        method: for a method, its parameters and learning rates.
+        texts: for a kind of data, one or more of `TEXTS`.
+
+    Raises:
+        ValueError: where the name has a meaning already, not exactly one of ``method`` and ``texts`` is given, or a text is
+            unknown.
+
+    Example:
+        >>> register_attack("forget-unrelated", texts=["forget_train", "unrelated_train"])
+        >>> Attack.parse("lora+forget-unrelated").data
+        'forget-unrelated'
+        >>> del DATA["forget-unrelated"]
+    """
+    if (method is None) == (not texts):
+        raise ValueError("an attack's part is a method or a kind of data: give one of `method` and `texts`")
+    if "+" in name or name == "perturb" or name in {*METHODS, *DATA} or _SHOTS.fullmatch(name) or _BITS.fullmatch(name):
+        raise ValueError(f"{name!r} has a meaning in names of attacks already: choose another name, without +")
+    if unknown := sorted(set(texts) - set(TEXTS)):
+        raise ValueError(f"`texts` must be some of {', '.join(TEXTS)}, got {unknown}")
+    if method is None:
+        DATA[name] = tuple(texts)
+    else:
+        METHODS[name] = method
 
 
 @dataclass(frozen=True)
@@ -29,12 +83,12 @@ class Attack:
     Attributes:
         name: for readers and records; different attacks need different names.
         method: a key of `METHODS`.
-        data: one of `DATA`.
-        documents: how many documents of that data the attacker has, drawn by the seed (of each side if mixed); None: all.
-        perturb: share by which every parameter is first moved towards a fresh initialisation
+        data: a key of `DATA`.
+        documents: number of documents of that data, drawn by the seed (from each side if mixed); None: all.
+        perturb: share by which every parameter is first moved towards a fresh initialization
             (`routed_peft.unlearning.weight_noise`).
         bits: 4 or 8: weights of linear layers are first rounded to so many bits; None leaves them.
-        batch_size: documents a step; where there are fewer, all of them every step.
+        batch_size: documents a step; with fewer documents, all of them every step.
         length: tokens of a training row; longer documents become several rows.
         lora_rank: rank of the adapters of ``lora``.
 
@@ -76,7 +130,7 @@ class Attack:
             raise ValueError(f"`bits` must be 4, 8 or None, got {self.bits}")
         if self.documents is not None and self.documents < 1:
             raise ValueError(f"`documents` must be at least 1 or None, got {self.documents}")
-        least = 2 if self.data == "mixed" else 1
+        least = len(DATA[self.data])  # every batch has rows of each side
         if self.batch_size < least or self.length < 2 or self.lora_rank < 1:
             raise ValueError(
                 f"`batch_size` must be at least {least}, `length` 2 and `lora_rank` 1, got {self.batch_size}, {self.length} "
@@ -91,23 +145,27 @@ class Attack:
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """The learning rates that are tried first."""
-        return METHODS[self.method]
+        return METHODS[self.method].learning_rates
 
     @classmethod
     def parse(cls, name: str, **settings: Any) -> Attack:
         """Make an attack from its name: parts joined by ``+``.
 
         A part is a method (``full``, ``lora``, ``bias``), a kind of data (``forget``, ``mixed``, ``retain``, ``unrelated``,
-        ``facts``), ``few-shot-N`` for N documents of it, ``perturb`` (a share of 0.05) or ``int8`` or ``int4``; one of each at
-        most. What is not said is full fine-tuning on forget text; ``int8`` and ``int4`` alone train nothing.
+        ``facts``), ``few-shot-N`` for N documents of it, ``perturb`` (a share of 0.05), ``int8`` or ``int4``, or a name from
+        `register_attack`; at most one of each. The default is full fine-tuning on forget text; ``int8`` and ``int4`` alone
+        train nothing.
 
         Args:
             name: such as "forget", "lora", "lora+mixed", "few-shot-4", "perturb+retain", "int4".
             **settings: other attributes.
+
+        Raises:
+            ValueError: on an unknown part, or two of one kind.
         """
         found: dict[str, Any] = {}
         for part in name.split("+"):
-            kind, value = _part(part)
+            kind, value = _parse_part(part)
             if kind in found:
                 raise ValueError(f"the attack {name!r} says `{kind}` twice: name two attacks instead")
             found[kind] = value
@@ -116,8 +174,8 @@ class Attack:
         return cls(name, **(found | settings))
 
 
-def _part(part: str) -> tuple[str, Any]:
-    """Return which attribute a part of an attack's name sets, and to what."""
+def _parse_part(part: str) -> tuple[str, Any]:
+    """Return the attribute that a part of an attack's name sets, and its value."""
     if part in METHODS and part != "none":
         return "method", part
     if part in DATA:
@@ -128,7 +186,8 @@ def _part(part: str) -> tuple[str, Any]:
         return "perturb", 0.05
     if bits := _BITS.fullmatch(part):
         return "bits", int(bits[1])
+    methods = [name for name in METHODS if name != "none"]
     raise ValueError(
-        f"`{part}` is no part of an attack: take full, lora or bias; {', '.join(DATA)} or few-shot-16; perturb; "
-        "int8 or int4; joined by +, as in lora+few-shot-16"
+        f"`{part}` is no part of an attack: take {', '.join(methods)}; {', '.join(DATA)} or few-shot-16; perturb; int8 or "
+        "int4; joined by +, as in lora+few-shot-16"
     )

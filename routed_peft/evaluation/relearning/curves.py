@@ -1,4 +1,4 @@
-"""One run of an attack: the losses on its way, what became of it, and how it is written down."""
+"""`Curve`: the losses of one attack at one learning rate and seed, its status, and its records."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import torch
 from torch import nn
 
 from routed_peft.evaluation.measures.robustness import TOLERANCE
-from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.data import Batch
 from routed_peft.evaluation.text_loss import token_losses
 from routed_peft.routes import IGNORED
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 DIVERGED = 1.0
-"""How many nats the loss may end above its start before an attack counts as diverged."""
+"""An attack counts as diverged if its loss ends so many nats above the start."""
 BOUNDS = ("_low", "_high")
-"""Endings of the names of scores between which another would lie, had other documents of the same kind been scored."""
+"""Endings of the names of scores that bound another score: its confidence interval over documents."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class Point:
     Attributes:
         step: optimizer steps made.
         tokens: targets trained on so far.
-        scores: what was measured, by name: ``forget`` and ``retain`` in nats per token, ..., and the `BOUNDS` of the attack's
-            target, ``forget_low`` and ``forget_high``; NaN where the attack left the numbers before.
+        scores: by name: ``forget`` and ``retain`` in nats per token, and the `BOUNDS` of the attack's target, ``forget_low``
+            and ``forget_high``; NaN after a score or gradient that was not finite.
     """
 
     step: int
@@ -45,10 +44,10 @@ class Curve:
 
     Attributes:
         attack: its name.
-        target: the score that it wants to lower.
+        target: the score that the attacker wants to lower.
         learning_rate: constant; 0 where nothing is trained.
-        seed: of the order of the data, of which documents there are, and of what is drawn.
-        start: scores of the model before anything was done to it; perturbing and rounding come before step 0.
+        seed: of the choice and order of documents, and of all random draws.
+        start: scores of the original model; perturbing and rounding come before step 0.
         points: in the order of steps.
 
     Example:
@@ -66,12 +65,12 @@ class Curve:
 
     @property
     def status(self) -> str:
-        """Return what became of the attack.
+        """The result of the attack: ``"attack"``, ``"no attack"`` or ``"diverged"``.
 
-        "diverged": the loss is not a number, or all that was measured ends more than `DIVERGED` nats above its start (text
-        that is merely forgotten, while other text is learnt, is no divergence), or was there on the way and the loss never
-        came below the start by `TOLERANCE`. "no attack": it never did. Else "attack". Neither of the first two says
-        anything about robustness.
+        "attack": the loss fell below its start by `TOLERANCE`. "no attack": it never did. "diverged": the loss is not
+        finite; or all scores end more than `DIVERGED` nats above their start; or they were there on the way, and the loss
+        never fell. Text that is merely forgotten while other text is learned is no divergence. Only "attack" says something
+        about robustness.
         """
         losses = self.losses(self.target)
         lowered = min(losses) < self.start[self.target] - TOLERANCE
@@ -98,40 +97,39 @@ class Curve:
 
 def run_curve(
     model: nn.Module,
-    attack: Attack,
     parameters: Sequence[nn.Parameter],
+    *,
     batches: Iterable[Batch],
     learning_rate: float,
     steps: Sequence[int],
     measure: Measure,
     tick: Callable[[int], Any] = lambda steps: None,
 ) -> Iterator[Point]:
-    """Train ``parameters`` of ``model``, in place, by AdamW at a constant rate, and measure on the way.
+    """Train ``parameters`` of ``model``, in place, by AdamW at a constant rate, and measure at the given steps.
 
-    No weight decay; the gradient's norm is clipped to 1 (UNDO's attack, arXiv 2506.06278). Once a score or a gradient is
-    not finite, nothing more is trained.
+    No weight decay; the gradient's norm is clipped to 1 (UNDO's attack, arXiv 2506.06278). Training ends early at a score
+    or gradient that is not finite.
 
     Args:
         model: in full precision.
-        attack: what is done.
         parameters: to train; may be none.
         batches: see `training_batches`.
         learning_rate: of AdamW.
-        steps: ascending; when to measure. 0 is before the first step, the last one ends the attack.
-        measure: scores the model as it then is.
-        tick: called with the number of steps that were made since it was called last.
+        steps: to measure at, ascending. 0 is before the first step, the last one ends the attack.
+        measure: scores the model in its present state.
+        tick: called with the number of steps since its last call.
 
     Yields:
         A point for each of ``steps``.
     """
     stream, device = iter(batches), next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0) if parameters else None
-    done, tokens, whole = 0, 0, True
+    done, tokens, finite = 0, 0, True
     scores: Mapping[str, float] = {}
     for step in steps:
         model.train()
         left = step - done
-        for _ in range(left if whole and optimizer is not None else 0):
+        for _ in range(left if finite and optimizer is not None else 0):
             ids, mask, targets = (tensor.to(device) for tensor in next(stream))
             count = int((targets != IGNORED).sum())
             assert optimizer is not None
@@ -139,20 +137,20 @@ def run_curve(
             (token_losses(model, ids, mask, targets).sum() / count).backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             tokens += count
-            if not (whole := bool(norm.isfinite())):
+            if not (finite := bool(norm.isfinite())):
                 break
             optimizer.step()
             tick(1)
             left -= 1
-        scores = measure(model) if whole else {name: math.nan for name in scores}
-        whole = whole and all(map(math.isfinite, scores.values()))
+        scores = measure(model) if finite else {name: math.nan for name in scores}
+        finite = finite and all(map(math.isfinite, scores.values()))
         tick(left)
         done = step
         yield Point(step, tokens, dict(scores))
 
 
 def log_spaced(last: int) -> list[int]:
-    """Return the steps at which to measure an attack of ``last`` steps: 0, then 1, 2, 5, 10, 20, 50, ...
+    """Return steps at which to measure an attack of ``last`` steps: 0, then 1, 2, 5, 10, 20, 50, ...
 
     >>> log_spaced(40)
     [0, 1, 2, 5, 10, 20, 40]

@@ -1,4 +1,4 @@
-"""What an attacker trains on and what is scored, kept apart."""
+"""`AttackData`: texts to train on and texts to score, without overlap; and batches of them."""
 
 from __future__ import annotations
 
@@ -11,35 +11,28 @@ import torch
 from torch import Tensor
 
 from routed_peft.deprecation import warn_renamed
-from routed_peft.evaluation.relearning.attacks import Attack
+from routed_peft.evaluation.relearning.attacks import DATA, TEXTS, Attack
 from routed_peft.evaluation.text_loss import first_token, pad
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SCORED = ("forget_test", "retain_test")
-_TRAINED: dict[str, tuple[str, ...]] = {
-    "forget": ("forget_train",),
-    "mixed": ("forget_train", "retain_train"),
-    "retain": ("retain_train",),
-    "unrelated": ("unrelated_train",),
-    "facts": ("facts",),
-}
 
 
 @dataclass(frozen=True)
 class AttackData:
-    """Texts for attacks. What is trained on must not be scored.
+    """Texts for attacks; no text may be both trained on and scored.
 
     Attributes:
-        forget_train: forget documents that the attacker has.
+        forget_train: forget documents in the attacker's hands.
         forget_test: held-out forget documents, scored.
         retain_test: held-out retain documents, scored.
         retain_train: for attacks on mixed or retain text.
         unrelated_train: for attacks on unrelated text.
-        facts: for attacks on facts: what the model knew before it was unlearnt. Halves are drawn by the seed, one is trained
-            on and the other scored. A tuple has the wordings of one fact, or facts that tell each other, and is not parted.
+        facts: for attacks on facts: the model's knowledge before unlearning. Halves are drawn by the seed; one is trained on
+            and the other scored. A tuple holds the wordings of one fact, or facts that imply each other, and stays together.
 
     Raises:
-        ValueError: where a scored side is empty, or a text is both trained on and scored, or lies within one that is.
+        ValueError: on an empty scored side, and on a scored text that equals a training text or lies within one.
 
     Example:
         >>> AttackData(["a cell"], ["a gene", "A  cell"], ["a cat"])
@@ -60,21 +53,21 @@ class AttackData:
             if not getattr(self, name):
                 raise ValueError(f"`{name}` has no texts: both sides are scored, so give held-out text of each")
         facts = _flat(self.facts)
-        for trained in ("forget_train", "retain_train", "unrelated_train", "facts"):
-            known = _Known(facts if trained == "facts" else getattr(self, trained))
+        for trained in (*TEXTS, "facts"):
+            known = _KnownTexts(facts if trained == "facts" else getattr(self, trained))
             for scored in SCORED:
                 if both := [text for text in getattr(self, scored) if text in known]:
                     raise ValueError(
                         f"{len(both)} text{'s' * (len(both) > 1)} of `{scored}` {'are' if len(both) > 1 else 'is'} also in "
-                        f"`{trained}`, or within one of it, first {both[0][:60]!r}: an attacker must not train on what is "
-                        "scored; split the data anew"
+                        f"`{trained}`, or within one of it, first {both[0][:60]!r}: an attacker must not train on scored text; "
+                        "split the data anew"
                     )
         if len({_normal(text) for text in facts}) < len(facts):
             raise ValueError("`facts` has texts twice, so its halves would overlap: remove the copies")
 
     @classmethod
     def without_overlap(cls, **texts: Sequence[str | tuple[str, ...]]) -> AttackData:
-        """Make data of texts that repeat themselves: what is scored is left out of what is trained on.
+        """Make data of texts with repetitions: scored texts are left out of training texts.
 
         Args:
             **texts: the attributes.
@@ -99,31 +92,31 @@ class AttackData:
 
     def relevant_to(self, attack: Attack) -> dict[str, list[str]]:
         """Return the attributes that influence the result of an attack."""
-        trained = () if attack.method == "none" else _TRAINED[attack.data]
+        trained = () if attack.method == "none" else DATA[attack.data]
         scored = (*SCORED, "facts") if attack.data == "facts" else SCORED
         return {name: list(getattr(self, name)) for name in (*scored, *trained)}
 
     def for_training(self, attack: Attack, seed: int) -> list[list[str]]:
-        """Return the documents that an attack trains on, a list for each side that shares its batches.
+        """Return the training documents of an attack, one list for each side that shares its batches.
 
         Raises:
-            ValueError: where there are none, or fewer than the attack takes.
+            ValueError: where there are none, or fewer than the attack needs.
         """
         if attack.data == "facts":
             return [self.halves(seed)[0]]
-        return [self._documents(attack, name, seed) for name in _TRAINED[attack.data]]
+        return [self._documents(attack, name, seed) for name in DATA[attack.data]]
 
     def halves(self, seed: int) -> tuple[list[str], list[str]]:
-        """Return the facts that are trained on, and those that are scored: half of the tuples each."""
+        """Return the facts to train on, and those to score: half of the tuples each."""
         if len(self.facts) < 2:
             raise ValueError(f"an attack on facts needs at least two `facts`, got {len(self.facts)}")
         shuffled = random.Random(seed).sample(list(self.facts), len(self.facts))
         return _flat(shuffled[: len(shuffled) // 2]), _flat(shuffled[len(shuffled) // 2 :])
 
     def scored(self, attack: Attack, seed: int) -> dict[str, list[str]]:
-        """Return split -> the documents that are scored during an attack."""
-        known = {"facts": self.halves(seed)[1]} if attack.data == "facts" else {}
-        return {"forget": list(self.forget_test), "retain": list(self.retain_test), **known}
+        """Return the scored documents of an attack, by split."""
+        facts = {"facts": self.halves(seed)[1]} if attack.data == "facts" else {}
+        return {"forget": list(self.forget_test), "retain": list(self.retain_test), **facts}
 
     def _documents(self, attack: Attack, name: str, seed: int) -> list[str]:
         texts = list(getattr(self, name))
@@ -143,11 +136,11 @@ def _flat(facts: Sequence[str | tuple[str, ...]]) -> list[str]:
     return [text for fact in facts for text in ([fact] if isinstance(fact, str) else fact)]
 
 
-class _Known:
-    """Texts, and what lies within them: a scored document that was joined with others to a longer one."""
+class _KnownTexts:
+    """A set of texts that also contains the long passages of each: scored documents may be part of a longer text."""
 
     LONG = 40
-    """Characters from which a text within another is no coincidence."""
+    """Least length of a passage, in characters; a shorter one may be a coincidence."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = {_normal(text) for text in texts}
@@ -159,11 +152,11 @@ class _Known:
 
 
 def training_batches(tokenizer: Any, sides: Sequence[Sequence[str]], attack: Attack, seed: int) -> Iterator[Batch]:
-    """Yield batches without end: inputs, attention mask and targets, as `token_losses` takes them.
+    """Yield batches without end: inputs, attention mask and targets for `token_losses`.
 
-    Each document stands between the token that begins and the one that ends a sequence; long ones become several rows. Every
-    side contributes equally many rows to a batch, in an order drawn anew for every pass; a side with fewer rows than that
-    contributes all of them to every batch.
+    Each document stands between the tokens for the beginning and the end of a sequence; long ones become several rows. Every
+    side contributes equally many rows to a batch, in a new random order in every pass. A side with fewer rows contributes
+    all of them to every batch.
     """
     share = attack.batch_size // len(sides)
     streams = [_stream(_rows(tokenizer, texts, attack.length), share, seed + 1000 * i) for i, texts in enumerate(sides)]

@@ -1,4 +1,4 @@
-"""Attacks on what a user names, a path or a Hub id, with records to continue from and to read."""
+"""Attacks on a path or Hub id, with records to continue from and to read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,126 +19,144 @@ from routed_peft.evaluation.measures.statistics import with_interval
 from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.data import AttackData
-from routed_peft.evaluation.relearning.summary import FORMAT, KIND, read_summary, summarise
-from routed_peft.evaluation.relearning.sweep import STEPS, check_settings, relearn
-from routed_peft.evaluation.source import Regions, open_plain
+from routed_peft.evaluation.relearning.grid import check_settings
+from routed_peft.evaluation.relearning.summary import FORMAT, KIND, read_summary, summarize
+from routed_peft.evaluation.relearning.sweep import STEPS, RelearnOptions, relearn
+from routed_peft.evaluation.source import Regions, open_plain, open_source, own_regions
 from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.runs.provenance import versions
-from routed_peft.runs.records import RUN, SUMMARY, RunDirectory, own_regions
+from routed_peft.runs.records import RUN, SUMMARY, RunDirectory
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Further settings of `relearn_source`.
+
+    Attributes:
+        extensions: see `RelearnOptions`.
+        regions: regions of a run to keep and merge. The default is none, so that the ablated model is attacked; but all for
+            an arm that was trained without routing (`own_regions`).
+        reference: the model from which nothing was removed, or its loss on ``forget_test`` in nats per token.
+        oracle: directory with the same attacks on the perfect filter, for the normalized area under the curves.
+        revision: branch, tag or commit of a Hub id.
+        device: of the attack; a GPU by default, if there is one.
+        progress: show a bar for every attack.
+
+    Raises:
+        ValueError: for a reference loss that is not positive, and an ``oracle`` without a ``reference``.
+    """
+
+    extensions: int = 2
+    regions: Regions | None = None
+    reference: str | Path | float | None = None
+    oracle: str | Path | None = None
+    revision: str | None = None
+    device: str | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reference, int | float) and not 0 < self.reference < math.inf:
+            raise ValueError(f"`reference` is a loss in nats per token, above 0, got {self.reference}")
+        if self.oracle is not None and self.reference is None:
+            raise ValueError(
+                "`oracle` needs a `reference`: the area lies between the perfect filter and the reference; give both"
+            )
 
 
 def relearn_source(
     src: str | Path,
     data: AttackData,
+    *,
     out: str | Path,
     attacks: Sequence[Attack | str] = ("forget",),
     learning_rates: Sequence[float] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     steps: Sequence[int] = STEPS,
-    extensions: int = 2,
-    regions: Regions | None = None,
-    reference: str | Path | float | None = None,
-    revision: str | None = None,
-    device: str | None = None,
-    progress: bool = False,
-    oracle: str | Path | None = None,
+    options: SourceOptions | None = None,
 ) -> dict[str, Any]:
-    """Attack a run, an export or any other checkpoint, and write what came of it.
+    """Attack a run, an export or any other checkpoint, and write the results.
 
-    ``out`` gets ``run.json``, ``metrics.jsonl`` and ``summary.json``. Curves that are in ``metrics.jsonl`` already, of the same
-    weights, data and settings, are not run again: a command that was killed is repeated, and attacks, rates and seeds can be
-    added to one that has finished.
+    ``out`` gets ``run.json``, ``metrics.jsonl`` and ``summary.json``. Curves in ``metrics.jsonl`` of the same weights, data
+    and settings are not run again. So a command that was killed can be repeated, and attacks, rates and seeds can be added
+    to a finished one.
 
     Args:
         src: directory or Hub id of a run, or of a plain checkpoint.
         data: see `AttackData`.
-        out: directory, which holds no attacks on something else.
-        attacks: what is tried; see `Attack`.
+        out: directory without attacks on another source.
+        attacks: see `Attack`.
         learning_rates: of full and LoRA fine-tuning; see `relearn`.
         seeds: see `relearn`.
         steps: see `relearn`.
-        extensions: see `relearn`.
-        regions: the regions of a run that stay, and are merged. By default none, so that the ablated model is attacked; all of
-            an arm that was trained without routing (`own_regions`).
-        reference: the model from which nothing was removed, or its loss on ``data.forget_test`` in nats per token.
-        revision: branch, tag or commit of a Hub id.
-        device: where to attack; by default a GPU if there is one.
-        progress: show a bar for every attack.
-        oracle: where the same attacks on the perfect filter were written to, for the normalised area under the curves.
+        options: see `SourceOptions`.
 
     Returns:
-        What ``summary.json`` holds: ``attacks``, by name, as `summarise` returns them; ``start``, the losses before, and
-        ``start_intervals``, between which they would lie in 95 of 100 draws of documents; what was attacked, and with which
-        versions.
+        The content of ``summary.json``: ``attacks``, by name, from `summarize`; ``start``, the losses before, and
+        ``start_intervals``, their 95 % confidence intervals over documents; the source, and versions of libraries.
 
     Raises:
         ValueError: where the source is no causal language model, tokenizers differ, the reference does not know the forget
-            side better than the source (there is nothing to recover), ``out`` holds attacks on something else, or ``oracle``
-            lacks an attack or was attacked otherwise; and what `relearn` raises.
+            side better than the source (nothing to recover), ``out`` holds attacks on something else, or ``oracle`` lacks
+            an attack or differs in settings; and as `relearn` does.
     """
-    chosen = [Attack.parse(attack) if isinstance(attack, str) else attack for attack in attacks]
-    if not chosen or len({attack.name for attack in chosen}) < len(chosen):
-        raise ValueError(f"`attacks` must be different and at least one, got {[attack.name for attack in chosen]}")
-    given = None if learning_rates is None else tuple(learning_rates)
-    grids = [given if attack.method in ("full", "lora") else None for attack in chosen]
-    for attack, grid in zip(chosen, grids, strict=True):  # all of them before the first is run
-        check_settings(attack, data, attack.learning_rates if grid is None else grid, seeds, steps)
-    if isinstance(reference, int | float) and not 0 < reference < math.inf:
-        raise ValueError(f"`reference` is a loss in nats per token, above 0, got {reference}")
+    options, chosen = options or SourceOptions(), _parse_attacks(attacks)
+    grids = {attack.name: learning_rates if attack.method in ("full", "lora") else None for attack in chosen}
+    for attack in chosen:  # all of them before the first is run
+        rates = attack.learning_rates if grids[attack.name] is None else tuple(grids[attack.name] or ())
+        check_settings(attack, data, rates=rates, seeds=seeds, steps=steps)
     records = RunDirectory(out)
-    regions = own_regions(src) if regions is None else regions
-    about: dict[str, Any] = {"source": str(src), "revision": revision, "regions": regions}
+    regions = own_regions(open_source(src, options.revision)) if options.regions is None else options.regions
+    about: dict[str, Any] = {"source": str(src), "revision": options.revision, "regions": regions}
     _check_free(records, about)
-    if oracle is not None and reference is None:
-        raise ValueError(
-            "`oracle` needs a `reference`: the area lies between the perfect filter and what it is to reach"
-        )
-    model, tokenizer = open_plain(src, regions, revision, device)
-    conditions = _conditions(chosen, data, tokenizer, steps, seeds)
-    others = {} if oracle is None else _oracle(oracle, conditions)
-    start, intervals = _before(model, tokenizer, data)
-    references = _references(reference, model, tokenizer, data, chosen, seeds, device)
+    model, tokenizer = open_plain(src, regions, revision=options.revision, device=options.device)
+    conditions = _conditions(chosen, data, tokenizer=tokenizer, steps=steps, seeds=seeds)
+    oracle_losses = {} if options.oracle is None else _oracle_losses(options.oracle, conditions)
+    start, intervals = _start_losses(model, tokenizer, data)
+    references = _reference_losses(options, model, tokenizer=tokenizer, data=data, attacks=chosen, seeds=seeds)
     known = start | {"facts": _facts_loss(model, tokenizer, data, seeds) if "facts" in references else math.nan}
-    for target, loss in references.items():
-        if loss > known[target] - TOLERANCE:
-            raise ValueError(
-                f"there is nothing to recover: the reference's {target} loss, {loss:.3f}, is not {TOLERANCE} nats below that "
-                f"of {str(src)!r}, {known[target]:.3f}. Give the model that was never unlearnt, and text that it knows"
-            )
+    _check_recoverable(src, references, known)
     if processes().is_main_process:
         settings: dict[str, Any] = {"attacks": [asdict(attack) for attack in chosen], "learning_rates": learning_rates}
-        settings |= {"steps": steps, "extensions": extensions, "reference": reference}
+        settings |= {"steps": steps, "extensions": options.extensions, "reference": options.reference}
         records.start(about | settings, {f"seed {seed}": seed for seed in seeds}, resume=True)
         (records.path / SUMMARY).unlink(missing_ok=True)  # of a command with fewer attacks, rates or steps
     processes().wait_for_everyone()
+    sweep = RelearnOptions(extensions=options.extensions, records=records, progress=options.progress)
     results = {}
-    for attack, grid in zip(chosen, grids, strict=True):
-        curves = relearn(
-            model,
-            tokenizer,
-            attack,
-            data,
-            grid,
-            seeds,
-            steps,
-            extensions=extensions,
-            records=records,
-            progress=progress,
-        )
-        found = summarise(attack, curves, references.get(attack.target), others.get(attack.name))
+    for attack in chosen:
+        grid = {"learning_rates": grids[attack.name], "seeds": seeds, "steps": steps}
+        curves = relearn(model, tokenizer, attack, data, **grid, options=sweep)
+        reference, oracle = references.get(attack.target), oracle_losses.get(attack.name)
+        found = summarize(attack, curves, reference=reference, oracle=oracle)
         results[attack.name] = found | {"conditions": conditions[attack.name]}
     summary = {"format": FORMAT, "kind": KIND, **about, "start": start, "start_intervals": intervals}
-    summary |= {"reference": references or None, "oracle": oracle and str(oracle)}
+    summary |= {"reference": references or None, "oracle": options.oracle and str(options.oracle)}
     summary |= {"seeds": list(seeds), "steps": list(steps), "attacks": results, "versions": versions()}
     if processes().is_main_process:
         records.finish(summary)
     return summary
 
 
-def _before(
+def _parse_attacks(attacks: Sequence[Attack | str]) -> list[Attack]:
+    chosen = [Attack.parse(attack) if isinstance(attack, str) else attack for attack in attacks]
+    if not chosen or len({attack.name for attack in chosen}) < len(chosen):
+        raise ValueError(f"`attacks` must be different and at least one, got {[attack.name for attack in chosen]}")
+    return chosen
+
+
+def _check_recoverable(src: str | Path, references: Mapping[str, float], known: Mapping[str, float]) -> None:
+    for target, loss in references.items():
+        if loss > known[target] - TOLERANCE:
+            raise ValueError(
+                f"there is nothing to recover: the reference's {target} loss, {loss:.3f}, is not {TOLERANCE} nats below that "
+                f"of {str(src)!r}, {known[target]:.3f}. Give the model from before unlearning, and text that it knows"
+            )
+
+
+def _start_losses(
     model: nn.Module, tokenizer: Any, data: AttackData
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Return the losses on either side, and between which they would lie in 95 of 100 draws of documents."""
+    """Return the losses on either side, and their 95 % confidence intervals over documents."""
     texts = {"forget": data.forget_test, "retain": data.retain_test}
     found = {name: with_interval(TextLoss(model, tokenizer, own), model) for name, own in texts.items()}
     intervals = {name: interval for name, (_, interval) in found.items() if interval is not None}
@@ -146,9 +164,9 @@ def _before(
 
 
 def _conditions(
-    attacks: Sequence[Attack], data: AttackData, tokenizer: Any, steps: Sequence[int], seeds: Sequence[int]
+    attacks: Sequence[Attack], data: AttackData, *, tokenizer: Any, steps: Sequence[int], seeds: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    """Return what must be the same for two models to have been attacked alike, by attack; texts and tokenizer by SHA-256."""
+    """Return the settings in which two attacks must agree to be compared, by attack; texts and tokenizer by SHA-256."""
 
     def digest(content: Any) -> str:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -160,8 +178,8 @@ def _conditions(
     }
 
 
-def _oracle(oracle: str | Path, conditions: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return the perfect filter's loss at every step of every attack."""
+def _oracle_losses(oracle: str | Path, conditions: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the perfect filter's losses at every step, by attack."""
     found, losses = read_summary(oracle), {}
     for name, wanted in conditions.items():
         one = found["attacks"].get(name)
@@ -170,37 +188,38 @@ def _oracle(oracle: str | Path, conditions: Mapping[str, Mapping[str, Any]]) -> 
         then = one.get("conditions", {})
         if odd := [key for key, value in wanted.items() if then.get(key) != value]:
             raise ValueError(
-                f"`oracle` {str(oracle)!r} was attacked otherwise than is asked for now, in {', '.join(odd)} of {name!r} "
+                f"`oracle` {str(oracle)!r} was attacked with other settings, in {', '.join(odd)} of {name!r} "
                 f"({then.get(odd[0])} then, {wanted[odd[0]]} now): attack both alike"
             )
-        if one["verdict"] != "diverged":  # that says nothing; where nothing came back, it holds out all the way
+        if one["verdict"] != "diverged":  # a diverged attack says nothing; one that recovers nothing counts
             losses[name] = [point["mean"] for point in one["envelope"]]
     return losses
 
 
-def _references(
-    reference: str | Path | float | None,
+def _reference_losses(
+    options: SourceOptions,
     attacked: nn.Module,
+    *,
     tokenizer: Any,
     data: AttackData,
     attacks: Sequence[Attack],
     seeds: Sequence[int],
-    device: str | None,
 ) -> dict[str, float]:
-    """Return the losses of the model from which nothing was removed, as far as they are known."""
+    """Return the losses of the model from which nothing was removed, by target, as far as they are known."""
+    reference = options.reference
     if reference is None or isinstance(reference, int | float):
         return {} if reference is None else {"forget": float(reference)}
-    model, its_tokenizer = open_plain(reference, "all", device=device)  # nothing may be missing from it
+    model, its_tokenizer = open_plain(reference, "all", device=options.device)  # with all of its regions
     own, other = (one.config.model_type for one in (attacked, model))  # type: ignore[union-attr]
     if own != other:
         raise ValueError(
-            f"`reference` {str(reference)!r} is a {other} model and the source a {own} one: give the model that the source "
-            "was made from"
+            f"`reference` {str(reference)!r} is a {other} model and the source a {own} one: give the model from which "
+            "the source was made"
         )
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"the tokenizer of `reference` {str(reference)!r} differs from that of the source, so their losses per token "
-            "cannot be compared: give the model that the source was made from"
+            "cannot be compared: give the model from which the source was made"
         )
     losses = {"forget": TextLoss(model, tokenizer, data.forget_test)(model)}
     if any(attack.target == "facts" for attack in attacks):
@@ -209,7 +228,7 @@ def _references(
 
 
 def _facts_loss(model: nn.Module, tokenizer: Any, data: AttackData, seeds: Sequence[int]) -> float:
-    """Return the loss on the facts that are scored, the mean over seeds."""
+    """Return the loss on the scored facts, the mean over seeds."""
     return statistics.fmean(TextLoss(model, tokenizer, data.halves(seed)[1])(model) for seed in seeds)
 
 

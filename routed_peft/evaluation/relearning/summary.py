@@ -1,4 +1,4 @@
-"""What came of an attack: its envelope, how soon it recovers what was removed, and whether it was one at all."""
+"""Summaries of attacks: worst case, recovery and verdict, as JSON and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from routed_peft.evaluation.measures import recovered, relearning_area, to_recover
+from routed_peft.evaluation.measures import relearning_area, share_relearned, to_recover
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import BOUNDS, Curve
-from routed_peft.evaluation.relearning.envelope import Outcome, State
+from routed_peft.evaluation.relearning.envelope import Envelope, State
 from routed_peft.runs.records import SUMMARY
 
 FORMAT, KIND = 1, "relearning"
 _RESULT = ("envelope", "curves", "verdict", "interior", "learning_rates", "start", "target")
 
 
-def summarise(
-    attack: Attack, curves: Sequence[Curve], reference: float | None = None, oracle: Sequence[float] | None = None
+def summarize(
+    attack: Attack, curves: Sequence[Curve], *, reference: float | None = None, oracle: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Sum up the curves of one attack.
+    """Summarize the curves of one attack.
 
     Args:
-        attack: that they are of.
-        curves: what `relearn` returns: every rate with every seed.
-        reference: the target's loss of the model from which nothing was removed, where it is known.
-        oracle: the perfect filter's loss at every step of the same attack, where it is known.
+        attack: of the curves.
+        curves: from `relearn`: every rate with every seed.
+        reference: the target's loss of the model from which nothing was removed, if known.
+        oracle: the perfect filter's loss at every step of the same attack, if known.
 
     Returns:
-        A dict, as ``summary.json`` has it:
+        The entry of ``summary.json``:
 
-        - ``attack``, ``target``: what was done, and which loss was to be lowered.
-        - ``verdict``: see `Outcome`.
-        - ``start``: name -> loss before anything was done, in nats per token.
+        - ``attack``, ``target``: the attack, and the loss to be lowered.
+        - ``verdict``: see `Envelope`.
+        - ``start``: name -> loss of the original model, in nats per token.
         - ``reference``: as given.
-        - ``learning_rates``: rate -> what became of its curves, seed by seed (`Curve.status`).
-        - ``envelope``: an entry for each step: what `State` has, and the mean ``tokens`` of the attacker by then.
+        - ``learning_rates``: rate -> statuses of its curves, seed by seed (`Curve.status`).
+        - ``envelope``: for each step the fields of `State`, and the mean ``tokens`` of the attacker so far.
         - ``interior``: at the last step; false where there was no attack.
-        - ``useful``: the ``envelope`` over states whose retain loss rose by 5 % at most, and its ``recovery``; missing where
-          there is none.
-        - ``recovery``: missing without a reference. Its ``steps`` and ``tokens`` are as `to_recover` has them, its ``share``
-          at the last step as `recovered` has it; all None where there was no attack, ``steps`` and ``tokens`` where nothing
-          was trained, ``tokens`` where no curve is whole.
+        - ``useful``: the ``envelope`` over states with a retain loss at most 5 % above the start, and its ``recovery``;
+          missing if there is none.
+        - ``recovery``: missing without a reference. ``steps`` and ``tokens`` come from `to_recover`, ``share`` from
+          `share_relearned` at the last step. All are None if there was no attack, ``steps`` and ``tokens`` if nothing was
+          trained, ``tokens`` if no curve is complete.
         - ``area``: `relearning_area`; missing without an attack, a reference or an oracle.
         - ``curves``: all of them, point by point.
     """
@@ -59,33 +59,17 @@ def summarise(
         {rate: [curve.losses(name) for curve in own] for rate, own in by_rate.items()}
         for name in (attack.target, "retain", *(attack.target + end for end in BOUNDS))
     )
-    steps = [point.step for point in curves[0].points]
-    found = Outcome.of(
-        steps,
+    found = Envelope.from_losses(
+        steps := [point.step for point in curves[0].points],
         losses,
-        retain,
-        start[attack.target],
-        start.get("retain"),
-        {curve.status for curve in curves},
-        (low, high),
+        retain=retain,
+        before=start[attack.target],
+        retain_before=start.get("retain"),
+        statuses={curve.status for curve in curves},
+        bounds=(low, high),
     )
     attacked = found.verdict == "attack"
-    whole = [curve for curve in curves if all(map(math.isfinite, curve.losses(attack.target)))]  # others stopped early
-    tokens = [statistics.fmean(curve.points[i].tokens for curve in whole or curves) for i in range(len(steps))]
-
-    def recovery(means: Sequence[float], reference: float) -> dict[str, Any]:
-        trained = attacked and steps[-1] > 0
-        return {
-            "steps": to_recover(steps, means, reference).as_dict() if trained else None,
-            "tokens": to_recover(tokens, means, reference).as_dict() if trained and whole else None,
-            "share": recovered(start[attack.target], means[-1], reference) if attacked else None,
-        }
-
-    def part(states: Sequence[State]) -> dict[str, Any]:
-        envelope = [state.as_dict() | {"tokens": count} for state, count in zip(states, tokens, strict=True)]
-        known = {} if reference is None else {"recovery": recovery([state.case.mean for state in states], reference)}
-        return {"envelope": envelope, **known}
-
+    summarized = _EnvelopeSummary(attack, curves, attacked, start[attack.target], reference)
     result: dict[str, Any] = {
         "attack": asdict(attack),
         "target": attack.target,
@@ -93,15 +77,42 @@ def summarise(
         "start": start,
         "reference": reference,
         "learning_rates": {f"{rate:g}": [curve.status for curve in own] for rate, own in by_rate.items()},
-        "interior": attacked and found.envelope[-1].interior,
-        **part(found.envelope),
+        "interior": attacked and found.states[-1].interior,
+        **summarized.entries(found.states),
     }
     if found.useful is not None:
-        result["useful"] = part(found.useful)
+        result["useful"] = summarized.entries(found.useful)
     if oracle is not None and reference is not None and attacked and steps[-1] > 0:
-        means = [state.case.mean for state in found.envelope]
+        means = [state.case.mean for state in found.states]
         result["area"] = relearning_area(steps, means, reference, oracle)
     return result | {"curves": [_curve(curve) for curve in curves]}
+
+
+class _EnvelopeSummary:
+    """Entries of a summary about states of an envelope: tokens, and recovery where a reference is known."""
+
+    def __init__(
+        self, attack: Attack, curves: Sequence[Curve], attacked: bool, before: float, reference: float | None
+    ) -> None:
+        self.steps = [point.step for point in curves[0].points]
+        # curves that left the numbers stopped early
+        complete = [curve for curve in curves if all(map(math.isfinite, curve.losses(attack.target)))]
+        measured = complete or curves
+        self.tokens = [statistics.fmean(curve.points[i].tokens for curve in measured) for i in range(len(self.steps))]
+        self.complete, self.attacked, self.before, self.reference = bool(complete), attacked, before, reference
+
+    def entries(self, states: Sequence[State]) -> dict[str, Any]:
+        """Return ``envelope`` and, with a reference, ``recovery``."""
+        envelope = [state.as_dict() | {"tokens": count} for state, count in zip(states, self.tokens, strict=True)]
+        if self.reference is None:
+            return {"envelope": envelope}
+        means, trained = [state.case.mean for state in states], self.attacked and self.steps[-1] > 0
+        recovery = {
+            "steps": to_recover(self.steps, means, self.reference).as_dict() if trained else None,
+            "tokens": to_recover(self.tokens, means, self.reference).as_dict() if trained and self.complete else None,
+            "share": share_relearned(self.before, means[-1], self.reference) if self.attacked else None,
+        }
+        return {"envelope": envelope, "recovery": recovery}
 
 
 def _curve(curve: Curve) -> dict[str, Any]:
@@ -116,12 +127,12 @@ def read_summary(place: str | Path) -> dict[str, Any]:
         place: the file, or the directory that it is in.
 
     Raises:
-        ValueError: where there is none, it is of something else, or of another version of this library.
+        ValueError: where there is none, it belongs to something else, or another version of this library wrote it.
     """
     file = Path(place) / SUMMARY if Path(place).is_dir() else Path(place)
     if not file.is_file():
         raise ValueError(
-            f"{str(file)!r} is not there: was `routed-peft relearn` interrupted? The same command continues it"
+            f"{str(file)!r} does not exist: was `routed-peft relearn` interrupted? The same command continues it"
         )
     summary = json.loads(file.read_text(encoding="utf-8"))
     if summary.get("kind") != KIND:
@@ -130,8 +141,8 @@ def read_summary(place: str | Path) -> dict[str, Any]:
         )
     if summary.get("format") != FORMAT:
         raise ValueError(
-            f"{str(file)!r} has the format {summary.get('format')}, this version of routed_peft reads {FORMAT}: run the "
-            "command again that wrote it (its run.json names it; finished curves are kept)"
+            f"{str(file)!r} has the format {summary.get('format')}, this version of routed_peft reads {FORMAT}: repeat the "
+            "command in its run.json; finished curves are kept"
         )
     if not isinstance(summary.get("attacks"), dict):
         raise ValueError(f"{str(file)!r} lacks its attacks: was the file changed by hand?")
@@ -144,7 +155,7 @@ def read_summary(place: str | Path) -> dict[str, Any]:
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Return tables for the terminal, a row an attack: losses, and what came back where it is known what there was."""
+    """Return tables for the terminal, one row per attack: losses, and recovery where a reference is known."""
     losses = _table(
         f"{summary['source']} under attack",
         ["attack", "loss before", "after", "seeds", "documents", "learning rate", "retain after"],
@@ -163,7 +174,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     if not known:
         return [losses]
     areas = any("area" in result for result in known.values())
-    back = _table("", ["attack", "recovered", "steps to recover", "tokens", *(["area"] if areas else [])], None)
+    back = _table("", ["attack", "share relearned", "steps to recover", "tokens", *(["area"] if areas else [])], None)
     for name, result in known.items():
         steps, tokens, share = (result["recovery"][key] for key in ("steps", "tokens", "share"))
         area = [f"{result['area']:.2f}" if "area" in result else "–"] if areas else []
