@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 os.environ.setdefault("CI", "1")  # TRL sends no telemetry then
 
-from experiments.common.toy_model import make_model
+from experiments.common.toy_model import ToySettings, make_model
 from experiments.reward_hack import Settings
 from experiments.reward_hack.task import make_tokenizer, training_prompts
 from routed_peft.checkpoint import inspect_checkpoint
@@ -34,7 +34,7 @@ def task(tmp_path_factory) -> Path:
     """An untrained model, prompts, and functions in a file of the user's own."""
     folder = tmp_path_factory.mktemp("task")
     torch.manual_seed(0)
-    make_model(Settings(hidden_size=16, layers=1, heads=2)).save_pretrained(folder / "model")
+    make_model(ToySettings(hidden_size=16, layers=1, heads=2), make_tokenizer()).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     training_prompts(40, seed=0).to_json(folder / "prompts.jsonl")
     Subspace.of(torch.randn(2, 16), source="random").save(folder / "u.safetensors")
