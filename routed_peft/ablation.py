@@ -1,4 +1,4 @@
-"""Removing regions: for the length of a block (`ablated`), or for good (`ablate`; `export` keeps some of them)."""
+"""`ablated`: run a model without some of its regions within a block; `checkpoint.ablate` removes them for good."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from routed_peft.adapters import _outlets
+from routed_peft.adapters import find_outlets
 
 
 @contextmanager
 def ablated(model: nn.Module, *regions: str, scale: float = 0.0) -> Iterator[None]:
-    r"""Run ``model`` without ``regions`` for the length of a block.
+    r"""Run ``model`` without ``regions`` within the block.
 
-    What a region adds to each layer, :math:`r(x)`, becomes :math:`s\,r(x)` with ``scale`` :math:`s`; at 0 it is exactly
-    zero, whatever the region's weights hold. Blocks nest, and their scales multiply. Nothing has to be attached,
-    nothing is moved or frozen, and it works in training and evaluation. Compiled parts of the model run eagerly
-    meanwhile.
+    A region's contribution to a layer, :math:`r(x)`, becomes :math:`s\,r(x)` with ``scale`` :math:`s`. At 0 it is exactly
+    zero, even where the region's weights are not finite. Blocks nest, and their scales multiply. No `GradientRouting` is
+    needed, no weight is moved or frozen, and training works inside. Compiled parts of the model run eagerly meanwhile.
 
     Args:
         model: a `PeftModel`, a transformers model with adapters, or a module that holds one.
@@ -29,8 +28,8 @@ def ablated(model: nn.Module, *regions: str, scale: float = 0.0) -> Iterator[Non
         scale: 0 removes, 1 changes nothing.
 
     Raises:
-        ValueError: on an unknown or a merged region, and on adapters that cannot be taken out this way: LoRA on
-            embeddings, on parameters, on ``nn.MultiheadAttention``, DoRA and other variants, other PEFT types.
+        ValueError: on a scale that is not finite, an unknown or merged region, and adapters that cannot be ablated: LoRA
+            on embeddings, parameters or ``nn.MultiheadAttention``, DoRA and other variants, other PEFT types.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -44,13 +43,13 @@ def ablated(model: nn.Module, *regions: str, scale: float = 0.0) -> Iterator[Non
     """
     if not math.isfinite(scale):
         raise ValueError(f"`scale` must be a finite number, got {scale}")
-    modules = _outlets(model, regions)
+    modules = find_outlets(model, regions)
 
     def scaled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return torch.zeros_like(output) if scale == 0 else output * scale
 
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # compiled code does not look for new hooks
+        if "torch._dynamo" in sys.modules:  # compiled code ignores new hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modules:
             stack.callback(module.register_forward_hook(scaled).remove)

@@ -1,14 +1,52 @@
-"""A model's PEFT adapters, and the modules through which they act."""
+"""A model's PEFT adapters, the modules through which they act, and the record of how the model was routed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from routed_peft.routes import Routes
+
 _LORA_OUTLETS = ("lora_B",)
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """How a model was routed: plain data that stays on the model, for saving it and for measuring it.
+
+    Attributes:
+        routes: label -> `Route`, or None where they are not known.
+        train_base: whether the model's own weights were trained, so that saving adapters alone would lose them.
+        base_adapters: adapters that belong to the base.
+        kept_regions: regions that belong to the model for good (a run without routing has some), so that they are not
+            taken away from it when it is measured.
+    """
+
+    routes: Routes | None = None
+    train_base: bool = False
+    base_adapters: tuple[str, ...] = ()
+    kept_regions: tuple[str, ...] = ()
+
+
+def routing_record(model: nn.Module) -> RoutingRecord:
+    """Return the record that `GradientRouting` or `load_routed` left on ``model``; an empty one where there is none.
+
+    >>> routing_record(nn.Linear(1, 1)).base_adapters
+    ()
+    """
+    record: RoutingRecord = getattr(model, "_routed", RoutingRecord())
+    return record
+
+
+def set_routing_record(model: nn.Module, record: RoutingRecord) -> None:
+    """Leave ``record`` on ``model``, as its one attribute of this library (``model._routed``)."""
+    holder: Any = model
+    holder._routed = record
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -23,50 +61,67 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield name, module
 
 
+def adapters_in(layer: BaseTunerLayer) -> list[str]:
+    """Return the names of the adapters that have parameters in a PEFT layer."""
+    holders = (getattr(layer, attribute, {}) for attribute in layer.adapter_layer_names)
+    named = (name for holder in holders if isinstance(holder, nn.ModuleDict | nn.ParameterDict) for name in holder)
+    return list(dict.fromkeys(named))
+
+
 def region_outlets(layer: BaseTunerLayer) -> tuple[str, ...]:
-    """Return the attributes of a PEFT layer whose outputs are its adapters' contributions.
+    """Return the attributes of a PEFT layer whose modules' outputs are all that its adapters contribute.
 
     Raises:
-        ValueError: for a PEFT type that has none that routing knows of.
+        ValueError: for a PEFT type other than LoRA and ROUTED, whose layers do not name any.
     """
-    outlets: tuple[str, ...] | None = getattr(
-        layer, "region_outlets", _LORA_OUTLETS if isinstance(layer, LoraLayer) else None
+    own: tuple[str, ...] | None = getattr(layer, "region_outlets", None)
+    if own is not None:
+        return own
+    if isinstance(layer, LoraLayer):
+        return _LORA_OUTLETS
+    raise ValueError(
+        f"a {type(layer).__module__}.{type(layer).__name__} layer cannot be ablated or routed: regions are adapters made by "
+        "`RoutedConfig` or `LoraConfig`"
     )
-    if outlets is None:
-        raise ValueError(f"regions are LoRA or ROUTED adapters; {type(layer).__name__} is another PEFT type")
-    return outlets
 
 
-def _outlets(model: nn.Module, regions: Iterable[str]) -> list[nn.Module]:
-    """Return the modules through which all that ``regions`` contribute passes; ValueError where there are none such."""
+def outlet_modules(layer: BaseTunerLayer, adapter: str) -> list[nn.Module]:
+    """Return the modules of a PEFT layer through which the whole contribution of ``adapter`` passes.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 3)), LoraConfig(r=1, target_modules=["0"]), "forget")
+    >>> [outlet_modules(layer, "forget") for _, layer in tuner_layers(model)]
+    [[Linear(in_features=1, out_features=3, bias=False)]]
+    """
+    containers = [getattr(layer, outlet, {}) for outlet in region_outlets(layer)]
+    return [container[adapter] for container in containers if adapter in container]
+
+
+def find_outlets(model: nn.Module, regions: Iterable[str]) -> list[nn.Module]:
+    """Return the modules through which the whole contribution of ``regions`` to ``model`` passes.
+
+    Raises:
+        ValueError: on an unknown or merged region, and on layers whose contribution does not pass through such modules.
+    """
     regions = list(dict.fromkeys(regions))
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    known = sorted({name for layer in layers for name in _adapters(layer)})
+    layers = [layer for _, layer in tuner_layers(model)]
+    known = sorted({name for layer in layers for name in adapters_in(layer)})
     if not regions or set(regions) - set(known):
         raise ValueError(f"`regions` must be among {known}, the adapters of this model, got {regions}")
     found: list[nn.Module] = []
     for layer in layers:
-        for region in _adapters(layer) & set(regions):
+        for region in (name for name in adapters_in(layer) if name in regions):
             if region in layer.merged_adapters:
                 raise ValueError(
                     f"the region {region!r} is merged into the base weights: call `unmerge_adapter()` first"
                 )
-            modules = [
-                getattr(layer, outlet)[region]
-                for outlet in getattr(type(layer), "region_outlets", ("lora_B",))
-                if region in getattr(layer, outlet, ())
-            ]
+            modules = outlet_modules(layer, region)
             variant = isinstance(layer, LoraLayer) and region in layer.lora_variant
             if not modules or variant or isinstance(layer, MultiheadAttention | ParamWrapper):
                 raise ValueError(
-                    f"the region {region!r} has a {type(layer).__name__} layer of a sort that cannot be ablated: "
-                    "regions are `RoutedConfig` adapters, or plain LoRA on linear and convolution layers (no "
-                    "embeddings, no DoRA or other variants). Train it with one of these."
+                    f"the region {region!r} has a {type(layer).__name__} layer that cannot be ablated: regions are "
+                    "`RoutedConfig` adapters, or plain LoRA on linear and convolution layers (no embeddings, no DoRA or "
+                    "other variants). Train it as one of these."
                 )
             found += modules
     return found
-
-
-def _adapters(layer: BaseTunerLayer) -> set[str]:
-    holders = (getattr(layer, attribute, {}) for attribute in layer.adapter_layer_names)
-    return {name for holder in holders if isinstance(holder, nn.ModuleDict | nn.ParameterDict) for name in holder}

@@ -31,7 +31,7 @@ MLP_TARGETS = {
 
 _LLAMA_LIKE = "llama mistral qwen2 qwen3 gemma olmo smollm3 granite phi3 stablelm"
 
-WRITERS = {
+WRITERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_LLAMA_LIKE.split(), ("self_attn.o_proj", "mlp.down_proj")),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
@@ -200,6 +200,12 @@ def find_mlps(model: nn.Module) -> dict[str, nn.Module]:
             continue
         found[name] = module
     return found
+
+
+def output_projection(mlp: nn.Module) -> nn.Module:
+    """Return the projection of an MLP out of its hidden units; errors as `mlp_layout`."""
+    down: nn.Module = getattr(mlp, mlp_layout(mlp).down)
+    return down
 
 
 def mlp_forward(mlp: nn.Module, layout: MLPLayout, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The method in three functions: forward passes left as they are, backward passes with one weight per position.
+"""The operators of gradient routing: unchanged forward passes, and backward passes with one weight per position.
 
 Gradient routing (Cloud et al., arXiv 2410.04332) multiplies the gradient along chosen edges of the graph by a
 data-dependent weight ``m``: 1 passes it, 0 blocks it, a negative weight reverses it.
@@ -9,7 +9,7 @@ example, or ``(B, T)``, one per position, and lines up with the leading axes of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 def spread(m: Tensor, like: Tensor) -> Tensor:
-    """Give ``m`` trailing axes of size one, and the dtype of ``like``, so that it broadcasts against it from the left.
+    """Return ``m`` in the dtype of ``like`` and with trailing axes of size one, so that it broadcasts from the left.
 
     >>> spread(torch.ones(2, 3), torch.ones(2, 3, 4, 5)).shape
     torch.Size([2, 3, 1, 1])
@@ -27,39 +27,36 @@ def spread(m: Tensor, like: Tensor) -> Tensor:
 
 
 _GATHER_FROM = 0.25
-"""Share of zero weights from which copying the other positions costs less than multiplying them all."""
+"""Share of zero weights above which copying the other positions costs less than multiplying them all."""
 
 _MOST_RUNS = 8
-"""With more runs than this, adding up their products costs more than copying."""
+"""Number of runs above which adding up their products costs more than copying."""
 
 Runs = tuple[tuple[int, int, float], ...]
-Taken = tuple[Tensor, int, bool, Tensor]
-"""An input, its version then, whether its rows were weighed, and the rows that were taken of it."""
+"""Runs of positions with one weight other than zero, flat: (start, stop, weight)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PositionWeights:
-    """Weights ``m`` made ready for many layers: which positions are kept, and by how much each is weighed.
+    """Weights ``m`` prepared once for many layers: the positions to keep, and their weights.
 
     Attributes:
         m: ``(B,)`` or ``(B, T)``.
-        index: flat indices of the positions whose weight is not zero, or None to keep all positions.
-        kept: the weights of the positions kept, flat, or None where all of these are one.
-        runs: runs of one weight other than zero, as flat (start, stop, weight), where they are few: no copy is needed then.
-        last: what was last taken of an input, for layers side by side that read the same one; at most one entry.
+        index: flat indices of the positions whose weight is not zero; None to keep all positions.
+        kept: flat weights of the positions kept; None where all of these are one.
+        runs: see `Runs`; None where there are many. Runs need no copy of the positions.
     """
 
     m: Tensor
     index: Tensor | None
     kept: Tensor | None
     runs: Runs | None = None
-    last: list[Taken] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def of(cls, m: Tensor, gather: bool = True) -> PositionWeights:
-        """Prepare ``m``. With ``gather``, positions of weight zero are left out of weight-gradient matmuls if they are many.
+    def from_weights(cls, m: Tensor, gather: bool = True) -> PositionWeights:
+        """Prepare ``m``; with ``gather``, many positions of weight zero are left out of weight-gradient matmuls.
 
-        >>> PositionWeights.of(torch.tensor([1.0, 0.0, 1.0])).index
+        >>> PositionWeights.from_weights(torch.tensor([1.0, 0.0, 1.0])).index
         tensor([0, 2])
         """
         flat = m.reshape(-1)
@@ -85,24 +82,47 @@ def _runs(flat: Tensor) -> Runs | None:
 
 
 def _rows(x: Tensor, index: Tensor | None, lead: int) -> Tensor:
-    """Take the kept positions of ``x`` ``(B, T, D)``, whose weights have ``lead`` axes, as rows: ``(N, ..., D)``."""
+    """Return the kept positions of ``x`` ``(B, T, D)`` as rows ``(N, ..., D)``; ``lead`` counts the axes of the weights."""
     rows = x.flatten(0, lead - 1)
     return rows if index is None else rows.index_select(0, index)
 
 
-def _input_rows(x: Tensor, index: Tensor | None, kept: Tensor | None, lead: int, last: list[Taken] | None) -> Tensor:
-    """Take the kept positions of a layer's input, weighed unless ``kept`` is None, once for all layers that read it.
+class RowCache:
+    """The rows last taken of a layer's input, for neighboring layers that read the same input (query, key and value).
 
-    ``last`` keeps that input alive, so another one with its memory and version is the same.
+    One cache serves one `PositionWeights` during one step. It keeps the input alive, so a tensor with the same memory and
+    version is the same input.
     """
-    for known, version, weighed, rows in last or ():
-        same = known.dtype == x.dtype and known.is_set_to(x) and version == x._version
-        if same and weighed == (kept is not None):
-            return rows
+
+    __slots__ = ("_input", "_rows", "_version", "_weighed")
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._version, self._weighed = 0, False
+
+    def get(self, x: Tensor, weighed: bool) -> Tensor | None:
+        """Return the rows of ``x`` if they were the last to be taken, weighed or not as asked; None otherwise."""
+        known = self._input
+        if known is None or known.dtype != x.dtype or not known.is_set_to(x):
+            return None
+        return self._rows if (self._version, self._weighed) == (x._version, weighed) else None
+
+    def put(self, x: Tensor, weighed: bool, rows: Tensor) -> None:
+        """Keep the ``rows`` of ``x`` in place of those before."""
+        self._input, self._version, self._weighed, self._rows = x, x._version, weighed, rows
+
+
+def _input_rows(x: Tensor, index: Tensor | None, *, kept: Tensor | None, lead: int, cache: RowCache | None) -> Tensor:
+    """Return the kept positions of a layer's input, weighed unless ``kept`` is None; neighbors share them by ``cache``."""
+    weighed = kept is not None
+    known = None if cache is None else cache.get(x, weighed)
+    if known is not None:
+        return known
     rows = _rows(x, index, lead)
     rows = rows if kept is None else rows * spread(kept, rows)
-    if last is not None:
-        last[:] = [(x, x._version, kept is not None, rows)]
+    if cache is not None:
+        cache.put(x, weighed, rows)
     return rows
 
 
@@ -117,24 +137,24 @@ def _sum_over_runs(grad: Tensor, x: Tensor, runs: Runs) -> Tensor:
 def _parameter_gradients(
     grad: Tensor,
     x: Tensor | None,
+    *,
     index: Tensor | None,
     kept: Tensor | None,
     runs: Runs | None,
     lead: int,
     bias: bool,
-    last: list[Taken] | None = None,
+    cache: RowCache | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of weight and bias; ``x`` None leaves out the former, ``bias`` False the latter."""
-    if (
-        runs is not None and x is not None and not bias and grad.element_size() > 2
-    ):  # bfloat16 would round every run's sum
+    exact = grad.element_size() > 2  # bfloat16 would round the sum of every run
+    if runs is not None and x is not None and not bias and exact:
         inner = grad.shape[lead:-1].numel()
         runs = tuple((start * inner, stop * inner, weight) for start, stop, weight in runs)
         return _sum_over_runs(grad.flatten(0, -2), x.flatten(0, -2), runs), None
     rows_grad = _rows(grad, index, lead)
-    # one of the two factors is weighed, the narrower if it may be either
+    # only one of the two factors is weighed: the narrower one, where there is a choice
     weigh_grad = bias or x is None or x.shape[-1] > grad.shape[-1]
-    rows_x = None if x is None else _input_rows(x, index, None if weigh_grad else kept, lead, last)
+    rows_x = None if x is None else _input_rows(x, index, kept=None if weigh_grad else kept, lead=lead, cache=cache)
     if kept is not None and weigh_grad:
         rows_grad = rows_grad * spread(kept, rows_grad)
     rows_grad = rows_grad.reshape(-1, grad.shape[-1])  # (N, O)
@@ -143,7 +163,7 @@ def _parameter_gradients(
 
 
 class _RoutedLinear(torch.autograd.Function):
-    # Plain tensors as arguments rather than one PositionWeights: torch.compile can trace these.
+    # The arguments are plain tensors rather than one PositionWeights, because torch.compile can trace those.
     @staticmethod
     def forward(
         x: Tensor,
@@ -153,13 +173,13 @@ class _RoutedLinear(torch.autograd.Function):
         kept: Tensor | None,
         runs: Runs | None,
         lead: int,
-        last: list[Taken] | None,
+        cache: RowCache | None,
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, index, kept, ctx.runs, ctx.lead, ctx.last = inputs
+        x, weight, _, index, kept, ctx.runs, ctx.lead, ctx.cache = inputs
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index, kept)
 
@@ -172,12 +192,14 @@ class _RoutedLinear(torch.autograd.Function):
         grad_weight = grad_bias = None
         if needs_weight or needs_bias:
             grad_weight, grad_bias = _parameter_gradients(
-                grad, x, index, kept, ctx.runs, ctx.lead, needs_bias, ctx.last
+                grad, x, index=index, kept=kept, runs=ctx.runs, lead=ctx.lead, bias=needs_bias, cache=ctx.cache
             )
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
-def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | PositionWeights) -> Tensor:
+def routed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | PositionWeights, *, cache: RowCache | None = None
+) -> Tensor:
     r"""Parameter-edge routing of a linear layer: ``F.linear`` whose parameter gradients weigh each position by ``m``.
 
     .. math::
@@ -186,14 +208,15 @@ def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | Po
         \partial_W = (m \odot \partial_y)^\top x, \quad
         \partial_b = \textstyle\sum m \odot \partial_y
 
-    The gradient to ``x`` is exact and unmasked, so other parameters learn as if nothing had been routed: SGTM's
-    parameter masking (arXiv 2512.05648) at the granularity of one position, in one pass over a batch of mixed labels.
+    The gradient to ``x`` is exact and unmasked, so other parameters learn as without routing. This is SGTM's parameter
+    masking (arXiv 2512.05648) for single positions, in one pass over a batch of mixed labels.
 
     Args:
         x: ``(B, D)`` or ``(B, T, D)``.
         weight: ``(O, D)``.
         bias: ``(O,)`` or None.
-        m: ``(B,)`` or ``(B, T)``; prepare it once with `PositionWeights.of` where several layers share it.
+        m: ``(B,)`` or ``(B, T)``; where several layers share it, prepare it once by `PositionWeights.from_weights`.
+        cache: shared by the layers that share ``m`` within one step; it saves copies where they read the same input.
 
     Returns:
         ``(B, O)`` or ``(B, T, O)``.
@@ -204,12 +227,12 @@ def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | Po
         >>> w.grad
         tensor([[1., 0.]])
     """
-    if torch.is_autocast_enabled(x.device.type):  # inside the Function its backward would meet two dtypes
+    if torch.is_autocast_enabled(x.device.type):  # cast here: inside the Function, backward would see two dtypes
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    weights = m if isinstance(m, PositionWeights) else PositionWeights.of(m)
-    last = None if torch.compiler.is_compiling() else weights.last  # addresses cannot be traced
-    return _RoutedLinear.apply(x, weight, bias, weights.index, weights.kept, weights.runs, weights.m.dim(), last)
+    weights = m if isinstance(m, PositionWeights) else PositionWeights.from_weights(m)
+    cache = None if torch.compiler.is_compiling() else cache  # addresses cannot be traced
+    return _RoutedLinear.apply(x, weight, bias, weights.index, weights.kept, weights.runs, weights.m.dim(), cache)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -233,9 +256,9 @@ def scale_gradient(x: Tensor, m: Tensor) -> Tensor:
 
     .. math:: y = x, \qquad \partial_x = m \odot \partial_y
 
-    The mask of gradient routing as first published (arXiv 2410.04332, section 3): it also weighs all that flows further
-    upstream. On the output of an embedding it is parameter-edge routing, because the table is that edge's only leaf.
-    The usual ``m * x + (1 - m) * x.detach()`` has the same gradient but moves the value in low precision.
+    The mask of gradient routing as first published (arXiv 2410.04332, section 3): it weighs the gradient of everything
+    upstream, too. On the output of an embedding it equals parameter-edge routing, because only the table is upstream.
+    The usual ``m * x + (1 - m) * x.detach()`` has the same gradient, but rounds the value in low precision.
 
     Args:
         x: ``(B, ...)`` or ``(B, T, ...)``.
@@ -269,7 +292,7 @@ class _RoutedParameter(torch.autograd.Function):
 
 
 def routed_parameter(weight: Tensor, m: Tensor) -> Tensor:
-    """Parameter-edge routing of an elementwise parameter, the gain of a norm say: one view of it per position.
+    """Parameter-edge routing of an elementwise parameter, such as the gain of a norm: one view of it per position.
 
     Args:
         weight: ``(D,)``.
@@ -292,12 +315,12 @@ def routed_module(g: nn.Module, x: Tensor, m: Tensor) -> Tensor:
 
     .. math:: y = g_{\mathrm{sg}(\theta)}(x) + m \odot \bigl(g_\theta(\mathrm{sg}(x)) - \mathrm{sg}(g_\theta(x))\bigr)
 
-    with ``sg`` the stop-gradient. The bracket is exactly zero, so the value is that of ``g(x)`` bit for bit; a weight of
-    zero gives parameter gradients of exactly zero, and the gradient to ``x`` is unmasked.
+    with ``sg`` the stop-gradient. The bracket is exactly zero, so the value equals ``g(x)`` bit for bit. A weight of zero
+    gives parameter gradients of exactly zero, and the gradient to ``x`` is unmasked.
 
     Args:
-        g: a deterministic module that treats positions alone (for ``m`` ``(B, T)``) or examples alone (``(B,)``).
-        x: ``(B, ...)`` or ``(B, T, ...)``; leading axes must survive in the output.
+        g: a deterministic module that maps each position (for ``m`` ``(B, T)``) or example (``(B,)``) by itself.
+        x: ``(B, ...)`` or ``(B, T, ...)``; the output must keep the leading axes.
         m: ``(B,)`` or ``(B, T)``.
 
     Example:

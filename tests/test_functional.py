@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routed_peft import functional
-from routed_peft.functional import PositionWeights, routed_linear
+from routed_peft.functional import PositionWeights, RowCache, routed_linear
 
 WEIGHTS = st.lists(st.sampled_from([0.0, 1.0, -0.75, 2.0]), min_size=24, max_size=24)
 
@@ -24,7 +24,7 @@ def test_parameter_gradients_weigh_positions(weights, per_token, gather, bias, o
     w = torch.randn(outputs, 5, dtype=torch.float64, generator=generator, requires_grad=True)
     b = torch.randn(outputs, dtype=torch.float64, generator=generator, requires_grad=True) if bias else None
     g = torch.randn(4, 6, outputs, dtype=torch.float64, generator=generator)
-    routed_linear(x, w, b, PositionWeights.of(m, gather)).backward(g)
+    routed_linear(x, w, b, PositionWeights.from_weights(m, gather)).backward(g)
     weighed = g * (m.unsqueeze(-1) if per_token else m[:, None, None])
     assert torch.allclose(w.grad, torch.einsum("bto,btd->od", weighed, x), atol=1e-12)
     assert torch.allclose(x.grad, g @ w, atol=1e-12)
@@ -41,9 +41,9 @@ def test_parameter_gradients_weigh_positions(weights, per_token, gather, bias, o
     ],
 )
 def test_how_positions_are_left_out(m, runs, gathered):
-    weights = PositionWeights.of(torch.tensor(m))
+    weights = PositionWeights.from_weights(torch.tensor(m))
     assert weights.runs == runs and (weights.index is not None) == gathered
-    assert PositionWeights.of(torch.tensor(m), gather=False).runs is None
+    assert PositionWeights.from_weights(torch.tensor(m), gather=False).runs is None
 
 
 @pytest.mark.parametrize("m", [[1.0, 0.0, 1.0, 0.5] * 5, [0.0, 0.0, 1.0, 0.5] * 5], ids=["multiplied", "gathered"])
@@ -52,23 +52,23 @@ def test_layers_that_read_the_same_input_take_its_rows_once_and_others_do_not_ge
     real = functional._rows
     monkeypatch.setattr(functional, "_rows", lambda x, *rest: taken.append(x.shape) or real(x, *rest))
     m = torch.tensor(m, dtype=torch.float64)
-    weights = PositionWeights.of(m)
-    x = torch.randn(20, 20, dtype=torch.float64)
+    weights = PositionWeights.from_weights(m)
+    x, cache = torch.randn(20, 20, dtype=torch.float64), RowCache()
     turned = x.t()  # the same memory and shape in another order
     inputs = [x, x, turned, x.clone(), x]
     layers = [torch.randn(30 + i, 20, dtype=torch.float64, requires_grad=True) for i in range(len(inputs))]
-    sum(routed_linear(i, w, None, weights).sum() for i, w in zip(inputs, layers, strict=True)).backward()
+    sum(routed_linear(i, w, None, weights, cache=cache).sum() for i, w in zip(inputs, layers, strict=True)).backward()
     for i, w in zip(inputs, layers, strict=True):
         torch.testing.assert_close(w.grad, (m[:, None] * i).sum(0).expand_as(w))
-    assert taken.count(x.shape) == 4, "the two neighbours share one copy"
+    assert taken.count(x.shape) == 4, "the two neighbors share one copy"
 
 
 def test_an_input_that_was_changed_in_place_is_taken_anew():
-    weights = PositionWeights.of(torch.tensor([1.0, 2.0] * 9))
-    w = torch.zeros(3, 2, requires_grad=True)
+    weights = PositionWeights.from_weights(torch.tensor([1.0, 2.0] * 9))
+    w, cache = torch.zeros(3, 2, requires_grad=True), RowCache()
     x = torch.ones(18, 2)
     for value in (1.0, 5.0):
         x.fill_(value)
         w.grad = None
-        routed_linear(x, w, None, weights).sum().backward()
+        routed_linear(x, w, None, weights, cache=cache).sum().backward()
         assert torch.equal(w.grad, torch.full((3, 2), 27 * value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -35,7 +37,7 @@ def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
     if not mlps:
         raise ValueError(f"{type(model).__name__} has no MLP of a known layout, of which units could be silenced")
     for name, mlp in mlps.items():
-        down = output_projection(mlp)
+        down: Any = output_projection(mlp)
         axis = 0 if isinstance(down, Conv1D) else 1  # of its inputs
         units = down.weight.shape[axis]
         if count >= units:

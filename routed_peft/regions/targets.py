@@ -122,12 +122,12 @@ def plan_targets(model: nn.Module, config: RoutedConfig) -> RegionPlan:
 
 def _target_modules(model: nn.Module, config: RoutedConfig) -> list[str] | str:
     if config.target_modules == "all-linear" and config.kind != "mlp":
-        expanded = _maybe_include_all_linear_layers(copy.copy(config), model)
+        expanded: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
         return sorted(expanded.target_modules or ())
     if config.target_modules is not None:
         return config.target_modules
     kind, defaults = model_type(model), _DEFAULTS[config.kind]
-    if kind not in defaults:
+    if kind is None or kind not in defaults:
         raise ValueError(f"no default `target_modules` for the model type {kind!r}: {_advice(model, config)}")
     return list(defaults[kind])
 

@@ -1,4 +1,4 @@
-"""Routes attached to a model: labels decide which parameters a position's gradient reaches."""
+"""Routes attached to a model: labels decide which parameters the gradient of each position reaches."""
 
 from routed_peft.routing.gradient_routing import GradientRouting
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from routed_peft.routing.layers import Routed
 
 
 def check_model(
-    model: nn.Module, regions: Collection[str], base_adapters: Collection[str], train_base: bool = False
+    model: nn.Module, regions: Collection[str], *, base_adapters: Collection[str], train_base: bool = False
 ) -> None:
-    """Refuse models on which routing would be wrong or be passed by.
+    """Refuse models that cannot be routed, or whose forward passes would bypass the routing.
 
     Raises:
         ValueError: names the module or adapter, and what to do.
@@ -42,12 +42,12 @@ def check_model(
         check_region_name(region)
         configs: Any = model.peft_config
         if getattr(configs[region], "use_dora", False):
-            raise ValueError(f"the adapter {region!r} uses DoRA, whose magnitudes cannot be routed: take plain LoRA")
+            raise ValueError(f"the adapter {region!r} uses DoRA, whose magnitudes cannot be routed: use plain LoRA")
     embeddings = _embedding_weight(model)
     if train_base and getattr(model, "is_quantized", False):
         raise ValueError(
-            "`train_base=True` on a quantised model: its weights cannot be trained. Route into LoRA regions, with "
-            "`base_adapters` for what stays"
+            "`train_base=True` on a quantized model: its weights cannot be trained. Route into LoRA regions, and "
+            "name the adapters that stay in `base_adapters`"
         )
     for name, module in model.named_modules():
         if isinstance(module, Routed):
@@ -57,7 +57,8 @@ def check_model(
             )
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(
-                f"{name!r} is a copy made by `modules_to_save` or trainable tokens: it is no removable region"
+                f"{name!r} is a copy made by `modules_to_save` or trainable tokens, which cannot be removed as a region: train "
+                "the base instead (`train_base=True`)"
             )
         if isinstance(module, BaseTunerLayer):
             _check_layer(name, module, embeddings)
@@ -74,7 +75,9 @@ def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | No
         raise ValueError(f"adapters are merged into {name!r}: call `unmerge_adapter()` before routing")
     variants = getattr(layer, "lora_variant", {})
     if variants:
-        raise ValueError(f"{name!r} has a LoRA variant for {sorted(variants)}: only plain LoRA can be routed")
+        raise ValueError(
+            f"{name!r} has a LoRA variant for {sorted(variants)}, but only plain LoRA can be routed: train that"
+        )
     base = layer.get_base_layer()
     tied = embeddings is not None and getattr(base, "weight", None) is embeddings
     if tied and isinstance(layer, LoraLayer) and not isinstance(base, nn.Embedding):
@@ -85,7 +88,7 @@ def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | No
 
 
 def check_member(member: Member) -> None:
-    """Refuse a module whose forward pass would go by the swapped class.
+    """Refuse a module whose forward pass would bypass the swapped class.
 
     Raises:
         ValueError: names the module and the culprit.
@@ -93,7 +96,7 @@ def check_member(member: Member) -> None:
     if "forward" in member.module.__dict__ or hasattr(member.module, "_hf_hook"):
         raise ValueError(
             f"{member.name!r} has a forward of its own (`device_map` hooks, Liger or a kernel were put on the instance), "
-            "which would go by the routing: load the model without `device_map` offload and without such patches"
+            "which would bypass the routing: load the model without `device_map` offload and without such patches"
         )
     if type(member.module).__module__.startswith("liger_kernel"):
         raise ValueError(
@@ -102,6 +105,15 @@ def check_member(member: Member) -> None:
     for name, p in member.module.named_parameters(recurse=False):
         if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
-                f"{member.name}.{name} is {p.dtype} and trained: small updates would round to nothing. Load the model with "
+                f"{member.name}.{name} is {p.dtype} and trained: small updates would be lost to rounding. Load the model with "
                 "`dtype=torch.float32` and train with `bf16=True` (autocast keeps float32 masters)"
+            )
+
+
+def check_covered(model: nn.Module, covered: Container[nn.Parameter]) -> None:
+    """Raise ValueError where a trainable parameter of ``model`` is not among those that have a group."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and p not in covered:
+            raise ValueError(
+                f"the trainable parameter {name!r} cannot be routed: it belongs to no supported module; freeze it"
             )

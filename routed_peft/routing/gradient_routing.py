@@ -1,47 +1,52 @@
-"""`GradientRouting`: the one object between a table of routes and a model."""
+"""`GradientRouting`: the object that attaches a table of routes to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import set_adapter
 from torch import Tensor, nn
 
-from routed_peft.adapters import adapter_names, tuner_layers
-from routed_peft.architectures import find_mlps, mlp_layout
+from routed_peft.adapters import adapter_names, routing_record, set_routing_record, tuner_layers
+from routed_peft.architectures import find_mlps, output_projection
 from routed_peft.routes import BASE, Routes, validate_routes
-from routed_peft.routing.compatibility import check_member, check_model
+from routed_peft.routing.compatibility import check_covered, check_member, check_model
 from routed_peft.routing.groups import JOINT, Member, find_members
-from routed_peft.routing.layers import Slot, routed_class, swap, swap_input, unswap
+from routed_peft.routing.layers import Attachment, routed_class, swap, swap_input, unswap
 from routed_peft.routing.self_check import check_gradients
-from routed_peft.routing.step_weights import GroupWeights, RouteCompiler, RoutingState, label_indices
+from routed_peft.routing.step_weights import GroupWeights, RouteTable, RoutingState, label_indices
 
 Labels = Sequence[str] | Sequence[int] | Tensor
 
 
 class GradientRouting:
-    r"""Attach routes to a model: from now on labels decide which parameters a position's gradient reaches.
+    r"""Attach routes to a model, so that labels decide which parameters the gradient of each position reaches.
 
     For a position (or example) with label l, the gradient of every parameter of group g is multiplied by
     ``routes[l].weights[g]``, and regions in ``routes[l].ablated`` are absent from its forward pass (gradient routing,
-    arXiv 2410.04332; parameter masking of SGTM, arXiv 2512.05648). Forward values are otherwise untouched.
+    arXiv 2410.04332; parameter masking of SGTM, arXiv 2512.05648). Forward values are otherwise unchanged.
 
-    Weights act by position: a parameter's gradient that flows through the hidden state at position i takes the weight of
-    position i, whichever later loss it came from.
+    Weights act by position: a gradient that flows through the hidden state at position i takes the weight of position i,
+    whichever later loss it comes from.
 
     Args:
         model: a PeftModel, or a transformers model with adapters, whose adapters are regions.
         routes: label -> `Route`; its order gives the integer labels.
-        train_base: train the model's own weights too (they are unfrozen), rather than adapters alone.
-        base_adapters: adapters that belong to the base, a ``retain`` LoRA say.
-        edges: ``"parameters"`` routes parameter gradients, exactly; ``"activations"`` scales the gradient that arrives at
-            the input of every MLP's out-projection, as published for ERA. It lets other parameters learn from all data.
+        train_base: unfreeze and train the model's own weights too, rather than adapters alone.
+        base_adapters: adapters that belong to the base, such as a ``retain`` LoRA.
+        edges: ``"parameters"`` routes parameter gradients exactly. ``"activations"`` scales the gradient at the input of
+            every MLP's output projection, as published for ERA; other parameters then learn from all data.
         layers: decoder layers whose base is routed; None for all. The base elsewhere learns from all data.
         joint: base modules that learn from all data: ``"embeddings"``, ``"norms"``, ``"head"`` or ends of module names.
         gather: leave positions of weight zero out of weight-gradient matmuls. Switch it off under ``torch.compile``.
+
+    Attributes:
+        regions: names of the model's regions.
+        groups: groups that have trained parameters: ``"base"`` and ``"joint"`` where there are any, then the regions.
 
     Raises:
         ValueError: on routes that do not fit the model, and on models that cannot be routed, naming the module.
@@ -66,6 +71,7 @@ class GradientRouting:
         self,
         model: nn.Module,
         routes: Routes,
+        *,
         train_base: bool = False,
         base_adapters: Collection[str] = (),
         edges: Literal["parameters", "activations"] = "parameters",
@@ -79,14 +85,14 @@ class GradientRouting:
         self.train_base, self.base_adapters = train_base, list(base_adapters)
         self._adapters = adapter_names(model)
         self.regions = [name for name in self._adapters if name not in base_adapters]
-        check_model(model, self.regions, base_adapters, train_base)
+        check_model(model, self.regions, base_adapters=base_adapters, train_base=train_base)
         validate_routes(routes, self.regions, base=train_base or bool(base_adapters))
-        members = find_members(model, self.base_adapters, joint, layers)
+        members = find_members(model, self.base_adapters, joint=joint, layers=layers)
         self._state = RoutingState()
         self._swapped: list[nn.Module] = []
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._active: list[str] = next((layer.active_adapters for _, layer in tuner_layers(model)), [])
-        self._owners: dict[str, list[nn.Module]] = {}  # not the parameters, which FSDP replaces
+        self._owners: dict[str, list[nn.Module]] = {}  # rather than the parameters, which FSDP replaces
         try:
             self._unfreeze(members)
             self._swap(members)
@@ -94,12 +100,11 @@ class GradientRouting:
             self.detach()
             raise
         self.groups = [group for group in (BASE, JOINT, *self.regions) if self.parameters(group)]
-        """The groups that have trained parameters: ``"base"`` and ``"joint"`` where there are any, then the regions."""
         dtype = next(model.parameters()).dtype
-        self._compiler = RouteCompiler(
+        self._table = RouteTable(
             self.routes, self.regions, gather, torch.float64 if dtype == torch.float64 else torch.float32
         )
-        self._remember()
+        self._leave_record()
 
     # Attaching
 
@@ -113,59 +118,66 @@ class GradientRouting:
                     p.requires_grad_(p.is_floating_point())
                 elif p.requires_grad:
                     raise ValueError(
-                        f"{member.name}.{name} is trainable, but belongs to no adapter and `train_base` is False: freeze it, "
-                        "or train the whole base with `train_base=True`"
+                        f"{member.name}.{name} is trainable, but it belongs to no adapter and `train_base` is False: "
+                        "freeze it, or train the whole base with `train_base=True`"
                     )
 
     def _swap(self, members: Sequence[Member]) -> None:
-        owners: dict[nn.Parameter, str] = {}
-        mlp_outputs = self._mlp_outputs() if self.edges == "activations" else []
+        groups: dict[nn.Parameter, str] = {}
+        outputs = (
+            [output_projection(mlp) for mlp in find_mlps(self.model).values()] if self.edges != "parameters" else []
+        )
         for member in members:
             parameters = [p for p in member.module.parameters(recurse=False) if p.requires_grad]
             for p in parameters:
-                if owners.setdefault(p, member.group) != member.group:
+                if groups.setdefault(p, member.group) != member.group:
                     raise ValueError(
-                        f"{member.name!r} shares a weight with a module of the group {owners[p]!r} but is in "
+                        f"{member.name!r} shares a weight with a module of the group {groups[p]!r} but is in "
                         f"{member.group!r} (tied embeddings?): put both or neither into `joint`"
                     )
             self._owners.setdefault(member.group, []).append(member.module)
-            if not parameters or member.group == JOINT:
-                continue
-            check_member(member)
-            slot = Slot(self._state, member.group, member.name, type(member.module), member.outlet)
-            if self.edges == "parameters":
-                cls = routed_class(member.module)
-                if cls is None:
-                    raise ValueError(
-                        f"the trainable parameters of {member.name!r} ({type(member.module).__name__}) cannot be routed: "
-                        "freeze them, or name the module in `joint` if all data may train it"
-                    )
-                swap(member.module, cls, slot)
-            elif member.outlet or member.module in mlp_outputs:
-                swap_input(member.module, slot)
-            else:
-                continue
-            self._swapped.append(member.module)
-        covered = set(owners)
-        for name, p in self.model.named_parameters():
-            if p.requires_grad and p not in covered:
+            if parameters and member.group != JOINT:
+                check_member(member)
+                if self.edges == "parameters" or member.outlet or member.module in outputs:
+                    self._swap_member(member)
+        check_covered(self.model, groups)
+
+    def _swap_member(self, member: Member) -> None:
+        module = member.module
+        attachment = Attachment(
+            self._state, group=member.group, name=member.name, original=type(module), outlet=member.outlet
+        )
+        if self.edges == "parameters":
+            cls = routed_class(module)
+            if cls is None:
                 raise ValueError(
-                    f"the trainable parameter {name!r} cannot be routed: it belongs to no supported module; freeze it"
+                    f"the trainable parameters of {member.name!r} ({type(module).__name__}) cannot be routed: freeze them, "
+                    "or name the module in `joint` if all data may train it"
                 )
+            swap(module, cls, attachment)
+        else:
+            swap_input(module, attachment)
+        self._swapped.append(module)
 
-    def _mlp_outputs(self) -> list[nn.Module]:
-        return [getattr(mlp, mlp_layout(mlp).down) for mlp in find_mlps(self.model).values()]
-
-    def _remember(self) -> None:
-        """Leave what saving needs on the model, where it outlives this object."""
-        self.model._routed_train_base = self.train_base  # type: ignore[assignment]
-        self.model._routed_routes = self.routes  # type: ignore[assignment]
-        self.model._routed_base_adapters = self.base_adapters  # type: ignore[assignment]
+    def _leave_record(self) -> None:
+        """Leave the record that saving needs on the model, where it outlives this object."""
+        record = replace(
+            routing_record(self.model),
+            routes=self.routes,
+            train_base=self.train_base,
+            base_adapters=tuple(self.base_adapters),
+        )
+        set_routing_record(self.model, record)
         if self.train_base:
             self.model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
 
     def detach(self) -> None:
-        """Undo everything: classes, ``requires_grad`` and active adapters are as they were."""
+        """Restore the classes of modules, ``requires_grad`` and the active adapters to their state before attaching.
+
+        Two things stay on the model, because it is saved after training. ``model._routed`` (a
+        `routed_peft.adapters.RoutingRecord`) tells `save_routed` how the model was trained. With ``train_base`` the model's
+        own ``save_pretrained`` goes on raising, because it would write adapters only and lose the trained base.
+        """
         for module in self._swapped:
             unswap(module)
         self._swapped = []
@@ -178,7 +190,7 @@ class GradientRouting:
 
     @contextmanager
     def __call__(self, labels: Labels, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Route the forward and backward passes inside.
+        """Route the forward and backward passes within the block.
 
         Args:
             labels: one name per example; or integers into ``list(routes)``, ``(B,)`` or ``(B, T)`` aligned with the
@@ -196,11 +208,11 @@ class GradientRouting:
                 "detach, and attach again with routes for all of them"
             )
         if self._state.groups is not None:
-            raise ValueError("`with routing(...)` does not nest: leave the outer one first")
+            raise ValueError("`with routing(...)` cannot be nested: leave the outer block first")
         indices = label_indices(labels, self.routes)
-        effective = self._compiler.effective(indices, weights)
+        effective = self._table.effective_weights(indices, weights)
         device = next(self.model.parameters()).device
-        self._state.groups = self._compiler.compile(indices, effective, device)
+        self._state.groups = self._table.prepare(indices, effective, device)
         try:
             yield
         finally:
@@ -208,7 +220,7 @@ class GradientRouting:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Train without routing inside: the explicit way out."""
+        """Train without routing within the block: the explicit way out."""
         self._state.off += 1
         try:
             yield
@@ -217,7 +229,7 @@ class GradientRouting:
 
     @contextmanager
     def ablated(self, rows: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run forward passes, without gradients, in which regions are absent from some examples: to sample, or to score.
+        """Run forward passes without gradients in which regions are absent from some examples, for sampling or scoring.
 
         Args:
             rows: region -> bool ``(B,)``, true where the region is absent; a region left out is present everywhere.
@@ -226,11 +238,11 @@ class GradientRouting:
             ValueError: inside ``with routing(...)``, and on a name that is no region.
         """
         if self._state.groups is not None:
-            raise ValueError("`routing.ablated` does not go inside `with routing(...)`: leave that first")
+            raise ValueError("`routing.ablated` cannot be used within `with routing(...)`: leave that block first")
         if unknown := sorted(set(rows) - set(self.regions)):
             raise ValueError(f"`rows` has {unknown}; the regions are {self.regions}")
         device = next(self.model.parameters()).device
-        gates = {region: (~absent).to(device, self._compiler.dtype) for region, absent in rows.items() if absent.any()}
+        gates = {region: (~absent).to(device, self._table.dtype) for region, absent in rows.items() if absent.any()}
         self._state.groups = {group: GroupWeights(gate=gates.get(group)) for group in (BASE, *self.regions)}
         try:
             with torch.no_grad():
@@ -243,8 +255,10 @@ class GradientRouting:
         owners = self._owners.get(group, [])
         return list(dict.fromkeys(p for m in owners for p in m.parameters(recurse=False) if p.requires_grad))
 
-    def learning(self, labels: Labels, reached: Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, int]:
-        """Count, by group, the positions that teach it: effective weight not zero, and reached by a loss.
+    def count_learning_positions(
+        self, labels: Labels, reached: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, int]:
+        """Count by group the positions that teach it: those reached by a loss with an effective weight other than zero.
 
         Args:
             labels: as for ``routing(labels)``.
@@ -252,7 +266,7 @@ class GradientRouting:
             weights: as for ``routing(labels, weights)``.
         """
         reached = reached.cpu()
-        effective = self._compiler.effective(label_indices(labels, self.routes), weights)
+        effective = self._table.effective_weights(label_indices(labels, self.routes), weights)
         counts = {
             group: int((reached & (m != 0 if m.dim() == 2 else (m != 0).unsqueeze(1))).sum())
             for group, m in effective.items()
@@ -262,10 +276,10 @@ class GradientRouting:
     def self_check(
         self, batch: Mapping[str, Any], loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
     ) -> dict[str, dict[str, bool]]:
-        """Apply every label in turn to one real batch, through the real loss, and look where gradient arrives.
+        """Check, by one backward pass per label on a real batch, that gradient arrives where the routes say.
 
         Args:
-            batch: keyword arguments of the model, without route columns. Call it while no gradients are held.
+            batch: keyword arguments of the model, without route columns. Gradients held before the call are lost.
             loss: ``loss(model, batch)``; the model's own ``.loss`` by default.
 
         Returns:
@@ -283,19 +297,21 @@ class GradientRouting:
         for label, route in self.routes.items():
             try:
                 with self([label] * size):
-                    received[label] = check_gradients(lambda: compute(self.model, batch), label, route, groups)
-            finally:  # of joint and unlooked-at parameters too, or the first step would start from them
+                    received[label] = check_gradients(
+                        lambda: compute(self.model, batch), label, route=route, groups=groups
+                    )
+            finally:  # of unchecked parameters too, or the first step would start from these gradients
                 for p in self.model.parameters():
                     p.grad = None
         return received
 
     def _upstream(self) -> list[nn.Parameter]:
-        """Return the base parameters that activation edges protect: those of the MLPs but the out-projections."""
+        """Return the base parameters that activation edges protect: those of the MLPs, output projections excepted."""
         outputs, base = {id(m) for m in self._swapped}, {id(p) for p in self.parameters(BASE)}
         return [
             p
             for mlp in find_mlps(self.model).values()
-            if id(getattr(mlp, mlp_layout(mlp).down)) in outputs
+            if id(output_projection(mlp)) in outputs
             for m in mlp.modules()
             if id(m) not in outputs
             for p in m.parameters(recurse=False)
@@ -305,6 +321,6 @@ class GradientRouting:
 
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
     raise ValueError(
-        "`save_pretrained` writes adapters only and would lose the trained base weights without a word: call "
+        "`save_pretrained` writes adapters only and would silently lose the trained base weights: call "
         "`routed_peft.save_routed(model, path)`, or `trainer.save_model()`"
     )

@@ -1,8 +1,7 @@
-"""Which group every parameter of a model belongs to, and which models cannot be routed at all."""
+"""The group of every module that owns parameters: the base, a region, or the base modules that all data trains."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,23 +11,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from routed_peft.adapters import region_outlets, tuner_layers
+from routed_peft.architectures import layer_index
 from routed_peft.routes import BASE
 
 JOINT = "joint"
 """The group of base modules that all data trains."""
 
-_LAYER_INDEX = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A module that owns parameters, and the group that these belong to.
+    """A module that owns parameters, and their group.
 
     Attributes:
         name: qualified module name.
         module: the module itself.
         group: ``"base"``, a region, or ``"joint"``.
-        adapter: the PEFT adapter it is part of, if any.
+        adapter: the PEFT adapter that it is part of, if any.
         outlet: whether its output is a region's contribution to the model.
     """
 
@@ -40,15 +38,19 @@ class Member:
 
 
 def find_members(
-    model: nn.Module, base_adapters: Collection[str], joint: Collection[str], layers: Collection[int] | None
+    model: nn.Module,
+    base_adapters: Collection[str],
+    *,
+    joint: Collection[str] = (),
+    layers: Collection[int] | None = None,
 ) -> list[Member]:
     """Assign every module that owns parameters to a group.
 
     Args:
         model: a PeftModel, or a transformers model with adapters.
-        base_adapters: adapters that count as base.
+        base_adapters: adapters that belong to the base.
         joint: ``"embeddings"``, ``"norms"``, ``"head"``, or ends of module names.
-        layers: decoder layers whose base modules are routed; the others, embeddings and head are then joint.
+        layers: decoder layers whose base modules are routed; those elsewhere are then joint. None for all.
 
     Raises:
         ValueError: where an adapter cannot be a region, or an entry of ``joint`` or ``layers`` matches nothing.
@@ -65,9 +67,9 @@ def find_members(
             members.append(Member(name, module, group, adapter, outlet and group != BASE))
             continue
         hits = {pattern for pattern in joint if _is_joint(model, name, module, pattern)}
-        index = _LAYER_INDEX.search(f".{name}.")
-        outside = layers is not None and (index is None or int(index[1]) not in layers)
-        matched |= hits | ({int(index[1])} if index else set())
+        index = layer_index(name)
+        outside = layers is not None and index not in layers
+        matched |= hits | (set() if index is None else {index})
         members.append(Member(name, module, JOINT if hits or outside else BASE))
     missing = [entry for entry in (*joint, *(layers or ())) if entry not in matched]
     if missing:

@@ -1,7 +1,7 @@
 """Routed versions of leaf modules, put in place by swapping a module's class.
 
-Swapping ``__class__`` leaves parameter names, the state dict, ``isinstance``, FSDP wrapping and PEFT's saving as they
-were; `unswap` gives the old class back. A swapped module reads its step's weights from the shared `RoutingState`.
+Swapping ``__class__`` preserves parameter names, the state dict, ``isinstance``, FSDP wrapping and PEFT's saving; `unswap`
+restores the old class. A swapped module reads the step's weights from the shared `RoutingState`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from routed_peft.routing.step_weights import GroupWeights, RoutingState
 
 
 @dataclass(slots=True)
-class Slot:
-    """What a swapped module knows about routing; a plain object, invisible to ``nn.Module``.
+class Attachment:
+    """The link between a swapped module and its routing; a plain object, which ``nn.Module`` does not register.
 
     Attributes:
         state: the shared holder.
@@ -44,7 +44,7 @@ class Slot:
     view: nn.Module | None = None
 
     def read(self, x: Tensor) -> GroupWeights | None:
-        """Return the step's weights, having checked that they line up with the input ``x``."""
+        """Return the step's weights; ValueError where they do not line up with the input ``x``."""
         step = self.state.group(self.group)
         if step is not None:
             for m in (step.weights.m if step.weights else None, step.gate):
@@ -57,12 +57,12 @@ class Slot:
 
 
 class Routed:
-    """Marks a module whose class was swapped."""
+    """Mixin of every module whose class was swapped."""
 
-    _slot: Slot
+    _attachment: Attachment
 
     def _gated(self, y: Tensor, step: GroupWeights | None) -> Tensor:
-        if self._slot.outlet and step is not None and step.gate is not None:
+        if self._attachment.outlet and step is not None and step.gate is not None:
             return y * spread(step.gate, y)
         return y
 
@@ -72,10 +72,10 @@ class _RoutedLinearBase(Routed):
         return self.weight  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        step = self._slot.read(x)
+        step = self._attachment.read(x)
         if step is None or step.weights is None:
             return self._gated(super().forward(x), step)  # type: ignore[misc]
-        return self._gated(routed_linear(x, self._weight(), self.bias, step.weights), step)  # type: ignore[attr-defined]
+        return self._gated(routed_linear(x, self._weight(), self.bias, step.weights, cache=step.cache), step)  # type: ignore[attr-defined]
 
 
 class RoutedLinear(_RoutedLinearBase, nn.Linear):
@@ -93,7 +93,7 @@ class RoutedConv1D(_RoutedConv1DBase, Conv1D):
 
 class _RoutedEmbedding(Routed):
     def forward(self, ids: Tensor) -> Tensor:
-        step = self._slot.state.group(self._slot.group)
+        step = self._attachment.state.group(self._attachment.group)
         y: Tensor = super().forward(ids)  # type: ignore[misc]
         if step is None or step.weights is None:
             return y
@@ -101,27 +101,27 @@ class _RoutedEmbedding(Routed):
         if y.shape[0] == 1 and len(m) > 1:  # learned positions are looked up once for the whole batch
             y = y.expand(len(m), *y.shape[1:])
         if y.shape[: m.dim()] != m.shape:
-            self._slot.read(ids)
+            self._attachment.read(ids)
         return scale_gradient(y, m)
 
 
 class _RoutedModule(Routed):
     def forward(self, x: Tensor) -> Tensor:
-        step = self._slot.state.group(self._slot.group)
+        step = self._attachment.state.group(self._attachment.group)
         if step is None or step.weights is None:
             return super().forward(x)  # type: ignore[misc]
-        view = self._slot.view
+        view = self._attachment.view
         assert view is not None
-        return routed_module(view, x, align(step.weights.m, x, self._slot.name))
+        return routed_module(view, x, align(step.weights.m, x, self._attachment.name))
 
 
 class _RoutedRMSNorm(Routed):
-    # RMSNorm classes multiply by `self.weight` elementwise, so the property is all it takes to route them.
+    # RMSNorm classes multiply by `self.weight` elementwise, so this property is enough to route them.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        step = self._slot.state.group(self._slot.group)
+        step = self._attachment.state.group(self._attachment.group)
         if step is None or step.weights is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        m = align(step.weights.m, x, self._slot.name)
+        m = align(step.weights.m, x, self._attachment.name)
         self.__dict__["_m"] = m.reshape(m.shape + (1,) * (x.dim() - m.dim()))
         try:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -138,17 +138,17 @@ class _RoutedRMSNorm(Routed):
 class _RoutedInput(Routed):
     # Activation edges: the input's gradient is scaled, the module's own parameters learn as usual.
     def forward(self, x: Tensor) -> Tensor:
-        step = self._slot.read(x)
+        step = self._attachment.read(x)
         if step is not None and step.weights is not None:
             x = scale_gradient(x, step.weights.m)
         return self._gated(super().forward(x), step)  # type: ignore[misc]
 
 
 def align(m: Tensor, x: Tensor, name: str) -> Tensor:
-    """Shape ``m`` so that it broadcasts against ``x`` from the left, also for heads-first inputs ``(B, H, T, D)``.
+    """Shape ``m`` so that it broadcasts against ``x`` from the left, heads-first inputs ``(B, H, T, D)`` included.
 
     Raises:
-        ValueError: where the axes do not fit, or the position axis cannot be told from the head axis.
+        ValueError: where the axes do not fit, or where the position axis and the head axis have one length.
 
     >>> import torch
     >>> align(torch.ones(2, 5), torch.ones(2, 3, 5, 8), "q_norm").shape
@@ -182,7 +182,7 @@ def _swapped_class(cls: type[nn.Module], mixin: type[Routed]) -> type[nn.Module]
 
 
 def routed_class(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class that routes ``module``'s own parameters, or None if there is none.
+    """Return the class that routes the own parameters of ``module``, or None where there is none.
 
     >>> routed_class(nn.Linear(2, 2)).__name__, routed_class(nn.LayerNorm(2)).__name__
     ('RoutedLinear', 'RoutedLayerNorm')
@@ -208,11 +208,11 @@ def routed_class(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def swap(module: nn.Module, cls: type[nn.Module], slot: Slot) -> None:
-    """Give ``module`` the class ``cls`` and its ``slot``.
+def swap(module: nn.Module, cls: type[nn.Module], attachment: Attachment) -> None:
+    """Give ``module`` the class ``cls`` and its ``attachment``.
 
     Raises:
-        ValueError: where the module would be evaluated twice and drops out at random.
+        ValueError: where the module would be evaluated twice and has dropout.
     """
     if issubclass(cls, _RoutedModule):
         dropouts = [
@@ -220,42 +220,42 @@ def swap(module: nn.Module, cls: type[nn.Module], slot: Slot) -> None:
         ]
         if dropouts:
             raise ValueError(
-                f"{slot.name!r} is evaluated twice to be routed, and would drop out different things each time: set its "
+                f"{attachment.name!r} is evaluated twice to be routed, and its dropout would differ each time: set its "
                 f"`{dropouts[0]}` to 0, freeze it, or name it in `joint`"
             )
-        slot.view = _view(module)
-    module.__dict__["_slot"] = slot
+        attachment.view = _view(module)
+    module.__dict__["_attachment"] = attachment
     module.__class__ = cls
 
 
 def _view(module: nn.Module) -> nn.Module:
-    """Return a module that shares the attributes and the dictionary of parameters, whatever FSDP puts there, but no hooks."""
-    view: nn.Module = object.__new__(type(module))  # copy.copy trips over the constructor of FSDP's classes
+    """Return a module that shares the attributes and the dictionary of parameters (FSDP replaces these), but no hooks."""
+    view: nn.Module = object.__new__(type(module))  # copy.copy would call the constructor of FSDP's classes
     hooks = {name: OrderedDict[int, Any]() for name in vars(module) if name.endswith("_hooks")}
     vars(view).update({**vars(module), **hooks})
     return view
 
 
-def swap_input(module: nn.Module, slot: Slot) -> None:
+def swap_input(module: nn.Module, attachment: Attachment) -> None:
     """Route the gradient of ``module``'s input (activation edges)."""
-    swap(module, _swapped_class(type(module), _RoutedInput), slot)
+    swap(module, _swapped_class(type(module), _RoutedInput), attachment)
 
 
 def unswap(module: nn.Module) -> None:
     """Undo `swap`."""
-    slot: Slot = module.__dict__.pop("_slot")
-    module.__class__ = slot.original
+    attachment: Attachment = module.__dict__.pop("_attachment")
+    module.__class__ = attachment.original
 
 
 def parameter_weights(module: nn.Module) -> list[Tensor]:
-    """Return what a module's parameter gradients are weighed by in this step, beyond what arrives at its output.
+    """Return the factors by which this step multiplies a module's parameter gradients, given the gradient at its output.
 
-    Each is ``(B,)`` or ``(B, T)``; there are none where all weights are one, and for a module that is not swapped.
+    Each is ``(B,)`` or ``(B, T)``. The list is empty where all weights are one, and for a module that is not swapped.
     """
     if not isinstance(module, Routed):
         return []
-    step = module._slot.state.group(module._slot.group)
+    step = module._attachment.state.group(module._attachment.group)
     if step is None:
         return []
     weights = [] if step.weights is None or isinstance(module, _RoutedInput) else [step.weights.m]
-    return [*weights, step.gate] if module._slot.outlet and step.gate is not None else weights
+    return [*weights, step.gate] if module._attachment.outlet and step.gate is not None else weights

@@ -1,8 +1,8 @@
-"""The weights of the step at hand: one plain holder, set before the forward pass and cleared after the backward pass.
+"""The current step's weights: labels turned into weights per group, and the holder from which routed layers read them.
 
-A Python object shared by all routed layers, because the alternatives fail: a ContextVar is invisible to autograd's device
-threads and cannot be traced, a buffer is broadcast from rank 0 by DDP, and a forward argument is gone when gradient
-checkpointing recomputes.
+The holder is set before the forward pass and cleared after the backward pass. It is a plain Python object, shared by all
+routed layers, because the alternatives fail. A ContextVar is invisible to autograd's device threads and cannot be traced, a
+buffer is broadcast from rank 0 by DDP, and a forward argument is gone when gradient checkpointing recomputes.
 """
 
 from __future__ import annotations
@@ -13,43 +13,45 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from routed_peft.functional import PositionWeights
+from routed_peft.functional import PositionWeights, RowCache
 from routed_peft.routes import BASE, IGNORED, Routes
 
 NO_LABELS = (
-    "this model is attached to a GradientRouting, and a forward pass with gradients on came without labels: it would train "
-    "without routing. Wrap forward and backward in `with routing(labels):`; for ordinary training write "
-    "`with routing.off():`, for inference `with torch.no_grad():`, and `routing.detach()` when training is over."
+    "a GradientRouting is attached to this model, and a forward pass with gradients on has no labels: it would train "
+    "without routing. Wrap forward and backward in `with routing(labels):`. For ordinary training write "
+    "`with routing.off():`, for inference `with torch.no_grad():`, and after training `routing.detach()`."
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GroupWeights:
-    """What one step does to one group (the base or a region).
+    """One step's weights for one group (the base or a region).
 
     Attributes:
         weights: gradient weights, or None where all are one: the layer then runs as if it were not routed.
-        gate: 1 where the region takes part in the forward pass and 0 where it is ablated, or None where it always does.
+        gate: 1 where the region takes part in the forward pass and 0 where it is ablated; None where it always takes part.
+        cache: input rows shared by neighboring layers within the step.
     """
 
     weights: PositionWeights | None = None
     gate: Tensor | None = None
+    cache: RowCache = field(default_factory=RowCache, repr=False, compare=False)
 
 
 @dataclass(slots=True)
 class RoutingState:
-    """The holder.
+    """The holder that routed layers share.
 
     Attributes:
-        groups: the step's weights by group, or None between steps.
-        off: depth of `GradientRouting.off` contexts.
+        groups: the step's weights by group; None between steps.
+        off: number of open `GradientRouting.off` contexts.
     """
 
     groups: dict[str, GroupWeights] | None = None
     off: int = 0
 
     def group(self, name: str) -> GroupWeights | None:
-        """Return the step's weights for a group, or None where layers shall run plainly; without labels it raises."""
+        """Return the step's weights for a group, or None where layers run unrouted; ValueError for training without labels."""
         if self.groups is not None:
             return self.groups[name]
         if torch.is_grad_enabled() and not self.off:
@@ -62,7 +64,7 @@ def label_indices(labels: Sequence[str] | Sequence[int] | Tensor, routes: Routes
 
     Args:
         labels: names, one per example, or integers ``(B,)`` or ``(B, T)``; -100 marks padding.
-        routes: the table.
+        routes: label -> route.
 
     Returns:
         A LongTensor on the CPU, ``(B,)`` or ``(B, T)``.
@@ -96,11 +98,11 @@ def label_indices(labels: Sequence[str] | Sequence[int] | Tensor, routes: Routes
 
 
 @dataclass(slots=True)
-class RouteCompiler:
-    """Turns the labels of a step into weights by group.
+class RouteTable:
+    """The routes as tensors, which turn the labels of a step into weights per group.
 
     Attributes:
-        routes: the table.
+        routes: label -> route.
         regions: names of the regions.
         gather: whether positions of weight zero are left out of weight-gradient matmuls.
         dtype: of the weights; float64 only for models in float64.
@@ -118,8 +120,8 @@ class RouteCompiler:
             present = torch.tensor([group not in route.ablated for route in self.routes.values()])
             self._tables[group] = (weight, present)
 
-    def effective(self, labels: Tensor, multipliers: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return each group's weight times its presence, ``(B,)`` or ``(B, T)`` on the CPU; 0 at padding."""
+    def effective_weights(self, labels: Tensor, multipliers: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return each group's weight times its presence (0 or 1), ``(B,)`` or ``(B, T)`` on the CPU; 0 at padding."""
         unknown = set(multipliers or ()) - set(self._tables)
         if unknown:
             raise ValueError(f"`weights` has {sorted(unknown)}; the groups are {list(self._tables)}")
@@ -131,15 +133,15 @@ class RouteCompiler:
             result[group] = m
         return result
 
-    def compile(self, labels: Tensor, effective: Mapping[str, Tensor], device: torch.device) -> dict[str, GroupWeights]:
-        """Prepare ``effective`` weights and the regions' gates for the layers, on ``device``."""
+    def prepare(self, labels: Tensor, effective: Mapping[str, Tensor], device: torch.device) -> dict[str, GroupWeights]:
+        """Return ``effective`` weights and the regions' gates in the form that layers read, on ``device``."""
         real = labels != IGNORED
         result = {}
         for group, m in effective.items():
             is_real = real if m.dim() == real.dim() else real.unsqueeze(1).expand_as(m)
-            # Padding has no gradient of its own, so it takes whichever weight is cheapest.
+            # Padding has no gradient of its own, so its weight may be whichever is cheapest.
             plain = bool((m[is_real] == 1).all())
-            weights = None if plain else PositionWeights.of(m, self.gather)
+            weights = None if plain else PositionWeights.from_weights(m, self.gather)
             present = self._tables[group][1][labels.clamp(min=0)]
             gate = None if bool(present[real].all()) else (present & real).to(self.dtype).to(device)
             result[group] = GroupWeights(weights and weights.to(device), gate)

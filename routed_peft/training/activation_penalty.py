@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from routed_peft.adapters import region_outlets, tuner_layers
-from routed_peft.architectures import find_mlps, mlp_layout
+from routed_peft.adapters import adapters_in, outlet_modules, tuner_layers
+from routed_peft.architectures import find_mlps, output_projection
 
 
 @contextmanager
@@ -39,13 +39,13 @@ def activation_l1(model: nn.Module) -> Iterator[list[Tensor]]:
             )
 
     mlps = find_mlps(model)
-    sources = [getattr(mlp, mlp_layout(mlp).down) for mlp in mlps.values()]
+    sources = [output_projection(mlp) for mlp in mlps.values()]
     sources += [
         module
         for name, layer in tuner_layers(model)
         if name in mlps or f"{name}.base_layer" in mlps
-        for outlet in region_outlets(layer)
-        for module in getattr(layer, outlet).values()
+        for adapter in adapters_in(layer)
+        for module in outlet_modules(layer, adapter)
     ]
     handles = [module.register_forward_pre_hook(collect) for module in sources]
     try:

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from routed_peft.adapters import tuner_layers
+from routed_peft.adapters import adapters_in, tuner_layers
 
 
 def check_foldable(model: nn.Module, adapters: Collection[str]) -> None:
@@ -20,7 +20,7 @@ def check_foldable(model: nn.Module, adapters: Collection[str]) -> None:
         ValueError: names the layer.
     """
     for name, layer in tuner_layers(model):
-        if not (here := _adapters_of(layer) & set(adapters)):
+        if not (here := set(adapters_in(layer)) & set(adapters)):
             continue
         biased = isinstance(layer, LoraLayer) and any(layer.lora_bias.get(adapter) for adapter in here)
         if not hasattr(layer, "get_delta_weight") or biased:
@@ -50,7 +50,7 @@ def folded_parameters(model: nn.Module, adapters: Collection[str]) -> Iterator[t
     updated: dict[str, tuple[BaseTunerLayer, list[str]]] = {}
     own: tuple[str, ...] = ()
     for name, layer in tuner_layers(model):
-        here = _adapters_of(layer)
+        here = adapters_in(layer)
         updated[f"{name}.base_layer.weight"] = (layer, [adapter for adapter in adapters if adapter in here])
         own += tuple(f"{name}.{attribute}." for attribute in (*layer.adapter_layer_names, *layer.other_param_names))
     for name, p in model.named_parameters():
@@ -66,7 +66,3 @@ def folded_parameters(model: nn.Module, adapters: Collection[str]) -> Iterator[t
 def _update(layer: Any, adapter: str) -> Tensor:
     update: Tensor = layer.get_delta_weight(adapter)
     return update
-
-
-def _adapters_of(layer: BaseTunerLayer) -> set[str]:
-    return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute)}

@@ -44,7 +44,7 @@ def prepare(model: PreTrainedModel, args: UnlearningArguments) -> int:
     return layer
 
 
-def target(reference: nn.Module, forget: Rows, layer: int, args: UnlearningArguments) -> Tensor:
+def target(reference: nn.Module, forget: Rows, *, layer: int, args: UnlearningArguments) -> Tensor:
     r"""Return what forget activations are moved to, ``(D,)``: :math:`c\,u`, one random direction for the whole run.
 
     If ``steering_relative``, c is ``steering`` times the median length of the frozen model's activations on the first forget

@@ -184,10 +184,10 @@ def test_probe_against_the_definitions():
     predicts[1, 3:] = False
     rows_ = {"a": torch.tensor([0, 2]), "b": torch.tensor([1, 3])}
     probe = Probe(3)
-    probe.keep({"input_ids": ids, "attention_mask": mask}, predicts, rows_, ["a", "b", "c"])
+    probe.keep({"input_ids": ids, "attention_mask": mask}, predicts, rows=rows_, environments=["a", "b", "c"])
     assert probe.kept[0].environment.tolist() == [0, 1, 0]  # by turns
     factors = find_factors(model, "forget")
-    effect = probe.measure(model, {"forget": factors}, 3, lambda t: t)["forget"]
+    effect = probe.measure(model, {"forget": factors}, environments=3, reduce=lambda t: t)["forget"]
     for name, index in (("a", [0, 2]), ("b", [1])):
         outputs, kl, count = [], 0.0, 0
         for row in index:

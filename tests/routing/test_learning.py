@@ -64,7 +64,7 @@ def trained(tmp_path, labels: dict[str, list[str]], routes) -> tuple[dict[str, f
 
 
 def test_the_region_takes_the_forget_side_with_it(tmp_path):
-    """Half of either side is labelled, and comes first; the other half has to be absorbed."""
+    """Half of either side is labeled, and comes first; the other half has to be absorbed."""
     labels = {"forget": ["forget", "unlabeled"], "retain": ["retain", "unlabeled"]}
     on, off = trained(tmp_path, labels, presets.sgtm("forget"))
     _, placebo = trained(tmp_path, labels, presets.control())

@@ -38,7 +38,7 @@ class Activity:
 
 
 def region_activity(
-    model: nn.Module, tokenizer: Any, region: str, forget: Sequence[str], retain: Sequence[str]
+    model: nn.Module, tokenizer: Any, *, region: str, forget: Sequence[str], retain: Sequence[str]
 ) -> dict[str, Activity]:
     r"""Return, layer by layer, how active a region is on forget and on retain text.
 
@@ -63,7 +63,7 @@ def region_activity(
         ValueError: where no layer has such a region, or it takes no part in the forward pass (merged, or not active).
 
     Example:
-        >>> region_activity(nn.Linear(1, 1), None, "forget", ["a"], ["b"])
+        >>> region_activity(nn.Linear(1, 1), None, region="forget", forget=["a"], retain=["b"])
         Traceback (most recent call last):
         ...
         ValueError: no layer of this Linear has a region 'forget': give a model that was loaded with it
