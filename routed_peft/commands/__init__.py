@@ -1,7 +1,7 @@
 """Commands of ``routed-peft``, one file each. A function listed here becomes the command of its name.
 
-Each is a plain function with `typer` annotations and a docstring with an example. What takes seconds to import (torch,
-transformers, peft, lm-eval) is imported inside it, so that ``--help`` answers at once.
+Each is a plain function with `typer` annotations and a docstring with an example. Modules that take seconds to import
+(torch, transformers, peft, lm-eval) are imported inside it, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ def ablate(
     ] = None,
     revision: Revision = None,
 ) -> None:
-    """Write a plain transformers checkpoint without the regions of a run, and prove it.
+    """Write a plain transformers checkpoint without the regions of a run, and verify it.
 
-    Nothing of a removed region is in OUT. The checkpoint is loaded again, its logits are compared with those of the run with
-    these regions off, and OUT/ablation.json says so, with the SHA-256 of every file.
+    OUT holds nothing of a removed region. The new checkpoint is loaded again, and its logits are compared with those of the
+    run with these regions switched off. OUT/ablation.json records the result, and the SHA-256 of every file.
 
     Examples:
 
@@ -32,11 +32,12 @@ def ablate(
         routed-peft ablate runs/two-regions bio-only --keep bio
     """
     from routed_peft.checkpoint.export import export
-    from routed_peft.runs.records import own_regions
+    from routed_peft.checkpoint.open_run import OpenRun
 
-    if own_regions(src) == "all" and not keep:
-        typer.echo(f"note: {src} was trained without routing, and its units belong to it: --keep them", err=True)
-    place = export(src, out, keep or [], revision=revision)
+    own = OpenRun.from_source(src, revision).layout.kept_regions
+    if own and not keep:
+        typer.echo(f"note: {', '.join(own)} belongs to {src}, which was trained without routing: --keep it", err=True)
+    place = export(src, out, keep=keep or [], revision=revision)
     record = json.loads((place / "ablation.json").read_text(encoding="utf-8"))
     table = pairs_table("Ablated")
     table.add_row("checkpoint", str(place))

@@ -9,10 +9,12 @@ import typer
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes: new or empty.")] = Path("demo-out"),
-    quick: Annotated[bool, typer.Option("--quick", help="3 minutes instead of 12, on two cores.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for all results: new or empty.")] = Path(
+        "demo-out"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Take 3 minutes instead of 12, on two cores.")] = False,
 ) -> None:
-    """Train a small model on real text in four arms, ablate, measure and relearn them, and write a report.
+    """Train small models on real text in four ways, ablate, measure and relearn them, and write a report.
 
     Examples:
 

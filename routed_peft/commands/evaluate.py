@@ -16,30 +16,30 @@ def evaluate(
     src: Source,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="A task or group of lm-eval, or several joined by commas; may be repeated. "
-                     "By default routed_loss, routed_mc and routed_cloze."),
+        typer.Option(help="Task or group of lm-eval, or several joined by commas; may be repeated. "
+                     "Default: routed_loss, routed_mc and routed_cloze."),
     ] = None,
     regions: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[+NAME...]", help="A further set of regions to leave on; may be repeated. Besides, "
-                     "all and none are measured, and by default each alone."),
+        typer.Option(metavar="NAME[+NAME...]", help="Set of regions to leave on, measured besides all and none; may be "
+                     "repeated. Default: each region alone."),
     ] = None,
-    forget_file: Annotated[Path | None, typer.Option(help="JSONL with `text`: the forget side, for its loss.")] = None,
-    retain_file: Annotated[Path | None, typer.Option(help="JSONL with `text`: the retain side.")] = None,
+    forget_file: Annotated[Path | None, typer.Option(help="JSONL with `text`: the forget side of the loss tasks.")] = None,
+    retain_file: Annotated[Path | None, typer.Option(help="JSONL with `text`: the retain side of the loss tasks.")] = None,
     metadata: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="More of what tasks read, such as pair=spanish, "
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata for tasks, such as pair=spanish, "
                                        "forget_mc_file=FILE, retain_mc_file=FILE; may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write results and settings as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file for results and settings.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples per task, for a quick look.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 16,
     device: Device = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto is as saved.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights; auto: as saved.")] = Dtype.auto,
     revision: Revision = None,
 ) -> None:  # fmt: skip
-    """Measure a run with lm-eval: with all regions, ablated, and with any set of them. It is loaded once.
+    """Measure a run with lm-eval: with all regions, with none, and with any set of them. The run is loaded once.
 
-    `token_ce` is in nats per token. Plain checkpoints can be measured too.
+    `token_ce` is a cross-entropy in nats per token. Plain checkpoints can be measured too.
 
     Examples:
 
@@ -67,12 +67,12 @@ def evaluate(
     results = evaluate_source(
         src,
         chosen,
-        subsets,
-        about,
-        limit,
-        batch_size,
-        device or ("cuda" if torch.cuda.is_available() else None),
-        out,
+        regions=subsets,
+        metadata=about,
+        limit=limit,
+        batch_size=batch_size,
+        device=device or ("cuda" if torch.cuda.is_available() else None),
+        output=out,
         revision=revision,
         dtype=dtype.value,
     )
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def _metadata(entries: Sequence[str], files: Mapping[str, Path | None]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` entries, and add the files that were named."""
+    """Return ``KEY=VALUE`` entries as a dictionary, with the files that were named."""
     if bad := [entry for entry in entries if not entry.split("=")[0] or "=" not in entry]:
         raise ValueError(f"`--metadata` takes KEY=VALUE, got {bad[0]!r}: for example --metadata pair=spanish")
     given = dict(entry.split("=", 1) for entry in entries)

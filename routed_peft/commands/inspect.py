@@ -1,4 +1,4 @@
-"""``routed-peft inspect``: the contents of a run, a region or a checkpoint."""
+"""``routed-peft inspect``: the content of a run, a region or a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from routed_peft.commands.options import Revision, Source, pairs_table
 def inspect(
     src: Source,
     revision: Revision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything that is known, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole description as JSON.")] = False,
 ) -> None:
-    """Say what a run, a region or a checkpoint holds, without loading it; exit with 1 where files are missing or altered.
+    """Describe a run, a region or a checkpoint without loading it. Exit with 1 if files are missing or altered.
 
     Examples:
 
@@ -39,7 +39,7 @@ def inspect(
 
 
 def _show(about: Mapping[str, Any]) -> None:
-    """Print what `inspect_checkpoint` found."""
+    """Print a description returned by `inspect_checkpoint`."""
     console = Console()
     overview = pairs_table(about["source"])
     overview.add_row("kind", "region" if "type" in about else about["kind"])

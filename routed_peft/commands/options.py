@@ -10,11 +10,11 @@ from rich.table import Table
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Directory or Hub id.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
-Device = Annotated[str | None, typer.Option(help="Such as cuda:0; by default a GPU if there is one.")]
+Device = Annotated[str | None, typer.Option(help="Device, such as cuda:0. Default: a GPU if there is one.")]
 
 
 class Dtype(StrEnum):
-    """What weights are loaded as."""
+    """Data type in which weights are loaded."""
 
     auto = "auto"
     float32 = "float32"

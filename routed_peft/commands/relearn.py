@@ -1,4 +1,4 @@
-"""``routed-peft relearn``: attack a checkpoint, and say how soon it knows again."""
+"""``routed-peft relearn``: attack a checkpoint by fine-tuning, and measure how fast it relearns the forget side."""
 
 from __future__ import annotations
 
@@ -14,78 +14,96 @@ _Number = TypeVar("_Number", int, float)
 
 def relearn(
     src: Source,
-    forget_train: Annotated[Path, typer.Option(metavar="FILE", help="JSONL with `text`: what the attacker has.")],
-    forget_test: Annotated[Path, typer.Option(metavar="FILE", help="JSONL: held-out forget text, scored.")],
-    retain_test: Annotated[Path, typer.Option(metavar="FILE", help="JSONL: held-out retain text, scored.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="For run.json, metrics.jsonl and summary.json.")],
+    forget_train: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSONL with `text`: forget text that the attacker trains on.")
+    ],
+    forget_test: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSONL with `text`: held-out forget text, for the score.")
+    ],
+    retain_test: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSONL with `text`: held-out retain text, for the score.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for run.json, metrics.jsonl and summary.json.")],
     retain_train: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="For the attacks `mixed` and `retain`.")
+        Path | None, typer.Option(metavar="FILE", help="Retain text of the attacks `mixed` and `retain`.")
     ] = None,
-    unrelated_train: Annotated[Path | None, typer.Option(metavar="FILE", help="For the attack `unrelated`.")] = None,
+    unrelated_train: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text of the attack `unrelated`.")
+    ] = None,
     facts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="For the attack `facts`: what the model knew before, a fact a row. Rows with the same `fact` are not parted.",
+            help="Facts that the model knew, one per row, for the attack `facts`. Rows with the same `fact` stay together.",
         ),
     ] = None,
     attack: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Parts joined by +: full, lora or bias; forget, mixed, retain, unrelated, facts or few-shot-N; perturb; "
-            "int8 or int4. May be repeated. By default forget.",
+            help="Attack: parts joined by +, of full, lora or bias; forget, mixed, retain, unrelated, facts or few-shot-N; "
+            "perturb; int8 or int4. May be repeated. Default: forget.",
         ),
     ] = None,
     learning_rate: Annotated[
         str | None,
         typer.Option(
-            metavar="LR[,LR...]", help="Tried first, in full and LoRA fine-tuning. By default a grid of the method."
+            metavar="LR[,LR...]",
+            help="Learning rates to try first, in full and LoRA fine-tuning. Default: a grid for each method.",
         ),
     ] = None,
     steps: Annotated[
         str,
         typer.Option(
-            metavar="N[,N...]", help="The last step, measured on the way at 0, 1, 2, 5, 10, …; or all, from 0."
+            metavar="N[,N...]",
+            help="Last step, with measurements on the way at 0, 1, 2, 5, 10, …; or every step to measure, from 0.",
         ),
     ] = "500",
-    seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     extensions: Annotated[
         int,
-        typer.Option(min=0, help="Rates that may be added beyond either end of the grid while the best lies there."),
+        typer.Option(
+            min=0,
+            help="Learning rates added beyond either end of the grid, at most, while the best one lies at that end.",
+        ),
     ] = 2,
     reference: Annotated[
-        str | None, typer.Option(metavar="SRC", help="The model from which nothing was removed: when is it reached?")
+        str | None,
+        typer.Option(
+            metavar="SRC", help="Model from which nothing was removed: relearning is complete at its forget loss."
+        ),
     ] = None,
-    reference_loss: Annotated[float | None, typer.Option(help="Or its forget loss, in nats per token.")] = None,
+    reference_loss: Annotated[
+        float | None, typer.Option(help="That loss itself, in nats per token, instead of `--reference`.")
+    ] = None,
     oracle: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="`--out` of the same attacks on the perfect filter: for the area under the curve."
+            metavar="DIR", help="`--out` of the same attacks on the perfect filter, for the area between the curves."
         ),
     ] = None,
     regions: Annotated[
         str | None,
         typer.Option(
             metavar="NAME[+NAME...]",
-            help="Regions of a run that stay, all or none. By default none, so that the ablated model is attacked; all where "
-            "`--arm` trained without routing.",
+            help="Regions of a run that stay; or all, or none. Default: none, so that the ablated model is attacked, but those "
+            "that belong to a model trained without routing.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Documents a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents per step.")] = 16,
     length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a training row; longer documents become several.")
+        int, typer.Option(min=2, help="Tokens per training row; a longer document becomes several rows.")
     ] = 256,
-    limit: Annotated[int | None, typer.Option(min=1, help="Scored documents of each side, for a quick look.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents scored on each side, for a quick look.")] = None,
     device: Device = None,
     revision: Revision = None,
 ) -> None:
-    """Attack a checkpoint: how soon does it know the forget side again?
+    """Attack a checkpoint by fine-tuning, and measure how fast it relearns the forget side.
 
-    Runs, exports and plain checkpoints are attacked alike, with float32 weights, at every learning rate and seed; the worst
-    case over rates and earlier steps counts. A command that was killed continues when it is repeated, and what has run is
-    not run again when attacks or seeds are added. `accelerate launch` or torchrun (`-m routed_peft.cli relearn ...`) spreads
-    the grid over processes.
+    Runs, exports and plain checkpoints are attacked in the same way: with float32 weights, at every learning rate and seed.
+    The worst case over learning rates and earlier steps counts. A command that was killed continues when it is repeated, and
+    added attacks or seeds leave finished ones alone. `accelerate launch` or torchrun (`-m routed_peft.cli relearn ...`)
+    spreads the grid over processes.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""``routed-peft tasks-path``: the directory of the lm-eval tasks."""
+"""``routed-peft tasks-path``: the directory of this package's lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 
 def tasks_path() -> None:
-    """Print the directory of our lm-eval tasks.
+    """Print the directory of this package's lm-eval tasks.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""``routed-peft undo``: make what a model has unlearnt hard to relearn."""
+"""``routed-peft undo``: make unlearned knowledge hard to relearn, by noise and distillation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-from routed_peft.commands.options import Revision, Source
+from routed_peft.commands.options import Revision, Source, pairs_table
 
 if TYPE_CHECKING:
     from routed_peft.unlearning import UndoArguments
@@ -20,41 +21,49 @@ def undo(
         list[str],
         typer.Option(
             metavar="FILE",
-            help="JSONL or Parquet with `text` like that of pretraining, without labels; may be repeated.",
+            help="JSONL or Parquet with `text` like that of pretraining; needs no labels; may be repeated.",
         ),
     ],
     retain: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Held-out text: stop once the student is as good there as the teacher."),
+        typer.Option(
+            metavar="FILE", help="Held-out retain text: stop once the student is as good there as the teacher."
+        ),
     ] = None,
     alpha: Annotated[
-        float, typer.Option(help="How far weights are moved to their initialisation: 0 not at all, 1 all the way.")
+        float,
+        typer.Option(help="Share of the way from the weights to an initialization: 0 moves nothing, 1 all the way."),
     ] = 0.6,
-    beta: Annotated[float, typer.Option(help="Share of the initialisation's noise in that.")] = 0.1,
+    beta: Annotated[float, typer.Option(help="Scale of the noise in that initialization.")] = 0.1,
     tolerance: Annotated[
-        float, typer.Option(help="As good: so much above the teacher's retain loss, as a share.")
+        float, typer.Option(help="Share by which the student's retain loss may exceed the teacher's at the stop.")
     ] = 0.05,
-    steps: Annotated[int, typer.Option(min=1, help="At most so many optimizer steps.")] = 1000,
-    learning_rate: Annotated[float, typer.Option(help="Peak; a cosine brings it down.")] = 3e-4,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps, at most.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; a cosine schedule decays it.")] = 3e-4,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step and process.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
     eval_steps: Annotated[
-        int, typer.Option(min=1, help="When the student is compared, and a checkpoint is left.")
+        int, typer.Option(min=1, help="Steps between comparisons with the teacher, and between checkpoints.")
     ] = 50,
     topk: Annotated[
-        int | None, typer.Option(min=1, help="Store so many of the teacher's outputs per token first, in OUT/teacher.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="First store the teacher's N largest logits per token in OUT/teacher. Default: run the teacher along.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise and of the order of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of the order of rows.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay in float32.")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use no GPU.")] = False,
     revision: Revision = None,
 ) -> None:
-    """Unlearn, noise, distil: add noise to a copy of a model and teach it what the model puts out.
+    """Unlearn, noise, distill (UNDO): add noise to a copy of a model, and distill the original's outputs into it.
 
-    SRC is any checkpoint in which something is suppressed; of a routed run, the ablated model. OUT is a plain checkpoint, and
-    OUT/undo.json says how it was made and what that cost. A command that was killed continues when it is repeated. Under
-    `accelerate launch` or torchrun (`-m routed_peft.cli undo ...`) processes share the work. All of a Trainer's settings are
-    flags of `recipes/undo.py`.
+    SRC is any checkpoint in which knowledge is suppressed; of a routed run, the ablated model. OUT is a plain checkpoint, and
+    OUT/undo.json records its settings and its cost. A command that was killed continues when it is repeated. Under
+    `accelerate launch` or torchrun (`-m routed_peft.cli undo ...`) processes share the work. `recipes/undo.py` takes all
+    settings of a Trainer as flags.
 
     Examples:
 
@@ -98,10 +107,11 @@ def undo(
         use_cpu=cpu,
         seed=seed,
     )
-    _run(src, out, settings, args)
+    _run(settings, args, out)
 
 
-def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> None:
+def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
+    """Distill, unless that is done already, and write checkpoint and records; ``settings`` are recorded in run.json."""
     import shutil
 
     from rich.console import Console
@@ -116,19 +126,19 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
     from routed_peft.unlearning.data import check_held_out
     from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows
 
-    run = RunDirectory(out)
+    src, run = settings["source"], RunDirectory(out)
     if args.process_index == 0:  # the others may come when it has begun
-        run.check_apart(src)
+        run.check_separate(src)
     run.check_same(settings)
-    read_cost(src)  # what it says wrong is said now
+    read_cost(src)  # a wrong record is reported before anything is computed
     documents, retain, length = load_texts(settings["text"]), settings["retain"], settings["length"]
     held_out = None if retain is None else load_texts([retain])
     teacher, tokenizer = open_plain(src, revision=settings["revision"])
-    check_length(teacher, tokenizer, length, "--length")
-    rows = pack(documents, tokenizer, length, by=[])
-    retain_rows = None if held_out is None else pack(held_out, tokenizer, length, by=[])
+    check_length(teacher, tokenizer, length=length, argument="--length")
+    rows = pack(documents, tokenizer, length=length, by=[])
+    retain_rows = None if held_out is None else pack(held_out, tokenizer, length=length, by=[])
     if retain_rows is not None:
-        check_held_out(rows, retain_rows, "--text", "--retain")
+        check_held_out(rows, retain_rows, name="--text", held_out_name="--retain")
     settings |= {"teacher": fingerprint(teacher), "rows": hash_rows(rows), "processes": args.world_size}
     run.check_same(settings)
     args.resume_from_checkpoint = latest_resumable(out, args.world_size)
@@ -137,28 +147,24 @@ def _run(src: str, out: Path, settings: dict[str, Any], args: UndoArguments) -> 
     student, record = undo(
         teacher,
         rows,
-        args,
-        retain_rows,
+        args=args,
+        retain_rows=retain_rows,
         tokenizer=tokenizer,
         callbacks=[RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)],
     )
     if args.process_index == 0:
-        content = save_student(student, record, out, src, tokenizer)
+        content = save_student(student, record, out=out, source=src, tokenizer=tokenizer)
         run.finish(content)
         cache = out / "teacher"
         ours = args.topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve()
-        for folder in [*out.glob("checkpoint-*"), *([cache] if ours else [])]:  # of no more use
+        for folder in [*out.glob("checkpoint-*"), *([cache] if ours else [])]:  # no longer needed
             shutil.rmtree(folder)
         Console().print(_table(content, out))
 
 
-def _table(content: dict[str, Any], out: Path) -> Any:
-    from rich.table import Table
-
-    table = Table(title="UNDO", title_justify="left", show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    ended = {True: "as good as the teacher", False: "steps used up", None: "all steps, without a rule to stop"}
+def _table(content: dict[str, Any], out: Path) -> Table:
+    table = pairs_table("UNDO")
+    ended = {True: "as good as the teacher", False: "no steps left", None: "all steps, no rule to stop"}
     table.add_row("checkpoint", str(out))
     table.add_row("steps", f"{content['steps']} of {content['max_steps']}: {ended[content['stopped']]}")
     if content["teacher_retain_loss"] is not None:
@@ -167,8 +173,8 @@ def _table(content: dict[str, Any], out: Path) -> Any:
     ledger = content["total_ledger"] or content["ledger"]
     cost = f"{ledger['flops']:.3g} FLOPs, {ledger['tokens']:,} tokens, "
     if content["total_ledger"] is None:
-        cost += "beside the teacher's, which has no record of its own"
+        cost += "without the teacher's own cost, which is not recorded"
     else:
-        cost += f"{ledger['labeled_forget_tokens']:,} tokens of text that somebody had to label forget"
+        cost += f"{ledger['labeled_forget_tokens']:,} tokens labeled forget by somebody"
     table.add_row("cost", cost)
     return table
