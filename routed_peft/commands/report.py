@@ -1,4 +1,4 @@
-"""``routed-peft report``: what experiments and attacks have shown, on one page."""
+"""``routed-peft report``: a page about checkpoints that were attacked."""
 
 from __future__ import annotations
 
@@ -13,31 +13,29 @@ def report(
         list[Path],
         typer.Argument(
             metavar="DIR_OR_FILE...",
-            help="Summaries of recipes/experiment.py or `routed-peft relearn`, or directories of them.",
+            help="`--out` directories of `routed-peft relearn`, or directories of them.",
             show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="For report.html and figures/.")] = Path("report"),
 ) -> None:
-    """Draw the curves of experiments, and write one page with tables, how each number was made, and what it leaves open.
+    """Write one page about attacked checkpoints: tables, curves, and how each number was made.
 
     The page needs nothing else and reads well in light and dark browsers; its figures are beside it as PNG and SVG.
 
     Examples:
 
-        routed-peft report results/biology.json results/spanish.json --out report
+        routed-peft report attacked
 
-        routed-peft report results attacked/sgtm attacked/rmu
+        routed-peft report attacked/sgtm attacked/rmu --out report
     """
     from rich.console import Console
 
-    from experiments.report import verdict_tables, write_report
     from routed_peft.evaluation.relearning import summary_tables
+    from routed_peft.report import write_report
 
     written = write_report(places, out)
     console = Console()
-    for section in written.sections:
-        console.print(*verdict_tables(section))
     for checkpoint in written.checkpoints:
         console.print(*summary_tables(checkpoint.source.summary))
     typer.echo(f"written to {written.page}")

@@ -1,4 +1,4 @@
-"""``routed-peft demo``: the whole method on real text, four arms side by side, in minutes, with a report."""
+"""``routed-peft demo``: the method on real text, four arms side by side, in minutes, with a report."""
 
 from routed_peft.demo.run import run_demo
 from routed_peft.demo.settings import ARMS, Arm, DemoSettings

@@ -1,18 +1,12 @@
-"""What the demo shows while it works: one bar overall and one per arm; other libraries keep quiet meanwhile."""
+"""Progress bars of the demo, one overall and one per arm."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from routed_peft.demo.settings import ARMS, Arm, DemoSettings
 
@@ -50,7 +44,7 @@ class Display:
         self.progress.stop()
 
     def overall_status(self, status: str) -> None:
-        """Say what is going on, where that is not about one arm."""
+        """Show a status beside the overall bar."""
         self.progress.update(self.overall, status=status)
 
     def start(self, arm: Arm) -> None:
@@ -59,7 +53,7 @@ class Display:
         self.overall_status("left")
 
     def status(self, arm: Arm, status: str, advance: float = 0) -> None:
-        """Say what an arm is doing, and move its bar and the overall one."""
+        """Show the status of an arm, and move its bar and the overall one."""
         self.progress.update(self.tasks[arm.key], status=status, advance=advance)
         self.progress.update(self.overall, advance=advance)
 
@@ -96,26 +90,3 @@ class Watcher(TrainerCallback):
         """Show the loss."""
         if logs and "loss" in logs:
             self.text = f"training, loss {float(logs['loss']):.2f}"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back progress bars, logs below errors, and warnings of the libraries underneath; put all back afterwards."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    dataset_bars, lm_eval = datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval")
-    lm_eval_level = lm_eval.level
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    lm_eval.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        if not dataset_bars:
-            datasets.enable_progress_bars()
-        lm_eval.setLevel(lm_eval_level)

@@ -74,9 +74,9 @@ class Material:
         )
         labeled = documents if relabel is None else relabel(documents)
         by, per_token = ([ROUTE_LABEL], ["side"]) if settings.mixed_rows else (None, [])
-        rows = pack(labeled, tokenizer, settings.length, by, seed=settings.seed, per_token=per_token)
+        rows = pack(labeled, tokenizer, length=settings.length, by=by, seed=settings.seed, per_token=per_token)
         held_out = load_pair(settings.pair, "validation")
-        packed = pack(held_out, tokenizer, settings.length, by=["side"], seed=settings.seed)
+        packed = pack(held_out, tokenizer, length=settings.length, by=["side"], seed=settings.seed)
         validation = {side: first_of(packed, side, settings.validation_rows) for side in SIDES}
         attacker = first_of(held_out, FORGET, settings.relearn_documents)["text"][:]
         test = load_pair(settings.pair, "test")
@@ -96,7 +96,7 @@ class Material:
             rows = rows.select(np.flatnonzero(np.array(rows[arm.drop][:]) != FORGET))
         if arm.era:
             run = schedule(rows, count, seed=settings.seed)
-            return add_frequency_weights(run, self._frequency_weights(), ERA_WEIGHT)
+            return add_frequency_weights(run, self._frequency_weights(), base_weight=ERA_WEIGHT)
         if not arm.routed:
             return schedule(rows, count, seed=settings.seed)
         if settings.frequency_weights and not settings.self_labels:
@@ -105,13 +105,13 @@ class Material:
             )
         first, share, seed = settings.labeled_first, settings.forget_share, settings.seed
         if not settings.self_labels:
-            return schedule(rows, count, first, share, seed, settings.first_forget_share)
+            return schedule(rows, count, labeled_first=first, forget_share=share, seed=seed, first_forget_share=settings.first_forget_share)
         weights = self._frequency_weights() if settings.frequency_weights else None
         if weights is not None:
             weights = weights + (1 - weights) * settings.base_weight
         separator = self.tokenizer.eos_token_id if settings.by_document else None
         config = SelfLabelConfig.from_settings(settings)
-        return SelfLabeledRows(rows, count, config, seed=seed, token_weights=weights, separator=separator)
+        return SelfLabeledRows(rows, count, config=config, seed=seed, token_weights=weights, separator=separator)
 
     def _frequency_weights(self) -> Tensor:
         labels, texts = self.documents["route_label"][:], self.documents["text"][:]
@@ -119,7 +119,7 @@ class Material:
         forget, retain = (
             [text for text, label in zip(texts, labels, strict=True) if label == side] for side in (FORGET, RETAIN)
         )
-        return token_frequency_weights(self.tokenizer, forget, retain)
+        return token_frequency_weights(self.tokenizer, forget, retain_texts=retain)
 
 
 def share_of(side: str | list[str], name: str) -> float:

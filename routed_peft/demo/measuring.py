@@ -44,7 +44,7 @@ def measure_model(model: nn.Module, settings: DemoSettings, material: Material) 
     """
     tasks = TASKS if settings.pair in QUESTIONED else TASKS[:1]
     scores = evaluate(
-        model, material.tokenizer, tasks, metadata=material.files, limit=settings.limit, batch_size=_BATCH
+        model, material.tokenizer, tasks=tasks, metadata=material.files, limit=settings.limit, batch_size=_BATCH
     )
     found = {f"{side}_{name}": task.format(f"routed_{side}") for side in SIDES for name, task in FIELDS.items()}
     return {name: scores[task] for name, task in found.items() if task in scores}
@@ -73,8 +73,8 @@ def attack(
     curves = relearn(
         model,
         material.tokenizer,
-        Attack("forget", batch_size=settings.relearn_documents, length=settings.length),
-        data,
+        attack=Attack("forget", batch_size=settings.relearn_documents, length=settings.length),
+        data=data,
         learning_rates=settings.relearn_learning_rates,
         seeds=[settings.seed],
         steps=steps,

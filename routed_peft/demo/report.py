@@ -1,4 +1,4 @@
-"""``report.html``: one page that needs nothing else, and ``curves.png`` beside it."""
+"""The page ``report.html``, which needs nothing else, and ``curves.png`` beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from routed_peft.demo.measuring import CHANCE
 from routed_peft.demo.settings import ARMS, DemoSettings
-from routed_peft.evaluation.measures import tax, way
+from routed_peft.evaluation.measures import removed, retain_tax
 from routed_peft.files import write_bytes
 from routed_peft.report.drawing import LIGHT, Draw, Line, Style, Theme, draw_lines, render
 from routed_peft.report.page import environment, picture
@@ -40,7 +40,7 @@ STYLES = {
 NAMES = {**ROWS, "routed": "routed, ablated"}
 Panel = Callable[[Axes, Theme, Sequence[Point], Mapping[str, Any]], None]
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = "demo.html.jinja"
 CAPTIONS = {
     "forget": "Validation loss on biology while training.",
     "retain": "Validation loss on other text while training.",
@@ -60,7 +60,9 @@ def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: De
         file: where to; written last.
     """
     points = records.points()
-    write_bytes(file.with_name("curves.png"), render([panel(name, points, summary) for name in PANELS], LIGHT, "png"))
+    write_bytes(
+        file.with_name("curves.png"), render([panel(name, points, summary) for name in PANELS], LIGHT, format="png")
+    )
     images = {name: picture([panel(name, points, summary)], CAPTIONS[name]) for name in PANELS}
     page = environment().get_template(TEMPLATE)
     content = page.render(
@@ -103,7 +105,7 @@ def relearning_curves(axes: Axes, theme: Theme, points: Sequence[Point], summary
     curves = {key: summary["models"][key].get("relearned") for key in STYLES}
     _lines(axes, theme, {key: sorted((int(s), loss) for s, loss in c.items()) for key, c in curves.items() if c})
     axes.set(
-        title="Biology, relearnt from a few documents", xlabel="steps of the attack", ylabel="loss (nats per token)"
+        title="Biology, relearned from a few documents", xlabel="steps of the attack", ylabel="loss (nats per token)"
     )
 
 
@@ -143,35 +145,36 @@ PANELS: dict[str, Panel] = {
 
 
 def panel(name: str, points: Sequence[Point], summary: Mapping[str, Any]) -> Draw:
-    """Return what draws a panel of the name."""
+    """Return the function that draws the panel of the name."""
     return lambda axes, theme: PANELS[name](axes, theme, points, summary)
 
 
 def _lines(axes: Axes, theme: Theme, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    draw_lines(axes, theme, [Line(NAMES[key], line, STYLES[key]) for key, line in lines.items()])
+    draw_lines(axes, theme, lines=[Line(NAMES[key], line, STYLES[key]) for key, line in lines.items()])
 
 
 def derive(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return way and tax, before and after relearning, of the routed arm and of the filter with the same labels.
+    """Return the removal of the routed arm and of the filter with the same labels, before and after relearning, and its taxes.
 
     Args:
         models: key of `ROWS` -> its numbers: ``forget_loss``, ``retain_loss``, ``relearned`` (step -> forget loss), …
     """
 
-    def covered(key: str, step: int | None = None) -> float:
+    def share_removed(key: str, step: int | None = None) -> float:
         losses = [
             models[arm]["forget_loss"] if step is None else models[arm]["relearned"][step]
             for arm in (key, "no_routing", "perfect_filter")
         ]
-        return way(*losses)
+        return removed(*losses)
 
     attacked = [step for step in models["routed"]["relearned"] if step]
     return {
-        "way": covered("routed"),
-        "tax": tax(models["routed"]["retain_loss"], models["filter"]["retain_loss"]),
-        "way_relearned": {step: covered("routed", step) for step in attacked},
-        "way_filter": covered("filter"),
-        "way_filter_relearned": {step: covered("filter", step) for step in attacked},
+        "removed": share_removed("routed"),
+        "retain_tax": retain_tax(models["routed"]["retain_loss"], models["perfect_filter"]["retain_loss"]),
+        "retain_tax_same_labels": retain_tax(models["routed"]["retain_loss"], models["filter"]["retain_loss"]),
+        "removed_relearned": {step: share_removed("routed", step) for step in attacked},
+        "removed_by_filter": share_removed("filter"),
+        "removed_by_filter_relearned": {step: share_removed("filter", step) for step in attacked},
     }
 
 
@@ -185,28 +188,28 @@ def percent(share: float) -> str:
 
 
 def verdict(derived: Mapping[str, Any]) -> str:
-    """Say in one sentence what came out.
+    """Return the result in one sentence.
 
-    >>> verdict({"way": 0.75, "way_filter": 0.08, "tax": 0.104})
-    'With half of the labels missing, routing and ablating went 75 % of the way from a model that knows biology to one
-    that never saw it (filtering by the same labels: 8 %), and cost 0.10 nats per token of other text.'
+    >>> verdict({"removed": 0.75, "removed_by_filter": 0.08, "retain_tax_same_labels": 0.104})
+    'With half of the labels missing, routing and ablating removed 75 % of what training on biology had taught (filtering by
+    the same labels: 8 %), and cost 0.10 nats per token of other text against that filter.'
     """
-    cost = derived["tax"]
+    cost = derived["retain_tax_same_labels"]
     price = f"cost {cost:.2f}" if cost >= 0 else f"gained {-cost:.2f}"
-    if math.isnan(derived["way"]):
+    if math.isnan(derived["removed"]):
         return (
-            "Too little was learnt to tell: the perfect filter's loss on biology is not above that without routing, so "
-            f"there is no way to measure. Routing and ablating {price} nats per token of other text."
+            "Too little was learned to tell: the perfect filter's loss on biology is not above that without routing, so "
+            f"nothing can be removed. Routing and ablating {price} nats per token of other text."
         )
     return (
-        f"With half of the labels missing, routing and ablating went {percent(derived['way'])} of the way from a model "
-        f"that knows biology to one that never saw it (filtering by the same labels: {percent(derived['way_filter'])}), "
-        f"and {price} nats per token of other text."
+        f"With half of the labels missing, routing and ablating removed {percent(derived['removed'])} of what training on "
+        f"biology had taught (filtering by the same labels: {percent(derived['removed_by_filter'])}), and {price} nats per "
+        "token of other text against that filter."
     )
 
 
 def terminal_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return the table for the terminal: what a person can read in ten seconds."""
+    """Return the table for the terminal: four models and three losses."""
     last = max(models["routed"]["relearned"])
     table = Table(title="held-out loss, nats per token", caption="high on biology and low on the rest is the aim")
     table.add_column("")

@@ -1,4 +1,4 @@
-"""The demo itself: prepare, four arms one after the other, report."""
+"""The demo from end to end: prepare the data, train and measure four arms, write the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from routed_peft.demo.display import Display, Watcher, quiet
+from routed_peft.demo.display import Display, Watcher
 from routed_peft.demo.material import Material, tokens_by_side
 from routed_peft.demo.measuring import attack, measure_model, open_model
 from routed_peft.demo.report import derive, terminal_table, verdict, write_report
@@ -19,6 +19,7 @@ from routed_peft.demo.settings import ARMS, Arm, DemoSettings
 from routed_peft.demo.training import REGION, bf16_helps, train_arm
 from routed_peft.files import in_use
 from routed_peft.runs.records import SUMMARY
+from routed_peft.runs.silence import silenced_libraries
 from routed_peft.training import RunDirectory
 
 REPORT = "report.html"
@@ -71,7 +72,7 @@ def run_demo(
     began = time.monotonic()
     records = RunDirectory(out)
     records.start(asdict(settings) | {"bf16": bf16_helps()}, seeds={"seed": settings.seed})
-    with quiet(), Display(console, settings) as display:
+    with silenced_libraries(), Display(console, settings) as display:
         display.overall_status("preparing the data")
         material = Material.prepare(settings, out / "data")
         arms: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What an attack brings back: from curves at every learning rate to a worst case over seeds, compared with other models."""
+"""Results of a relearning attack on one model: its worst case over learning rates, beside other models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from routed_peft.evaluation.measures import (
-    Crossing,
-    Spread,
-)
-
-Row = Mapping[str, Any]
-"""Nats that a method must have removed for a share of them to mean anything."""
+from routed_peft.evaluation.measures import Crossing, Spread
 
 
 @dataclass(frozen=True)
@@ -30,19 +24,19 @@ class Relearning:
         interior: whether the best rate lies inside the grid in every seed, so that none beyond it would do better.
         learning_rates: all that were tried.
         best_rates: the best one by the last step, each once.
-        recovery: steps until the never-unlearnt model's forget loss is reached by the mean over seeds; None where that
+        recovery: steps until the never-unlearned model's forget loss is reached by the mean over seeds; None where that
             loss is not known.
         recovery_by_seed: the same in every seed.
         recovery_tokens: tokens of the attacker until then, where a checkpoint was attacked.
-        halfway: steps until the mean over seeds is midway between never-unlearnt model and perfect filter, both before any
+        halfway: steps until the mean over seeds is midway between never-unlearned model and perfect filter, both before any
             attack; None where these are not known. Reached by weaker attacks than a whole recovery.
-        recovered: share of what was removed that the last step has brought back, seed by seed (`recovered`), where that was
-            more than `REMOVED`; None likewise.
-        reference: loss of the never-unlearnt model before any attack, on the text that is scored; None where not known.
+        share_relearned: share of what was removed that the last step has brought back (`share_relearned`); None likewise,
+            and where hardly anything was removed.
+        reference: loss of the never-unlearned model before any attack, on the text that is scored; None where not known.
         area: normalised area under the relearning curve (`relearning_area`); None where there is nothing to compare with.
         documents: between which losses it would end with other documents of the same kind, in 95 of 100 bootstrap draws; None
             where that is not known.
-        way: at each step, from no routing to perfect filter under the same attack; None likewise.
+        removed: at each step, with all three models under the same attack (`removed`); empty or None where not known.
     """
 
     steps: tuple[int, ...]
@@ -57,11 +51,11 @@ class Relearning:
     recovery_by_seed: tuple[Crossing, ...] = ()
     recovery_tokens: Crossing | None = None
     halfway: Crossing | None = None
-    recovered: Spread | None = None
+    share_relearned: Spread | None = None
     reference: float | None = None
     area: Spread | None = None
     documents: tuple[float, float] | None = None
-    way: tuple[Spread | None, ...] = ()
+    removed: tuple[Spread | None, ...] = ()
 
     @property
     def attacked(self) -> bool:
@@ -90,11 +84,11 @@ def spread(values: Iterable[float]) -> Spread | None:
     return Spread.of(found) if found else None
 
 
-def of_summary(result: Mapping[str, Any]) -> Relearning:
-    """Return one attack of a summary that ``routed-peft relearn`` wrote, as it was summed up there.
+def from_summary(result: Mapping[str, Any]) -> Relearning:
+    """Return one attack of a summary that ``routed-peft relearn`` wrote.
 
     Args:
-        result: what `routed_peft.evaluation.relearning.summarise` returned.
+        result: as `routed_peft.evaluation.relearning.summarise` returns it.
     """
     envelope = result["envelope"]
     count = len({curve["seed"] for curve in result["curves"]})
@@ -104,13 +98,13 @@ def of_summary(result: Mapping[str, Any]) -> Relearning:
         found and Crossing(found["at"], found["relation"]) for found in map(recovery.get, ("steps", "tokens"))
     )
     last = envelope[-1]
-    low, high = map(_number, last.get("documents") or (None, None))
+    low, high = map(nan_if_none, last.get("documents") or (None, None))
     useful = result.get("useful", {}).get("envelope")
     return Relearning(
         steps=tuple(entry["step"] for entry in envelope),
         reference=result.get("reference"),
         forget=tuple(_entry(entry, count) for entry in envelope),
-        retain=spread([_number(last["retain"])]),
+        retain=spread([nan_if_none(last["retain"])]),
         useful=_entry(useful[-1], count) if useful else None,
         verdict=result["verdict"],
         interior=result["interior"],
@@ -118,7 +112,7 @@ def of_summary(result: Mapping[str, Any]) -> Relearning:
         best_rates=(last["learning_rate"],),
         recovery=steps,
         recovery_tokens=tokens,
-        recovered=None if share is None else Spread(share, share, share, count),
+        share_relearned=None if share is None else Spread(share, share, share, count),
         area=None if area is None else Spread(area, area, area, count),
         documents=(low, high) if math.isfinite(low) and math.isfinite(high) else None,
     )
@@ -128,5 +122,6 @@ def _entry(entry: Mapping[str, Any], count: int) -> Spread:
     return Spread(entry["mean"], entry["min"], entry["max"], count)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value  # JSON knows no NaN, and not all writers keep it
+def nan_if_none(value: float | None) -> float:
+    """Return a loss of a JSON file, where None stands for NaN: JSON has no NaN, and not all writers keep it."""
+    return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""What figures share: colours for light and dark pages, names at the ends of lines, and files of one or several panels."""
+"""Colors for light and dark pages, lines with names at their ends, and figures of one or several panels."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.transforms import offset_copy
+try:
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import offset_copy
+except ImportError as error:
+    raise ImportError('figures are drawn with matplotlib: pip install "routed_peft[report]"') from error
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page and of what is drawn on it, told apart by colour-blind readers too."""
+    """Colors of a page and of what is drawn on it, told apart by color-blind readers too."""
 
     background: str
     text: str
@@ -82,7 +85,7 @@ Draw = Callable[[Axes, Theme], None]
 
 @dataclass(frozen=True)
 class Style:
-    """How one thing looks: a key of `Theme.colors`, matplotlib's dashes and marker, and the width of its line."""
+    """Look of one thing: a key of `Theme.colors`, matplotlib's dashes and marker, and the width of its line."""
 
     color: str
     dashes: str = "-"
@@ -106,12 +109,14 @@ class Line:
     band: Sequence[tuple[float, float]] | None = None
 
 
-def render(draws: Sequence[Draw], theme: Theme, format: str = "svg", size: tuple[float, float] = (5.6, 3.7)) -> bytes:
+def render(
+    draws: Sequence[Draw], theme: Theme, *, format: str = "svg", size: tuple[float, float] = (5.6, 3.7)
+) -> bytes:
     """Return a figure of panels, two abreast.
 
     Args:
         draws: one function a panel.
-        theme: colours.
+        theme: colors.
         format: "svg" or "png".
         size: of a panel, in inches.
     """
@@ -126,15 +131,15 @@ def render(draws: Sequence[Draw], theme: Theme, format: str = "svg", size: tuple
     return buffer.getvalue()
 
 
-def draw_lines(axes: Axes, theme: Theme, lines: Sequence[Line], gap: float = 0.075, top: float = math.inf) -> None:
+def draw_lines(axes: Axes, theme: Theme, *, lines: Sequence[Line], gap: float = 0.075, top: float = math.inf) -> None:
     """Draw lines and name each at its end, names pushed apart where ends are close.
 
     Args:
         axes: to draw on.
-        theme: colours.
+        theme: colors.
         lines: those without points are left out.
         gap: least distance of two names, as a share of the height.
-        top: where the plot ends; a line that ends above is named there, with its value.
+        top: upper end of the plot; a line that ends above is named there, with its value.
     """
     lines = [line for line in lines if line.points]
     for line in lines:
@@ -149,12 +154,12 @@ def draw_lines(axes: Axes, theme: Theme, lines: Sequence[Line], gap: float = 0.0
     low, high = axes.get_ylim()
     ends = [line.points[-1] for line in lines]
     gap *= high - low
-    heights = within(spread([min(y, high) for _, y in ends], gap), low, high, gap)
+    heights = within(spread([min(y, high) for _, y in ends], gap), low=low, high=high, gap=gap)
     last = max((x for x, _ in ends), default=0.0)
     for i, (x, y) in enumerate(ends):
         if x < last:  # its name stands among the others' lines
             others = [_along(line.points, x) for line in lines if line is not lines[i]]
-            heights[i] = clear_of(min(y, high), [*others, *heights[:i]], low, high, gap)
+            heights[i] = clear_of(min(y, high), [*others, *heights[:i]], low=low, high=high, gap=gap)
     beside = offset_copy(axes.transData, fig=axes.get_figure(root=True), x=12, units="points")
     for line, (x, y), height in zip(lines, ends, heights, strict=True):
         color = theme.colors[line.style.color]
@@ -176,7 +181,7 @@ def _along(points: Sequence[tuple[float, float]], x: float) -> float:
     return next((y for there, y in points if there > x), points[-1][1])
 
 
-def clear_of(value: float, taken: Sequence[float], low: float, high: float, gap: float) -> float:
+def clear_of(value: float, taken: Sequence[float], *, low: float, high: float, gap: float) -> float:
     """Return the place nearest to a value that is ``gap`` from all taken ones, lower ones first; the value if there is none.
 
     >>> clear_of(1.0, [1.0, 1.5], low=0.0, high=4.0, gap=0.5), clear_of(1.0, [1.0, 0.5], low=0.0, high=4.0, gap=0.5)
@@ -187,7 +192,7 @@ def clear_of(value: float, taken: Sequence[float], low: float, high: float, gap:
     return next(free, value)
 
 
-def within(values: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+def within(values: Sequence[float], *, low: float, high: float, gap: float) -> list[float]:
     """Move values, ``gap`` apart already, to between two limits; where there is no room for all, the lower one gives way.
 
     >>> within([0.5, 0.0, 9.0], low=0.2, high=8.5, gap=0.5)
@@ -203,7 +208,7 @@ def within(values: Sequence[float], low: float, high: float, gap: float) -> list
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Move values as little as need be for neighbours to be ``gap`` apart.
+    """Move values as little as necessary for neighbors to be ``gap`` apart.
 
     >>> spread([1.0, 3.0, 1.0], 0.5)
     [0.75, 3.0, 1.25]

@@ -1,4 +1,4 @@
-"""Lines of figures, and their axes."""
+"""Plots of lines over steps, shares of labels and the like."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOSS = "loss (nats per token)"
 OTHERS = tuple(
     Style(color, dashes) for dashes in ("-", "--", ":") for color in ("blue", "orange", "green", "purple", "grey")
 )
-"""For what has no style of its own, in turn."""
+"""For lines without a style of their own, in turn."""
 
 
 def line(name: str, points: Iterable[tuple[float, Spread | None]], look: Style) -> Line:
@@ -25,7 +25,7 @@ def line(name: str, points: Iterable[tuple[float, Spread | None]], look: Style) 
 
 
 def curve(name: str, one: Relearning, look: Style) -> Line:
-    """Return a relearning curve over log(1 + step), which says so where no attack took place."""
+    """Return a relearning curve over log(1 + step); its name tells of an attack that failed."""
     points = zip(map(math.log1p, one.steps), one.forget, strict=True)
     return line(name if one.attacked else f"{name} ({one.verdict})", points, look)
 
@@ -33,29 +33,30 @@ def curve(name: str, one: Relearning, look: Style) -> Line:
 def plot(
     lines: Sequence[Line],
     title: str,
+    *,
     x_label: str,
     ticks: Mapping[float, str],
     y_label: str = f"forget {LOSS}",
     ideal: float | None = None,
     level: float | None = None,
 ) -> Draw:
-    """Return what draws lines.
+    """Return a function that draws lines.
 
     Args:
         lines: to draw.
         title: of the panel.
-        x_label: what is on the horizontal axis.
-        ticks: place -> its name, on that axis.
-        y_label: what is on the other.
+        x_label: of the horizontal axis.
+        ticks: place -> its label, on that axis.
+        y_label: of the vertical axis.
         ideal: highest loss of the perfect filter; the plot ends not far above it, so that a broken model does not press all
             others flat.
-        level: where a dotted line goes.
+        level: height of a dotted line.
     """
     heights = [y for one in lines for _, y in one.points]
     top = math.inf if ideal is None or not heights else ideal + 0.4 * max(0.1, ideal - min(heights))
 
     def draw(axes: Axes, theme: Theme) -> None:
-        draw_lines(axes, theme, lines, top=top)
+        draw_lines(axes, theme, lines=lines, top=top)
         if level is not None:
             axes.axhline(level, color=theme.text, linestyle=":", linewidth=1)
         axes.set(title=title, xlabel=x_label, ylabel=y_label)

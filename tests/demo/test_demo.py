@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from demo_parts import TINY
-from hypothesis import given
-from hypothesis import strategies as st
 from markupsafe import escape
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,9 +22,8 @@ from routed_peft.checkpoint import load_routed
 from routed_peft.demo import ARMS, run_demo
 from routed_peft.demo.material import Material, tokens_by_side
 from routed_peft.demo.report import derive, verdict
-from routed_peft.evaluation.measures import tax, way
-from routed_peft.report.drawing import spread
-from routed_peft.report.page import number, share
+from routed_peft.evaluation.measures import removed
+from routed_peft.report.numbers import number, share
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +75,10 @@ def test_numbers_of_the_summary_follow_from_its_models(demo):
     _, summary, _ = demo
     models = summary["models"]
     assert set(models) == {"no_routing", "placebo", "filter", "routed_on", "routed", "perfect_filter"}
-    assert summary["tax"] == models["routed"]["retain_loss"] - models["filter"]["retain_loss"]
-    expected = way(*(models[key]["forget_loss"] for key in ("routed", "no_routing", "perfect_filter")))
-    assert summary["way"] == (None if math.isnan(expected) else expected)
+    assert summary["retain_tax_same_labels"] == models["routed"]["retain_loss"] - models["filter"]["retain_loss"]
+    assert summary["retain_tax"] == models["routed"]["retain_loss"] - models["perfect_filter"]["retain_loss"]
+    expected = removed(*(models[key]["forget_loss"] for key in ("routed", "no_routing", "perfect_filter")))
+    assert summary["removed"] == (None if math.isnan(expected) else expected)
     assert models["routed"]["forget_loss"] != models["routed_on"]["forget_loss"]
     assert models["no_routing"]["forget_loss"] != models["placebo"]["forget_loss"]
     assert len({arm["tokens"] for arm in summary["arms"].values()}) == 1
@@ -144,7 +142,8 @@ def test_the_report_holds_the_numbers_of_the_summary(demo):
                 assert all(f"<td>{number(loss)}</td>" in page for loss in value.values())
             else:
                 assert (number(value) if "loss" in name or "byte" in name else share(value)) in page, name
-    assert escape(summary["verdict"]) in page and share(summary["way"]) in page and number(summary["tax"]) in page
+    assert escape(summary["verdict"]) in page and share(summary["removed"]) in page
+    assert number(summary["retain_tax_same_labels"]) in page and number(summary["retain_tax"]) in page
     assert "one seed" in page and "(perfect filter − no routing)" in page
 
 
@@ -204,20 +203,6 @@ def test_the_attacker_has_no_document_that_is_trained_or_tested_on(material):
     assert set(tested) <= others and not set(material.attacker) & set(tested)
 
 
-@given(st.floats(0, 20), st.floats(0, 10), st.floats(0.01, 10))
-def test_way_is_linear_from_zero_to_one(routed, unrouted, distance):
-    perfect = unrouted + distance
-    assert way(unrouted, unrouted, perfect) == 0
-    assert way(perfect, unrouted, perfect) == 1
-    assert way(routed, unrouted, perfect) * (perfect - unrouted) == pytest.approx(routed - unrouted, abs=1e-9)
-
-
-def test_way_needs_a_distance_and_tax_is_a_difference():
-    assert math.isnan(way(4.0, unrouted=3.0, perfect=3.0)) and math.isnan(way(4.0, unrouted=3.0, perfect=2.0))
-    assert way(2.5, unrouted=3.0, perfect=4.0) == -0.5 and way(5.0, unrouted=3.0, perfect=4.0) == 2
-    assert tax(3.5, 3.25) == 0.25 and tax(3.0, 3.25) == -0.25
-
-
 def test_derived_numbers_of_a_known_case():
     losses = {"no_routing": (3.0, 3.5), "filter": (3.2, 3.4), "routed": (5.0, 3.5), "perfect_filter": (6.0, 3.3)}
     models = {
@@ -225,17 +210,10 @@ def test_derived_numbers_of_a_known_case():
         for key, (forget, retain) in losses.items()
     }
     derived = derive(models)
-    assert derived["way"] == pytest.approx(2 / 3) and derived["tax"] == pytest.approx(0.1)
-    assert derived["way_filter"] == pytest.approx(0.2 / 3)
-    assert derived["way_relearned"] == {5: pytest.approx(2 / 3)}
+    assert derived["removed"] == pytest.approx(2 / 3) and derived["retain_tax"] == pytest.approx(0.2)
+    assert derived["retain_tax_same_labels"] == pytest.approx(0.1)
+    assert derived["removed_by_filter"] == pytest.approx(0.2 / 3)
+    assert derived["removed_relearned"] == {5: pytest.approx(2 / 3)}
     assert "67 %" in verdict(derived) and "7 %" in verdict(derived) and "cost 0.10" in verdict(derived)
-    assert "gained 0.10" in verdict({**derived, "tax": -0.1})
-    assert verdict({**derived, "way": math.nan}).startswith("Too little was learnt to tell")
-
-
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=6), st.floats(0.01, 2))
-def test_labels_keep_their_order_and_their_distance(values, gap):
-    moved = spread(values, gap)
-    order = sorted(range(len(values)), key=values.__getitem__)
-    assert all(moved[b] - moved[a] >= gap - 1e-6 for a, b in zip(order, order[1:], strict=False))
-    assert sum(moved) == pytest.approx(sum(values), abs=1e-6)
+    assert "gained 0.10" in verdict({**derived, "retain_tax_same_labels": -0.1})
+    assert verdict({**derived, "removed": math.nan}).startswith("Too little was learned to tell")

@@ -238,7 +238,7 @@ def test_sentences_say_what_came_out():
     )
     assert "After the worst attack the forget loss is 3.50 (filter: 2.90 ‡; perfect filter: 4.00 ‡)." in sentence
     (sentence,) = sentences(aggregate(cells()[:4]))
-    assert "No routed model" in sentence and "“filter, same labels”: 17 %" in sentence
+    assert "No routed model" in sentence and "“filter, same labels” removed most, 17 %" in sentence
     assert "No comparison" in sentences(aggregate(cells()[:1]))[0]
 
 

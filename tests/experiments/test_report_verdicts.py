@@ -49,30 +49,30 @@ def test_the_price_is_told_against_every_filter_and_beside_the_strongest_rival()
     assert "balanced threshold: 100 %)" in sentence and "of these labels" not in sentence
     assert "is +0.10 nats per token at equal tokens in all (classifier: −0.08)" in sentence
     assert "and +0.14 nats per token at equal retain text (classifier: −0.04)." in sentence
-    assert "Its retain loss less the perfect filter’s is +0.20 nats per token (classifier: +0.02)." in sentence
+    assert "Its retain tax against the perfect filter is +0.20 nats per token (classifier: +0.02)." in sentence
     assert "(filter: 2.90 ‡; classifier: 3.70 ‡; perfect filter: 4.00 ‡)" in sentence
     (sentence,) = sentences(aggregate(cells()))
     assert "equal retain text" not in sentence and "classifier" not in sentence
 
 
-def test_a_tax_below_zero_is_no_gain():
+def test_a_retain_tax_below_zero_is_no_gain():
     rows = [row | {"retain_loss": 3.37} if row["method"] == "routed" else row for row in cells()]
     (sentence,) = sentences(aggregate(rows))
-    assert "is −0.03 nats per token at equal tokens in all." in sentence and "filter’s is +0.07" in sentence
+    assert "is −0.03 nats per token at equal tokens in all." in sentence and "perfect filter is +0.07" in sentence
 
 
-def test_the_tax_at_equal_retain_text_has_a_target_of_its_own():
+def test_the_retain_tax_at_equal_retain_text_has_a_target_of_its_own():
     (target,) = of_kind(with_longer_filter(), "equal")
-    assert target.wanted == "50 % of the labels: tax at most 0.05 nats at equal retain text"
+    assert "retain tax at most 0.05 nats" in target.wanted and "at equal retain text" in target.wanted
     assert (target.met, target.measured) == (False, "0.14") and not of_kind(cells(), "equal")
 
 
-def test_tables_tell_the_retain_loss_over_the_perfect_filter(tmp_path):
+def test_tables_tell_the_retain_tax_against_the_perfect_filter(tmp_path):
     head, *lines = table_of(with_longer_filter(), tmp_path, "forget loss")
-    place = head.index("over perfect")
+    place = head.index("… perfect filter")
     told = {line[0]: line[place] for line in lines}
     assert told["routed with self-labels, ablated"] == "0.20" and told["perfect filter"] == "–"
-    assert head[place - 1] == "tax, equal retain text" and lines[0][head.index("forget loss attacked")] == "2.80 ‡"
+    assert head[place - 1] == "… equal retain text" and lines[0][head.index("relearned")] == "2.80 ‡"
 
 
 @pytest.mark.parametrize("oracle", [3.0, 3.015])
@@ -82,7 +82,7 @@ def test_where_the_base_knows_nothing_no_attack_tells_of_robustness(oracle):
     undone = [cell(f"undo-{a}", 3.0, 3.6, 1.0, attacks={"forget": [curve(1e-3, [3.0, 2.9, 2.8 + a])]}) for a in (0, 1)]
     found = aggregate([*rows, *undone])
     assert not found.removable and aggregate(cells()).removable and aggregate(cells()[2:]).removable
-    told = [(t.kind, t.met) for t in targets(found) if t.kind in ("robust", "filter", "steps", "alpha", "way")]
+    told = [(t.kind, t.met) for t in targets(found) if t.kind in ("robust", "filter", "steps", "alpha", "removed")]
     assert {kind for kind, _ in told} >= {"robust", "steps", "alpha"} and {met for _, met in told} == {None}
     (sentence,) = sentences(found)
     assert sentence.startswith("Nothing can be removed here")
@@ -156,7 +156,7 @@ def test_tokens_by_label_are_those_that_the_method_saw(tmp_path):
         all_labels = row["method"] == "filter" and row["labeled"] == 1
         row["key"] = f"biology-{'perfect_filter' if all_labels else row['method']}-1-0-00000000"
     head, *lines = table_of(rows, tmp_path, "millions")
-    place = head.index("unlabelled")
+    place = head.index("unlabeled")
     told = {(line[0], line[1]): line[place - 2 : place + 1] for line in lines}
     assert told["filter, same labels", "50 %"] == ["0.00", "0.30", "0.81"]
     assert told["filter, same labels", "100 %"] == ["–"] * 3, "the perfect filter's cell, with half of the labels"

@@ -18,8 +18,7 @@ os.environ.setdefault("CI", "1")  # TRL sends no telemetry then
 
 from experiments.style import ARMS, LABELS, MAIN, Experiment, Settings, run_experiment
 from experiments.style.measuring import answer_loss, measure
-from experiments.style.run import all_cells
-from experiments.style.settings import cell_key
+from experiments.style.run import Style
 from experiments.style.summary import checks
 from experiments.style.task import SEEN, TEMPLATES, glosses, in_style, rows, styled, training_rows
 from experiments.style.training import run_rows
@@ -53,7 +52,7 @@ def test_half_of_the_style_is_labelled_and_where(labels):
 
 
 def test_every_arm_trains_on_equally_many_rows_and_filters_drop_what_they_should():
-    runs = {key: run_rows(arm, SMALL, "half", 0) for key, arm in ARMS.items()}
+    runs = {key: run_rows(arm, SMALL, labels="half", seed=0) for key, arm in ARMS.items()}
     assert {len(run) for run in runs.values()} == {SMALL.steps * SMALL.batch_size}
     assert "forget" not in runs["filter"]["route_label"][:]
     assert not any(map(styled, runs["perfect_filter"]["completion"][:]))
@@ -75,7 +74,7 @@ def test_arguments_are_checked():
         Experiment(split="train")
     with pytest.raises(ValueError, match="`style_share` is a share"):
         Settings(style_share=1.0)
-    assert len(all_cells(Experiment(seeds=[0, 1, 2]))) == 30
+    assert len(Style(Experiment(seeds=[0, 1, 2]), Settings()).cells) == 30
 
 
 # What comes of it
@@ -104,9 +103,9 @@ def test_criteria_hold_where_they_should():
     ("change", "failing"),
     [
         ({"off": (0.02, 3.9)}, "ablated: style in samples"),
-        ({"off": (0.01, 3.7)}, "ablated: way"),
+        ({"off": (0.01, 3.7)}, "ablated: removed"),
         ({"on": (0.015, 2.0)}, "region on: style in samples"),
-        ({"plain": 3.1}, "ablated: tax"),
+        ({"plain": 3.1}, "ablated: retain tax"),
     ],
 )
 def test_criteria_fail_one_by_one(change, failing):
@@ -139,19 +138,19 @@ def test_a_run_ends_in_numbers_and_criteria(made):
 
 def test_the_plain_checkpoint_is_what_was_measured(made, tmp_path):
     out, summary, _ = made
-    start = next((out / "cells").glob("start-0-*/"))
-    run = out / "cells" / cell_key(MAIN, "context", SMALL, 0, "test") / "run"
+    start = out / "cells" / "start-0"
+    run = out / "cells" / f"{MAIN}-context-0" / "run"
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(ablate(run, tmp_path / "out")),
         AutoTokenizer.from_pretrained(start),
     )
-    found = measure(model, tokenizer, SMALL, "test", 0)
+    found = measure(model, tokenizer, settings=SMALL, split="test", seed=0)
     for kind in ("styled", "plain"):
         assert found[kind] == pytest.approx(summary["cells"][2]["end"]["0"][kind], abs=1e-5)
 
 
 def test_a_loss_is_that_of_answers_alone(made):
-    start = next((made[0] / "cells").glob("start-0-*/"))
+    start = made[0] / "cells" / "start-0"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
     ds = rows([("house", "a building"), ("cat", "an animal that hunts")], SEEN, False)
     total = count = 0
@@ -161,12 +160,14 @@ def test_a_loss_is_that_of_answers_alone(made):
         logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         total -= logps[-n:].gather(1, torch.tensor(ids[-n:])[:, None]).sum().item()
         count += n
-    assert answer_loss(model, tokenizer, ds["prompt"][:], ds["completion"][:]) == pytest.approx(total / count, abs=1e-5)
+    assert answer_loss(model, tokenizer, prompts=ds["prompt"][:], answers=ds["completion"][:]) == pytest.approx(
+        total / count, abs=1e-5
+    )
 
 
 def test_what_is_there_is_not_made_again(made):
     out, summary, _ = made
-    file = out / "cells" / cell_key("filter", "context", SMALL, 0, "test") / "numbers.json"
+    file = out / "cells" / "filter-context-0" / "numbers.json"
     before = file.stat().st_mtime_ns
     again = run_experiment(Experiment(str(out), None, ["filter"], ["context"], [0]), SMALL, Console(file=io.StringIO()))
     assert file.stat().st_mtime_ns == before and again["cells"] == [summary["cells"][1]]

@@ -1,4 +1,4 @@
-"""Summaries of experiments with numbers that can be checked by hand, for the tests of the report."""
+"""Summaries of experiments and attacked checkpoints with numbers that can be checked by hand, for the tests of reports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+
+from routed_peft.evaluation.relearning import Attack, Curve, Point, summarize
 
 STEPS = [0, 1, 3]
 SETTINGS = {"pair": "biology", "steps": 800, "batch_size": 16, "length": 128, "layers": 4, "self_labels": True}
@@ -27,7 +29,7 @@ def cell(
 
 
 def cells(seed: int = 0, labeled: float = 0.5) -> list[dict[str, Any]]:
-    """Five methods under one attack; what follows from them is in `test_report`."""
+    """Return five methods under one attack."""
     nan = math.nan
     attacked = [
         curve(3e-4, [5.0, 4.9, 4.8]),
@@ -55,3 +57,16 @@ def write(file: Path, content: Any) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     return file
+
+
+def attacked_checkpoint(
+    folder: Path, name: str, reference: float | None = 3.0, oracle: list[float] | None = None
+) -> Path:
+    """Write the summary of an attack that goes from 5.0 to 4.0 and 2.5, and return its file."""
+    points = [Point(step, 100 * step, {"forget": loss, "retain": 4.0}) for step, loss in ((0, 5.0), (1, 4.0), (3, 2.5))]
+    curves = [Curve("forget", "forget", 1e-3, seed, {"forget": 5.0, "retain": 4.0}, tuple(points)) for seed in (0, 1)]
+    result = summarize(Attack("forget"), curves, reference=reference, oracle=oracle)
+    about = {"format": 1, "kind": "relearning", "source": "org/model", "start": {"forget": 5.0, "retain": 4.0}}
+    about |= {"seeds": [0, 1], "steps": [0, 1, 3], "attacks": {"forget": result}, "versions": {"torch": "2.0"}}
+    write(folder / name / "run.json", {"command": "routed-peft relearn org/model"})
+    return write(folder / name / "summary.json", about)

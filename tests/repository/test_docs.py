@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 import sys
@@ -17,6 +16,11 @@ from transformers import AutoModelForCausalLM
 from experiments.removal import Experiment
 from experiments.removal.train_cell import attack_data
 from experiments.report.attackers import attacker_documents
+from experiments.tables import absent, page_figures
+from experiments.tables import experiment_tables as tables
+from experiments.tables import tradeoff_tables as tradeoff
+from experiments.tables.overview_table import overview
+from experiments.tables.results import load_experiment
 from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.relearning import Attack
 
@@ -26,30 +30,26 @@ def test_tables_and_figures_of_the_readme_are_made_from_results():
     subprocess.run([sys.executable, ROOT / "docs" / "figures.py", "--check"], check=True)
 
 
-def test_figures_of_the_readme_can_be_drawn(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    figures = importlib.import_module("figures")
-    for theme in figures.THEMES:
-        assert figures.draw(theme).startswith("<?xml") and figures.drawn(theme).name in (ROOT / "README.md").read_text()
+def test_figures_of_the_readme_can_be_drawn():
+    for theme in page_figures.THEMES:
+        assert page_figures.draw(theme).startswith("<?xml")
+        assert page_figures.file_of(theme).name in (ROOT / "README.md").read_text()
 
 
-def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    tables = importlib.import_module("experiments.tables.experiment_tables")
+def test_tables_of_experiments_say_what_their_numbers_say():
     about = {"attacks": ["forget"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3], "extensions": 2}
     report = summary([row for seed in range(2) for row in cells(seed)]) | {"experiment": about}
-    table = tables.losses(report, "make", [(0.5, 1.0, 1.0)])
+    table = tables.losses(report, "make", labels=[(0.5, 1.0, 1.0)])
     assert "| **routed with self-labels, ablated** | 5.00 | 3.50 | 3.50 | 67 % | 0.10 |" in table
     assert "| control" not in table and "no attack" in table, "an attack that was none is no robustness"
     assert (
         "fine-tuning on all forget documents (held-out), 3 steps of 16 at most, all learning rates (0.001, and up to 2"
         in table
     )
-    assert "at least 95 % of the way: 66.7 % at 50 %" in table and table.endswith("From `make`.")
-    assert tables.losses(report, "make", [(0.1, 1.0, 1.0)]) == "Not run yet: `make`."
+    assert "at least 95 % removed: 66.7 % at 50 %" in table and table.endswith("From `make`.")
+    assert tables.losses(report, "make", labels=[(0.1, 1.0, 1.0)]) == "Not run yet: `make`."
     wide = report | {"cells": [*report["cells"], *(row for row in cells(0, labeled=1.0) if row["labeled"])]}
     parts = [("verse", wide, [(0.5, 1.0, 1.0), (1.0, 1.0, 1.0)]), ("again", wide, [(0.5, 1.0, 1.0)])]
-    overview = importlib.import_module("experiments.tables.overview_table").overview
     table = overview(parts, ["filter", "routed"], "`make`")
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| verse")]
     named = [["–", "no routing", "3.00"], ["50 %", "filter, same labels", "3.50"], ["–", "perfect filter", "6.00"]]
@@ -58,7 +58,7 @@ def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
     assert rows[2][6:10] == ["67 % ✗", "0.10 ✗", "0.20", "+0.05 / +0.05"], "what misses a goal says so"
     asked = wide | {"experiment": about | {"methods": ["filter", "routed", "classifier_filter"]}}
     absent = "Asked for, and not run yet: filter by a TF-IDF classifier of these labels (50 %)."
-    assert absent in tables.losses(asked, "make", [(0.5, 1.0, 1.0)])
+    assert absent in tables.losses(asked, "make", labels=[(0.5, 1.0, 1.0)])
     assert absent.replace("50 %", "verse, 50 %") in overview(
         [("verse", asked, [(0.5, 1.0, 1.0)])], ["filter", "classifier_filter", "routed"], "`make`"
     )
@@ -84,9 +84,7 @@ def test_tables_of_experiments_say_what_their_numbers_say(monkeypatch):
     assert tables.strength(few).startswith("fine-tuning on 4 forget documents (held-out)")
 
 
-def test_tables_name_what_is_asked_for_and_not_there(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    tables, absent = (importlib.import_module(f"experiments.tables.{name}") for name in ("experiment_tables", "absent"))
+def test_tables_name_what_is_asked_for_and_not_there():
     about = {"attacks": ["forget"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3], "seeds": [0, 1]}
     about |= {
         "methods": ["no_routing", "control", "filter", "routed", "sgtm", "npo"],
@@ -98,21 +96,18 @@ def test_tables_name_what_is_asked_for_and_not_there(monkeypatch):
     assert absent.asked(report) == [(0.0, 1.0, 1.0), tenth, half]
     assert absent.not_run(report, [half]) == {"SGTM’s routes, ablated": ["50 %"], "NPO": ["50 %"]}
     assert absent.lacking(report, [half], ["filter"]) == []
-    own = tables.losses(report, "make", [half])
+    own = tables.losses(report, "make", labels=[half])
     assert "Asked for, and not run yet: SGTM’s routes, ablated / NPO (50 %). From `make`." in own
     (whole,) = absent.lacking(report)
     names = "filter, same labels / routed with self-labels, ablated (0 %); SGTM’s routes, ablated (0 %; 10 %; 50 %)"
     assert whole == f"Asked for, and not run yet: {names}; NPO (10 %; 50 %).", (
         "without labels there is nothing to unlearn"
     )
-    assert f"{whole} From `make`." in tables.losses(report, "make", [half], ["filter"], name_all=True)
-    pages = importlib.import_module("tables")
-    assert 0.75 in pages.load_experiment("spanish")["experiment"]["labeled_shares"], "as its YAML has it"
+    assert f"{whole} From `make`." in tables.losses(report, "make", labels=[half], methods=["filter"], name_all=True)
+    assert 0.75 in load_experiment("spanish")["experiment"]["labeled_shares"], "as its YAML has it"
 
 
-def test_tables_say_how_many_documents_attackers_have(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    tables = importlib.import_module("experiments.tables.experiment_tables")
+def test_tables_say_how_many_documents_attackers_have():
     settings, about = DemoSettings(pair="arithmetic", limit=20), Experiment("s.json", attacks=["forget", "few-shot-16"])
     count = len(attack_data(Attack.parse("forget"), settings, about).forget_train)
     assert count == attacker_documents(asdict(settings), asdict(about)) > 16
@@ -130,12 +125,10 @@ def test_tables_say_how_many_documents_attackers_have(monkeypatch):
     assert attacker_documents({"pair": "arithmetic"}, {}) is None, "it is not said which are scored"
 
 
-def test_tables_of_what_is_traded_say_what_their_numbers_say(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    tables = importlib.import_module("experiments.tables.tradeoff_tables")
+def test_tables_of_what_is_traded_say_what_their_numbers_say():
     rows = [row for seed in range(2) for row in cells(seed)]
     rows += [row | {"method": "routed:robust_share=0.2"} for row in rows if row["method"] == "routed"]
-    table = tables.frontier(summary(rows, robust_share=0.05), "make")
+    table = tradeoff.frontier(summary(rows, robust_share=0.05), "make")
     assert "| **nothing changed** | 5.00 | 3.50 | 67 % | 0.10 | 0.05 | 0.05 |" in table
     assert "| `robust_share` 0.2 (not 0.05) | 5.00 |" in table and "filter" not in table and "over 2 seeds" in table
 
@@ -143,11 +136,11 @@ def test_tables_of_what_is_traded_say_what_their_numbers_say(monkeypatch):
     filters = [row | tokens for row in rows if row["method"] in ("filter", "perfect_filter")]
     rows = [row for row in rows if row["method"] == "no_routing"] + filters
     rows += [row | tokens | {"method": "routed"} for row in cells() if row["method"] == "routed"]
-    table = tables.leaking(summary(rows), "make")
+    table = tradeoff.leaking(summary(rows), "make")
     assert "| 50 % | filter, same labels | 3.50 | 3.40 | 0.00 | 12.5 k |" in table and "perfect" not in table
 
     about = {"attacks": ["forget", "int4"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3]}
-    table = tables.attacked(summary(cells()) | {"experiment": about}, "make")
+    table = tradeoff.attacked(summary(cells()) | {"experiment": about}, "make")
     assert (
         "| method | before | `forget` | `int4` |" in table
         and "| **routed with self-labels, ablated** | 5.00 | 3.50 | – |" in table
@@ -157,8 +150,8 @@ def test_tables_of_what_is_traded_say_what_their_numbers_say(monkeypatch):
     attacks = [{"facts": row["attacks"]["forget"]} for row in cells()]
     rows = [row | {"attacks": one} for row, one in zip(cells(), attacks, strict=True)]
     about = {"attacks": ["facts"], "attack_steps": [0, 1, 3], "attack_rates": [1e-3]}
-    table = tables.facts(summary(rows) | {"experiment": about}, "make")
-    assert "| method | facts left out: loss | … after the others | recovered |" in table
+    table = tradeoff.facts(summary(rows) | {"experiment": about}, "make")
+    assert "| method | facts left out: loss | … after the others | share relearned |" in table
     assert "| no routing | 3.00 | 2.80 | – | 3.00 | – |" in table and "| no attack |" in table
     assert (
         "| **routed with self-labels, ablated** | 5.00 | 3.50 | 75 % | 5.00 | – |" in table

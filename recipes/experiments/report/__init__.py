@@ -1,4 +1,4 @@
-"""From summaries to a page: what experiments and attacks have shown, in tables, curves and words."""
+"""Pages about experiments: tables, curves and words made from summaries."""
 
 from experiments.report.page import Report, verdict_tables, write_report
 

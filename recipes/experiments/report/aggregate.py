@@ -1,4 +1,4 @@
-r"""From the cells of an experiment to what is said of each method: means over seeds, way, tax, and what attacks bring back.
+r"""Results of each method of an experiment: means over seeds, removal, retain tax, and attacks.
 
 Nothing here reads or draws. A *condition* is a method at one share and one quality of labels; its cells differ by seed.
 Comparisons are made within a seed, and then summed up over seeds: the perfect filter, no routing and the filter of the same
@@ -11,21 +11,19 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from experiments.report.methods import base_of
-from experiments.report.relearning import relearning
+from experiments.report.relearning import Row, relearning
 from routed_peft.data import FORGET
-from routed_peft.evaluation.measures import Spread, tax, way
+from routed_peft.evaluation.measures import Spread, removed, retain_tax
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
 from routed_peft.report.attacks import Relearning, spread
 
-Row = Mapping[str, Any]
 Quality = tuple[float, float]
 """Recall and precision of labels."""
 BASE, ORACLE, FILTER, FILTER_EQUAL_RETAIN = "no_routing", "perfect_filter", "filter", "filter_equal_retain"
-"""The methods that others are measured against: never unlearnt, the perfect filter, the filter with the same labels at equal
+"""The methods that others are measured against: never unlearned, the perfect filter, the filter with the same labels at equal
 tokens in all, and the same trained until it has seen as much retain text as teaches the base of the routed model."""
 
 
@@ -36,8 +34,8 @@ class Condition:
     Attributes:
         method: key of the method.
         labeled: share of the documents of either side that carry a label.
-        recall: share of the labelled forget documents that are labelled forget.
-        precision: share of the documents labelled forget that are.
+        recall: share of the labeled forget documents that are labeled forget.
+        precision: share of the documents labeled forget that are.
     """
 
     method: str
@@ -46,7 +44,7 @@ class Condition:
     precision: float | None = None
 
     @classmethod
-    def of(cls, cell: Row) -> Condition:
+    def from_cell(cls, cell: Row) -> Condition:
         """Return the condition of a cell."""
         return cls(cell["method"], cell["labeled"], cell["recall"], cell["precision"])
 
@@ -70,26 +68,26 @@ class Condition:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a condition.
+    """Results of a condition.
 
     Attributes:
-        condition: which.
+        condition: the method and its labels.
         cells: seed -> cell.
-        way: see `routed_peft.evaluation.measures.way`, seed by seed; None where it cannot be told.
-        tax: retain loss less that of the filter with the same labels, likewise. Methods without labels are compared with
-            the filter too where there is only one.
-        tax_equal_retain: the same against the filter at equal retain text.
-        tax_perfect: the same against the perfect filter.
-        attacks: name -> what the attack brings back.
+        removed: see `routed_peft.evaluation.measures.removed`, seed by seed; None where it cannot be told.
+        retain_tax: retain loss minus that of the perfect filter after as many tokens in all, likewise.
+        retain_tax_same_labels: the same against the filter with the same labels. Methods without labels are compared with
+            that filter too where there is only one.
+        retain_tax_equal_retain: the same against the filter at equal retain text.
+        attacks: name -> result of the attack.
         expected: names of the attacks that any condition of the experiment has.
     """
 
     condition: Condition
     cells: Mapping[int, Row]
-    way: Spread | None
-    tax: Spread | None
-    tax_equal_retain: Spread | None
-    tax_perfect: Spread | None
+    removed: Spread | None
+    retain_tax: Spread | None
+    retain_tax_same_labels: Spread | None
+    retain_tax_equal_retain: Spread | None
     attacks: Mapping[str, Relearning] = field(default_factory=dict)
     expected: frozenset[str] = frozenset()
 
@@ -214,12 +212,12 @@ def aggregate(cells: Iterable[Row]) -> Comparison:
         ...     cell("routed", 0, 5.25, 3.5, 0.5), cell("no_routing", 1, 3.0, 3.5), cell("perfect_filter", 1, 5.0, 3.3),
         ...     cell("routed", 1, 5.0, 3.25, 0.5)])
         >>> routed = found.get("routed", 0.5, (1.0, 1.0))
-        >>> str(routed.forget), str(routed.way), round(routed.tax.mean, 2), routed.tax.n
-        ('5.12 (5.00–5.25)', '0.88 (0.75–1.00)', 0.1, 1)
+        >>> str(routed.forget), str(routed.removed), round(routed.retain_tax_same_labels.mean, 2)
+        ('5.12 (5.00–5.25)', '0.88 (0.75–1.00)', 0.1)
     """
     groups: dict[Condition, dict[int, Row]] = {}
     for cell in cells:
-        groups.setdefault(Condition.of(cell), {})[cell["seed"]] = cell
+        groups.setdefault(Condition.from_cell(cell), {})[cell["seed"]] = cell
     base, oracle = groups.get(Condition(BASE), {}), groups.get(Condition(ORACLE), {})
     results = {}
     expected = frozenset(name for own in groups.values() for cell in own.values() for name in cell.get("attacks", {}))
@@ -228,15 +226,15 @@ def aggregate(cells: Iterable[Row]) -> Comparison:
         results[condition] = Result(
             condition,
             own,
-            way=spread(
-                way(cell["forget_loss"], base[seed]["forget_loss"], oracle[seed]["forget_loss"])
+            removed=spread(
+                removed(cell["forget_loss"], base[seed]["forget_loss"], oracle[seed]["forget_loss"])
                 for seed, cell in own.items()
                 if seed in base and seed in oracle
             ),
-            tax=_tax(own, _same_labels(condition, FILTER, groups)),
-            tax_equal_retain=_tax(own, _same_labels(condition, FILTER_EQUAL_RETAIN, groups)),
-            tax_perfect=_tax(own, oracle),
-            attacks={name: relearning(name, own, base, oracle) for name in names},
+            retain_tax_same_labels=_retain_tax(own, _same_labels(condition, FILTER, groups)),
+            retain_tax_equal_retain=_retain_tax(own, _same_labels(condition, FILTER_EQUAL_RETAIN, groups)),
+            retain_tax=_retain_tax(own, oracle),
+            attacks={name: relearning(name, own, base=base, oracle=oracle) for name in names},
             expected=expected,
         )
     return Comparison(results)
@@ -250,9 +248,9 @@ def _same_labels(condition: Condition, method: str, groups: Mapping[Condition, d
     return found[0] if len(found) == 1 else {}
 
 
-def _tax(own: Mapping[int, Row], filtered: Mapping[int, Row]) -> Spread | None:
+def _retain_tax(own: Mapping[int, Row], filtered: Mapping[int, Row]) -> Spread | None:
     return spread(
-        tax(cell["retain_loss"], filtered[seed]["retain_loss"]) for seed, cell in own.items() if seed in filtered
+        retain_tax(cell["retain_loss"], filtered[seed]["retain_loss"]) for seed, cell in own.items() if seed in filtered
     )
 
 

@@ -1,4 +1,4 @@
-"""How many forget documents the attackers of an experiment have, counted from the packaged text."""
+"""Number of forget documents that the attackers of an experiment have, counted from the packaged text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from routed_peft.evaluation.relearning import AttackData
 
 
 def attacker_documents(settings: Mapping[str, Any], experiment: Mapping[str, Any]) -> int | None:
-    """Return how many forget documents an attacker has who gets all that an experiment leaves them.
+    """Return the number of forget documents that an attacker has at most.
 
     These are the documents of the split that attackers train on, less those that are scored.
 

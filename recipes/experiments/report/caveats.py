@@ -1,4 +1,4 @@
-"""What the numbers of a report leave open, as far as they tell it themselves."""
+"""Doubts about an experiment that its own numbers tell of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experiments.report.methods import card
 from experiments.report.targets import SEEDS
 from routed_peft.corpora import PAIRS
 from routed_peft.corpora.arithmetic import FACTS
-from routed_peft.report.page import number
+from routed_peft.report.numbers import number
 
 SORTED = (
     "Rows hold documents of one side, those without a label too, as a page of a longer text would. Methods that judge rows are "
@@ -26,7 +26,7 @@ _FAMILIES = {"placebo": "a placebo", "output": "an output-based method"}
 
 
 def teaches_facts(settings: Mapping[str, Any]) -> bool:
-    """Return whether what is forgotten are single facts, which an attacker's lines share with those that are scored.
+    """Return whether the forget text states single facts, which an attacker's lines share with those that are scored.
 
     >>> teaches_facts({"pair": "arithmetic"}), teaches_facts({"pair": "biology"}), teaches_facts({})
     (True, False, False)
@@ -35,7 +35,7 @@ def teaches_facts(settings: Mapping[str, Any]) -> bool:
 
 
 def caveats(found: Comparison) -> Iterator[str]:
-    """Yield what an experiment leaves open: seeds, methods and attacks that are missing, attacks that were none."""
+    """Yield the doubts about an experiment: seeds, methods and attacks that are missing, attacks that were none."""
     counts = [len(result.cells) for result in found.results.values()]
     most = max(counts)
     if most < SEEDS:
@@ -46,7 +46,7 @@ def caveats(found: Comparison) -> Iterator[str]:
     missing = [name for method, name in _BESIDE.items() if method not in found.methods]
     missing += [name for family, name in _FAMILIES.items() if family not in families]
     if missing:
-        yield f"What such a result should stand beside is not all there; missing: {', '.join(missing)}."
+        yield f"Such a result needs other methods beside it; missing: {', '.join(missing)}."
     spread = [
         f"a {side} loss by up to {number(half)}"
         for side in ("forget", "retain")
@@ -68,7 +68,7 @@ def _of_documents(found: Comparison, side: str) -> float:
 
 def _of_attacks(found: Comparison) -> Iterator[str]:
     if not found.attacks:
-        yield "Nothing was attacked: whether what was removed is really gone is not told here."
+        yield "Nothing was attacked: these numbers do not tell whether the knowledge is really gone."
         return
     attacks = [attack for result in found.results.values() for attack in result.attacks.values()]
     whole = [attack for attack in attacks if attack.verdict == "attack"]

@@ -1,4 +1,4 @@
-"""What a removal costs beside its tax, and what it lets through: read off the filters of the same experiment."""
+"""Compute, penalty, leakage and absorption of a removal, read off the filters of the same experiment."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from routed_peft.report.attacks import spread
 
 @dataclass(frozen=True)
 class Costs:
-    """What one row has cost; None where the experiment cannot tell.
+    """Costs of one row; None where the experiment cannot tell.
 
     Attributes:
         compute: floating-point operations over those of no routing, seed by seed.
         serial_steps: optimizer steps, one after the other.
-        labeled: forget tokens that somebody labelled.
+        labeled: forget tokens that somebody labeled.
         penalty: `compute_penalty`, of retain tokens alone: the share of these that it could have done without, had it been
             trained plainly. Plain models with more and less retain text, filters among them, make the curve.
-        leakage: `leakage`: of the unlabelled forget text that it was trained on, the share that would teach as much if all
+        leakage: `leakage`: of the unlabeled forget text that it was trained on, the share that would teach as much if all
             else were filtered; None, too, where the filters tell no more than an upper bound of 1 or higher.
-        absorption: `absorption`: how much of the unlabelled forget data went the way of the labelled.
+        absorption: `absorption`: the share of the unlabeled forget data that was removed as the labeled was.
         activity: mean over layers of how much more active the region is on forget than on retain text.
         layers: the same, layer by layer; None where the region is silent on retain text.
     """
@@ -44,7 +44,7 @@ class Costs:
 
 
 def costs(found: Comparison, result: Result) -> Costs:
-    """Return what a row of an experiment has cost.
+    """Return the costs of a row of an experiment.
 
     Args:
         found: the experiment; its filters, at all shares of labels that are right, no routing and the perfect filter are what
@@ -92,7 +92,11 @@ def _unique(rows: Iterable[Result | None]) -> list[Result]:
 def _penalty(found: Comparison, result: Result) -> Crossing | None:
     tokens, losses = _plain(found, "retain")
     trained = result.over("tokens_by_side").get("retain")
-    return compute_penalty(result.retain.mean, trained, tokens, losses) if len(tokens) > 1 and trained else None
+    return (
+        compute_penalty(result.retain.mean, trained, tokens=tokens, losses=losses)
+        if len(tokens) > 1 and trained
+        else None
+    )
 
 
 def _leakage(found: Comparison, result: Result) -> Crossing | None:
@@ -102,7 +106,7 @@ def _leakage(found: Comparison, result: Result) -> Crossing | None:
         unlabeled = result.over("tokens_by_side").get("forget")
     if not unlabeled or len(tokens) < 2:
         return None
-    through = leakage(result.forget.mean, unlabeled, tokens, losses)
+    through = leakage(result.forget.mean, unlabeled, tokens=tokens, losses=losses)
     return None if through.relation == "<" and through.at >= 1 else through  # that much is no news
 
 

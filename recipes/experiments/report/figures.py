@@ -1,10 +1,9 @@
-"""The figures of an experiment: what each removal gives and costs, how far labels carry, and what attacks bring back."""
+"""Figures of an experiment: removal and its costs, shares of labels, relearning, and wrong labels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,9 +15,9 @@ from experiments.report.methods import card, in_order
 from experiments.report.points import Limits, Mark, draw_marks
 from routed_peft.evaluation.measures import Spread
 from routed_peft.report.checkpoints import ENVELOPE, Figure, Panel, attack_panel, common_reference
-from routed_peft.report.drawing import Line, Theme
+from routed_peft.report.drawing import Draw, Line, Theme
 from routed_peft.report.lines import LOSS, curve, line, plot
-from routed_peft.report.page import share
+from routed_peft.report.numbers import share
 
 Value = Callable[[Result], Spread | None]
 SEEDS = "Bands: lowest to highest seed."
@@ -52,15 +51,21 @@ def _tradeoff(found: Comparison, settings: Mapping[str, Any]) -> Figure:
             Mark(card(r.condition.method, settings).label, r.retain, r.forget, style(r.condition.method))
             for r in found.at(labeled, found.best_quality)
         ]
-        draw = partial(_draw_plane, marks, "Both losses" + _at(labeled), f"retain {LOSS}", x_limits, y_limits)
+        title = "Both losses" + _at(labeled)
+        draw = _plane(marks, title, x_label=f"retain {LOSS}", x_limits=x_limits, y_limits=y_limits)
         panels.append(Panel(draw, f"Losses on both sides{_with(labeled)}. Crosses: lowest to highest seed."))
     about = "Forget loss against retain loss, after the removal and before any attack: up and to the left is the aim."
     return Figure("tradeoff", "What is removed, and what it costs", about, panels)
 
 
-def _draw_plane(marks: Sequence[Mark], title: str, label: str, x: Limits, y: Limits, axes: Axes, theme: Theme) -> None:
-    draw_marks(axes, theme, marks, x, y)
-    axes.set(title=title, xlabel=label, ylabel=f"forget {LOSS}")
+def _plane(marks: Sequence[Mark], title: str, *, x_label: str, x_limits: Limits, y_limits: Limits) -> Draw:
+    """Return a function that draws forget loss against something else."""
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        draw_marks(axes, theme, marks=marks, x_limits=x_limits, y_limits=y_limits)
+        axes.set(title=title, xlabel=x_label, ylabel=f"forget {LOSS}")
+
+    return draw
 
 
 def _by_labels(found: Comparison, settings: Mapping[str, Any]) -> Figure:
@@ -72,16 +77,16 @@ def _by_labels(found: Comparison, settings: Mapping[str, Any]) -> Figure:
         for when, value in values.items():
             places = [(math.sqrt(labeled), labeled, found.best_quality) for labeled in found.shares]
             draw = plot(
-                _lines(found, group, places, value, settings),
+                _lines(found, group, places=places, value=value, settings=settings),
                 f"Forget loss, {when}",
-                "share of documents with a label (square-root scale)",  # small shares stand apart
-                {math.sqrt(labeled): share(labeled) for labeled in found.shares},
+                x_label="share of documents with a label (square-root scale)",  # small shares stand apart
+                ticks={math.sqrt(labeled): share(labeled) for labeled in found.shares},
                 ideal=_ideal(found, value),
             )
             panels.append(Panel(draw, f"Forget loss {when}, by share of labels."))
     about = (
-        "Forget loss against the share of documents of either side that carry a label. A filter drops only what is labelled; "
-        f"where a line lies above it, unlabelled forget data was kept out too. Level: methods that need no labels. {SEEDS}"
+        "Forget loss against the share of documents of either side that carry a label. A filter drops only what is labeled; "
+        f"where a line lies above it, unlabeled forget data was kept out too. Level: methods that need no labels. {SEEDS}"
     )
     return Figure("labels", "How far labels carry", about, panels)
 
@@ -98,7 +103,7 @@ def _relearning(found: Comparison, settings: Mapping[str, Any]) -> Figure:
                 level = common_reference([own[BASE]] if BASE in own else own.values())
                 ideal = own[ORACLE].forget[0].max if ORACLE in own else None
                 about, folded = _with(labeled), labeled != shares[0]
-                panels += attack_panel(lines, own, attack, about=about, level=level, ideal=ideal, folded=folded)
+                panels += attack_panel(lines, own, attack=attack, about=about, level=level, ideal=ideal, folded=folded)
     return Figure("relearning", "Relearning", ENVELOPE, panels)
 
 
@@ -116,7 +121,8 @@ def _compute(found: Comparison, settings: Mapping[str, Any]) -> Figure:
             continue
         xs, ys = [mark.x for mark in marks], [mark.y for mark in marks]
         title = "Robustness and its cost" + _at(labeled)
-        draw = partial(_draw_plane, marks, title, "compute, × no routing", _limits(xs, xs), _limits(ys, ys))
+        limits = {"x_limits": _limits(xs, xs), "y_limits": _limits(ys, ys)}
+        draw = _plane(marks, title, x_label="compute, × no routing", **limits)
         panels.append(Panel(draw, f"Robustness and its cost{_with(labeled)}.", folded=labeled != shares[0]))
     about = (
         "Forget loss after the worst attack, against the floating-point operations of training over those of no routing: up "
@@ -134,17 +140,18 @@ def _wrong_labels(found: Comparison, settings: Mapping[str, Any]) -> Figure:
     group = [method for method in in_order(found.methods) if card(method).family != "placebo"]
     for labeled in found.shares:
         here = [q for q in found.qualities if any(r.condition.quality == q for r in found.at(labeled, q))]
+        places = [(i, labeled, quality) for i, quality in enumerate(here)]
         for title, value in values.items() if len(here) > 1 else ():
             draw = plot(
-                _lines(found, group, [(i, labeled, quality) for i, quality in enumerate(here)], value, settings),
+                _lines(found, group, places=places, value=value, settings=settings),
                 title,
-                "recall, and below it precision, of the labels",
-                {i: f"{recall:g}\n{precision:g}" for i, (recall, precision) in enumerate(here)},
-                LOSS,
+                x_label="recall, and below it precision, of the labels",
+                ticks={i: f"{recall:g}\n{precision:g}" for i, (recall, precision) in enumerate(here)},
+                y_label=LOSS,
             )
             panels.append(Panel(draw, f"{title}, by how right the labels are{_with(labeled)}."))
     about = (
-        "Labels that are wrong: recall is the share of labelled forget documents that are called forget, precision the share "
+        "Labels that are wrong: recall is the share of labeled forget documents that are called forget, precision the share "
         f"of those called forget that are. {SEEDS}"
     )
     return Figure("wrong_labels", "Wrong labels", about, panels)
@@ -162,6 +169,7 @@ def _groups(found: Comparison) -> list[list[str]]:
 def _lines(
     found: Comparison,
     group: Sequence[str],
+    *,
     places: Sequence[tuple[float, float, Quality | None]],
     value: Value,
     settings: Mapping[str, Any],
@@ -203,4 +211,4 @@ def _at(labeled: float | None) -> str:
 
 
 def _with(labeled: float | None) -> str:
-    return "" if labeled is None else f", {share(labeled)} of the documents labelled"
+    return "" if labeled is None else f", {share(labeled)} of the documents labeled"

@@ -1,4 +1,4 @@
-"""Lines of figures: how each method looks, and plots of losses against labels, steps or the quality of labels."""
+"""Colors, dashes and markers of the methods in figures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STYLES = {
 
 
 def style(method: str) -> Style:
-    """Return how a method is drawn; those that are not known look alike, and are told apart by their names."""
+    """Return the style of a method; unknown methods look alike, and are told apart by their names."""
     base, _, changes = method.partition(VARIANT)
     if changes:
         return replace(style(base), dashes=":", marker="d", width=1.5)

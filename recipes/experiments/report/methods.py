@@ -1,4 +1,4 @@
-"""The methods that a report knows: what each is called, what it does, and where it comes from."""
+"""Names, descriptions and sources of the methods that a report knows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Card:
 
     Attributes:
         name: in tables and figures.
-        family: decides its colour: what others are measured against, placebos, filters, routing, or unlearning by outputs.
+        family: decides its color: what others are measured against, placebos, filters, routing, or unlearning by outputs.
         about: one paragraph.
         source: where it comes from; empty where the method is not known.
         short: name in figures, where it must be short.
@@ -36,7 +36,7 @@ class Card:
 _GRADIENT_ROUTING = "gradient routing, arXiv 2410.04332"
 _OWN = "this library’s own (docs/design.md §8)"
 _BY_OUTPUTS = (
-    " Starts from the model that was trained on everything; sees the rows that are labelled, as many of either side. The "
+    " Starts from the model that was trained on everything; sees the rows that are labeled, as many of either side. The "
     "learning rate is the one that does most on validation text while retain loss rises by at most 5 %."
 )
 
@@ -44,7 +44,7 @@ CARDS: dict[str, Card] = {
     "no_routing": Card(
         "no routing",
         "reference",
-        "Trains on everything and removes nothing: the model that was never unlearnt. Way 0 %.",
+        "Trains on everything and removes nothing: the model that was never unlearned. Removed: 0 %.",
         "ordinary training; why it stands here: docs/design.md §8",
     ),
     "control": Card(
@@ -78,7 +78,7 @@ CARDS: dict[str, Card] = {
     "npo": Card(
         "NPO",
         "output",
-        "Negative preference optimisation: lowers the probability of forget rows below that of the model before, with a "
+        "Negative preference optimization: lowers the probability of forget rows below that of the model before, with a "
         "gradient that fades as it succeeds." + _BY_OUTPUTS,
         "Zhang et al., arXiv 2404.05868",
     ),
@@ -104,7 +104,7 @@ CARDS: dict[str, Card] = {
     "undo": Card(
         "UNDO",
         "output",
-        "Starts from the model unlearnt by MaxEnt. Every weight moves the share alpha of the way to its initialisation; then "
+        "Starts from the model unlearned by MaxEnt. Every weight moves the share alpha of the way to its initialization; then "
         "the model learns to put out what it put out before, on all training text and without labels, until its retain loss "
         "is within 5 % of the teacher's. Alpha 1 distils into a fresh model.",
         "arXiv 2506.06278",
@@ -119,22 +119,22 @@ CARDS: dict[str, Card] = {
     "filter": Card(
         "filter, same labels",
         "filter",
-        "Leaves out what is labelled forget, and trains on all the rest: what one would do with these labels otherwise. The "
-        "tax is measured against it.",
+        "Leaves out all that is labeled forget, and trains on the rest: the usual method with these labels. The retain tax "
+        "for the same labels is measured against it.",
         f"the baseline of {_GRADIENT_ROUTING}, and SGTM, arXiv 2512.05648",
     ),
     "filter_equal_retain": Card(
         "filter, same labels, longer: as much retain text as routed",
         "filter",
         "The same filter, trained until it has seen as much retain text as teaches the base of the routed model, however many "
-        "tokens that takes. Against it the tax is free of who saw more retain text.",
+        "tokens that takes. Against it the retain tax does not depend on who saw more retain text.",
         _OWN,
         short="filter, equal retain text",
     ),
     "classifier_filter": Card(
         "filter by a TF-IDF classifier of these labels",
         "filter",
-        "A logistic regression on words and word pairs, fitted to the labelled documents, labels the others; what it "
+        "A logistic regression on words and word pairs, fitted to the labeled documents, labels the others; what it "
         "calls forget is left out. The obvious rival where the two sides differ in their words.",
         f"{_OWN}; the classifier is scikit-learn’s",
         short="filter by classifier",
@@ -142,7 +142,7 @@ CARDS: dict[str, Card] = {
     "classifier_filter_balanced": Card(
         "filter by a TF-IDF classifier, balanced threshold",
         "filter",
-        "The same, with a threshold as many standard deviations from the mean score of either side (of labelled documents, by "
+        "The same, with a threshold as many standard deviations from the mean score of either side (of labeled documents, by "
         "five folds), which is how self-labels choose theirs: more retain text is lost, and less forget text kept.",
         f"{_OWN}; the classifier is scikit-learn’s",
         short="classifier, balanced",
@@ -150,7 +150,7 @@ CARDS: dict[str, Card] = {
     "classifier_filter_overrule": Card(
         "filter by a TF-IDF classifier that may overrule labels",
         "filter",
-        "Each labelled document is labelled anew, too, by a classifier that was fitted to the others (five folds), and the "
+        "Each labeled document is labeled anew, too, by a classifier that was fitted to the others (five folds), and the "
         "threshold goes by medians, as that of self-labels which overrule: the obvious rival where labels may be wrong.",
         f"{_OWN}; the classifier is scikit-learn’s",
         short="classifier may overrule",
@@ -158,8 +158,8 @@ CARDS: dict[str, Card] = {
     "demix": Card(
         "DEMix, forget expert dropped",
         "routing",
-        "Either side has an expert in place of most of the MLP. Labelled rows are seen without the other side's, unlabelled "
-        "rows teach both, and the forget expert is dropped. The negative control for absorption: nothing sends unlabelled "
+        "Either side has an expert in place of most of the MLP. Labelled rows are seen without the other side's, unlabeled "
+        "rows teach both, and the forget expert is dropped. The negative control for absorption: nothing sends unlabeled "
         "forget data to it.",
         "arXiv 2108.05036",
         "DEMix",
@@ -167,8 +167,8 @@ CARDS: dict[str, Card] = {
     "era": Card(
         "ERA without its fine-tuning for coherence",
         "routing",
-        "Expand, Route, Ablate. On rows labelled forget the gradient at the activations of the base's MLPs has the weight "
-        "−0.75, weighed by how much a token belongs to the forget side; unlabelled rows train everything. Without the "
+        "Expand, Route, Ablate. On rows labeled forget the gradient at the activations of the base's MLPs has the weight "
+        "−0.75, weighed by how much a token belongs to the forget side; unlabeled rows train everything. Without the "
         "paper's fine-tuning for coherence after ablation.",
         f"{_GRADIENT_ROUTING}, section 4.2",
         "ERA, only ablated",
@@ -176,25 +176,25 @@ CARDS: dict[str, Card] = {
     "era_coherent": Card(
         "ERA",
         "routing",
-        "The former, and then up to 41 steps on 64 rows labelled retain as one batch, at two learning rates; the weights "
-        "with the lowest loss on other rows labelled retain are kept.",
+        "The former, and then up to 41 steps on 64 rows labeled retain as one batch, at two learning rates; the weights "
+        "with the lowest loss on other rows labeled retain are kept.",
         f"{_GRADIENT_ROUTING}, section 4.2 and its appendix",
         "ERA",
     ),
     "sgtm": Card(
         "SGTM’s routes, ablated",
         "routing",
-        "Selective gradient masking. Rows labelled forget teach only the region, rows labelled retain are seen without it, "
-        "unlabelled rows teach both and are absorbed by whichever side knows them already. The paper’s region has an attention "
+        "Selective gradient masking. Rows labeled forget teach only the region, rows labeled retain are seen without it, "
+        "unlabeled rows teach both and are absorbed by whichever side knows them already. The paper’s region has an attention "
         "head beside MLP units; here it is extra MLP units alone. Rows come in their natural shares, without a start on "
-        "labelled ones.",
+        "labeled ones.",
         "SGTM, arXiv 2512.05648, section 3",
         "SGTM",
     ),
     "routed": Card(
         "routed with self-labels, ablated",
         "routing",
-        "SGTM's routes, after a start on labelled rows only; then the region itself labels every unlabelled row, by how much "
+        "SGTM's routes, after a start on labeled rows only; then the region itself labels every unlabeled row, by how much "
         "the loss falls with the region on. The rest of the run takes few forget rows, which teach the base nothing, and a few "
         "retain rows with the region on.",
         "this library, upon SGTM (arXiv 2512.05648) and the robustness term of GRAM (arXiv 2607.08077)",
@@ -203,7 +203,8 @@ CARDS: dict[str, Card] = {
     "perfect_filter": Card(
         "perfect filter",
         "reference",
-        "Leaves out every row that truly is forget data: the ideal, for which all labels would have to be known. Way 100 %.",
+        "Leaves out every row that truly is forget data: the ideal, for which all labels would have to be known. "
+        "Removed: 100 %.",
         "data filtering as usual, with labels that nobody has; why it stands here: docs/design.md §8",
     ),
 }
@@ -256,7 +257,7 @@ def card(method: str, settings: Mapping[str, Any] | None = None) -> Card:
         own, written = card(base, settings), variant_name(changes)
         return replace(own, name=f"{own.name}, {written}", short=written)
     if method == "routed" and settings is not None and not settings.get("self_labels", True):
-        about = "SGTM's routes, with a share of labelled rows as the settings say; the region is ablated."
+        about = "SGTM's routes, with a share of labeled rows as the settings say; the region is ablated."
         return replace(
             CARDS["routed"], name="routed, ablated", short="routed", about=about, source=CARDS["sgtm"].source
         )

@@ -1,4 +1,4 @@
-"""The report itself: one page that needs nothing else, its figures beside it, and a table for the terminal."""
+"""A page of experiments and attacked checkpoints that needs nothing else, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from experiments.report.figures import after_worst
-from experiments.report.reading import read_sources
+from experiments.report.reading import EXPERIMENT, read_sources
 from experiments.report.sections import Section
-from experiments.report.verdicts import edge, ends
+from experiments.report.verdicts import edge
 from routed_peft.files import write_bytes
-from routed_peft.report.checkpoints import Checkpoint, Figure, checkpoint_figure
-from routed_peft.report.drawing import LIGHT, render
-from routed_peft.report.page import environment, number, picture, place, share
+from routed_peft.report.checkpoints import FIGURES, PAGE, Checkpoint, page_values, write_figures
+from routed_peft.report.numbers import number, place, share
+from routed_peft.report.page import environment
 
-PAGE, FIGURES, TEMPLATE = "report.html", "figures", "experiments.html.jinja"
+TEMPLATES, TEMPLATE = Path(__file__).parent / "templates", "experiments.html.jinja"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `write_report` wrote: the page, and what is on it."""
+    """Result of `write_report`: the file, and the experiments and checkpoints that it shows."""
 
     page: Path
     sections: Sequence[Section]
@@ -31,38 +31,30 @@ class Report:
 
 
 def write_report(places: Sequence[str | Path], out: str | Path) -> Report:
-    """Draw figures and write a page about summaries.
+    """Draw figures and write a page about experiments and attacked checkpoints.
 
     Args:
-        places: what `experiments.report.reading.read_sources` takes: files, and directories of files.
-        out: directory, for ``report.html`` and ``figures/``: PNG and SVG, whose names begin with that of the summary. What
-            is there by these names is replaced.
+        places: files and directories of files (see `experiments.report.reading.read_sources`).
+        out: directory, for ``report.html`` and ``figures/``: PNG and SVG, whose names begin with that of the summary. Files
+            of these names there are replaced.
 
     Raises:
-        ValueError: what `read_sources` raises; nothing is written then.
+        ValueError: see `read_sources`; nothing is written then.
     """
     sources = read_sources(places)
-    sections = [Section(source) for source in sources if not source.relearning]
-    checkpoints = [Checkpoint(source) for source in sources if source.relearning]
-    drawn: dict[str, list[Figure]] = {section.source.name: section.figures for section in sections}
-    attacked = checkpoint_figure({one.source.name: one.attacks for one in checkpoints})
+    sections = [Section(source) for source in sources if source.kind is EXPERIMENT]
+    checkpoints = [Checkpoint(source) for source in sources if source.kind is not EXPERIMENT]
     cards = [section.card(result) for section in sections for group in section.groups for result in group.results]
-    templates = environment()
-    templates.filters |= {"ends": ends, "edge": edge}
+    values = page_values(checkpoints)
+    templates = environment(TEMPLATES)
+    templates.filters["edge"] = edge
     content = templates.get_template(TEMPLATE).render(
-        sections=sections,
-        checkpoints=checkpoints,
-        attacked=attacked,
-        areas=any(attack.area for one in checkpoints for attack in one.attacks.values()),
-        cards=list({card.name: card for card in cards}.values()),
-        pictures=lambda figure: [(picture([panel.draw], panel.caption), panel.folded) for panel in figure.panels],
+        **values, sections=sections, cards=list({card.name: card for card in cards}.values())
     )
     folder = Path(out)
-    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-    for name, figure in [*((name, one) for name, own in drawn.items() for one in own), ("relearn", attacked)]:
-        for format in ("png", "svg") if figure.panels else ():
-            file = folder / FIGURES / f"{name}-{figure.key}.{format}"
-            write_bytes(file, render([panel.draw for panel in figure.panels], LIGHT, format))
+    drawn = {section.source.name: section.figures for section in sections}
+    write_figures(folder / FIGURES, drawn)
+    write_figures(folder / FIGURES, {"relearn": [values["attacked"]]})
     write_bytes(folder / PAGE, content.encode())
     return Report(folder / PAGE, sections, checkpoints)
 
@@ -73,12 +65,14 @@ def verdict_tables(section: Section) -> Iterator[Table]:
         title = ", ".join(filter(None, [section.title, group.about]))
         table = Table(
             title=title,
-            caption="means over seeds, nats per token; over: perfect filter’s retain loss",
+            caption="means over seeds, nats per token; retain tax: against the filter with the same labels, and against the "
+            "perfect filter",
             box=SIMPLE,
             padding=(0, 1, 0, 0),
         )
         uneven = len({len(result.cells) for result in group.results}) > 1
-        for name in ("", "forget", "retain", "way", "tax", "over", "after", "steps", *(["seeds"] if uneven else [])):
+        names = ("forget", "retain", "removed", "retain tax", "perfect", "relearned", "steps")
+        for name in ("", *names, *(["seeds"] if uneven else [])):
             table.add_column(name, justify="right" if name else "left", no_wrap=not name)
         for result in group.results:
             after, worst = after_worst(result), result.worst
@@ -86,9 +80,9 @@ def verdict_tables(section: Section) -> Iterator[Table]:
                 section.card(result).label,
                 number(result.forget.mean),
                 number(result.retain.mean),
-                share(result.way.mean) if result.way else "–",
-                number(result.tax.mean) if result.tax else "–",
-                number(result.tax_perfect.mean) if result.tax_perfect else "–",
+                share(result.removed.mean) if result.removed else "–",
+                number(result.retain_tax_same_labels.mean) if result.retain_tax_same_labels else "–",
+                number(result.retain_tax.mean) if result.retain_tax else "–",
                 number(after.mean) if after else worst.verdict if worst else "–",
                 place(worst.recovery if worst and worst.attacked else None),
                 *([str(len(result.cells))] if uneven else []),

@@ -29,7 +29,7 @@ class Mark:
     style: Style
 
 
-def draw_marks(axes: Axes, theme: Theme, marks: Sequence[Mark], x_limits: Limits, y_limits: Limits) -> None:
+def draw_marks(axes: Axes, theme: Theme, *, marks: Sequence[Mark], x_limits: Limits, y_limits: Limits) -> None:
     """Draw marks with a cross from the lowest to the highest seed; those beyond the limits at the edge, with their value."""
     axes.set(xlim=x_limits, ylim=y_limits)
     names, places, spots, bars = [], [], [], []
@@ -55,8 +55,8 @@ def draw_marks(axes: Axes, theme: Theme, marks: Sequence[Mark], x_limits: Limits
         color = theme.colors[mark.style.color]
         far = abs(dx) > 0.7 * _LETTER * len(name) + 12 or abs(dy) > 1.5 * _LINE
         leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3} if far else None
-        centred: dict[str, Any] = {"ha": "center", "va": "center", "annotation_clip": False, "arrowprops": leader}
-        axes.annotate(name, place, xytext=(dx, dy), textcoords="offset points", color=color, **centred)
+        centered: dict[str, Any] = {"ha": "center", "va": "center", "annotation_clip": False, "arrowprops": leader}
+        axes.annotate(name, place, xytext=(dx, dy), textcoords="offset points", color=color, **centered)
 
 
 def offsets(

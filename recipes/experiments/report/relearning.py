@@ -44,7 +44,9 @@ class _Seed:
     before: float
 
 
-def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], oracle: Mapping[int, Row]) -> Relearning:
+def relearning(
+    name: str, cells: Mapping[int, Row], *, base: Mapping[int, Row], oracle: Mapping[int, Row]
+) -> Relearning:
     r"""Sum up an attack on the cells of one condition.
 
     .. math:: L^*(s) = \frac1n \sum_{i=1}^{n}\ \min_{s' \le s}\ \min_{\eta}\ L(s'; \eta, i)
@@ -90,15 +92,15 @@ def relearning(name: str, cells: Mapping[int, Row], base: Mapping[int, Row], ora
         interior=all(seed.interior for seed in found.values()),
         learning_rates=tuple(sorted({rate for seed in found.values() for rate in seed.rates})),
         best_rates=tuple(sorted({seed.best for seed in found.values()})),
-        recovery=_recovery(steps, found, reference),
-        recovery_by_seed=tuple(to_recover(steps, found[seed].forget, loss) for seed, loss in reference.items()),
-        halfway=_recovery(steps, found, midway, tolerance=0.0),
+        recovery=_recovery(steps, found, references=reference),
+        recovery_by_seed=tuple(to_recover(steps, found[seed].forget, reference=loss) for seed, loss in reference.items()),
+        halfway=_recovery(steps, found, references=midway, tolerance=0.0),
         share_relearned=spread(
             share_relearned(before[s], found[s].forget[-1], loss)
             for s, loss in reference.items()
             if before[s] - loss > LEAST_REMOVED
         ),
-        area=_area(steps, found, reference, high),
+        area=_area(steps, found, references=reference, high=high),
         removed=tuple(
             spread([removed(found[s].forget[i], low[s].forget[i], high[s].forget[i]) for s in ends])
             for i in range(len(steps))
@@ -150,22 +152,23 @@ def _verdict(seeds: Sequence[str]) -> str:
 
 
 def _recovery(
-    steps: Sequence[int], found: Mapping[int, _Seed], references: Mapping[int, float], tolerance: float = TOLERANCE
+    steps: Sequence[int], found: Mapping[int, _Seed], *, references: Mapping[int, float], tolerance: float = TOLERANCE
 ) -> Crossing | None:
     """Return when the mean over seeds reaches the mean of ``references``, seed -> loss; None where there are none."""
     if not references:
         return None
     mean = [statistics.fmean(losses) for losses in zip(*(found[seed].forget for seed in references), strict=True)]
-    return to_recover(steps, mean, statistics.fmean(references.values()), tolerance)
+    return to_recover(steps, mean, reference=statistics.fmean(references.values()), tolerance=tolerance)
 
 
 def _area(
     steps: Sequence[int],
     found: Mapping[int, _Seed],
+    *,
     references: Mapping[int, float],
     high: Mapping[int, _Seed],
 ) -> Spread | None:
     if len(steps) < 2:
         return None
     ends = [seed for seed in references if seed in high]
-    return spread([relearning_area(steps, found[s].forget, references[s], high[s].forget) for s in ends])
+    return spread([relearning_area(steps, found[s].forget, base=references[s], oracle=high[s].forget) for s in ends])

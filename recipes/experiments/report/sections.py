@@ -1,4 +1,4 @@
-"""What a page shows of each summary: an experiment with its tables and figures, or a checkpoint that was attacked."""
+"""Sections of a page: an experiment with its tables and figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from experiments.report.verdicts import sentences
 from routed_peft.corpora import PAIRS
 from routed_peft.report.attacks import Relearning
 from routed_peft.report.checkpoints import Figure
-from routed_peft.report.page import share
+from routed_peft.report.numbers import share
 from routed_peft.report.reading import Source
 
 
@@ -27,7 +27,7 @@ class Group:
     """Rows of a table: every method at the same labels, and those that look at none.
 
     Attributes:
-        about: which labels these are; empty where there are no others.
+        about: description of the labels; empty where there are no others.
         results: in the order of tables, compared with each other only.
     """
 
@@ -35,7 +35,7 @@ class Group:
     results: Sequence[Result]
 
     def attacked(self, name: str) -> list[tuple[Result, Relearning]]:
-        """Return the rows that were attacked in this way, with what came of it."""
+        """Return the rows that were attacked in this way, with the results."""
         return [(result, result.attacks[name]) for result in self.results if name in result.attacks]
 
     @property
@@ -57,7 +57,7 @@ class Section:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What was trained."""
+        """Settings of the training."""
         return dict(self.source.summary["settings"])
 
     @property
@@ -68,7 +68,7 @@ class Section:
 
     @property
     def texts(self) -> str:
-        """What forget and retain text are."""
+        """Description of forget and retain text."""
         pair = self.settings.get("pair")
         if pair not in PAIRS:
             return f"forget and retain text of {pair!r}"
@@ -77,35 +77,35 @@ class Section:
 
     @property
     def attacker_documents(self) -> str:
-        """Say how many forget documents attackers have, where that can be counted."""
+        """Number of forget documents that attackers have, and a space; empty where that cannot be counted."""
         count = attacker_documents(self.settings, self.source.summary["experiment"])
         return "" if count is None else f"{count} "
 
     @cached_property
     def figures(self) -> list[Figure]:
-        """What is drawn of it."""
+        """Figures of it."""
         return figures(self.found, self.settings)
 
     @property
     def sentences(self) -> list[str]:
-        """What it says."""
+        """Its result in words."""
         return sentences(self.found)
 
     @property
     def targets(self) -> list[Target]:
-        """What was aimed at."""
+        """Its targets, met or missed."""
         return targets(self.found)
 
     @property
     def caveats(self) -> list[str]:
-        """What it leaves open."""
+        """Doubts about it."""
         further = [] if self.settings.get("mixed_rows") else [SORTED]
         further += [TAUGHT] if self.found.attacks and teaches_facts(self.settings) else []
         return [*caveats(self.found), *further]
 
     @cached_property
     def costs(self) -> list[tuple[Result, Costs]]:
-        """What every row has cost, as far as that is told."""
+        """Costs of every row, as far as they are known."""
         rows = sorted(self.found.results.values(), key=lambda r: in_order(self.found.methods).index(r.condition.method))
         return [(row, cost) for row in rows if (cost := costs(self.found, row)).told]
 
@@ -127,7 +127,7 @@ class Section:
                 if quality and len(self.found.qualities) > 1
                 else ""
             )
-            about = f"{share(labeled)} of the documents labelled{wrong}" if len(labels) > 1 else ""
+            about = f"{share(labeled)} of the documents labeled{wrong}" if len(labels) > 1 else ""
             order = in_order(found.methods)
             rows = sorted(found.results.values(), key=lambda result: order.index(result.condition.method))
             groups.append(Group(about, rows))
@@ -141,5 +141,5 @@ def _typical(labels: tuple[Quality | None, float | None]) -> tuple[float, ...]:
 
 
 def _looks_at(cell: Mapping[str, Any], quality: Quality | None, labeled: float | None) -> bool:
-    condition = Condition.of(cell)
+    condition = Condition.from_cell(cell)
     return condition.quality is None or (condition.quality, condition.labeled) == (quality, labeled)

@@ -7,28 +7,28 @@ from dataclasses import dataclass, replace
 
 from experiments.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
 from experiments.report.methods import UNDO, card, in_order
-from experiments.report.verdicts import edge, ranged, routed_method
+from experiments.report.verdicts import edge, routed_method
 from routed_peft.evaluation.measures import Crossing
 from routed_peft.report.attacks import Relearning
-from routed_peft.report.page import number, place, share, signed
+from routed_peft.report.numbers import number, place, ranged, share, signed
 
-WAY = {0.5: 0.95, 0.1: 0.9}
-"""Share of labels -> how far the routed model should come."""
-OF_REMOVAL = ("way", "filter", "robust", "alpha", "steps")
+REMOVED = {0.5: 0.95, 0.1: 0.9}
+"""Share of labels -> least share that the routed model should have removed."""
+OF_REMOVAL = ("removed", "filter", "robust", "alpha", "steps")
 """Kinds of targets that say nothing where the base knows no more than the perfect filter, so that nothing can be removed."""
 TAX, ON, ROBUST, PLACEBO, STEPS, RMU, FRESH, SEEDS = 0.05, 0.10, 0.95, 0.10, 0.8, 3.0, 0.7, 3
 
 
 @dataclass(frozen=True)
 class Target:
-    """One thing that was aimed at.
+    """A target and its measurement.
 
     Attributes:
-        kind: which of the goals, in a word.
-        wanted: what.
-        measured: what came out.
+        kind: one word for the goal, such as "removed".
+        wanted: the goal in words.
+        measured: the numbers.
         met: whether it was reached; None where the numbers cannot tell.
-        seeds: on how many it rests.
+        seeds: number of seeds.
         edge: whether our model was attacked best at the lowest or highest learning rate tried, so that another might do more.
     """
 
@@ -41,9 +41,9 @@ class Target:
 
     @property
     def verdict(self) -> str:
-        """Say whether it was met.
+        """Return whether it was met, in words.
 
-        >>> Target("way", "way at least 95 %", "98 %", True, 1).verdict
+        >>> Target("removed", "removed at least 95 %", "98 %", True, 1).verdict
         'met, on 1 seed only'
         >>> Target("robust", "loss above that of the filter", "4.54 ‡ against 3.41", True, 3, edge=True).verdict
         'met ‡'
@@ -55,7 +55,7 @@ class Target:
 
 
 def targets(found: Comparison, shares: Sequence[float] | None = None) -> list[Target]:
-    """Compare an experiment with what was aimed at, as far as it has the numbers; of labels that are least wrong.
+    """Compare an experiment with its targets, as far as it has the numbers; of labels that are least wrong.
 
     Args:
         found: the experiment; where it has routed models in variants alone, the first of these is looked at.
@@ -75,7 +75,7 @@ def _if_removable(found: Comparison, told: Iterable[Target]) -> list[Target]:
 
 
 def goals(found: Comparison, routed: Result, labeled: float) -> list[Target]:
-    """Compare a routed model with what was aimed at for it.
+    """Compare a routed model with its targets.
 
     Args:
         found: the experiment; filters are looked up at the labels that are least wrong.
@@ -87,17 +87,20 @@ def goals(found: Comparison, routed: Result, labeled: float) -> list[Target]:
 
 def _of_routed(found: Comparison, routed: Result, labeled: float) -> Iterator[Target]:
     where = f"{share(labeled)} of the labels"
-    ends = found.get(BASE) is not None and found.get(ORACLE) is not None  # else there is no way to go
-    if labeled in WAY and ends and routed.condition.quality in (None, (1.0, 1.0)):
-        goal, went = WAY[labeled], routed.way  # None where the base knows no more than the perfect filter
-        wanted = f"{where}: at least {share(goal)} of the way"
-        met, seeds = (went.mean >= goal, went.n) if went else (None, routed.forget.n)
-        yield Target("way", wanted, ranged(went, True, 1), met, seeds)
-    if routed.tax is not None:
-        wanted = f"{where}: tax at most {TAX:.2f} nats at equal tokens"
-        yield Target("tax", wanted, ranged(routed.tax), routed.tax.mean <= TAX, routed.tax.n)
-    if (equal := routed.tax_equal_retain) is not None:
-        wanted = f"{where}: tax at most {TAX:.2f} nats at equal retain text"
+    ends = found.get(BASE) is not None and found.get(ORACLE) is not None  # else nothing can be compared
+    if labeled in REMOVED and ends and routed.condition.quality in (None, (1.0, 1.0)):
+        goal, found_removed = (
+            REMOVED[labeled],
+            routed.removed,
+        )  # None where the base knows no more than the perfect filter
+        wanted = f"{where}: at least {share(goal)} removed"
+        met, seeds = (found_removed.mean >= goal, found_removed.n) if found_removed else (None, routed.forget.n)
+        yield Target("removed", wanted, ranged(found_removed, True, 1), met, seeds)
+    if (tax := routed.retain_tax_same_labels) is not None:
+        wanted = f"{where}: retain tax at most {TAX:.2f} nats against the filter with the same labels, at equal tokens"
+        yield Target("tax", wanted, ranged(tax), tax.mean <= TAX, tax.n)
+    if (equal := routed.retain_tax_equal_retain) is not None:
+        wanted = f"{where}: retain tax at most {TAX:.2f} nats against that filter, at equal retain text"
         yield Target("equal", wanted, ranged(equal), equal.mean <= TAX, equal.n)
     for method, name, least in (
         (FILTER, "the filter with the same labels", 1.0),
@@ -156,8 +159,8 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
         yield from _of_recovery(
             fresh.attacks[attack],
             oracle.attacks[attack],
-            FRESH,
-            f"attack “{attack}”: distilled afresh at least {FRESH:g} × the steps to recover of the perfect filter",
+            least=FRESH,
+            wanted=f"attack “{attack}”: distilled afresh at least {FRESH:g} × the steps to recover of the perfect filter",
         )
 
 
@@ -171,12 +174,12 @@ def _of_steps(found: Comparison) -> Iterator[Target]:
             yield from _of_recovery(
                 routed.attacks[attack],
                 other.attacks[attack],
-                least,
-                f"all labels, attack “{attack}”: at least {least:g} × the steps to recover of {name}",
+                least=least,
+                wanted=f"all labels, attack “{attack}”: at least {least:g} × the steps to recover of {name}",
             )
 
 
-def _of_recovery(own: Relearning, its: Relearning, least: float, wanted: str) -> Iterator[Target]:
+def _of_recovery(own: Relearning, its: Relearning, *, least: float, wanted: str) -> Iterator[Target]:
     """Yield a target on the steps to recover, where both are known."""
     if own.recovery is not None and its.recovery is not None:
         met = told(at_least(own.recovery, least, its.recovery), own, its)

@@ -1,42 +1,15 @@
-"""What an experiment says, in sentences for readers."""
+"""Sentences that say how an experiment came out."""
 
 from __future__ import annotations
 
 from experiments.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
 from experiments.report.methods import base_of, card, in_order
-from routed_peft.evaluation.measures import Spread
 from routed_peft.report.attacks import Relearning
-from routed_peft.report.page import number, share, signed
+from routed_peft.report.numbers import number, ranged, share, signed
 
 ROUTED = "routed"
 RIVALS = ("classifier_filter_balanced", "classifier_filter")
 """Filters that see the same labels and guess the others, the one that forgets most first."""
-
-
-def ranged(value: Spread | None, as_share: bool = False, digits: int | None = None) -> str:
-    """Write a mean with its range over seeds.
-
-    >>> ranged(Spread.of([0.5, 0.7]), as_share=True), ranged(Spread.of([-0.5])), ranged(None)
-    ('60 % (50–70)', '−0.50', '–')
-    """
-    if value is None:
-        return "–"
-    between = ends(value, as_share, digits)
-    return _written(value.mean, as_share, digits) + (f" ({between})" if between else "")
-
-
-def ends(value: Spread, as_share: bool = False, digits: int | None = None) -> str:
-    """Write the lowest and the highest seed; nothing where they do not differ.
-
-    >>> ends(Spread.of([0.5, 0.7]), as_share=True), ends(Spread.of([-0.5, 0.5])), ends(Spread.of([0.5, 0.501]))
-    ('50–70', '−0.50 to 0.50', '')
-    """
-    low, high = (_written(end, as_share, digits).removesuffix(" %") for end in (value.min, value.max))
-    return "" if low == high else low + (" to " if low.startswith("−") else "–") + high
-
-
-def _written(value: float, as_share: bool, digits: int | None) -> str:
-    return share(value, digits or 0) if as_share else number(value, 2 if digits is None else digits)
 
 
 def edge(attack: Relearning) -> str:
@@ -45,7 +18,7 @@ def edge(attack: Relearning) -> str:
 
 
 def sentences(found: Comparison) -> list[str]:
-    """Say what came out, a sentence or two for every share of labels; of labels that are least wrong.
+    """Return the result in words: a sentence or two for every share of labels, of labels that are least wrong.
 
     Args:
         found: the experiment.
@@ -61,14 +34,16 @@ def sentences(found: Comparison) -> list[str]:
     if result:
         return result
     best = max(
-        (r for r in found.results.values() if r.way is not None and r.condition.method not in (BASE, ORACLE)),
-        key=lambda r: r.way.mean if r.way else 0.0,
+        (r for r in found.results.values() if r.removed is not None and r.condition.method not in (BASE, ORACLE)),
+        key=lambda r: r.removed.mean if r.removed else 0.0,
         default=None,
     )
     if best is None:
         return ["No comparison can be made yet: no routing and the perfect filter are needed, on one seed at least."]
     name = card(best.condition.method).name
-    return [f"No routed model is among the finished cells. The furthest of the others is “{name}”: {_way(best)}."]
+    return [
+        f"No routed model is among the finished cells. Of the others “{name}” removed most, {ranged(best.removed, True)}."
+    ]
 
 
 def _sentence(found: Comparison, labeled: float) -> str:
@@ -79,39 +54,37 @@ def _sentence(found: Comparison, labeled: float) -> str:
     assert routed is not None
     beside = {"filter with the same labels": at(FILTER)}
     beside |= {} if rival is None else {card(rival.condition.method).name: rival}
-    ways = "; ".join(f"{name}: {ranged(r.way, True)}" for name, r in beside.items() if r is not None and r.way)
-    text = f"With {share(labeled)} of the labels, routing and ablating went {_way(routed)}"
-    text += (f" ({ways})." if ways else ".") + _prices(routed, rival)
+    others = "; ".join(
+        f"{name}: {ranged(r.removed, True)}" for name, r in beside.items() if r is not None and r.removed
+    )
+    text = f"With {share(labeled)} of the labels, routing and ablating removed {ranged(routed.removed, True)}"
+    text += (f" ({others})." if others else ".") + _prices(routed, rival)
     worst = routed.worst
     if worst is not None and worst.attacked:
-        others = {"filter": at(FILTER), "classifier": rival, "perfect filter": at(ORACLE)}
-        after = [f"{name}: {_after(r.worst)}" for name, r in others.items() if r is not None and r.worst]
+        attacked = {"filter": at(FILTER), "classifier": rival, "perfect filter": at(ORACLE)}
+        after = [f"{name}: {_after(r.worst)}" for name, r in attacked.items() if r is not None and r.worst]
         text += f" After the worst attack the forget loss is {_after(worst)}"
         text += f" ({'; '.join(after)})." if after else "."
     return text
 
 
 def _prices(routed: Result, rival: Result | None) -> str:
-    """Say what routing costs in retain loss against each filter, and what the rival does."""
+    """Return the retain tax of routing against each filter, and that of the rival."""
 
     def price(name: str, words: str = "") -> str:
         own, other = getattr(routed, name), rival and getattr(rival, name)
         return f"{signed(own.mean)} nats per token{words}" + (f" (classifier: {signed(other.mean)})" if other else "")
 
-    taxes = {"tax": " at equal tokens in all", "tax_equal_retain": " at equal retain text"}
+    taxes = {"retain_tax_same_labels": " at equal tokens in all", "retain_tax_equal_retain": " at equal retain text"}
     told = [price(name, where) for name, where in taxes.items() if getattr(routed, name)]
-    text = f" Its tax against the filter with the same labels is {' and '.join(told)}." if told else ""
-    if routed.tax_perfect:
-        text += f" Its retain loss less the perfect filter’s is {price('tax_perfect')}."
+    text = f" Its retain tax against the filter with the same labels is {' and '.join(told)}." if told else ""
+    if routed.retain_tax:
+        text += f" Its retain tax against the perfect filter is {price('retain_tax')}."
     return text
 
 
 def _after(attack: Relearning) -> str:
     return number(attack.forget[-1].mean) + edge(attack) if attack.attacked else attack.verdict
-
-
-def _way(result: Result) -> str:
-    return f"{ranged(result.way, True)} of the way from no routing to the perfect filter"
 
 
 def routed_method(found: Comparison) -> str:

@@ -45,7 +45,7 @@ def training_panel(axes: Axes, theme: Theme, panel: str, cells: Sequence[Mapping
             if point["scale"] == scale:
                 by_step.setdefault(point["step"], []).append(value_of(panel)(point))
         lines.append(_line(name, style, by_step))
-    draw_lines(axes, theme, lines)
+    draw_lines(axes, theme, lines=lines)
     axes.set(title=PANELS[panel], xlabel="step of GRPO", ylim=(-0.03, 1.03))
 
 
@@ -65,7 +65,7 @@ def scale_panel(axes: Axes, theme: Theme, cells: Sequence[Mapping[str, Any]]) ->
                 by_scale.setdefault(float(scale), []).append(value_of(panel)(rates))
         name = panel if panel == "honest" else f"hacks in {panel}"
         lines.append(_line(name, style, by_scale))
-    draw_lines(axes, theme, lines)
+    draw_lines(axes, theme, lines=lines)
     axes.set(title=PANELS["scale"], xlabel="scale of the region (0: ablated)", ylim=(-0.03, 1.03))
 
 

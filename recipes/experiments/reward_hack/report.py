@@ -18,7 +18,7 @@ from routed_peft.report.drawing import LIGHT, render
 from routed_peft.report.page import environment, picture
 from routed_peft.training import RunDirectory
 
-TEMPLATE = "reward_hack.html.jinja"
+TEMPLATES, TEMPLATE = Path(__file__).parent / "templates", "reward_hack.html.jinja"
 CAPTIONS = {
     "B": "Share of completions with the hack, on validation prompts; mean over seeds, and their range.",
     "C": "The same hack where no detector looks, with the same lines.",
@@ -38,8 +38,8 @@ def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: Se
         file: where to; written last.
     """
     panels = draws(summary["cells"])
-    write_bytes(file.with_name("curves.png"), render(list(panels.values()), LIGHT, "png"))
-    page = environment()
+    write_bytes(file.with_name("curves.png"), render(list(panels.values()), LIGHT, format="png"))
+    page = environment(TEMPLATES)
     page.filters["mean_range"] = mean_range
     scales = [cell["chosen_scale"] for cell in summary["cells"] if cell["arm"] == MAIN]
     content = page.get_template(TEMPLATE).render(

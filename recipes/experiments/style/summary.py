@@ -11,12 +11,12 @@ from rich.table import Table
 from experiments.common.criteria import check
 from experiments.style.arms import ARMS, LABELS, MAIN
 from experiments.style.task import SEEN, TEMPLATES
-from routed_peft.evaluation.measures import tax, way
+from routed_peft.evaluation.measures import removed, retain_tax
 
 Cells = Sequence[Mapping[str, Any]]
-COLUMNS = ("rate seen", "rate unseen", "way seen", "way unseen", "plain", "tax")
-LEARNT, LEFT, WAY, TAX = 0.02, 0.01, 0.9, 0.05
-"""Limits: style in samples with the region on, at least, and ablated, at most; way, at least; tax, at most."""
+COLUMNS = ("rate seen", "rate unseen", "removed seen", "removed unseen", "plain", "retain tax")
+LEARNT, LEFT, REMOVED, TAX = 0.02, 0.01, 0.9, 0.05
+"""Limits: style in samples with the region on, at least, and ablated, at most; removed, at least; retain tax, at most."""
 
 UNSEEN = next(name for name in TEMPLATES if name != SEEN)
 
@@ -58,16 +58,16 @@ def column(cells: Cells, arm: str, labels: str | None, scale: str, name: str, wh
     context = SEEN if where == "seen" else UNSEEN
     if kind == "rate":
         return {seed: end["rate"][context] for seed, end in mine.items()}
-    if kind == "way":
+    if kind == "removed":
         none, perfect = ends("none", None, "1"), ends("perfect_filter", None, "1")
         both = none.keys() & perfect.keys()
         losses = {s: [e["styled"][context] for e in (mine[s], none[s], perfect[s])] for s in mine if s in both}
-        return {seed: way(*three) for seed, three in losses.items()}
+        return {seed: removed(*three) for seed, three in losses.items()}
     plain: Callable[[Any], float] = lambda end: statistics.fmean(end["plain"].values())  # noqa: E731
     if kind == "plain":
         return {seed: plain(end) for seed, end in mine.items()}
     filtered = ends("filter", labels, "1") if labels else {}
-    return {seed: tax(plain(end), plain(filtered[seed])) for seed, end in mine.items() if seed in filtered}
+    return {seed: retain_tax(plain(end), plain(filtered[seed])) for seed, end in mine.items() if seed in filtered}
 
 
 def checks(cells: Cells) -> list[dict[str, Any]]:
@@ -85,8 +85,8 @@ def checks(cells: Cells) -> list[dict[str, Any]]:
         found += [
             check(f"{name}, region on: style in samples", "≥", LEARNT, lower(MAIN, labels, "1", "rate", min)),
             check(f"{name}, ablated: style in samples", "≤", LEFT, lower(MAIN, labels, "0", "rate", max)),
-            check(f"{name}, ablated: way", "≥", WAY, lower(MAIN, labels, "0", "way", min)),
-            check(f"{name}, ablated: tax", "≤", TAX, column(cells, MAIN, labels, "0", "tax")),
+            check(f"{name}, ablated: removed", "≥", REMOVED, lower(MAIN, labels, "0", "removed", min)),
+            check(f"{name}, ablated: retain tax", "≤", TAX, column(cells, MAIN, labels, "0", "retain tax")),
         ]
     return found
 

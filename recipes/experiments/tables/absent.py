@@ -1,4 +1,4 @@
-"""What experiments ask for and their results lack, for the captions of tables."""
+"""Cells that experiments ask for and their results lack, for the captions of tables."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def not_run(report: Report, labels: Sequence[Labels], methods: Collection[str] |
         methods: keys of those that are looked at, with their variants; all by default.
     """
     absent: dict[str, list[str]] = {}
-    cells = [(Condition.of(cell), cell) for cell in report["cells"]]
+    cells = [(Condition.from_cell(cell), cell) for cell in report["cells"]]
     for labeled, recall, precision in labels:
         here = [
             c for kind, c in cells if (kind.labeled, kind.quality) in ((None, None), (labeled, (recall, precision)))

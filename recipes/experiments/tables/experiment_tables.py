@@ -1,4 +1,4 @@
-"""The tables of experiments (`recipes/experiment.py`): methods side by side, over labels and seeds."""
+"""Tables of experiments (`recipes/experiment.py`): methods side by side, over labels and seeds."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from experiments.report.caveats import teaches_facts
 from experiments.report.costs import costs
 from experiments.report.methods import base_of, card, in_order, variant_name
 from experiments.report.targets import targets
-from experiments.report.verdicts import edge, ranged
+from experiments.report.verdicts import edge
 from experiments.tables.absent import Labels, Report, lacking
 from routed_peft.data import FORGET
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
-from routed_peft.report.page import part, place
+from routed_peft.report.numbers import part, place, ranged
 
 NONE = "–"
-RELEARNED, EQUAL, COST, PENALTY = "… relearned", "… equal retain text", "cost", "penalty"
+REMOVED, RELEARNED, COMPUTE, PENALTY = "removed", "relearned", "compute", "penalty"
+SAME_LABELS, EQUAL, PERFECT = "retain tax, same labels", "… equal retain text", "… perfect filter"
+"""Columns. The retain tax names the filter that it is taken against."""
 
 
 def losses(
     report: Report,
     command: str,
+    *,
     labels: Sequence[Labels],
     methods: Collection[str] | None = None,
     name_all: bool = False,
 ) -> str:
-    """Losses, way, tax and cost of methods over seeds, at one kind of labels or more, of those that most seeds have.
+    """Return a table of methods over seeds, at one kind of labels or more, of those that most seeds have.
 
     Args:
         report: the experiment.
@@ -55,23 +58,24 @@ def losses(
         "forget loss": lambda r: ranged(r.forget),
         RELEARNED: lambda r: relearned(r, report, count),
         "retain loss": lambda r: ranged(r.retain),
-        "way": lambda r: ranged(r.way, as_share=True),
-        "tax": lambda r: ranged(r.tax),
-        EQUAL: lambda r: ranged(r.tax_equal_retain),
-        COST: lambda r: f"{paid.mean:.2f}" if (paid := costs(whole, r).compute) else NONE,
+        REMOVED: lambda r: ranged(r.removed, as_share=True),
+        SAME_LABELS: lambda r: ranged(r.retain_tax_same_labels),
+        EQUAL: lambda r: ranged(r.retain_tax_equal_retain),
+        COMPUTE: lambda r: f"{paid.mean:.2f}" if (paid := costs(whole, r).compute) else NONE,
         PENALTY: lambda r: part(costs(whole, r).penalty),
     }
     rows = [[write(result) for write in columns.values()] for result in results]
     kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
     names = [list(columns)[i] for i in kept]
     absent = lacking(report) if name_all else lacking(report, [kind for kind, _ in found], methods)
-    said = [*caption(report, found, results, names, count), *absent, f"From `{command}`."]
+    said = [*caption(report, found, results=results, names=names, count=count), *absent, f"From `{command}`."]
     return written(names, [[row[i] for i in kept] for row in rows], said)
 
 
 def caption(
     report: Report,
     found: Sequence[tuple[Labels, Comparison]],
+    *,
     results: Sequence[Result],
     names: Collection[str],
     count: int,
@@ -95,7 +99,7 @@ def caption(
 
 
 def recovery(report: Report, command: str) -> str:
-    """Steps until an attacker has back what the model that was never unlearnt knows, with all labels."""
+    """Return a table of the steps until an attacker has the knowledge back, with all labels."""
     found = aggregate(report["cells"])
     (name,), steps = report["experiment"]["attacks"], report["experiment"]["attack_steps"]
     rows = []
@@ -164,7 +168,7 @@ def title(result: Result, report: Report) -> str:
 
 
 def strength(report: Report, counted: bool = True) -> str:
-    """Say what attackers have: documents, how many of them where they are ``counted``, steps and learning rates."""
+    """Describe the attackers: documents, how many of them where they are ``counted``, steps and learning rates."""
     about, attacks = report["experiment"], sorted(report["experiment"]["attacks"], key=lambda name: name != "forget")
     split = "held-out" if about.get("attack_split", "validation") == "validation" else "the training set's"
     count = attacker_documents(report["settings"], about) if counted else None
@@ -200,7 +204,7 @@ def relearned(result: Result, report: Report, seeds: int) -> str:
 
 
 def self_labels(results: Sequence[Result]) -> list[str]:
-    """Say how well the region labelled what had no label, in routed arms."""
+    """Return the sentence on precision and recall of the labels that regions gave, or none."""
     said = []
     for result in results:
         method, _, changes = result.condition.method.partition(":")
@@ -212,7 +216,7 @@ def self_labels(results: Sequence[Result]) -> list[str]:
 
 
 def named(found: Sequence[tuple[Labels, Comparison]], met: bool | None) -> str:
-    """Name the targets that are missed, or that cannot be told (None), with what came out instead."""
+    """Name the targets that are missed, or that cannot be told (None), with the measurements."""
     here: dict[str, dict[str, None]] = {}  # what does not depend on labels comes up with all of them, and is said once
     several = len({labels[1:] for labels, _ in found}) > 1
     for (labeled, recall, precision), comparison in found:

@@ -1,4 +1,4 @@
-"""README's table of all experiments on text: routing and filters, over texts and labels."""
+"""Table of all experiments on text: routing and filters, over texts and labels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from experiments.report.aggregate import BASE, FILTER, ORACLE, Comparison, Condi
 from experiments.report.attackers import attacker_documents
 from experiments.report.costs import costs
 from experiments.report.methods import base_of
-from experiments.report.targets import ON, ROBUST, TAX, WAY, goals
-from experiments.report.verdicts import ranged
+from experiments.report.targets import ON, REMOVED, ROBUST, TAX, goals
 from experiments.tables.absent import Labels, Report, listed, not_run
 from experiments.tables.experiment_tables import (
-    COST,
+    COMPUTE,
     NONE,
+    PERFECT,
     RELEARNED,
+    SAME_LABELS,
     markdown,
     most_seeds,
     relearned,
@@ -23,13 +24,11 @@ from experiments.tables.experiment_tables import (
     title,
 )
 from experiments.tables.tradeoff_tables import region_on
-from routed_peft.report.page import number, share
-
-BEST = "over perfect"
+from routed_peft.report.numbers import number, ranged, share
 
 
 def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Collection[str], commands: str) -> str:
-    """Several experiments in one table: what was removed, stays so, and has cost, over labels.
+    """Return one table of several experiments: removal, robustness and costs, over labels.
 
     Args:
         parts: of each its title, the experiment, and kinds of labels.
@@ -55,25 +54,26 @@ def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Col
         between = [(c, r) for c, r in between if r.condition != Condition(FILTER, 1.0, 1.0, 1.0)]  # the perfect filter
         for comparison, r in (ends[0], *between, ends[1]):
             assert r is not None, "complete seeds have both"
-            row = overview_row(comparison, r, report, count)
+            row = overview_row(comparison, r, report=report, seeds=count)
             rows.setdefault(tuple(row), [name, r.condition.labels, *row])
-    names = ["text", "labels", "method", "forget loss", RELEARNED, "retain loss", "way", "tax", BEST, "region on", COST]
+    names = ["text", "labels", "method", "forget loss", RELEARNED, "retain loss", "removed", SAME_LABELS, PERFECT]
+    names += ["region on", COMPUTE]
     worst = "; ".join(f"of {attack} ({'; '.join(texts)})" for attack, texts in attacks.items())
     about = (
         f"Mean (range) over {' or '.join(map(str, sorted(seeds)))} seeds, nats per token on test text. Relearned: after the "
-        f"worst {worst}. {BEST.capitalize()}: retain loss less the perfect filter’s, which spends all of its tokens on retain "
-        f"text. Region on: forget and retain loss less those of no routing. ✗: a goal missed, that is at least "
-        f"{share(WAY[0.5])} of the way at half of the labels and {share(WAY[0.1])} at a tenth, where they are right, tax at "
-        f"most {TAX:.2f}, relearned at least {ROBUST:.2f} of the perfect filter’s loss, region on at most {ON:.2f} on both "
-        f"sides. From {commands}."
+        f"worst {worst}. Retain tax: retain loss less that of the filter with the same labels, and less that of the perfect "
+        "filter, which spends all of its tokens on retain text. Region on: forget and retain loss less those of no routing. "
+        f"✗: a goal missed, that is at least {share(REMOVED[0.5])} removed at half of the labels and {share(REMOVED[0.1])} "
+        f"at a tenth, where they are right, retain tax at most {TAX:.2f} against the filter with the same labels, relearned "
+        f"at least {ROBUST:.2f} of the perfect filter’s loss, region on at most {ON:.2f} on both sides. From {commands}."
     )
     if absent:
         about += f" Asked for, and not run yet: {listed(absent)}."
     return "\n".join([*markdown(names, list(rows.values())), "", about])
 
 
-def overview_row(found: Comparison, result: Result, report: Report, seeds: int) -> list[str]:
-    """Return what `overview` says of a method, with marks where a routed one misses a goal."""
+def overview_row(found: Comparison, result: Result, *, report: Report, seeds: int) -> list[str]:
+    """Return the cells of `overview` for a method, with marks where a routed one misses a goal."""
     labeled = result.condition.labeled
     ours = base_of(result.condition.method) == "routed" and labeled is not None
     aims = {goal.kind: goal for goal in goals(found, result, labeled)} if ours and labeled else {}
@@ -81,9 +81,9 @@ def overview_row(found: Comparison, result: Result, report: Report, seeds: int) 
     texts = {
         "robust": relearned(result, report, seeds),
         "": ranged(result.retain),
-        "way": ranged(result.way, as_share=True),
-        "tax": ranged(result.tax) if labeled is not None else NONE,
-        "best": ranged(result.tax_perfect) if result.condition.method != ORACLE else NONE,
+        "removed": ranged(result.removed, as_share=True),
+        "tax": ranged(result.retain_tax_same_labels) if labeled is not None else NONE,
+        "best": ranged(result.retain_tax) if result.condition.method != ORACLE else NONE,
         "on": " / ".join(f"{'+' * (one.mean >= 0)}{number(one.mean)}" for one in rises if one) or NONE,
     }
     missed = {kind for kind, goal in aims.items() if goal.met is False}

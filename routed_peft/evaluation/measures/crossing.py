@@ -41,7 +41,7 @@ class Crossing:
         return ("" if self.relation == "=" else f"{self.relation} ") + f"{self.at:.4g}"
 
 
-def crossing(places: Sequence[float], values: Sequence[float], target: float, log: bool = False) -> Crossing:
+def crossing(places: Sequence[float], values: Sequence[float], *, target: float, log: bool = False) -> Crossing:
     r"""Return where falling ``values`` first reach ``target``.
 
     .. math:: x = x_i + (x_{i+1} - x_i) \frac{y_i - t}{y_i - y_{i+1}}
@@ -62,11 +62,11 @@ def crossing(places: Sequence[float], values: Sequence[float], target: float, lo
         ValueError: on unequal lengths, places that do not ascend, or values that are not finite.
 
     Example:
-        >>> crossing([0, 10, 20], [5.0, 4.0, 2.0], 3.0)
+        >>> crossing([0, 10, 20], [5.0, 4.0, 2.0], target=3.0)
         Crossing(at=15.0, relation='=')
-        >>> print(crossing([0, 10, 20], [5.0, 4.0, 2.0], 1.0))
+        >>> print(crossing([0, 10, 20], [5.0, 4.0, 2.0], target=1.0))
         > 20
-        >>> print(crossing([1e6, 1e8], [5.0, 3.0], 4.0, log=True))
+        >>> print(crossing([1e6, 1e8], [5.0, 3.0], target=4.0, log=True))
         1e+07
     """
     if len(places) != len(values) or not len(places) or any(b <= a for a, b in zip(places, places[1:], strict=False)):

@@ -117,10 +117,10 @@ def tokens_of_plain(loss: float, tokens: Sequence[float], losses: Sequence[float
         >>> print(tokens_of_plain(3.5, tokens=[1e6, 2e6, 4e6], losses=[5.0, 4.0, 3.0]))
         2.828e+06
     """
-    return crossing(tokens, losses, loss, log=True)
+    return crossing(tokens, losses, target=loss, log=True)
 
 
-def compute_penalty(loss: float, trained: float, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
+def compute_penalty(loss: float, trained: float, *, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
     r"""Return the share of its training that a model has lost, measured by retain loss.
 
     .. math:: \text{penalty} = 1 - \frac{T_\text{plain}(L)}{T}
@@ -151,7 +151,7 @@ def compute_penalty(loss: float, trained: float, tokens: Sequence[float], losses
     return Crossing(1 - needed.at / trained, _OPPOSITE[needed.relation])
 
 
-def leakage(loss: float, unlabeled: float, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
+def leakage(loss: float, unlabeled: float, *, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
     r"""Return the share of the unlabeled forget data that has taught the ablated model, as SGTM defines it.
 
     .. math:: \text{leakage} = \frac{n(L)}{u}

@@ -122,7 +122,7 @@ def within_utility(retain: Losses, before: float, rise: float = 0.05) -> Losses:
 
 
 def to_recover(
-    places: Sequence[float], envelope: Sequence[float], reference: float, tolerance: float = TOLERANCE
+    places: Sequence[float], envelope: Sequence[float], *, reference: float, tolerance: float = TOLERANCE
 ) -> Crossing:
     r"""Return after how many steps, or tokens, an attacker has the never-unlearned model's forget loss again.
 
@@ -143,11 +143,11 @@ def to_recover(
         >>> to_recover([0, 10, 20], [5.0, 4.0, 3.5], reference=3.0).censored
         True
     """
-    reached = crossing(places, envelope, reference + tolerance)
+    reached = crossing(places, envelope, target=reference + tolerance)
     return Crossing(reached.at) if reached.relation == "<" else reached  # it knew already, before the first step
 
 
-def relearning_area(steps: Sequence[int], envelope: Sequence[float], base: float, oracle: Sequence[float]) -> float:
+def relearning_area(steps: Sequence[int], envelope: Sequence[float], *, base: float, oracle: Sequence[float]) -> float:
     r"""Return the normalised area under the relearning curve: 0 is instant recovery, 1 holds out like the oracle.
 
     .. math:: \text{AURC} = \frac{A(L^*) - L_\text{base}}{A(L_\text{oracle}) - L_\text{base}},\qquad

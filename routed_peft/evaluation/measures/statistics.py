@@ -43,6 +43,7 @@ class Spread:
 def bootstrap(
     sums: Sequence[float] | Tensor,
     counts: Sequence[float] | Tensor,
+    *,
     other: Sequence[float] | Tensor | None = None,
     level: float = 0.95,
     draws: int = 2000,

@@ -69,7 +69,7 @@ def summarize(
         bounds=(low, high),
     )
     attacked = found.verdict == "attack"
-    summarized = _EnvelopeSummary(attack, curves, attacked, start[attack.target], reference)
+    summarized = _EnvelopeSummary(attack, curves, attacked=attacked, before=start[attack.target], reference=reference)
     result: dict[str, Any] = {
         "attack": asdict(attack),
         "target": attack.target,
@@ -84,7 +84,7 @@ def summarize(
         result["useful"] = summarized.entries(found.useful)
     if oracle is not None and reference is not None and attacked and steps[-1] > 0:
         means = [state.case.mean for state in found.states]
-        result["area"] = relearning_area(steps, means, reference, oracle)
+        result["area"] = relearning_area(steps, means, base=reference, oracle=oracle)
     return result | {"curves": [_curve(curve) for curve in curves]}
 
 
@@ -92,7 +92,7 @@ class _EnvelopeSummary:
     """Entries of a summary about states of an envelope: tokens, and recovery where a reference is known."""
 
     def __init__(
-        self, attack: Attack, curves: Sequence[Curve], attacked: bool, before: float, reference: float | None
+        self, attack: Attack, curves: Sequence[Curve], *, attacked: bool, before: float, reference: float | None
     ) -> None:
         self.steps = [point.step for point in curves[0].points]
         # curves that left the numbers stopped early
@@ -108,8 +108,10 @@ class _EnvelopeSummary:
             return {"envelope": envelope}
         means, trained = [state.case.mean for state in states], self.attacked and self.steps[-1] > 0
         recovery = {
-            "steps": to_recover(self.steps, means, self.reference).as_dict() if trained else None,
-            "tokens": to_recover(self.tokens, means, self.reference).as_dict() if trained and self.complete else None,
+            "steps": to_recover(self.steps, means, reference=self.reference).as_dict() if trained else None,
+            "tokens": to_recover(self.tokens, means, reference=self.reference).as_dict()
+            if trained and self.complete
+            else None,
             "share": share_relearned(self.before, means[-1], self.reference) if self.attacked else None,
         }
         return {"envelope": envelope, "recovery": recovery}
