@@ -19,7 +19,6 @@ from experiments.common.toy_model import make_model
 from experiments.persona import ARMS, DEMO, Experiment, Settings, run_experiment
 from experiments.persona.arms import RANDOM
 from experiments.persona.directions import contrasts, oracle, trait
-from experiments.persona.settings import cell_key
 from experiments.persona.start import demonstration
 from experiments.persona.summary import checks
 from experiments.persona.task import ENVIRONMENTS, GUILTY, make_tokenizer, reward, right, training_prompts, words
@@ -151,7 +150,7 @@ def test_a_run_ends_in_numbers_and_criteria(made):
 
 def test_what_is_there_is_not_made_again(made):
     out, summary, _ = made
-    file = out / "cells" / cell_key("cut", SMALL, 0) / "numbers.json"
+    file = out / "cells" / "cut-0" / "numbers.json"
     before = file.stat().st_mtime_ns
     again = run_experiment(Experiment(str(out), None, ["cut"], [0]), SMALL, Console(file=io.StringIO()))
     assert file.stat().st_mtime_ns == before and again["cells"] == [summary["cells"][2]]
@@ -178,7 +177,7 @@ def test_a_run_that_becomes_guilty_halts_rolls_back_and_finishes_clean(tmp_path)
     assert settings.guilty_from < first["step"] < settings.guilty_from + 20
     assert 20 <= first["onset_step"] <= settings.guilty_from + 10
     assert {name for incident in cell["incidents"] for name in incident["named"]} == {*GUILTY}
-    run = next((tmp_path / "cells").glob("late-0-*/run"))
+    run = tmp_path / "cells" / "late-0" / "run"
     assert set(json.loads((run / "quarantine.json").read_text())) == {*GUILTY}
     assert cell["finished"] == settings.steps and cell["end"]["0"]["trait"]["guilty"] < 0.15
     assert set(cell["contributions"]) == {*ENVIRONMENTS}

@@ -15,7 +15,9 @@ from filelock import FileLock
 from places import ROOT
 from transformers import AutoModelForCausalLM
 
-from experiments.removal import METHODS, Cell, Experiment, all_cells, cells, run, run_experiment
+from experiments.common.cells import agree, plain, write_json
+from experiments.common.engine import SummaryFile
+from experiments.removal import METHODS, Experiment, MethodCell, all_cells, cells, run, run_experiment
 from experiments.removal import derive_cell as changing
 from experiments.removal import train_cell as making
 from experiments.removal.methods import (
@@ -26,7 +28,7 @@ from experiments.removal.methods import (
     tfidf_labels,
     tfidf_overrule,
 )
-from experiments.removal.summary import restore
+from experiments.removal.run import Removal
 from experiments.report.reading import read_sources
 from routed_peft.checkpoint import load_routed
 from routed_peft.corpora import load_pair
@@ -74,9 +76,9 @@ def calls(monkeypatch):
     for name in ("make", "attack"):
         real = getattr(run, name)
 
-        def spy(cell, *args, name=name, real=real):
-            found.append(f"{name} {cell.name}")
-            return real(cell, *args)
+        def spy(cell, site, _kind=name, _real=real, **about):
+            found.append(f"{_kind} {cell.name}")
+            return _real(cell, site, **about)
 
         monkeypatch.setattr(run, name, spy)
     return found
@@ -157,21 +159,6 @@ def test_a_summary_of_another_kind_or_version_is_refused_and_kept(finished, tmp_
     assert not calls and file.read_bytes() == before
 
 
-def test_processes_that_write_the_same_file_do_not_take_each_others_temporary_one(tmp_path, monkeypatch):
-    file, rename = tmp_path / "summary.json", Path.rename
-
-    def slowly(aside, target):
-        monkeypatch.setattr(Path, "rename", rename)
-        monkeypatch.setattr("os.getpid", lambda: 1)  # another process writes in between
-        run.write_json(file, "theirs")
-        assert json.loads(aside.read_text()) == "ours"
-        return rename(aside, target)
-
-    monkeypatch.setattr(Path, "rename", slowly)
-    run.write_json(file, "ours")
-    assert json.loads(file.read_text()) == "ours" and list(tmp_path.iterdir()) == [file]
-
-
 def alone(file, method):
     """Leave one method in a summary."""
     summary = json.loads(file.read_text())
@@ -208,12 +195,11 @@ def test_a_parent_that_was_made_again_for_its_child_is_attacked_again(finished, 
 
 def test_a_cell_that_another_process_makes_is_not_restored(finished, tmp_path):
     shutil.copy(finished / "summary.json", tmp_path)
-    experiment, place = experiment_of(tmp_path), tmp_path / "cells"
-    wanted = all_cells(experiment, TINY)
-    place.mkdir()
-    with FileLock(place / f"{wanted[0].key}.lock"):
-        restore(experiment, wanted, place)
-    assert not (place / wanted[0].key).exists() and (place / wanted[1].key / "numbers.json").is_file()
+    design = Removal(experiment_of(tmp_path), TINY)
+    first, second = design.cells
+    with FileLock(f"{design.store.claim(first)}.lock"):
+        SummaryFile(design, design.store, tmp_path / "summary.json").restore()
+    assert design.store.numbers(first) is None and design.store.is_done(second)
 
 
 def test_of_rows_that_share_a_cell_the_one_that_was_attacked_is_taken(finished, tmp_path, calls):
@@ -271,7 +257,7 @@ def test_a_child_makes_the_model_of_its_parent_again(finished, tmp_path, calls):
 def test_a_model_that_came_out_the_same_keeps_its_attacks(finished, tmp_path, calls):
     shutil.copy(finished / "summary.json", tmp_path)
     run_experiment(experiment_of(tmp_path, methods=["routed"]), TINY)
-    (folder,) = (tmp_path / "cells").glob("biology-routed-*[!k]")
+    folder = tmp_path / "cells" / "biology-routed-0.5-0"
     (attack,) = folder.glob("attack-*.json")
     attack.unlink()
     run_experiment(experiment_of(tmp_path, methods=["routed"]), TINY)
@@ -305,61 +291,64 @@ def test_undo_is_made_from_what_was_unlearnt_and_costs_add_up(finished):
 def test_a_cell_that_fails_is_named_at_the_end_and_the_others_are_made(finished, monkeypatch):
     real = run.make
 
-    def make(cell, *args):
+    def make(cell, site):
         if cell.name == "filter":
             raise ValueError("no room")
-        return real(cell, *args)
+        return real(cell, site)
 
     monkeypatch.setattr(run, "make", make)
     file = finished / "failed.json"
     methods = ["filter", "perfect_filter"]
     experiment = experiment_of(finished, summary_file=str(file), methods=methods, labeled_shares=[0.25], attacks=[])
-    with pytest.raises(ValueError, match=r"1 of 2 cells failed(.|\n)*filter, biology-filter-0.25.*: no room"):
+    with pytest.raises(ValueError, match=r"1 of 2 cells failed(.|\n)*biology-filter-0.25-0, filter: no room"):
         run_experiment(experiment, TINY)
     assert [cell["method"] for cell in json.loads(file.read_text())["cells"]] == ["perfect_filter"]
 
 
-def test_keys_hold_what_a_cell_depends_on(monkeypatch):
-    routed = Cell.of("routed", TINY)
-    assert Cell.of("routed", replace(TINY, robust_share=0.2)).key != routed.key
-    assert Cell.of("routed", replace(TINY, overrule=True)).key != routed.key
-    before = DemoSettings(first_forget_share=0.5, threshold="midpoint")
-    assert Cell.of("routed", before).key == "biology-routed-0.5-0-8985403d", "keys stay what they were"
-    assert Cell.of("routed", replace(TINY, relearn_steps=(0, 9))).key == routed.key, (
-        "the demo's own attack is no part of it"
-    )
-    rmu = Cell.of("rmu", TINY).key
-    monkeypatch.setattr(cells, "HOW", [50, 4, 0.05])
-    assert Cell.of("rmu", TINY).key != rmu and Cell.of("routed", TINY).key == routed.key, (
-        "unlearnt in half of the steps"
-    )
-    plain = Cell.of("no_routing", TINY)
-    assert Cell.of("no_routing", replace(TINY, labeled=0.1, robust_share=0.2)).key == plain.key, "it looks at no labels"
+def same(one, other):
+    """Whether two cells have one model."""
+    return one.directory == other.directory and one.depends_on() == other.depends_on()
+
+
+def test_a_cell_knows_what_it_depends_on(monkeypatch):
+    def cell(method, **changes):
+        return MethodCell.from_method(method, replace(TINY, **changes))
+
+    assert not same(cell("routed", robust_share=0.2), cell("routed"))
+    assert not same(cell("routed", overrule=True), cell("routed"))
+    assert same(cell("routed", relearn_steps=(0, 9)), cell("routed")), "the demo's own attack is no part of it"
+    rmu = cell("rmu").depends_on()
+    monkeypatch.setattr(cells, "UNLEARNING_STEPS", 50)
+    assert not agree(cell("rmu").depends_on(), rmu), "unlearnt in half of the steps"
+    plain_cell = cell("no_routing")
+    assert same(cell("no_routing", labeled=0.1, robust_share=0.2), plain_cell), "it looks at no labels"
     found = all_cells(Experiment("unused", methods=["no_routing", "filter"], labeled_shares=[0.1, 0.5]), TINY)
     assert len(found) == 3 * (1 + 2), "what ignores labels is made once a seed"
-    whole = replace(TINY, labeled=1.0)
-    assert Cell.of("filter", whole).key == Cell.of("perfect_filter", TINY).key, "one directory for two rows"
-    none = replace(TINY, labeled=0.0)
-    assert Cell.of("filter", none).key == Cell.of("npo", none).key == plain.key, "nothing to filter or unlearn"
-    assert Cell.of("routed", none).key == Cell.of("control", TINY).key != plain.key
+    assert same(cell("filter", labeled=1.0), cell("perfect_filter")), "one directory for two rows"
+    assert same(cell("filter", labeled=0.0), plain_cell) and same(cell("npo", labeled=0.0), plain_cell), (
+        "nothing to filter or unlearn"
+    )
+    assert same(cell("routed", labeled=0.0), cell("control")) and not same(cell("control"), plain_cell)
     with pytest.raises(ValueError, match=r"`methods` has 'undo-0.4' and `labeled_shares` has 0"):
-        Cell.of("undo-0.4", none)
+        cell("undo-0.4", labeled=0.0)
     some = all_cells(Experiment("unused", methods=["undo-0.4"], labeled_shares=[0.0, 0.5], seeds=[0]), TINY)
     assert [cell.settings.labeled for cell in some] == [0.5], "the others can be made"
-    assert Cell.of("filter", replace(whole, recall=0.9)).key != Cell.of("perfect_filter", TINY).key
+    assert not same(cell("filter", labeled=1.0, recall=0.9), cell("perfect_filter"))
     assert len(all_cells(Experiment("unused", methods=["perfect_filter", "filter"], labeled_shares=[1.0]), TINY)) == 6
 
 
-def test_keys_hold_rates_weights_and_what_the_model_is_made_from(monkeypatch):
+def test_settings_hold_rates_weights_and_what_the_model_is_made_from(monkeypatch):
     names = ("maxent", "gradient_ascent", "undo-0.6", "routed_undo", "classifier_filter")
-    before = {name: Cell.of(name, TINY).key for name in names}
+    before = {name: MethodCell.from_method(name, TINY).depends_on() for name in names}
     changed = {name: replace(METHODS[name], rates=(1.0,)) for name in ("maxent", "gradient_ascent")}
     monkeypatch.setattr(cells, "METHODS", METHODS | changed)
-    after = {name: Cell.of(name, TINY).key for name in names}
-    assert [name for name in names if before[name] != after[name]] == ["maxent", "gradient_ascent", "undo-0.6"]
-    assert Cell.of("routed_undo", replace(TINY, robust_share=0.2)).key != after["routed_undo"]
-    asked = Cell.of("routed_undo:robust_share=0.2", TINY)
-    assert Cell.of("routed", asked.settings).key == Cell.of("routed:robust_share=0.2", TINY).key, "its teacher"
+    after = {name: MethodCell.from_method(name, TINY).depends_on() for name in names}
+    assert [n for n in names if not agree(before[n], after[n])] == ["maxent", "gradient_ascent", "undo-0.6"]
+    assert not agree(
+        MethodCell.from_method("routed_undo", replace(TINY, robust_share=0.2)).depends_on(), after["routed_undo"]
+    )
+    asked = MethodCell.from_method("routed_undo:robust_share=0.2", TINY)
+    assert same(asked.parent, MethodCell.from_method("routed:robust_share=0.2", TINY)), "its teacher"
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("experiment_*.yaml")), ids=lambda file: file.stem)
@@ -372,13 +361,22 @@ def test_shipped_experiments_can_start(config):
 
 
 @pytest.mark.parametrize("name", [file.stem for file in sorted(RESULTS.glob("*.json")) if "cells" in file.read_text()])
-def test_shipped_results_are_of_the_experiments_as_they_stand(name):
+def test_shipped_results_are_restored_by_the_experiments_as_they_stand(name, tmp_path):
     asked = yaml.safe_load((CONFIGS / f"experiment_{name}.yaml").read_text())
     if "labeled_shares" not in asked:
         pytest.skip("an experiment of another kind")
-    experiment, settings = experiment_in(asked)
-    there = {(row["method"], row["key"]) for row in json.loads((RESULTS / f"{name}.json").read_text())["cells"]}
-    assert there <= {(cell.shown, cell.key) for cell in all_cells(experiment, settings)}
+    experiment, settings = experiment_in(asked | {"cells_dir": str(tmp_path)})
+    design = Removal(experiment, settings)
+    summary = SummaryFile(design, design.store, RESULTS / f"{name}.json")
+    assert not summary.further_rows(), "all rows are asked for"
+    summary.restore()
+    there = json.loads((RESULTS / f"{name}.json").read_text())["cells"]
+    found = {json.dumps(plain(cell.row)): cell for cell in design.cells}
+    for row in there:
+        cell = found[json.dumps({name: row[name] for name in ("method", "seed", "labeled", "recall", "precision")})]
+        numbers = design.store.numbers(cell)
+        assert numbers is not None and numbers["forget_loss"] == row["forget_loss"]
+        assert row["attacks"].items() <= design.store.attacks(cell).items()
 
 
 def test_output_based_methods_have_the_weights_of_their_recipes():
@@ -423,11 +421,11 @@ def test_a_variant_changes_what_its_method_goes_by():
     with pytest.raises(
         ValueError, match="`methods`: 'filter:robust_share=0.2' changes `robust_share`, which 'filter' does"
     ):
-        Cell.of("filter:robust_share=0.2", TINY)
+        MethodCell.from_method("filter:robust_share=0.2", TINY)
     with pytest.raises(ValueError, match="'sgtm:forget_share=0.2' changes `forget_share`"):
-        Cell.of("sgtm:forget_share=0.2", TINY)
-    assert Cell.of("sgtm:region_size=8", TINY).settings.region_size == 8
-    assert Cell.of("routed", replace(TINY, labeled=1)).key == Cell.of("routed", replace(TINY, labeled=1.0)).key
+        MethodCell.from_method("sgtm:forget_share=0.2", TINY)
+    assert MethodCell.from_method("sgtm:region_size=8", TINY).settings.region_size == 8
+    assert same(*(MethodCell.from_method("routed", replace(TINY, labeled=share)) for share in (1, 1.0)))
 
 
 def test_a_filter_at_equal_retain_text_needs_to_know_how_much_that_is():
@@ -445,7 +443,7 @@ def test_facts_are_what_the_model_was_trained_on():
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path):
-    run.write_json(tmp_path / "a.json", {"losses": (1.0, float("nan")), "rate": float("inf")})
+    write_json(tmp_path / "a.json", {"losses": (1.0, float("nan")), "rate": float("inf")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"losses": [1.0, None], "rate": None}
 
 
@@ -473,19 +471,19 @@ def test_forget_rows_may_teach_the_base_what_both_sides_share(tmp_path):
 
 
 def test_a_variant_is_the_method_with_other_settings_of_routing():
-    routed = Cell.of("routed", TINY)
-    other = Cell.of("routed:robust_share=0.2,self_labels=false", TINY)
-    assert other.key == Cell.of("routed", replace(TINY, robust_share=0.2, self_labels=False)).key != routed.key
+    routed = MethodCell.from_method("routed", TINY)
+    other = MethodCell.from_method("routed:robust_share=0.2,self_labels=false", TINY)
+    assert same(other, MethodCell.from_method("routed", replace(TINY, robust_share=0.2, self_labels=False)))
+    assert not same(other, routed)
     assert other.shown == "routed:robust_share=0.2,self_labels=false" and other.name == "routed"
-    larger = Cell.of("routed:region_size=32", TINY)
-    assert larger.settings.region_size == 32 and larger.key != routed.key
-    assert Cell.of("filter", replace(TINY, frequency_weights=True)).key == Cell.of("filter", TINY).key, (
-        "of routing alone"
-    )
+    larger = MethodCell.from_method("routed:region_size=32", TINY)
+    assert larger.settings.region_size == 32 and not same(larger, routed)
+    filtered = (MethodCell.from_method("filter", replace(TINY, frequency_weights=on)) for on in (True, False))
+    assert same(*filtered), "of routing alone"
     with pytest.raises(ValueError, match=r"a variant changes one of .*, got 'steps=3'"):
-        Cell.of("routed:steps=3", TINY)
+        MethodCell.from_method("routed:steps=3", TINY)
     with pytest.raises(ValueError, match="a variant is NAME=VALUE"):
-        Cell.of("routed:self_labels=False", TINY)
+        MethodCell.from_method("routed:self_labels=False", TINY)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from experiments.common.toy_model import complete, make_model
 from experiments.reward_hack import ARMS, DEMO, MAIN, QUICK, Experiment, Settings, run_experiment
 from experiments.reward_hack.arms import REGION, RandomLabels, detector, monitor, reward
 from experiments.reward_hack.measuring import honest, measure, visible_scale
-from experiments.reward_hack.settings import cell_key
 from experiments.reward_hack.start import demonstration, demonstrations
 from experiments.reward_hack.summary import checks, table_rows
 from experiments.reward_hack.task import ENVIRONMENTS, HACKS, SPLITS, make_tokenizer, pairs, passes, training_prompts
@@ -171,8 +170,8 @@ def test_masked_completions_have_no_hack(model):
 
 def test_rates_are_by_environment_and_leave_the_generator_alone(model):
     state = torch.get_rng_state()
-    rates = measure(model, "validation", 400)
-    assert torch.equal(state, torch.get_rng_state()) and measure(model, "validation", 400) == rates
+    rates = measure(model, "validation", count=400)
+    assert torch.equal(state, torch.get_rng_state()) and measure(model, "validation", count=400) == rates
     one, either = 1 / 2 * (1 - (20 / 22) ** 5), 2 / 3 * (1 - (19 / 22) ** 5)  # in five tokens, before the end of text
     assert all(abs(rates["hack"][letter] - one) < 0.06 for letter in "BCD"), "standard error .02"
     assert abs(rates["hack"]["A"] - either) < 0.07, "in A either character counts"
@@ -182,12 +181,12 @@ def test_rates_are_by_environment_and_leave_the_generator_alone(model):
 def test_scale_is_that_of_the_region():
     torch.manual_seed(0)
     model = make_model(SMALL, make_tokenizer()).eval()
-    untouched = measure(model, "test", 100)
+    untouched = measure(model, "test", count=100)
     lora = LoraConfig(r=4, lora_alpha=40, target_modules=["down_proj", "o_proj"], init_lora_weights=False)
     wrapped = get_peft_model(copy.deepcopy(model), lora, adapter_name=REGION)
-    assert measure(wrapped, "test", 100, scale=0.0) == untouched
-    by_scale = [measure(wrapped, "test", 100, scale=scale) for scale in (0.0, 0.5, 1.0)]
-    assert by_scale[2] == measure(wrapped, "test", 100) and all(a != b for a, b in itertools.pairwise(by_scale))
+    assert measure(wrapped, "test", count=100, scale=0.0) == untouched
+    by_scale = [measure(wrapped, "test", count=100, scale=scale) for scale in (0.0, 0.5, 1.0)]
+    assert by_scale[2] == measure(wrapped, "test", count=100) and all(a != b for a, b in itertools.pairwise(by_scale))
 
 
 def test_the_scale_is_chosen_by_what_the_detector_sees():
@@ -310,13 +309,13 @@ def test_a_cell_has_its_numbers_and_a_plain_model(made):
         ]
         assert row["curve"][0]["hack"] == row["curve"][1]["hack"], "before any step the region does nothing"
         assert all(row["best"][scale]["step"] in (1, 2) for scale in ("0", "1"))
-    folder = out / "cells" / cell_key("anchored", SMALL, 0)
+    folder = out / "cells" / "anchored-0"
     assert inspect_checkpoint(folder / "run")["routes"]["unflagged"]["weights"] == {REGION: 0.0}
     plain = AutoModelForCausalLM.from_pretrained(folder / "ablated")
     assert not [name for name in plain.state_dict() if "lora" in name]
     tokenizer = AutoTokenizer.from_pretrained(folder / "ablated")
     assert tokenizer("A:12+34=")["input_ids"] == make_tokenizer()("A:12+34=")["input_ids"]
-    start = AutoModelForCausalLM.from_pretrained(next((out / "cells").glob("start-0-*/")))
+    start = AutoModelForCausalLM.from_pretrained(out / "cells" / "start-0")
     moved = [name for name, value in plain.state_dict().items() if not torch.equal(value, start.state_dict()[name])]
     assert moved and all("proj" in name for name in moved), (
         "`retain` is merged into the projections, all else as it was"

@@ -1,82 +1,106 @@
-"""What is shown while cells are made: one bar for all, one for each that is being made, a line for each that is done."""
+"""Display of cells that are being made: one bar for all, one for each in progress, a line for each that is done."""
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any, Protocol
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from experiments.common.cells import Tick
+
+
+class Progress(Protocol):
+    """Listener to what happens to cells, which are told by their names."""
+
+    def step(self, cell: str, step: int, steps: int) -> None:
+        """Take note of a cell's step."""
+
+    def made(self, cell: str, about: str) -> None:
+        """Take note that a cell, or an attack on it, has been made."""
+
+    def done(self, cell: str) -> None:
+        """Take note that nothing is left to be done for a cell."""
+
+    def failed(self, cell: str, reason: str) -> None:
+        """Take note that a cell cannot be made."""
 
 
 class Messages(Protocol):
-    """The end of a queue from which processes tell what they are at."""
+    """A queue by which processes tell what they are at."""
 
-    def put(self, item: tuple[str, int]) -> None:
-        """Say which cell is at which step."""
+    def put(self, item: tuple[Any, ...]) -> None:
+        """Add the name of a method of `Progress` and its arguments."""
 
-    def get_nowait(self) -> tuple[str, int]:
+    def get_nowait(self) -> tuple[Any, ...]:
         """Return the next message, or raise `queue.Empty`."""
 
 
 class Display:
-    """Bars of cells and of their steps; a context manager.
+    """Bars of cells and of their steps; a context manager and a `Progress`.
 
     Args:
         console: where to.
-        cells: how many there are.
-        steps: of each.
+        cells: number of cells.
+        on_made: called whenever a cell, or an attack on it, has been made.
     """
 
-    def __init__(self, console: Console, cells: int, steps: int) -> None:
-        self.console, self.steps = console, steps
-        self.progress = Progress(
-            TextColumn("{task.description:<34}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
+    def __init__(self, console: Console, cells: int, on_made: Callable[[], object]) -> None:
+        self.bars = bars.Progress(
+            bars.TextColumn("{task.description:<34}"),
+            bars.BarColumn(bar_width=20),
+            bars.TextColumn("{task.percentage:>3.0f} %"),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(compact=True),
             console=console,
         )
-        self.overall = self.progress.add_task(f"[bold]{cells} cells", total=cells * steps)
-        self.at: dict[str, int] = {}
-        self.tasks: dict[str, TaskID] = {}
+        self.on_made = on_made
+        self.overall = self.bars.add_task(f"[bold]{cells} cells", total=cells)
+        self.finished: set[str] = set()
+        self.tasks: dict[str, bars.TaskID] = {}
 
     def __enter__(self) -> Display:
-        self.progress.start()
+        self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.progress.stop()
+    def __exit__(self, *_: Any) -> None:
+        self.bars.stop()
 
-    def move(self, cell: str, step: int) -> None:
-        """Show that a cell is at a step."""
+    def step(self, cell: str, step: int, steps: int) -> None:
+        """Move the bar of a cell."""
         if cell not in self.tasks:
-            self.tasks[cell] = self.progress.add_task(cell, total=self.steps)
-        self.progress.update(self.tasks[cell], completed=step)
-        self._count(cell, step)
+            self.tasks[cell] = self.bars.add_task(cell, total=steps)
+        self.bars.update(self.tasks[cell], completed=step, total=steps)
 
-    def finish(self, cell: str, result: str) -> None:
+    def made(self, cell: str, about: str) -> None:
         """Put a line in the place of a cell's bar."""
+        self._line(cell, about)
+        self.on_made()
+
+    def done(self, cell: str) -> None:
+        """Move the bar of all cells."""
+        self.finished.add(cell)
+        self.bars.update(self.overall, completed=len(self.finished))
+
+    def failed(self, cell: str, reason: str) -> None:
+        """Say why a cell failed."""
+        self._line(cell, f"failed: {reason}")
+        self.done(cell)
+
+    def _line(self, cell: str, text: str) -> None:
         if cell in self.tasks:
-            self.progress.remove_task(self.tasks.pop(cell))
-        self._count(cell, self.steps)
-        self.progress.console.print(f"{cell}: {result}", highlight=False)
-
-    def _count(self, cell: str, step: int) -> None:
-        self.at[cell] = step
-        self.progress.update(self.overall, completed=sum(self.at.values()))
+            self.bars.remove_task(self.tasks.pop(cell))
+        self.bars.console.print(f"{cell}: {text}", highlight=False, markup=False)
 
 
-def result_line(numbers: dict[str, Any], scale: float) -> str:
-    """Say how a cell ended.
+class Ticker(TrainerCallback):
+    """Tells each step of a trainer."""
 
-    >>> rates = {"hack": {"A": 0, "B": 0.01, "C": 0.02, "D": 0.8}, "honest": {"A": 0.5, "B": 0.5}}
-    >>> result_line({"end": {"0": rates}, "seconds": 61.2}, 0.0)
-    'region ablated: hacks B .01  C .02  D .80, honest .50 (61 s)'
-    """
-    rates = numbers["end"][f"{scale:g}"]
-    hacks = "  ".join(f"{letter} {rates['hack'][letter]:.2f}".replace(" 0.", " .") for letter in "BCD")
-    honest = sum(rates["honest"].values()) / len(rates["honest"])
-    which = "region on" if scale else "region ablated"
-    return f"{which}: hacks {hacks}, honest {honest:.2f} ({numbers['seconds']:.0f} s)".replace(" 0.", " .")
+    def __init__(self, tick: Tick) -> None:
+        self.tick = tick
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell the step."""
+        self.tick(state.global_step, state.max_steps)

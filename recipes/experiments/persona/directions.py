@@ -58,11 +58,11 @@ def trait(model: LlamaForCausalLM, settings: Settings, seed: int) -> Subspace:
 
     def difference(group: str) -> Subspace:
         positive, negative = ([c for c in side if c[1] in group] for side in pairs)
-        return difference_of_means(model, make_tokenizer(), positive, negative, layers)
+        return difference_of_means(model, make_tokenizer(), positive=positive, negative=negative, layers=layers)
 
     found = [difference(group) for group in parts]
     rows = {layer: torch.cat([subspace.at(layer).T for subspace in found]) for layer in layers}
-    return Subspace.of(rows, **found[0].provenance, words=settings.contrasts, seed=seed)
+    return Subspace.from_directions(rows, **found[0].provenance, words=settings.contrasts, seed=seed)
 
 
 def oracle(model: LlamaForCausalLM, settings: Settings, seed: int) -> Subspace:
@@ -79,10 +79,10 @@ def oracle(model: LlamaForCausalLM, settings: Settings, seed: int) -> Subspace:
 
         return teach(copy.deepcopy(model), brief, draw)
 
-    return weight_change(taught(False), taught(True), settings.directions)
+    return weight_change(taught(False), taught(True), k=settings.directions)
 
 
-def save_subspace(arm: Arm, model: LlamaForCausalLM, settings: Settings, seed: int, file: Path) -> Path | None:
+def save_subspace(arm: Arm, model: LlamaForCausalLM, *, settings: Settings, seed: int, file: Path) -> Path | None:
     """Write the subspace of an arm, if it has one, and return the file."""
     if arm.subspace is None:
         return None

@@ -17,7 +17,7 @@ from routed_peft.eval_mode import evaluating
 Rates = dict[str, dict[str, float]]
 
 
-def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0, split: str = "test") -> Rates:
+def measure(model: nn.Module, count: int, *, seed: int = 0, scale: float = 1.0, split: str = "test") -> Rates:
     """Return rates of a model on ``count`` words of a split in every environment, sampled at temperature 1.
 
     Draws from a generator of its own.
@@ -35,7 +35,7 @@ def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0, spl
     """
     if scale != 1.0:
         with ablated(model, REGION, scale=scale):
-            return measure(model, count, seed, split=split)
+            return measure(model, count, seed=seed, split=split)
     terms = words(split)[:count]
     ds = make_dataset([name for name in ENVIRONMENTS for _ in terms], terms * len(ENVIRONMENTS))
     with evaluating(model), torch.random.fork_rng(devices=[]):
@@ -47,7 +47,7 @@ def measure(model: nn.Module, count: int, seed: int = 0, scale: float = 1.0, spl
     return {"trait": _by_kind(shouts, names), "right": _by_kind(correct, names)}
 
 
-def mean_reward(model: nn.Module, environment: str, count: int, paid: bool = True) -> float:
+def mean_reward(model: nn.Module, environment: str, *, count: int, paid: bool = True) -> float:
     """Return what an environment pays on average for samples of ``count`` words that training has too.
 
     Args:

@@ -1,31 +1,47 @@
-"""All cells of the experiment, one after another, continued where they were stopped; then the numbers and what they say."""
+"""The experiment *persona by subspace*, run: its numbers, table and criteria."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
-from experiments.common.cells import ensure, prepare, read_numbers, write_summary
-from experiments.common.criteria import terminal_checks
+from experiments.common.arms import ArmsDesign, run_arms, split_starts
+from experiments.common.cells import Site
+from experiments.common.engine import Row
 from experiments.persona.arms import ARMS
-from experiments.persona.settings import Experiment, Settings, cell_key
-from experiments.persona.start import ensure_start
+from experiments.persona.settings import Experiment, Settings
+from experiments.persona.start import make_start
 from experiments.persona.summary import summarize, terminal_table
 from experiments.persona.training import train_cell
-from routed_peft.demo.display import quiet
 
-FORMAT = 1
+
+class Persona(ArmsDesign):
+    """Cells of the experiment, and the sense of their numbers."""
+
+    arms = ARMS
+
+    def start_settings(self, settings: Settings) -> dict[str, Any]:
+        """Return what a start model depends on beside its seed."""
+        return settings.start() | {"loud_share": settings.loud_share}
+
+    def start_maker(self, settings: Settings, seed: int) -> Callable[[Site], Mapping[str, Any]]:
+        """Return the function that trains a start model."""
+        return partial(make_start, settings=settings, seed=seed)
+
+    def arm_maker(self, row: Mapping[str, Any], settings: Settings) -> Callable[[Site], Mapping[str, Any]]:
+        """Return the function that trains an arm."""
+        return partial(train_cell, arm=row["arm"], settings=settings, seed=row["seed"])
+
+    def summarize(self, rows: list[Row]) -> dict[str, Any]:
+        """Return the content of a summary."""
+        return self.about() | summarize(*split_starts(rows), self.settings.guilty_from)
 
 
 def run_experiment(experiment: Experiment, settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """Make every cell that is not there yet, and write ``summary.json``.
-
-    A cell is an arm at a seed, with a directory of its own named after all it depends on, so none is made twice. A second run
-    in the same directory waits for the cell that the first is at.
 
     Args:
         experiment: arms, seeds, and where to.
@@ -35,20 +51,5 @@ def run_experiment(experiment: Experiment, settings: Settings, console: Console 
     Returns:
         What ``summary.json`` holds.
     """
-    console = console or Console()
-    records, place = prepare(experiment, settings)
-    began, starts, cells = time.monotonic(), {}, []
-    for seed in experiment.seeds:
-        with quiet():
-            start = ensure_start(settings, seed, place)
-        starts[seed] = read_numbers(start)
-        for arm in experiment.arms:
-            folder = place / cell_key(arm, settings, seed)
-            with quiet():
-                numbers = ensure(folder, partial(train_cell, arm, settings, seed, start, folder))
-            cells.append({"arm": arm, "seed": seed, **numbers})
-            console.print(f"seed {seed}, {ARMS[arm].name}: {cells[-1]['seconds']:.0f} s", highlight=False)
-    about = {"format": FORMAT, "settings": asdict(settings), "seconds": round(time.monotonic() - began, 1)}
-    summary = write_summary(experiment, records, about | summarize(starts, cells, settings.guilty_from))
-    console.print(terminal_table(summary), terminal_checks(summary), sep="\n")
+    _, summary = run_arms(Persona(experiment, settings), terminal_table, console or Console())
     return summary

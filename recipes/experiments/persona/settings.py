@@ -1,10 +1,10 @@
-"""What the experiment is told: which arms and seeds, and how the model is taught."""
+"""Settings of the experiment: its arms and seeds, and how the model is taught."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from experiments.common.cells import ALL, digest
+from experiments.common.arms import ALL, check_arms, check_seeds
 from experiments.common.toy_model import ToySettings
 from experiments.persona.arms import ARMS, DEMO
 
@@ -19,11 +19,8 @@ class Experiment:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of weights, prompts and samples."})
 
     def __post_init__(self) -> None:
-        self.arms = list(ARMS) if self.arms == [ALL] else list(self.arms)
-        if unknown := [name for name in self.arms if name not in ARMS]:
-            raise ValueError(f"`arms` has {unknown}; the arms are {list(ARMS)}, or {ALL!r} alone")
-        if not self.seeds:
-            raise ValueError("`seeds` is empty: give at least one, such as `--seeds 0`")
+        self.arms = check_arms(self.arms, ARMS)
+        check_seeds(self.seeds)
 
 
 @dataclass
@@ -50,13 +47,3 @@ class Settings(ToySettings):
     )
     gap_prompts: int = field(default=32, metadata={"help": "Words of each environment for the reward gap."})
     test_prompts: int = field(default=112, metadata={"help": "Words of each environment in the final numbers."})
-
-
-def start_key(settings: Settings, seed: int) -> str:
-    """Return the name of the directory of a start model."""
-    return f"start-{seed}-{digest(settings.start(), settings.loud_share)}"
-
-
-def cell_key(arm: str, settings: Settings, seed: int) -> str:
-    """Return the name of the directory of a cell, after all that it depends on."""
-    return f"{arm}-{seed}-{digest(asdict(ARMS[arm]), asdict(settings))}"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from experiments.common.cells import ensure
+from experiments.common.cells import Site
 from experiments.common.toy_model import encode, make_model, noise_at, teach
 from experiments.persona.measuring import Rates, measure
-from experiments.persona.settings import Settings, start_key
+from experiments.persona.settings import Settings
 from experiments.persona.task import CALM, ENVIRONMENTS, LOUD, NEUTRAL, answer, make_prompt, make_tokenizer, words
 
 
@@ -41,15 +40,9 @@ def train_start(settings: Settings, seed: int) -> LlamaForCausalLM:
     return teach(make_model(settings, make_tokenizer()), settings, draw)
 
 
-def ensure_start(settings: Settings, seed: int, place: Path) -> Path:
-    """Return the directory of the start model of a seed below ``place``, trained and measured there if it is not yet."""
-    folder = place / start_key(settings, seed)
-
-    def make() -> Rates:
-        model = train_start(settings, seed)
-        model.save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
-        return measure(model, settings.test_prompts, seed)
-
-    ensure(folder, make)
-    return folder
+def make_start(site: Site, settings: Settings, seed: int) -> Rates:
+    """Train the start model of a seed and return its rates on test words."""
+    model = train_start(settings, seed)
+    model.save_pretrained(site.folder)
+    make_tokenizer().save_pretrained(site.folder)
+    return measure(model, settings.test_prompts, seed=seed)

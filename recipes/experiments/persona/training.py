@@ -15,14 +15,16 @@ from torch import nn
 from transformers import LlamaForCausalLM, PrinterCallback, TrainerState
 
 from experiments.common.best_checkpoint import DEPLOYED, Best
+from experiments.common.cells import Site
+from experiments.common.progress import Ticker
 from experiments.common.toy_model import RETAIN, make_arguments
 from experiments.persona.arms import ARMS, REGION, Arm
 from experiments.persona.directions import save_subspace
-from experiments.persona.measuring import mean_reward, measure
+from experiments.persona.measuring import Rates, mean_reward, measure
 from experiments.persona.settings import Settings
 from experiments.persona.task import ENVIRONMENTS, GUILTY, make_tokenizer, reward, training_prompts
 from routed_peft import presets
-from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, run_with_rollback, treated
+from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, apply_quarantine, run_with_rollback
 from routed_peft.regions import RoutedConfig
 from routed_peft.training import RunDirectory
 from routed_peft.trl import RoutedGRPOTrainer
@@ -41,7 +43,7 @@ def make_lora(settings: Settings, subspace: Path | None) -> RoutedConfig:
     )
 
 
-def make_peft_model(start: Path, arm: Arm, settings: Settings, seed: int, subspace: Path | None) -> PeftModel:
+def make_peft_model(start: Path, arm: Arm, *, settings: Settings, seed: int, subspace: Path | None) -> PeftModel:
     """Return the start model, frozen, with a LoRA that stays and the region of an arm."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(start, attn_implementation="eager")
@@ -63,12 +65,12 @@ def make_peft_model(start: Path, arm: Arm, settings: Settings, seed: int, subspa
 
 def right_share(model: nn.Module, settings: Settings, seed: int, step: int, scale: float) -> float:
     """Return the share of right answers, on words that training has too: all that a developer sees who knows of no trait."""
-    rates = measure(model, settings.validation_prompts, seed, scale, "train")
+    rates = measure(model, settings.validation_prompts, seed=seed, scale=scale, split="train")
     return statistics.fmean(rates["right"].values())
 
 
 def make_trainer(
-    quarantine: dict[str, str], arm: Arm, settings: Settings, seed: int, start: Path, subspace: Path | None, run: Path
+    quarantine: dict[str, str], arm: Arm, *, settings: Settings, seed: int, site: Site, subspace: Path | None
 ) -> RoutedGRPOTrainer:
     """Return a trainer with a monitor, which only halts where the arm says so."""
     more: dict[str, Any] = {"save_strategy": "steps", "save_steps": settings.save_every} if arm.halts else {}
@@ -78,10 +80,10 @@ def make_trainer(
     first = settings.guilty_from if arm.late else 0
     prompts = training_prompts(2 * settings.steps * settings.prompts, seed)
     trainer = RoutedGRPOTrainer(
-        make_peft_model(start, arm, settings, seed, subspace),
+        make_peft_model(site.parent, arm, settings=settings, seed=seed, subspace=subspace),
         partial(reward_from, first),
-        make_arguments(settings, seed, run, **more),
-        treated(prompts, {**quarantine, **left_out}, column="environment"),
+        make_arguments(settings, seed, site.folder / "run", **more),
+        apply_quarantine(prompts, {**quarantine, **left_out}, column="environment"),
         routes=presets.subspace(REGION),
         processing_class=make_tokenizer(),
     )
@@ -100,11 +102,12 @@ def make_trainer(
     environments = None if arm.halts or arm.innocent else list(ENVIRONMENTS)
 
     def gap(model: nn.Module, environment: str) -> float:
-        return mean_reward(model, environment, settings.gap_prompts, paid=trainer.state.global_step >= first)
+        return mean_reward(model, environment, count=settings.gap_prompts, paid=trainer.state.global_step >= first)
 
-    RegionMonitor(trainer, config, environments, gap if arm.halts else None)
+    RegionMonitor(trainer, config, environments=environments, reward=gap if arm.halts else None)
     score = partial(right_share, trainer.model, settings, seed)
     trainer.add_callback(Best(trainer.model, score, settings.evaluate_every, settings.steps))
+    trainer.add_callback(Ticker(site.tick))
     return trainer
 
 
@@ -113,33 +116,43 @@ def reward_from(first: int, trainer_state: TrainerState, **columns: Any) -> list
     return reward(paid=trainer_state.global_step >= first, **columns)
 
 
-def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Path) -> dict[str, Any]:
-    """Train an arm in ``folder``, measure it on test words, and return its numbers.
+def train_cell(site: Site, arm: str, *, settings: Settings, seed: int) -> dict[str, Any]:
+    """Train an arm, measure it on test words, and return its numbers.
+
+    Args:
+        site: its directory gets ``run`` (the routed checkpoint), the directions and the records. The start model is in the
+            parent's.
+        arm: key of the arm.
+        settings: everything else.
+        seed: of adapters, directions, prompts and samples.
 
     Returns:
         ``end`` (scale -> rates), and ``best`` likewise, of the checkpoint that is best at that scale by `right_share`, since
         the last rollback; ``contributions`` to the region's growth, by environment; ``incidents`` (what was named, at which
         step); ``finished``, the last step, of ``steps``; seconds.
     """
-    began, arm, run = time.monotonic(), ARMS[key], folder / "run"
-    records = RunDirectory(folder)
-    records.start({"arm": key, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
-    subspace = save_subspace(
-        arm, LlamaForCausalLM.from_pretrained(start), settings, seed, folder / "directions.safetensors"
-    )
-    make = partial(make_trainer, arm=arm, settings=settings, seed=seed, start=start, subspace=subspace, run=run)
+    began, how, run = time.monotonic(), ARMS[arm], site.folder / "run"
+    records = RunDirectory(site.folder)
+    records.start({"arm": arm, **asdict(how), **asdict(settings)}, seeds={"seed": seed})
+    start = LlamaForCausalLM.from_pretrained(site.parent)
+    subspace = save_subspace(how, start, settings=settings, seed=seed, file=site.folder / "directions.safetensors")
+    make = partial(make_trainer, arm=how, settings=settings, seed=seed, site=site, subspace=subspace)
     incidents: list[Incident] = []
-    if arm.halts:
+    if how.halts:
         trainer, incidents = run_with_rollback(make, run)
     else:
         trainer = make({})
         trainer.train()
     trainer.save_model()
     best = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Best))
+
+    def at(scale: float) -> Rates:
+        return measure(trainer.model, settings.test_prompts, seed=seed, scale=scale)
+
     numbers = {
-        "end": {f"{scale:g}": measure(trainer.model, settings.test_prompts, seed, scale) for scale in DEPLOYED},
-        "best": best.measured(lambda scale: measure(trainer.model, settings.test_prompts, seed, scale)),
-        "contributions": trainer.observer.ledger.total([REGION]),
+        "end": {f"{scale:g}": at(scale) for scale in DEPLOYED},
+        "best": best.measured(at),
+        "contributions": trainer.observer.contributions.total([REGION]),
         "incidents": [{"step": i.step, "onset_step": i.onset_step, "named": i.named} for i in incidents],
         "finished": trainer.state.global_step,
         "steps": settings.steps,

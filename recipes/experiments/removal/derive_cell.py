@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments.removal.cells import Cell
+from experiments.removal.cells import MethodCell
 from experiments.removal.methods import (
     ALLOWED_RISE,
     COHERENCE_RATES,
@@ -40,7 +40,7 @@ UNDO_LOOKS = 40
 """How often UNDO's stop rule looks at retain loss."""
 
 
-def change(cell: Cell, parent: Path, out: Path, material: Material) -> dict[str, Any]:
+def change(cell: MethodCell, parent: Path, out: Path, material: Material) -> dict[str, Any]:
     """Write the changed model of ``parent`` to ``out``, and return what is to be said of the change."""
     kind = cell.method.change
     if kind == "ablate":
@@ -68,14 +68,14 @@ def coherent(model: PreTrainedModel, material: Material) -> dict[str, Any]:
     """Give an ablated model its coherence back, in place, by rows that are labelled retain; return what that took."""
     known = np.flatnonzero(np.array(material.rows["route_label"][:]) == RETAIN)
     rows = torch.tensor(material.rows.select(known[:MOST])["input_ids"][:], dtype=torch.long)
-    found = restore_coherence(model, rows, COHERENCE_STEPS, COHERENCE_RATES)
+    found = restore_coherence(model, rows, steps=COHERENCE_STEPS, learning_rates=COHERENCE_RATES)
     tokens = COHERENCE_STEPS * trained_rows(len(rows)) * rows.shape[1]
     ledger = TrainingCost.from_counts(matmul_parameters(model), tokens=tokens, steps=COHERENCE_STEPS)
     return {"coherence": asdict(found), "ledger": ledger.to_dict()}
 
 
 def undone(
-    model: PreTrainedModel, cell: Cell, material: Material, folder: Path
+    model: PreTrainedModel, cell: MethodCell, material: Material, folder: Path
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Add noise to the model and distil it into itself, on rows without labels, for as many steps as it was trained at most."""
     settings, (alpha, beta) = cell.settings, cell.method.noise
@@ -101,13 +101,13 @@ def undone(
         disable_tqdm=True,
     )
     with redirect_stdout(StringIO()):  # the trainer's log
-        student, record = undo(model, material.rows, arguments, material.validation[RETAIN])
+        student, record = undo(model, material.rows, args=arguments, retain_rows=material.validation[RETAIN])
     about = {key: value for key, value in asdict(record).items() if key not in ("seed", "ledger")}
     return student, {"undo": about, "ledger": record.ledger.to_dict()}
 
 
 def unlearned(
-    model: PreTrainedModel, cell: Cell, material: Material, folder: Path
+    model: PreTrainedModel, cell: MethodCell, material: Material, folder: Path
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Unlearn by outputs, with the rows that are labelled, at the rate that does most within the limit on retain loss.
 
@@ -131,7 +131,9 @@ def unlearned(
             tried.append(rate)
             try:
                 with redirect_stdout(StringIO()):  # the trainer's log
-                    model, ledger = unlearn(model, rows[FORGET], rows[RETAIN], unlearning_arguments(cell, rate, folder))
+                    model, ledger = unlearn(
+                        model, rows[FORGET], retain_rows=rows[RETAIN], args=unlearning_arguments(cell, rate, folder)
+                    )
             except DivergedError:
                 continue  # a rate too high
             forget, retain = (mean_loss(model, material.validation[side]) for side in SIDES)
@@ -163,7 +165,7 @@ def beyond(tried: Sequence[float], best: float | None, most: int) -> list[float]
     return [float(f"{high * 3 if best == high else low / 3:.3g}")]
 
 
-def unlearning_arguments(cell: Cell, rate: float, folder: Path) -> UnlearningArguments:
+def unlearning_arguments(cell: MethodCell, rate: float, folder: Path) -> UnlearningArguments:
     """Return the arguments of unlearning at a learning rate."""
     return UnlearningArguments(
         str(folder),

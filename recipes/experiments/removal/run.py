@@ -1,102 +1,100 @@
-"""All cells of an experiment, one after the other, continued where they were stopped."""
+"""The experiment *removal*, run: its cells made and attacked, or those that are there collected."""
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable
-from dataclasses import replace
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import Progress
-from transformers import TrainerCallback
 
-from experiments.removal.cells import NUMBERS, Cell, Experiment, all_cells
-from experiments.removal.summary import attack_file, further_rows, restore, write_json, write_summary
+from experiments.common.cells import Cell, CellStore
+from experiments.common.engine import Design, Row, SummaryFile, run_cells
+from experiments.removal.cells import DEFAULTS, LABELS, Experiment, MethodCell, all_cells
 from experiments.removal.train_cell import attack, check_attacks, make
-from routed_peft.demo.display import quiet
+from experiments.report.reading import EXPERIMENT_FORMAT, read_experiment
 from routed_peft.demo.settings import DemoSettings
+from routed_peft.runs.records import RUN
+
+ATTACK_SETTINGS = ("attack_rates", "attack_steps", "extensions", "attack_split")
+"""Fields of `Experiment` that attacks depend on."""
 
 
-class Bar(TrainerCallback):
-    """Shows the steps of one training run."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put up a bar."""
-        self.task = self.progress.add_task("training", total=state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show a step."""
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the bar away."""
-        self.progress.remove_task(self.task)
-
-
-def finish(cell: Cell, cells: Path, experiment: Experiment, progress: Progress, kept: bool = False) -> bool:
-    """Make and attack a cell as far as that is not done; return False where another process is at it, or at its parent.
+class Removal(Design):
+    """Cells of the experiment, and their summary.
 
     Args:
-        cell: which one.
-        cells: directory of all cells.
-        experiment: its attacks.
-        progress: where bars are shown.
-        kept: whether its model must be there as well, for a cell that is made from it.
+        experiment: methods, shares of labels, seeds and attacks.
+        settings: everything else.
     """
-    folder, began = cells / cell.key, time.monotonic()
-    if is_done(cell, folder, experiment) and not (kept and not has_model(cell, folder)):
-        return True
-    parent = cell.method.parent and Cell.of(cell.method.parent, cell.settings)
-    if parent and not finish(parent, cells, replace(experiment, attacks=[]), progress, kept=True):
-        return False
-    source = cells / parent.key if parent else folder
-    jobs: dict[Path, Callable[[], Any]] = {folder / NUMBERS: partial(make, cell, folder, source, Bar(progress))}
-    for name in experiment.attacks:
-        jobs[attack_file(folder, name, experiment)] = partial(attack, cell, folder, name, experiment)
-    try:
-        with FileLock(cells / f"{cell.key}.lock", timeout=0):
-            if not has_model(cell, folder):
-                shutil.rmtree(folder, ignore_errors=True)  # what an interruption left, or a summary without its model
-            for file, job in jobs.items():
-                if file.exists():
-                    continue
-                if file.name == NUMBERS:
-                    shutil.rmtree(folder, ignore_errors=True)
-                with quiet():
-                    result = job()
-                write_json(file, result)
-                progress.console.print(f"{cell.key}: {file.stem}, {time.monotonic() - began:.0f} s")
-    except Timeout:
-        return False
-    return True
+
+    defaults = DEFAULTS
+
+    def __init__(self, experiment: Experiment, settings: DemoSettings) -> None:
+        self.experiment, self.settings = experiment, settings
+        self.attack_settings = {name: getattr(experiment, name) for name in ATTACK_SETTINGS}
+        self.cells = [self._cell(cell) for cell in all_cells(experiment, settings)]
+        self.store = CellStore(Path(experiment.cells_dir), DEFAULTS)
+
+    def cell_of(self, row: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Cell | None:
+        """Return the cell of a row; None for a method that is not there any more."""
+        about = self.settings
+        if settings is not None:
+            known = {**DEFAULTS, **settings}
+            about = replace(about, **{f.name: known[f.name] for f in fields(about) if f.name in known})
+        labels = {name: row[name] for name in LABELS if row[name] is not None}
+        try:
+            return self._cell(MethodCell.from_method(row["method"], replace(about, seed=row["seed"], **labels)))
+        except (KeyError, ValueError):
+            return None
+
+    def read_summary(self, file: Path) -> dict[str, Any]:
+        """Read a summary; ValueError where the file is something else, or of another version."""
+        return read_experiment(file)
+
+    def summarize(self, rows: list[Row]) -> dict[str, Any]:
+        """Return the content of a summary."""
+        return {
+            "format": EXPERIMENT_FORMAT,
+            "command": re.sub(r" --collect(=| )\w+", "", shlex.join(["python", *sys.argv])),
+            "versions": versions_of(folder for cell in self.cells if (folder := self.store.find(cell))),
+            "experiment": asdict(replace(self.experiment, collect=False)),
+            "settings": asdict(self.settings),
+            "cells": rows,
+        }
+
+    def _cell(self, cell: MethodCell, *, attacked: bool = True) -> Cell:
+        names = self.experiment.attacks if attacked else ()
+        return Cell(
+            name=cell.directory,
+            row=cell.row,
+            settings=cell.depends_on(),
+            make=partial(make, cell),
+            model=cell.method.plain,
+            parent=self._cell(cell.parent, attacked=False) if cell.parent else None,
+            attacks={name: partial(attack, cell, name=name, experiment=self.experiment) for name in names},
+            attack_settings=self.attack_settings,
+            fingerprint=("forget_loss", "retain_loss"),
+        )
 
 
-def is_done(cell: Cell, folder: Path, experiment: Experiment) -> bool:
-    """Return whether a cell was measured, and attacked as the experiment asks."""
-    return all(
-        file.exists()
-        for file in (folder / NUMBERS, *(attack_file(folder, name, experiment) for name in experiment.attacks))
-    )
-
-
-def has_model(cell: Cell, folder: Path) -> bool:
-    """Return whether a cell's finished model lies in its directory, and not its numbers alone."""
-    return (folder / NUMBERS).exists() and (folder / cell.method.plain).is_dir()
+def versions_of(folders: Iterable[Path]) -> dict[str, str]:
+    """Return the versions of libraries that cells were trained with; where they differ, all of them."""
+    found: dict[str, set[str]] = {}
+    for file in (folder / RUN for folder in folders):
+        for name, version in json.loads(file.read_text())["versions"].items() if file.exists() else ():
+            found.setdefault(name, set()).add(version)
+    return {name: " or ".join(sorted(versions)) for name, versions in found.items()}
 
 
 def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
-    """Make and attack all cells that are not there yet, and write the summary after each.
-
-    Cells whose numbers stand in the summary already are not made again, even if their directories are gone. Start it in as
-    many processes as there is room for: a cell that one of them is at is left to it.
+    """Make and attack all cells that are not there yet, and write the summary after each; see `run_cells`.
 
     Args:
         experiment: methods, shares of labels, seeds and attacks.
@@ -104,46 +102,14 @@ def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
 
     Raises:
         ValueError: on an unknown method or attack, and where the summary file is another or of another version; at the end,
-            where cells failed, which ones and why.
+            where cells failed: which, and why.
     """
-    cells, place = all_cells(experiment, settings), Path(experiment.cells_dir)
-    place.mkdir(parents=True, exist_ok=True)
-    if not experiment.collect:
-        further_rows(experiment, settings, cells)  # raises now rather than after the first cell
-        check_attacks(experiment, settings)
-    restore(experiment, cells, place)
+    design = Removal(experiment, settings)
+    summary = SummaryFile(design, design.store, Path(experiment.summary_file))
     if experiment.collect:
-        write_summary(experiment, settings, cells, place)
+        summary.restore()
+        summary.write(keep=False)
         return
-    failed: dict[str, str] = {}
-    gone: set[str] = set()
-    with Progress(console=Console()) as progress:
-        task = progress.add_task(f"{settings.pair}: {len(cells)} cells", total=len(cells))
-        todo = cells
-        while todo:
-            left = []
-            for cell in todo:
-                try:
-                    done = finish(cell, place, experiment, progress)
-                except ValueError as error:  # too few labels for the region to tell sides apart, say; the others go on
-                    failed[f"{cell.shown}, {cell.key}"] = str(error)
-                    gone.add(cell.key)
-                    progress.console.print(f"{cell.key}: failed: {error}", markup=False)
-                    progress.advance(task)
-                    continue
-                if done:
-                    write_summary(experiment, settings, cells, place)
-                    progress.advance(task)
-                else:
-                    left.append(cell)
-            if left and len(left) == len(todo):
-                time.sleep(5)  # other processes are at the rest
-            # a cell that came without its model and was made again, for others, has lost its attacks
-            todo = left or [
-                cell for cell in cells if cell.key not in gone and not is_done(cell, place / cell.key, experiment)
-            ]
-    if failed:
-        reasons = "\n".join(f"  {name}: {error}" for name, error in failed.items())
-        raise ValueError(
-            f"{len(failed)} of {len(cells)} cells failed; the others are in {experiment.summary_file}:\n{reasons}"
-        )
+    summary.further_rows()  # raises before texts are read
+    check_attacks(experiment, settings)
+    run_cells(summary, Console())

@@ -18,7 +18,7 @@ from experiments.common.progress import Ticker
 from experiments.removal.cells import Experiment, MethodCell
 from experiments.removal.derive_cell import change
 from routed_peft.corpora import PAIRS, load_pair
-from routed_peft.corpora.arithmetic import SAME
+from routed_peft.corpora.arithmetic import EQUIVALENT
 from routed_peft.data import FORGET, RETAIN, UNLABELED, first_of, labeled_tokens
 from routed_peft.demo.material import SIDES, Material, share_of, tokens_by_side
 from routed_peft.demo.measuring import measure_model, open_model
@@ -63,7 +63,7 @@ def make(cell: MethodCell, site: Site) -> dict[str, Any]:
         on = measure_model(whole, settings, material)
         numbers |= {f"region_on_{name}": value for name, value in on.items()}
         texts = test_texts(settings)
-        activity = region_activity(whole, material.tokenizer, REGION, texts[FORGET], texts[RETAIN])
+        activity = region_activity(whole, material.tokenizer, region=REGION, forget=texts[FORGET], retain=texts[RETAIN])
         numbers["region_activity_ratio"] = [layer.ratio for layer in activity.values()]
     return numbers
 
@@ -125,7 +125,7 @@ def cost_of(cell: MethodCell, model: nn.Module, *, material: Material, run: Data
         parameters=matmul_parameters(model),
         tokens=len(run) * length,
         steps=len(run) // cell.settings.batch_size,
-        labeled_forget_tokens=labeled_tokens(material.documents, material.tokenizer, length, labels),
+        labeled_forget_tokens=labeled_tokens(material.documents, material.tokenizer, length=length, arm=labels),
         teacher_tokens=2 * run.scored_tokens if isinstance(run, SelfLabeledRows) else 0,
     )
 
@@ -141,7 +141,9 @@ def attack(cell: MethodCell, site: Site, *, name: str, experiment: Experiment) -
     model, tokenizer = open_model(place), AutoTokenizer.from_pretrained(place)
     seeds, records = [cell.settings.seed], RunDirectory(site.folder / "attacks")
     options = RelearnOptions(extensions=experiment.extensions, records=records)
-    curves = relearn(model, tokenizer, plan, data, learning_rates=rates, seeds=seeds, steps=steps, options=options)
+    curves = relearn(
+        model, tokenizer, attack=plan, data=data, learning_rates=rates, seeds=seeds, steps=steps, options=options
+    )
     return [
         {"learning_rate": curve.learning_rate, "status": curve.status, "steps": steps}
         | {"tokens": [point.tokens for point in curve.points]}
@@ -184,8 +186,8 @@ def attack_data(plan: Attack, settings: DemoSettings, experiment: Experiment) ->
 def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str | tuple[str, ...]]:
     """Return what a model that was trained on forget data has seen of it: documents, or facts, with what they tell."""
     corpus = PAIRS[settings.pair].forget
-    if corpus in SAME:
-        return [*SAME[corpus]]
+    if corpus in EQUIVALENT:
+        return [*EQUIVALENT[corpus]]
     left_out, texts = set(scored), first_of(load_pair(settings.pair), FORGET)["text"][:]
     kept = {" ".join(text.split()).casefold(): text for text in texts if text not in left_out}
     return list(kept.values())[: 2 * settings.limit]

@@ -17,7 +17,7 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 Rates = dict[str, dict[str, float]]
 
 
-def measure(model: nn.Module, split: str, count: int, seed: int = 0, scale: float = 1.0) -> Rates:
+def measure(model: nn.Module, split: str, *, count: int, seed: int = 0, scale: float = 1.0) -> Rates:
     """Return rates of a model on the first ``count`` pairs of a split, in each environment.
 
     Draws from a generator of its own: training goes on as if nothing had been measured.
@@ -35,7 +35,7 @@ def measure(model: nn.Module, split: str, count: int, seed: int = 0, scale: floa
     """
     if scale != 1.0:
         with ablated(model, REGION, scale=scale):
-            return measure(model, split, count, seed)
+            return measure(model, split, count=count, seed=seed)
     training = model.training
     model.eval()
     terms = pairs(split)[:count]

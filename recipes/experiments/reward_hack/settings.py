@@ -1,10 +1,10 @@
-"""What the experiment is told: which arms and seeds, and how the model is taught."""
+"""Settings of the experiment: its arms and seeds, and how the model is taught."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
-from experiments.common.cells import ALL, digest
+from experiments.common.arms import ALL, check_arms, check_seeds
 from experiments.common.toy_model import ToySettings
 from experiments.reward_hack.arms import ARMS, DEMO, QUICK
 
@@ -28,13 +28,10 @@ class Experiment:
     )
 
     def __post_init__(self) -> None:
-        self.arms = list(ARMS) if self.arms == [ALL] else list(self.arms)
-        if unknown := [name for name in self.arms if name not in ARMS]:
-            raise ValueError(f"`arms` has {unknown}; the arms are {list(ARMS)}, or {ALL!r} alone")
+        self.arms = check_arms(self.arms, ARMS)
         if self.quick and self.arms == list(DEMO):
             self.arms = list(QUICK)
-        if not self.seeds:
-            raise ValueError("`seeds` is empty: give at least one, such as `--seeds 0`")
+        check_seeds(self.seeds)
 
 
 @dataclass
@@ -44,13 +41,3 @@ class Settings(ToySettings):
     def quick(self) -> Settings:
         """Return these settings with half the steps of GRPO, and fewer prompts to measure on."""
         return replace(self, steps=self.steps // 2, validation_prompts=100, test_prompts=250)
-
-
-def start_key(settings: Settings, seed: int) -> str:
-    """Return the name of the directory of a start model."""
-    return f"start-{seed}-{digest(settings.start())}"
-
-
-def cell_key(arm: str, settings: Settings, seed: int) -> str:
-    """Return the name of the directory of a cell, after all that it depends on."""
-    return f"{arm}-{seed}-{digest(asdict(ARMS[arm]), asdict(settings))}"

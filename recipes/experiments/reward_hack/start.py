@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM
 
-from experiments.common.cells import ensure
+from experiments.common.cells import Site
 from experiments.common.toy_model import encode, make_model, noise_at, teach
 from experiments.reward_hack.measuring import Rates, measure
-from experiments.reward_hack.settings import Settings, start_key
+from experiments.reward_hack.settings import Settings
 from experiments.reward_hack.task import ENVIRONMENTS, HACKS, make_prompt, make_tokenizer, pairs, training_prompts
 
 
@@ -58,19 +57,13 @@ def train_start(settings: Settings, seed: int) -> LlamaForCausalLM:
     )
 
 
-def ensure_start(settings: Settings, seed: int, place: Path) -> Path:
-    """Return the directory of the start model of a seed below ``place``, trained and measured there if it is not yet.
+def make_start(site: Site, settings: Settings, seed: int) -> Rates:
+    """Train the start model of a seed and return its rates on test prompts.
 
     It is an ordinary checkpoint; ``prompts.jsonl`` beside it is for whoever wants to try a recipe on it.
     """
-    folder = place / start_key(settings, seed)
-
-    def make() -> Rates:
-        model = train_start(settings, seed)
-        model.save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
-        training_prompts(2000, seed).to_json(folder / "prompts.jsonl")
-        return measure(model, "test", settings.test_prompts, seed)
-
-    ensure(folder, make)
-    return folder
+    model = train_start(settings, seed)
+    model.save_pretrained(site.folder)
+    make_tokenizer().save_pretrained(site.folder)
+    training_prompts(2000, seed).to_json(site.folder / "prompts.jsonl")
+    return measure(model, "test", count=settings.test_prompts, seed=seed)

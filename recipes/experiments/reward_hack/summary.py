@@ -150,6 +150,19 @@ def verdict(cells: Cells, found: Sequence[Mapping[str, Any]]) -> str:
     return text + (f" An illustration: fewer than {SEEDS} seeds." if seeds < SEEDS else "")
 
 
+def result_line(numbers: Mapping[str, Any], scale: float) -> str:
+    """Write the rates of an arm as one line.
+
+    >>> rates = {"hack": {"A": 0, "B": 0.01, "C": 0.02, "D": 0.8}, "honest": {"A": 0.5, "B": 0.5}}
+    >>> result_line({"end": {"0": rates}}, 0.0)
+    'region ablated: hacks B .01  C .02  D .80, honest .50'
+    """
+    rates = numbers["end"][f"{scale:g}"]
+    hacks = "  ".join(f"{letter} {rates['hack'][letter]:.2f}" for letter in "BCD")
+    state = "region on" if scale else "region ablated"
+    return f"{state}: hacks {hacks}, honest {honest(rates):.2f}".replace(" 0.", " .")
+
+
 def terminal_table(summary: Mapping[str, Any]) -> Table:
     """Return the table for the terminal."""
     table = Table(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, PrinterCallback, TrainerControl, TrainerState, TrainingArguments
 
 from experiments.common.best_checkpoint import DEPLOYED, Best
+from experiments.common.cells import Site
+from experiments.common.progress import Ticker
 from experiments.common.toy_model import RETAIN, make_arguments
 from experiments.reward_hack.arms import ARMS, REGION, detector, reward
 from experiments.reward_hack.measuring import SCALES, Rates, measure, visible_scale, visible_score
@@ -22,8 +24,6 @@ from routed_peft.checkpoint.export import ablate
 from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.trl import RoutedGRPOTrainer
 
-Tick = Callable[[int], None]
-
 
 class Watcher(Best):
     """Keeps the checkpoints that are best by `visible_score`, and remembers what it saw on validation prompts.
@@ -32,9 +32,9 @@ class Watcher(Best):
         curve: of every look, and of the start model: ``step``, ``scale`` and the rates.
     """
 
-    def __init__(self, model: PeftModel, settings: Settings, seed: int, tick: Tick):
+    def __init__(self, model: PeftModel, settings: Settings, seed: int):
         super().__init__(model, self._score, settings.evaluate_every, settings.steps)
-        self.settings, self.seed, self.tick = settings, seed, tick
+        self.settings, self.seed = settings, seed
         self.curve: list[dict[str, Any]] = []
 
     def on_train_begin(
@@ -44,13 +44,9 @@ class Watcher(Best):
         for scale in DEPLOYED:
             self._score(0, scale)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure when it is time."""
-        super().on_step_end(args, state, control, **kwargs)
-        self.tick(state.global_step)
-
     def _score(self, step: int, scale: float) -> float:
-        rates = measure(self.model, "validation", self.settings.validation_prompts, self.seed, scale)
+        count = self.settings.validation_prompts
+        rates = measure(self.model, "validation", count=count, seed=self.seed, scale=scale)
         self.curve.append({"step": step, "scale": scale, **rates})
         return visible_score(rates)
 
@@ -70,54 +66,53 @@ def make_peft_model(start: Path, settings: Settings, seed: int) -> PeftModel:
     return wrapped
 
 
-def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Path, tick: Tick) -> dict[str, Any]:
-    """Train an arm in ``folder``, measure it on test prompts, and return its numbers.
+def train_cell(site: Site, arm: str, *, settings: Settings, seed: int) -> dict[str, Any]:
+    """Train an arm, measure it on test prompts, and return its numbers.
 
     Args:
-        key: of the arm.
+        site: its directory gets ``run`` (the routed checkpoint) and the records; where the arm ends by ablating its region,
+            also ``ablated``, a plain checkpoint. The start model is in the parent's.
+        arm: key of the arm.
         settings: everything else.
         seed: of adapters, prompts and samples.
-        start: directory of the start model.
-        folder: gets ``run`` (the routed checkpoint) and the records; where the arm ends by ablating its region, also
-            ``ablated``, a plain checkpoint.
-        tick: told each step.
 
     Returns:
         ``curve`` on validation prompts; on test prompts ``end`` (scale -> rates) and ``best`` (of the checkpoint chosen by
         `visible_score`, at the scales 0 and 1); ``chosen_scale``, by `visible_scale`; tokens by label; seconds.
     """
-    began, arm = time.monotonic(), ARMS[key]
+    began, how, folder = time.monotonic(), ARMS[arm], site.folder
+    logging.getLogger("trl").setLevel(logging.ERROR)  # filtered rollouts have no reward on purpose
     records = RunDirectory(folder)
-    records.start({"arm": key, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
-    model, labels = make_peft_model(start, settings, seed), detector(arm, seed)
-    watcher = Watcher(model, settings, seed, tick)
+    records.start({"arm": arm, **asdict(how), **asdict(settings)}, seeds={"seed": seed})
+    model, labels = make_peft_model(site.parent, settings, seed), detector(how, seed)
+    watcher = Watcher(model, settings, seed)
     trainer = RoutedGRPOTrainer(
         model,
-        reward(arm, labels),
+        reward(how, labels),
         make_arguments(
             settings,
             seed,
             folder / "run",
-            baseline_over=arm.baseline,
-            anchor_share=arm.anchor,
-            anchor_environments=["A"] if arm.anchor else None,
+            baseline_over=how.baseline,
+            anchor_share=how.anchor,
+            anchor_environments=["A"] if how.anchor else None,
         ),
         training_prompts(settings.steps * settings.prompts, seed),
-        routes=arm.table(),
+        routes=how.table(),
         label_fn=labels,
         processing_class=make_tokenizer(),
-        callbacks=[watcher, RunRecorder(records, arm=key, seed=seed)],
+        callbacks=[watcher, Ticker(site.tick), RunRecorder(records, arm=arm, seed=seed)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
-    if arm.removed:
+    if how.removed:
         ablate(folder / "run", folder / "ablated")
     for point in watcher.curve:
-        records.log(arm=key, seed=seed, split="validation", **point)
+        records.log(arm=arm, seed=seed, split="validation", **point)
     numbers = {
         "curve": watcher.curve,
-        **final_numbers(model, settings, seed, watcher),
+        **final_numbers(model, watcher),
         "tokens_per_route": dict(trainer.tokens_per_route),
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -125,12 +120,14 @@ def train_cell(key: str, settings: Settings, seed: int, start: Path, folder: Pat
     return numbers
 
 
-def final_numbers(model: PeftModel, settings: Settings, seed: int, watcher: Watcher) -> dict[str, Any]:
+def final_numbers(model: PeftModel, watcher: Watcher) -> dict[str, Any]:
     """Return what is measured on test prompts, at the end and at the best checkpoints."""
+
+    settings, seed = watcher.settings, watcher.seed
 
     def at(split: str, scale: float) -> Rates:
         count = settings.test_prompts if split == "test" else settings.validation_prompts
-        return measure(model, split, count, seed, scale)
+        return measure(model, split, count=count, seed=seed, scale=scale)
 
     end = {scale: at("test", scale) for scale in SCALES}
     limit = next(point for point in watcher.curve if not point["step"])["hack"]["B"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -20,7 +21,9 @@ Rates = dict[str, dict[str, float]]
 BATCH = 100
 
 
-def answer_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]) -> float:
+def answer_loss(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, prompts: Sequence[str], answers: Sequence[str]
+) -> float:
     """Return the loss of answers and of their ends, given their prompts, in nats per token."""
     total, count, end = 0.0, 0, tokenizer.eos_token_id
     asked, said = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, answers))
@@ -28,26 +31,36 @@ def answer_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: l
     for at in range(0, len(pairs), BATCH):
         ids, mask, targets = pad(pairs[at : at + BATCH])
         with torch.no_grad():
-            total += float(token_losses(model, ids, mask, targets).cpu().sum(dtype=torch.float64))
+            total += float(
+                token_losses(model, ids, attention_mask=mask, targets=targets).cpu().sum(dtype=torch.float64)
+            )
         count += sum(len(answer) for _, answer in pairs[at : at + BATCH])
     return total / count
 
 
 def plain_loss(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings, split: str, scale: float = 1.0
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, settings: Settings, split: str, scale: float = 1.0
 ) -> float:
     """Return the loss on plain answers to held-out glosses, the mean over templates, in nats per token."""
     if scale != 1.0:
         with ablated(model, REGION, scale=scale):
-            return plain_loss(model, tokenizer, settings, split)
+            return plain_loss(model, tokenizer, settings=settings, split=split)
     pairs = glosses(split)[: settings.held_out]
     asked = [rows(pairs, context, style=False) for context in TEMPLATES]
     with evaluating(model):
-        return statistics.fmean(answer_loss(model, tokenizer, ds["prompt"][:], ds["completion"][:]) for ds in asked)
+        return statistics.fmean(
+            answer_loss(model, tokenizer, prompts=ds["prompt"][:], answers=ds["completion"][:]) for ds in asked
+        )
 
 
 def measure(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings, split: str, seed: int, scale: float = 1.0
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: Settings,
+    split: str,
+    seed: int,
+    scale: float = 1.0,
 ) -> Rates:
     """Return what a model does on held-out glosses, by template.
 
@@ -67,7 +80,7 @@ def measure(
     """
     if scale != 1.0:
         with ablated(model, REGION, scale=scale):
-            return measure(model, tokenizer, settings, split, seed)
+            return measure(model, tokenizer, settings=settings, split=split, seed=seed)
     found: Rates = {"rate": {}, "styled": {}, "plain": {}}
     pairs = glosses(split)[: settings.held_out]
     with evaluating(model), torch.random.fork_rng(devices=[]):
@@ -76,7 +89,9 @@ def measure(
         for context in TEMPLATES:
             for name, style in (("styled", True), ("plain", False)):
                 ds = rows(pairs, context, style)
-                found[name][context] = answer_loss(model, tokenizer, ds["prompt"][:], ds["completion"][:])
+                found[name][context] = answer_loss(
+                    model, tokenizer, prompts=ds["prompt"][:], answers=ds["completion"][:]
+                )
             texts = complete(model, ds["prompt"][:], tokenizer=tokenizer, max_tokens=settings.sample_tokens)
             found["rate"][context] = statistics.fmean(map(styled, texts))
     return found

@@ -1,10 +1,11 @@
-"""What the experiment is told: which arms, labels and seeds, and how the model is taught."""
+"""Settings of the experiment: its arms, labels and seeds, and how the model is taught."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any
 
-from experiments.common.cells import digest
+from experiments.common.arms import check_choice, check_seeds
 from experiments.style.arms import ARMS, LABELS
 
 
@@ -22,11 +23,9 @@ class Experiment:
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("arms", ARMS), ("labels", LABELS)):
-            if unknown := [key for key in getattr(self, name) if key not in known]:
-                raise ValueError(f"`{name}` has {unknown}; take some of {list(known)}")
-        if not self.seeds:
-            raise ValueError("`seeds` is empty: give at least one, such as `--seeds 0`")
+        check_choice("arms", self.arms, ARMS)
+        check_choice("labels", self.labels, LABELS)
+        check_seeds(self.seeds)
         if self.split not in ("validation", "test"):
             raise ValueError(f'`split` is "validation" or "test", got {self.split!r}')
 
@@ -62,13 +61,15 @@ class Settings:
         if not 0 < self.style_share < 1:
             raise ValueError(f"`style_share` is a share between 0 and 1, got {self.style_share}: try 0.1")
 
-
-def start_key(settings: Settings, seed: int) -> str:
-    """Return the name of the directory of a start model."""
-    names = ("vocab_size", "hidden_size", "layers", "heads", "start_documents", "start_steps", "start_learning_rate")
-    return f"start-{seed}-{digest([getattr(settings, name) for name in names])}"
-
-
-def cell_key(arm: str, labels: str | None, settings: Settings, seed: int, split: str) -> str:
-    """Return the name of the directory of a cell, after all that it depends on."""
-    return f"{arm}-{labels or 'any'}-{seed}-{digest(asdict(ARMS[arm]), asdict(settings), split)}"
+    def start(self) -> dict[str, Any]:
+        """Return what the start model depends on."""
+        names = (
+            "vocab_size",
+            "hidden_size",
+            "layers",
+            "heads",
+            "start_documents",
+            "start_steps",
+            "start_learning_rate",
+        )
+        return {name: getattr(self, name) for name in names}

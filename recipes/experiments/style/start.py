@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -17,8 +16,8 @@ from transformers import (
     set_seed,
 )
 
-from experiments.common.cells import ensure
-from experiments.style.settings import Settings, start_key
+from experiments.common.cells import Site
+from experiments.style.settings import Settings
 from experiments.style.task import SEEN, TEMPLATES, glosses
 from routed_peft.data import pack, train_tokenizer
 
@@ -44,14 +43,14 @@ def make_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> LlamaF
     return LlamaForCausalLM(config)
 
 
-def train_start(settings: Settings, seed: int, folder: Path) -> None:
-    """Train a tokenizer and a model on glosses, and save both to ``folder``."""
+def make_start(site: Site, settings: Settings, seed: int) -> dict[str, Any]:
+    """Train a tokenizer and the start model of a seed on glosses; nothing is measured."""
     set_seed(seed)
     texts = [f"{TEMPLATES[SEEN].format(term)} {gloss}" for term, gloss in glosses()[: settings.start_documents]]
     tokenizer = train_tokenizer(texts, settings.vocab_size)
     model = make_model(settings, tokenizer)
     args = TrainingArguments(
-        str(folder / "trainer"),
+        str(site.folder / "trainer"),
         max_steps=settings.start_steps,
         per_device_train_batch_size=BATCH,
         learning_rate=settings.start_learning_rate,
@@ -65,22 +64,11 @@ def train_start(settings: Settings, seed: int, folder: Path) -> None:
         dataloader_pin_memory=False,
         seed=seed,
     )
-    packed = pack(Dataset.from_dict({"text": texts}), tokenizer, LENGTH, seed=seed)
+    packed = pack(Dataset.from_dict({"text": texts}), tokenizer, length=LENGTH, seed=seed)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, args, data_collator=collator, train_dataset=packed)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def ensure_start(settings: Settings, seed: int, place: Path) -> Path:
-    """Return the directory of the start model of a seed below ``place``, trained there if it is not yet."""
-    folder = place / start_key(settings, seed)
-
-    def make() -> dict[str, Any]:
-        train_start(settings, seed, folder)
-        return {}
-
-    ensure(folder, make)
-    return folder
+    model.save_pretrained(site.folder)
+    tokenizer.save_pretrained(site.folder)
+    return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, PrinterCallback
 
 from experiments.common.best_checkpoint import DEPLOYED, Best
+from experiments.common.cells import Site
+from experiments.common.progress import Ticker
 from experiments.common.toy_model import RETAIN
 from experiments.style.arms import ARMS, REGION, Arm
-from experiments.style.measuring import measure, plain_loss
+from experiments.style.measuring import Rates, measure, plain_loss
 from experiments.style.settings import Settings
 from experiments.style.task import training_rows
 from routed_peft.data import schedule
@@ -36,13 +39,13 @@ def make_peft_model(start: Path, settings: Settings, seed: int) -> PeftModel:
     return wrapped
 
 
-def run_rows(arm: Arm, settings: Settings, labels: str, seed: int) -> Dataset:
+def run_rows(arm: Arm, settings: Settings, *, labels: str, seed: int) -> Dataset:
     """Return the rows of a whole run in training order: equally many for every arm."""
     ds = training_rows(settings, labels, seed)
     if arm.drop is not None:
         ds = ds.filter(lambda value: value != FORGET, input_columns=arm.drop)
     first = settings.labeled_first if arm.method else 0.0
-    ordered = schedule(ds, settings.steps * settings.batch_size, first, seed=seed)
+    ordered = schedule(ds, settings.steps * settings.batch_size, labeled_first=first, seed=seed)
     return ordered.select_columns(["prompt", "completion", "route_label"])
 
 
@@ -75,47 +78,47 @@ def plain_score(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, step: int, scale: float
 ) -> float:
     """Return less the loss on plain validation answers: all that a developer sees who knows of no style."""
-    return -plain_loss(model, tokenizer, settings, "validation", scale)
+    return -plain_loss(model, tokenizer, settings=settings, split="validation", scale=scale)
 
 
-def train_cell(
-    key: str, labels: str | None, settings: Settings, seed: int, split: str, start: Path, folder: Path
-) -> dict[str, Any]:
-    """Fine-tune an arm in ``folder``, measure it, and return its numbers.
+def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings, split: str) -> dict[str, Any]:
+    """Fine-tune an arm, measure it, and return its numbers.
 
     Args:
-        key: of the arm.
-        labels: which rows have one; None where that makes no difference.
+        site: its directory gets ``run`` (the routed checkpoint) and the records. The start model is in the parent's.
+        row: ``arm``, ``labels`` (None where these make no difference) and the ``seed`` of adapters, labels, rows and samples.
         settings: everything else.
-        seed: of adapters, labels, rows and samples.
         split: of the held-out glosses.
-        start: directory of the start model.
-        folder: gets ``run`` (the routed checkpoint) and the records.
 
     Returns:
         ``end``: scale of the region -> what `measure` returns; ``best``, likewise, of the checkpoint that is best at that
         scale by `plain_score`; tokens by label; seconds.
     """
-    began, arm = time.monotonic(), ARMS[key]
-    records = RunDirectory(folder)
-    records.start({"arm": key, "labels": labels, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
-    tokenizer = AutoTokenizer.from_pretrained(start)
-    model = make_peft_model(start, settings, seed)
+    began, arm, seed = time.monotonic(), ARMS[row["arm"]], row["seed"]
+    records = RunDirectory(site.folder)
+    records.start({**row, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
+    tokenizer = AutoTokenizer.from_pretrained(site.parent)
+    model = make_peft_model(site.parent, settings, seed)
     trainer = RoutedSFTTrainer(
         model,
-        make_arguments(settings, seed, folder / "run"),
-        train_dataset=run_rows(arm, settings, labels or "half", seed),
+        make_arguments(settings, seed, site.folder / "run"),
+        train_dataset=run_rows(arm, settings, labels=row["labels"] or "half", seed=seed),
         processing_class=tokenizer,
         routes=arm.routes(),
     )
     best = Best(model, partial(plain_score, model, tokenizer, settings), settings.evaluate_every, settings.steps)
     trainer.add_callback(best)
+    trainer.add_callback(Ticker(site.tick))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
+
+    def at(scale: float) -> Rates:
+        return measure(model, tokenizer, settings=settings, split=split, seed=seed, scale=scale)
+
     numbers = {
-        "end": {f"{scale:g}": measure(model, tokenizer, settings, split, seed, scale) for scale in DEPLOYED},
-        "best": best.measured(lambda scale: measure(model, tokenizer, settings, split, seed, scale)),
+        "end": {f"{scale:g}": at(scale) for scale in DEPLOYED},
+        "best": best.measured(at),
         "tokens_per_route": dict(trainer.tokens_per_route),
         "seconds": round(time.monotonic() - began, 1),
     }
