@@ -27,9 +27,9 @@ from routed_peft.data import (
     evaluation_rows,
     labeled_documents,
     labeled_tokens,
-    of_arm,
     pack,
     schedule,
+    select_arm,
 )
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.runs.begin import begin
@@ -95,7 +95,7 @@ def main() -> None:
 
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args)
-    check_length(model, tokenizer, recipe.length)
+    check_length(model, tokenizer, length=recipe.length)
     held_out = evaluation_rows(recipe, tokenizer)
     check_evaluation(args, held_out)
     trainer = RoutedTrainer(
@@ -107,7 +107,7 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
-    labeled = labeled_tokens(documents, tokenizer, recipe.length, recipe.arm)
+    labeled = labeled_tokens(documents, tokenizer, length=recipe.length, arm=recipe.arm)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     summary = {"method": recipe.method, "arm": recipe.arm, **trainer.run_summary(labeled)}
     trainer.save_model()
@@ -149,12 +149,19 @@ def training_rows(
     recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
     """Return the rows of this run in their order: the same number of tokens in every arm."""
-    rows = pack(of_arm(documents, recipe.arm), tokenizer, recipe.length, seed=args.seed)
+    rows = pack(select_arm(documents, recipe.arm), tokenizer, length=recipe.length, seed=args.seed)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
     args.max_steps = math.ceil(count / per_step)  # all epochs are laid out here, and not to be repeated
     first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)
-    return schedule(rows, count, first, share, args.seed, recipe.first_forget_share)
+    return schedule(
+        rows,
+        count,
+        labeled_first=first,
+        forget_share=share,
+        seed=args.seed,
+        first_forget_share=recipe.first_forget_share,
+    )
 
 
 if __name__ == "__main__":

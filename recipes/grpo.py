@@ -34,10 +34,10 @@ from trl import TrlParser, rewards
 
 from routed_peft import Route, RoutedConfig, ablate, presets
 from routed_peft.data import load_training_file
-from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, run_with_rollback, treated
+from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, apply_quarantine, run_with_rollback
 from routed_peft.monitoring.quarantine import read_quarantine
 from routed_peft.routes import routes_from_dict
-from routed_peft.runs.begin import check_not_begun, checkpoint_of
+from routed_peft.runs.begin import check_not_begun, find_checkpoint
 from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.trl import (
@@ -132,18 +132,18 @@ def main() -> None:
     recipe, args = parser.parse_args_and_config()
     check(recipe)
     args.base_adapters = [BASE_ADAPTER]
+    args.kept_regions = [recipe.region] if recipe.method == "control" else []
     if recipe.method == "subspace":
         args.baseline_over = "group"
     run = RunDirectory(args.output_dir)
     target = run.ablation_target("no" if recipe.method == "control" else recipe.ablate_to)
     going_back = recipe.on_halt != "stop"
-    args.resume_from_checkpoint = checkpoint_of(run.path, args.resume_from_checkpoint, args.world_size)
+    args.resume_from_checkpoint = find_checkpoint(run.path, args.resume_from_checkpoint, args.world_size)
     resume = bool(args.resume_from_checkpoint) or (going_back and any(run.path.glob("checkpoint-*")))
     if not resume:
         check_not_begun(run.path, args.world_size)
     if args.process_index == 0:
-        arm = "none" if recipe.method == "control" else "routed"  # whose adapters belong to it, for attacks
-        config = {"recipe": {**asdict(recipe), "arm": arm}, "training": args.to_dict()}
+        config = {"recipe": asdict(recipe), "training": args.to_dict()}
         run.start(config, {"seed": args.seed, "label_seed": recipe.label_seed}, resume=resume)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
@@ -152,7 +152,7 @@ def main() -> None:
     make = partial(make_trainer, recipe=recipe, args=args, run=run)
     if going_back:
         treat = lambda incident: dict.fromkeys(incident.named, recipe.on_halt)
-        trainer, incidents = run_with_rollback(make, args.output_dir, recipe.max_incidents, treat)
+        trainer, incidents = run_with_rollback(make, args.output_dir, max_incidents=recipe.max_incidents, decide=treat)
     else:
         quarantine = read_quarantine(run.path) if args.resume_from_checkpoint else {}
         trainer = make(quarantine)
@@ -192,7 +192,7 @@ def make_trainer(
         recipe.model_name_or_path,
         [find(name) for name in recipe.reward_funcs],
         args,
-        treated(data, quarantine, label="flagged", column=args.environment_column) if quarantine else data,
+        apply_quarantine(data, quarantine, label="flagged", column=args.environment_column) if quarantine else data,
         eval_dataset=load_training_file(recipe.eval_file, columns=["prompt"]) if recipe.eval_file else None,
         routes=make_routes(recipe),
         label_fn=make_labels(recipe, args, dropped),

@@ -35,9 +35,9 @@ from routed_peft.data import (
     evaluation_rows,
     labeled_documents,
     labeled_tokens,
-    of_arm,
     pack,
     schedule,
+    select_arm,
     token_frequency_weights,
     train_tokenizer,
 )
@@ -145,12 +145,12 @@ def main() -> None:
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args, documents)
     args.kept_regions = kept_regions(recipe, args, model)
-    check_length(model, tokenizer, recipe.length)
+    check_length(model, tokenizer, length=recipe.length)
     held_out = evaluation_rows(recipe, tokenizer)
     check_evaluation(args, held_out)
     routes = make_routes(recipe)
     by = ["route_label"] if recipe.by_document else None  # rows may mix what is labelled alike
-    rows = pack(of_arm(documents, recipe.arm), tokenizer, recipe.length, by, seed=args.seed)
+    rows = pack(select_arm(documents, recipe.arm), tokenizer, length=recipe.length, by=by, seed=args.seed)
     trainer = RoutedTrainer(
         model,
         args,
@@ -160,7 +160,7 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
-    labeled = labeled_tokens(documents, tokenizer, recipe.length, recipe.arm)
+    labeled = labeled_tokens(documents, tokenizer, length=recipe.length, arm=recipe.arm)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     summary = {"method": recipe.method, "arm": recipe.arm, **trainer.run_summary(labeled)}
     trainer.save_model()
@@ -199,18 +199,27 @@ def in_order(
         if not recipe.overrule and UNLABELED not in rows["route_label"][:]:
             logger.warning("`self_labels` finds nothing to do: every row has a label, and `overrule` is off")
         separator = tokenizer.eos_token_id if recipe.by_document else None
-        return SelfLabeledRows(rows, count, SelfLabelConfig.from_settings(recipe), seed=args.seed, separator=separator)
-    run = schedule(rows, count, recipe.labeled_first, recipe.forget_share, args.seed, recipe.first_forget_share)
+        return SelfLabeledRows(
+            rows, count, config=SelfLabelConfig.from_settings(recipe), seed=args.seed, separator=separator
+        )
+    run = schedule(
+        rows,
+        count,
+        labeled_first=recipe.labeled_first,
+        forget_share=recipe.forget_share,
+        seed=args.seed,
+        first_forget_share=recipe.first_forget_share,
+    )
     if not recipe.frequency_weights or recipe.method in PLACEBOS:
         return run
     forget, retain = (
         documents.filter(lambda found, label=label: found == label, input_columns="route_label")
         for label in ("forget", "retain")
     )
-    others = retain if len(retain) else of_arm(documents, "filter")  # unlabelled text has forget text in it
+    others = retain if len(retain) else select_arm(documents, "filter")  # unlabelled text has forget text in it
     knobs = {"bias": recipe.frequency_bias, "retain_count": recipe.frequency_count}
-    w = token_frequency_weights(tokenizer, forget["text"], others["text"], **knobs)
-    return add_frequency_weights(run, w, make_routes(recipe)["forget"].weight("base"))
+    w = token_frequency_weights(tokenizer, forget["text"], retain_texts=others["text"], **knobs)
+    return add_frequency_weights(run, w, base_weight=make_routes(recipe)["forget"].weight("base"))
 
 
 # Model and method
@@ -291,9 +300,9 @@ def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Modul
 def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArguments) -> dict[str, object]:
     """Fine-tune the ablated model of ``src`` a little on labelled retain rows, into a directory beside it."""
     known = rows.filter(lambda label: label == "retain", input_columns="route_label")
-    known = known if len(known) else of_arm(rows, "filter")
+    known = known if len(known) else select_arm(rows, "filter")
     model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32).to(args.device)
-    found = restore_coherence(model, torch.tensor(known["input_ids"][:MOST]), steps)
+    found = restore_coherence(model, torch.tensor(known["input_ids"][:MOST]), steps=steps)
     target = src.with_name(src.name + "-coherent")
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(src).save_pretrained(target)

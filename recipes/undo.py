@@ -60,17 +60,17 @@ def main() -> None:
     args.include_num_input_tokens_seen = "non_padding"
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
-        run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
-    begin(run, recipe, args, ("alpha", "beta", "topk", "tolerance"))
+        run.check_separate(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
+    begin(run, recipe, args=args, own=("alpha", "beta", "topk", "tolerance"))
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
     teacher, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
-    check_length(teacher, tokenizer, recipe.length)
+    check_length(teacher, tokenizer, length=recipe.length)
     rows, held_out = text_rows(recipe, tokenizer), held_out_rows(recipe, tokenizer)
     check_evaluation(args, held_out)
     if RETAIN in held_out:
-        check_held_out(rows, held_out[RETAIN], "text_files", "eval_files")
+        check_held_out(rows, held_out[RETAIN], name="text_files", held_out_name="eval_files")
     student = None
     if recipe.student:
         student, other = open_plain(recipe.student)
@@ -78,8 +78,8 @@ def main() -> None:
     student, record = undo(
         teacher,
         rows,
-        args,
-        held_out.get(RETAIN),
+        args=args,
+        retain_rows=held_out.get(RETAIN),
         student=student,
         eval_dataset=held_out,
         tokenizer=tokenizer,
@@ -87,7 +87,9 @@ def main() -> None:
     )
     losses = {side: mean_loss(student, ds) for side, ds in held_out.items()}
     if args.process_index == 0:
-        content = save_student(student, record, args.output_dir, recipe.model_name_or_path, tokenizer)
+        content = save_student(
+            student, record, out=args.output_dir, source=recipe.model_name_or_path, tokenizer=tokenizer
+        )
         run.finish({**content, "losses": losses})
         print(json.dumps({**content, "losses": losses}, indent=2))
 
@@ -95,7 +97,7 @@ def main() -> None:
 def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return packed rows of unlabelled text."""
     documents = load_texts(recipe.text_files) if recipe.text_files else load_pair(recipe.pair).select_columns("text")
-    return pack(documents, tokenizer, recipe.length, by=[])
+    return pack(documents, tokenizer, length=recipe.length, by=[])
 
 
 def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:

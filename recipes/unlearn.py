@@ -51,21 +51,21 @@ def main() -> None:
     former = read_cost(recipe.model_name_or_path)  # what it says wrong is said now
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
-        run.check_apart(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
-    begin(run, recipe, args, UnlearningArguments.__annotations__)
+        run.check_separate(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
+    begin(run, recipe, args=args, own=UnlearningArguments.__annotations__)
     set_seed(args.seed)
     disable_progress_bars()  # of the preparation of data
 
     model, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
-    check_length(model, tokenizer, recipe.length)
+    check_length(model, tokenizer, length=recipe.length)
     rows, held_out = labeled_rows(recipe, tokenizer), evaluation_rows(recipe, tokenizer)
     check_evaluation(args, held_out)
     before = {side: mean_loss(model, ds) for side, ds in held_out.items()}
     model, ledger = unlearn(
         model,
         rows["forget"],
-        rows.get("retain"),
-        args,
+        retain_rows=rows.get("retain"),
+        args=args,
         eval_dataset=held_out or None,
         tokenizer=tokenizer,
         callbacks=[RunRecorder(run, method=args.method)],
@@ -93,7 +93,7 @@ def labeled_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str
     documents = {side: ds.filter(lambda label, s=side: label == s, input_columns="route_label") for side in SIDES}
     if not len(documents["forget"]):
         raise ValueError(f"no document is labelled forget; the labels are {sorted(set(ds['route_label']))}")
-    rows = {side: pack(part, tokenizer, recipe.length, by=[]) for side, part in documents.items() if len(part)}
+    rows = {side: pack(part, tokenizer, length=recipe.length, by=[]) for side, part in documents.items() if len(part)}
     if recipe.forget_rows is not None:
         rows["forget"] = rows["forget"].select(range(min(recipe.forget_rows, len(rows["forget"]))))
     return rows

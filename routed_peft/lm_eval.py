@@ -1,7 +1,7 @@
 """``python -m routed_peft.lm_eval …``: lm-eval's command line, with regions.
 
-It is lm-eval's own, plus: the PEFT type ``ROUTED`` (for ``--model hf --model_args pretrained=BASE,peft=ADAPTER``), the
-tasks of `routed_peft.tasks`, and a model ``routed`` that loads a run with some of its regions::
+It adds three things: the PEFT type ``ROUTED`` (for ``--model hf --model_args pretrained=BASE,peft=ADAPTER``), the tasks of
+`routed_peft.tasks`, and a model ``routed``, a run with some of its regions::
 
     python -m routed_peft.lm_eval --model routed --model_args pretrained=RUN,regions=none --tasks routed_loss
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import routed_peft.regions  # noqa: F401  (registers the PEFT type)
 from routed_peft.evaluation.lm_eval_model import TextLM
-from routed_peft.evaluation.source import held_out_pair, load_source, parse_regions, read_layout, tokenizer_place
+from routed_peft.evaluation.source import held_out_pair, load_source, open_source, parse_regions, tokenizer_place
 from routed_peft.tasks import path
 from routed_peft.tasks.utils import METADATA
 
@@ -32,7 +32,7 @@ from lm_eval.models.utils_hf import get_dtype  # isort: skip
 from lm_eval.utils import setup_logging  # isort: skip
 
 
-OF_MODEL = {
+MODEL_ARGUMENTS = {
     "backend",
     "truncation",
     "logits_cache",
@@ -48,13 +48,13 @@ OF_MODEL = {
     "enable_thinking",
     "chat_template_args",
 }
-"""Those of lm-eval's own arguments that reach a model which is loaded already."""
+"""Arguments of lm-eval's Hugging Face model that apply to a model which is loaded already."""
 
-HEEDED = OF_MODEL | METADATA | {"regions", "dtype"}
+ACCEPTED = MODEL_ARGUMENTS | METADATA | {"regions", "dtype"}
 
 
 def check_arguments(given: Iterable[str]) -> None:
-    """Raise ValueError on a model argument that ``routed`` would not heed.
+    """Raise ValueError on a model argument that ``routed`` would ignore.
 
     >>> check_arguments(["region"])
     Traceback (most recent call last):
@@ -62,20 +62,20 @@ def check_arguments(given: Iterable[str]) -> None:
     ValueError: the model `routed` has no argument 'region': did you mean 'regions'?
     """
     for name in given:
-        if name not in HEEDED:
-            near = get_close_matches(name, HEEDED, n=1)
+        if name not in ACCEPTED:
+            near = get_close_matches(name, ACCEPTED, n=1)
             raise ValueError(
                 f"the model `routed` has no argument {name!r}: "
-                + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(HEEDED))}")
+                + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(ACCEPTED))}")
             )
 
 
 @register_model("routed")
 class RoutedLM(TextLM):
-    """lm-eval's Hugging Face model, loaded by `load_routed`; ``revision``, ``dtype`` and others mean the same.
+    """lm-eval's Hugging Face model, loaded by `load_routed`. Arguments mean the same as for ``--model hf``.
 
     Raises:
-        ValueError: on an argument that would not be heeded.
+        ValueError: on an argument that would be ignored.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class RoutedLM(TextLM):
         self._loaded, tokenizer = load_source(
             pretrained,
             parse_regions(regions),
-            revision,
-            tokenizer,
+            revision=revision,
+            tokenizer=tokenizer,
             dtype=get_dtype(dtype),
             **({} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}),
         )
-        kwargs = {name: value for name, value in kwargs.items() if name in OF_MODEL}  # tasks read the others
+        kwargs = {name: value for name, value in kwargs.items() if name in MODEL_ARGUMENTS}  # tasks read the others
         super().__init__(pretrained, revision=revision or "main", dtype=dtype, tokenizer=tokenizer, **kwargs)
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
@@ -107,35 +107,35 @@ class RoutedLM(TextLM):
         self._model = self._loaded.to(self.device)
 
 
-def with_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
-    """Add our tasks to parsed arguments, and for the model ``routed`` what a loss per token needs to know of it."""
+def add_packaged_tasks(args: argparse.Namespace) -> argparse.Namespace:
+    """Add this package's tasks to parsed arguments, and for the model ``routed`` the metadata that its losses need."""
     if getattr(args, "command", None) not in ("run", "ls", "validate"):
         return args
     given = {key: value for key, value in vars(args).items() if value is not None}
     if given.get("config"):
         given = EvaluatorConfig.load_yaml_config(given["config"]) | given
-    theirs = given.get("include_path")
-    args.include_path = path() if theirs is None else [path(), theirs]
+    include_path = given.get("include_path")
+    args.include_path = path() if include_path is None else [path(), include_path]
     if given.get("model") == "routed":
         model_args = given.get("model_args", {})
         known: dict[str, Any] = {"special_tokens": False}
-        src, told = model_args.get("pretrained"), given.get("metadata", {})
+        src, metadata = model_args.get("pretrained"), given.get("metadata", {})
         if src:
-            known["pair"] = held_out_pair(src, {**model_args, **told})[0]
+            known["pair"] = held_out_pair(src, {**model_args, **metadata})[0]
         if src and not model_args.get("tokenizer"):
             revision = model_args.get("revision")
-            known["tokenizer"], known["revision"] = tokenizer_place(src, read_layout(src, revision), revision)
-        args.metadata = known | told
+            known["tokenizer"], known["revision"] = tokenizer_place(src, open_source(src, revision), revision)
+        args.metadata = known | metadata
     return args
 
 
 @contextlib.contextmanager
-def only_our_tasks(args: argparse.Namespace) -> Iterator[None]:
-    """Where no other task is asked for, spare the user the 15 seconds in which lm-eval reads its own 14,000 files."""
-    ours = {file.stem for file in Path(path()).glob("*.yaml")} - {"routed_wmdp"}
+def packaged_tasks_only(args: argparse.Namespace) -> Iterator[None]:
+    """Skip lm-eval's 14,000 task files, which take 15 seconds to read, if only packaged tasks are asked for."""
+    packaged = {file.stem for file in Path(path()).glob("*.yaml")} - {"routed_wmdp"}
     tasks = getattr(args, "tasks", None)
     before = lm_eval.tasks.TaskManager
-    if isinstance(tasks, list) and set(tasks) <= ours:
+    if isinstance(tasks, list) and set(tasks) <= packaged:
         lm_eval.tasks.TaskManager = partial(before, include_defaults=False)
     try:
         yield
@@ -147,8 +147,8 @@ def main() -> None:
     """Run lm-eval's command line."""
     setup_logging()
     command = HarnessCLI()
-    args = with_our_tasks(command.parse_args())
-    with only_our_tasks(args):
+    args = add_packaged_tasks(command.parse_args())
+    with packaged_tasks_only(args):
         command.execute(args)
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from routed_peft.ablation import ablated
-from routed_peft.adapters import _outlets
+from routed_peft.adapters import find_outlets
 from routed_peft.checkpoint.fetch import HUB_ARGUMENTS, fetch, hub_arguments
-from routed_peft.checkpoint.layout import Layout
-from routed_peft.checkpoint.load import load_routed
+from routed_peft.checkpoint.load import load_run
+from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.checkpoint.staging import (
     NOTICE_FILES,
     TOKENIZER_FILES,
@@ -32,34 +32,34 @@ from routed_peft.checkpoint.staging import (
 from routed_peft.files import in_use, write_json
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.runs.provenance import versions
-from routed_peft.runs.records import RECORD
+from routed_peft.runs.records import ABLATION
 
-_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit; merging rounds each weight once more
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative to the largest logit: merging rounds once more
 _FLOAT32_TOLERANCE = 1e-5
 _ALLOWED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py")
 
 
 def ablate(src: str | Path, out: str | Path, *, revision: str | None = None, **from_pretrained_kwargs: Any) -> Path:
-    """Write a plain checkpoint of a run, without any region. Base adapters are merged.
+    """Write a plain checkpoint of a run without any region. Base adapters are merged.
 
     The new checkpoint is loaded again before it appears at ``out``, and its logits are compared with those of the run
-    with its regions off: they must be equal, or, where base adapters were merged, equal up to rounding.
-    ``out/ablation.json`` says so, with fingerprints and the SHA-256 of every file. Tokenizer, generation config and
-    licence files come along.
+    with its regions off. They must be equal, or equal up to rounding if base adapters were merged.
+    ``out/ablation.json`` records the comparison, fingerprints and the SHA-256 of every file. Tokenizer, generation
+    config and license files are copied.
 
     Args:
         src: directory or Hub id of a run that `save_routed` wrote.
         out: directory that does not exist or is empty.
         revision: branch, tag or commit of a Hub id.
-        **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub. The dtype is kept as saved.
+        **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub. The dtype stays as saved.
 
     Returns:
         The resolved ``out``.
 
     Raises:
-        ValueError: where ``out`` is not free, or lies in ``src``; whatever `load_routed` finds wrong with ``src``.
-        RuntimeError: where the check fails; nothing is then left at ``out``.
-        OSError: when writing fails; likewise.
+        ValueError: ``out`` is not free or lies in ``src``, or `load_routed` refuses ``src``.
+        RuntimeError: the check failed; nothing is left at ``out``.
+        OSError: writing failed; nothing is left at ``out``.
 
     Example:
         >>> ablate("run", "run")
@@ -73,24 +73,24 @@ def ablate(src: str | Path, out: str | Path, *, revision: str | None = None, **f
 def export(
     src: str | Path,
     out: str | Path,
-    keep: Iterable[str] = (),
     *,
+    keep: Iterable[str] = (),
     scale: float = 1.0,
     revision: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Path:
-    """Write a plain checkpoint of a run with the regions ``keep`` merged and no other; all else as in `ablate`.
+    """Write a plain checkpoint of a run with only the regions ``keep`` merged; otherwise as `ablate`.
 
     Args:
         src: directory or Hub id of a run that `save_routed` wrote.
         out: directory that does not exist or is empty.
         keep: names of regions to merge.
-        scale: what their contribution is multiplied by; see `routed_peft.evaluation.choose_scale`.
+        scale: factor on their contribution; see `routed_peft.evaluation.choose_scale`.
         revision: branch, tag or commit of a Hub id.
         **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub.
 
     Raises:
-        ValueError: as `ablate`, and for a name in ``keep`` that is no region of the run.
+        ValueError: as `ablate`, and for a name in ``keep`` that is not a region of the run.
 
     Example:
         >>> export("run", "run/plain", keep=["bio"])
@@ -98,52 +98,48 @@ def export(
         ...
         ValueError: `out` ... lies inside the source ...: ...
     """
-    target = _free(Path(src).expanduser().resolve(), Path(out).expanduser().resolve())
-    hub = hub_arguments(from_pretrained_kwargs)
-    root, commit = fetch(src, revision, **hub)
-    layout = Layout.read(root, str(src))
+    target = _checked_target(Path(src).expanduser().resolve(), Path(out).expanduser().resolve())
+    run = OpenRun.from_source(src, revision, **hub_arguments(from_pretrained_kwargs))
+    layout = run.layout
     kept = layout.check_regions(keep, "keep")
     if scale != 1.0 and not kept:
         raise ValueError(f"`scale` is {scale}, but no region is kept that it could scale: name some in `keep`")
-    merged = [*layout.base_adapters, *kept]
-    present = [name for name in layout.regions if name in kept or commit is None and (root / name).is_dir()]
-    model = load_routed(src, present, revision=commit, **from_pretrained_kwargs)
+    removed = [name for name in layout.regions if name not in kept]
+    present = [name for name in removed if run.commit is None and (layout.root / name).is_dir()]
+    loaded = [name for name in layout.regions if name in kept or name in present]
+    model = load_run(run, loaded, **from_pretrained_kwargs)
     assert isinstance(model, PreTrainedModel | PeftModel)
-    removed = [name for name in present if name not in kept]
     batch = _batch(model)
-    with ExitStack() as stack:
-        for names, part in ((removed, 0.0), (kept, scale)):
-            if names:
-                stack.enter_context(ablated(model, *names, scale=part))
-        expected = _logits(model, batch)
-    for outlet in _outlets(model, kept) if scale != 1.0 and kept else ():
+    expected = _expected_logits(model, batch, removed=present, kept=kept, scale=scale)
+    for outlet in find_outlets(model, kept) if scale != 1.0 else ():
         for p in outlet.parameters():
             p.data *= scale
     record: dict[str, Any] = {
-        "source": str(src) if commit else str(root),
-        "revision": commit,
-        "regions_removed": [name for name in layout.regions if name not in kept],
+        "source": str(src) if run.commit else str(layout.root),
+        "revision": run.commit,
+        "regions_removed": removed,
         "regions_kept": kept,
         "scale": scale,
         "base_adapters_merged": layout.base_adapters,
         "source_base_fingerprint": fingerprint(model),
     }
-    marks = _marks(model)
-    plain = _plain(model, merged)
+    merged = [*layout.base_adapters, *kept]
+    adapter_attributes = _adapter_attributes(model)
+    plain = _merged_model(model, merged)
     with atomic_directory(target) as aside:
         plain.save_pretrained(aside)
         del model, plain
-        _copy_companions(layout, aside, from_pretrained_kwargs.get("base"), hub)
-        _check_content(aside, marks)
+        _copy_companions(run, aside, from_pretrained_kwargs.get("base"))
+        _check_content(aside, adapter_attributes)
         record |= _verified(aside, batch, expected, exact=not merged, kwargs=from_pretrained_kwargs)
         record["sha256"] = {name: sha256(aside / name) for name in files_in(aside)}
         record["versions"] = versions()
         record["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(aside / RECORD, record)
+        write_json(aside / ABLATION, record)
     return target
 
 
-def _free(src: Path, out: Path) -> Path:
+def _checked_target(src: Path, out: Path) -> Path:
     if out == src:
         raise ValueError(f"`out` {out} is the source itself: name another directory")
     if src in out.parents:
@@ -165,44 +161,59 @@ def _logits(model: PreTrainedModel | PeftModel, batch: Tensor) -> Tensor:
     return model.eval()(input_ids=batch, attention_mask=torch.ones_like(batch)).logits.cpu()
 
 
-def _marks(model: nn.Module) -> set[str]:
-    """Return the attributes under which adapters keep their tensors in ``model``."""
+def _expected_logits(
+    model: PreTrainedModel | PeftModel, batch: Tensor, *, removed: list[str], kept: list[str], scale: float
+) -> Tensor:
+    with ExitStack() as stack:
+        for names, factor in ((removed, 0.0), (kept, scale)):
+            if names:
+                stack.enter_context(ablated(model, *names, scale=factor))
+        return _logits(model, batch)
+
+
+def _adapter_attributes(model: nn.Module) -> set[str]:
+    """Return the names of the attributes that hold adapters' tensors in ``model``."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return {"base_layer"}.union(*(set(layer.adapter_layer_names) | set(layer.other_param_names) for layer in layers))
 
 
-def _plain(model: PreTrainedModel | PeftModel, merged: list[str]) -> PreTrainedModel:
+def _merged_model(model: PreTrainedModel | PeftModel, merged: list[str]) -> PreTrainedModel:
     if not isinstance(model, PeftModel):
         return model
     return model.merge_and_unload(safe_merge=True, adapter_names=merged) if merged else model.unload()
 
 
-def _copy_companions(layout: Layout, folder: Path, base: Any, hub: dict[str, Any]) -> None:
-    """Copy tokenizer and licence from the run, and what is not there from the base."""
+def _copy_companions(run: OpenRun, folder: Path, base: Any) -> None:
+    """Copy the tokenizer and license files of the run, and from the base those that the run lacks."""
+    layout = run.layout
     patterns = (*TOKENIZER_FILES, *NOTICE_FILES)
     copy_matching(layout.root, folder, patterns)
     if not layout.saved_base and not isinstance(base, nn.Module):
         place, revision = (layout.data["base"]["id"], layout.data["base"]["revision"]) if base is None else (base, None)
-        copy_matching(fetch(place, revision, patterns, **hub)[0], folder, patterns)
+        copy_matching(fetch(place, revision, patterns, **run.hub)[0], folder, patterns)
 
 
-def _check_content(folder: Path, marks: set[str]) -> None:
-    """Raise RuntimeError where ``folder`` holds an unexpected file, or a tensor that an adapter could own."""
+def _check_content(folder: Path, adapter_attributes: set[str]) -> None:
+    """Raise RuntimeError if ``folder`` holds an unexpected file, or a tensor that an adapter could own."""
     allowed = (*_ALLOWED, *TOKENIZER_FILES, *NOTICE_FILES)
     strangers = [name for name in files_in(folder) if not any(fnmatch(name, pattern) for pattern in allowed)]
     names: list[str] = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             names += file.keys()
-    strangers += [name for name in names if marks & set(name.split("."))]
+    strangers += [name for name in names if adapter_attributes & set(name.split("."))]
     if strangers:
         raise RuntimeError(
             f"the export holds {strangers[:5]}, which may belong to a region: nothing was written; report this"
         )
 
 
-def _verified(folder: Path, batch: Tensor, expected: Tensor, exact: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Load ``folder`` as anyone would and compare its logits with ``expected``; RuntimeError where they differ."""
+def _verified(folder: Path, batch: Tensor, expected: Tensor, *, exact: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Load ``folder`` with plain transformers, compare its logits with ``expected``, and return the comparison.
+
+    Raises:
+        RuntimeError: the logits differ by more than rounding.
+    """
     skip = {*HUB_ARGUMENTS, "base", "dtype", "torch_dtype", "use_safetensors"}
     arguments = {name: value for name, value in kwargs.items() if name not in skip}
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **arguments)

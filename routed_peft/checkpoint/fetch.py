@@ -1,4 +1,4 @@
-"""Finding a run on disk or on the Hub: only safe files, and of the adapters only those asked for."""
+"""Find a run on disk or on the Hub, and download its safe files: of the adapters, only those asked for."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ HUB_ARGUMENTS = ("token", "cache_dir", "force_download", "local_files_only")
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return those of `from_pretrained`'s arguments that say how to reach the Hub."""
+    """Return the arguments among ``kwargs`` that concern the Hub, see `HUB_ARGUMENTS`."""
     return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
 def fetch(
     source: str | Path, revision: str | None = None, patterns: Iterable[str] = ROOT_FILES, **arguments: Any
 ) -> tuple[Path, str | None]:
-    """Return the directory that holds ``source``'s own files, and the commit they come from.
+    """Return the directory with the files of ``source``, and their commit (None for a directory).
 
-    A directory is taken as it is. Anything else is a Hub id: of its repository the files that match ``patterns`` are
-    downloaded, none from sub-folders (`fetch_folder` gets those), and nothing that would have to be unpickled.
+    A ``source`` that is not a directory is a Hub id. Files of its repository that match ``patterns`` are downloaded,
+    except those in sub-folders (see `fetch_folder`) and those that would have to be unpickled.
 
     Raises:
-        Whatever `huggingface_hub.snapshot_download` raises: missing and gated repositories, no network.
+        ValueError: ``source`` is neither a directory nor a Hub id, or ``revision`` is given with a directory.
+        huggingface_hub.errors.HfHubHTTPError: the repository is missing or gated, or there is no network.
     """
     local = Path(source).expanduser()
     if local.is_dir():
         if revision is not None:
             raise ValueError(
-                f"`revision` is of use only with a Hub id, got {revision!r} with the directory {str(source)!r}"
+                f"`revision` needs a Hub id, got {revision!r} with the directory {str(source)!r}: leave it out"
             )
         return local.resolve(), None
     if local.is_absolute() or str(source).startswith((".", "~")) or local.exists():
@@ -60,7 +61,7 @@ def fetch(
 def fetch_folder(
     source: str | Path, folder: str, commit: str | None, patterns: Iterable[str] = FOLDER_FILES, **arguments: Any
 ) -> Path:
-    """Return the sub-directory ``folder`` of what `fetch` found, downloading it where ``commit`` is given."""
+    """Return the sub-directory ``folder`` of the source of `fetch`; it is downloaded where ``commit`` is given."""
     if commit is None:
         return Path(source).expanduser().resolve() / folder
     wanted = [f"{folder}/{pattern}" for pattern in patterns]
@@ -69,10 +70,10 @@ def fetch_folder(
 
 
 def cached_commit(repo: str) -> str | None:
-    """Return the commit of ``repo`` in the local cache: the only one there, else that of its main branch.
+    """Return the commit of ``repo`` in the local cache: the only one, or that of the main branch if there are several.
 
-    transformers does not record which commit a model was loaded from. Where this is another one, the base's fingerprint
-    tells when loading.
+    transformers does not record the commit of a loaded model. If this is a wrong guess, the check of the base's
+    fingerprint fails on loading.
     """
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
     commits = [path.name for path in folder.iterdir()] if folder.is_dir() else []

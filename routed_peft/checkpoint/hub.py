@@ -1,4 +1,4 @@
-"""Pushing a run to the Hub, where access is per repository: the base to one, its regions to another."""
+"""Push a run to the Hub: the base to one repository and its regions to another, since access is per repository."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, Layout
+from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, WEIGHTS, Layout
 from routed_peft.checkpoint.model_card import model_card
 from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, files_in
-from routed_peft.checkpoint.tensors import WEIGHTS
 from routed_peft.files import read_json
 
 _PLAIN = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -78,7 +77,7 @@ def push_to_hub(
     if regions_repo is not None:
         at = (repo, commits["repo"]) if layout.saved_base else None
         files = _region_files(layout, layout.regions, at)
-        files["README.md"] = model_card(layout, repo, regions_repo, of_regions=True)
+        files["README.md"] = model_card(layout, repo, regions_repo=regions_repo, of_regions=True)
         commits["regions_repo"] = _commit(api, regions_repo, files, revision, commit_message)
     return commits
 
@@ -113,7 +112,7 @@ def _base_files(layout: Layout, repo: str, regions_repo: str | None) -> dict[str
         local = Path(source).is_absolute()
         kept["base"] = {**layout.data["base"], **({"trained_from": None} if local else {})}
     files[ROUTING] = json.dumps(kept, indent=2) + "\n"
-    files["README.md"] = model_card(layout, repo, regions_repo, of_regions=False)
+    files["README.md"] = model_card(layout, repo, regions_repo=regions_repo, of_regions=False)
     return files
 
 

@@ -1,17 +1,17 @@
-"""What a directory or repository holds, without loading a model."""
+"""Describe a directory or repository of the Hub, without loading a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
 
-from routed_peft.checkpoint.fetch import fetch, fetch_folder
-from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, Layout, verify_adapter, verify_files
-from routed_peft.checkpoint.tensors import WEIGHTS
+from routed_peft.checkpoint.fetch import fetch
+from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, WEIGHTS, Layout, verify_adapter, verify_files
+from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.files import read_json
 
 _SHOWN = ("kind", "size", "init", "r", "lora_alpha", "target_modules")
@@ -21,7 +21,7 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
     """Describe a run, a region's folder or a plain checkpoint, as plain data.
 
     Args:
-        src: directory or Hub id. Of a repository's adapters only the configurations are downloaded.
+        src: directory or Hub id. For adapters on the Hub, only configurations are downloaded.
         revision: branch, tag or commit of a Hub id.
         **hub: ``token``, ``cache_dir`` … for the download.
 
@@ -29,10 +29,10 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
         ``kind`` ("trained base", "frozen base", "region" or "plain checkpoint"), ``source``, ``revision``, and for a
         run ``base``, ``routes``, ``tokens_per_route``, ``versions``, ``regions`` and ``base_adapters`` (each a list
         with name, type, size, parameters, labels, and whether its files and fingerprint are those of this run), and
-        ``problems``: what is wrong, in words.
+        ``problems``, a list of sentences about missing, altered or foreign files.
 
     Raises:
-        ValueError: where ``src`` is nothing of the kind.
+        ValueError: ``src`` is none of these.
 
     Example:
         >>> inspect_checkpoint("./no-such-run")
@@ -43,7 +43,7 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
     root, commit = fetch(src, revision, **hub)
     about: dict[str, Any] = {"source": str(src), "revision": commit}
     if (root / ROUTING).is_file():
-        return about | _describe_run(Layout.read(root, str(src)), commit, hub)
+        return about | _describe_run(OpenRun(Layout.read(root, str(src)), commit, hub))
     if (root / CONFIG).is_file():
         problems = _problems(lambda: verify_adapter(root, str(src)))
         return about | _describe_adapter(root) | {"kind": "region", "problems": problems}
@@ -57,15 +57,16 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
     )
 
 
-def _describe_run(layout: Layout, commit: str | None, hub: dict[str, Any]) -> dict[str, Any]:
+def _describe_run(run: OpenRun) -> dict[str, Any]:
+    layout = run.layout
     problems = _problems(layout.verify_base)
 
     def describe(name: str) -> dict[str, Any]:
-        folder = fetch_folder(layout.source if commit else layout.root, name, commit, ["*.json"], **hub)
+        folder = run.configuration_folder(name)
         entry: dict[str, Any] = {"name": name, "present": folder.is_dir(), "labels": layout.labels(name)}
-        if not folder.is_dir() and (commit or layout.data.get("regions_repo")):
-            return entry  # regions of a pushed run live elsewhere
-        if commit is None:
+        if not folder.is_dir() and (run.commit or layout.data.get("regions_repo")):
+            return entry  # regions of a pushed run are stored elsewhere
+        if run.commit is None:
             problems.extend(_problems(lambda: layout.adapter_folder(name)))
         entry |= _describe_adapter(folder) if folder.is_dir() else {}
         if (folder / REGION).is_file():
@@ -94,13 +95,10 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     if not weights.is_file():
         return about
     try:
-        with safe_open(weights, framework="pt") as file:
-            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 - no mapping
-            parameters = sum(prod(part.get_shape()) for part in slices)
-            dtypes = sorted({part.get_dtype() for part in slices})
-    except SafetensorError:  # `problems` names the file
+        count = parse_local_safetensors_file_metadata(weights).parameter_count
+    except SafetensorsParsingError:  # `problems` names the file
         return about
-    return about | {"parameters": parameters, "dtypes": dtypes, "bytes": weights.stat().st_size}
+    return about | {"parameters": sum(count.values()), "dtypes": sorted(count), "bytes": weights.stat().st_size}
 
 
 def _problems(check: Callable[[], Any]) -> list[str]:

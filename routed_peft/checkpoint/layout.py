@@ -1,4 +1,4 @@
-"""The layout of a saved run: which files belong to it, and whether they are the ones that were written."""
+"""Layout of a saved run: its files, and checks that they are the ones that were written."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from routed_peft.checkpoint.staging import LAST, sha256
-from routed_peft.checkpoint.tensors import WEIGHTS
 from routed_peft.files import read_json
-from routed_peft.routes import routes_from_dict
+from routed_peft.routes import Route, routes_from_dict
 
 ROUTING = LAST
 REGION = "region.json"
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 VERSION = 1
 _KEYS = {"train_base", "base", "regions", "base_adapters", "routes", "files"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What ``routing.json`` says of the directory ``root``, which holds it.
+    """Contents of a run's directory, according to its ``routing.json``.
 
     Attributes:
         root: the directory.
         data: the content of ``routing.json``.
-        source: what the user called it: a path or a Hub id.
+        source: the path or Hub id that the user gave, for messages.
     """
 
     root: Path
@@ -35,7 +35,7 @@ class Layout:
 
     @classmethod
     def read(cls, root: Path, source: str) -> Layout:
-        """Read ``root/routing.json``; ValueError where it is missing, or made by something else."""
+        """Read ``root/routing.json``; ValueError if it is missing or was not written by `save_routed`."""
         path = root / ROUTING
         if not path.is_file():
             left = sorted(root.glob(".*.old"))
@@ -68,12 +68,32 @@ class Layout:
         return list(self.data["base_adapters"])
 
     @property
+    def kept_regions(self) -> list[str]:
+        """Names of the regions that belong to the model, as in an arm trained without routing.
+
+        A run saved before ``routing.json`` had the field keeps all regions if its routes block nothing and its
+        ``run.json`` has an ``arm`` other than "routed".
+        """
+        kept = self.data.get("kept_regions")
+        if kept is not None:
+            return list(kept)
+        return self.regions if self._has_unrouted_arm() else []
+
+    def _has_unrouted_arm(self) -> bool:
+        file = self.root / "run.json"
+        routes = routes_from_dict(self.data["routes"] or {})
+        if not file.is_file() or not routes or any(route != Route() for route in routes.values()):
+            return False
+        config = read_json(file).get("config", {})
+        return bool(config.get("recipe", config).get("arm", "routed") != "routed")
+
+    @property
     def saved_base(self) -> bool:
-        """Whether the base is a plain checkpoint in `root`, rather than somewhere else."""
+        """Whether `root` itself holds the base, as a plain checkpoint."""
         return self.data["base"]["id"] is None
 
     def check_regions(self, names: Iterable[str], argument: str = "regions") -> list[str]:
-        """Return ``names`` as a list; ValueError where one of them is no region of this run."""
+        """Return ``names`` as a list without repetitions; ValueError for a name that is not a region of this run."""
         if isinstance(names, str):
             raise ValueError(f"`{argument}` is a list of region names, got the string {names!r}: write [{names!r}]")
         names = list(dict.fromkeys(names))
@@ -83,7 +103,7 @@ class Layout:
         return names
 
     def verify_base(self) -> None:
-        """Raise ValueError unless the base's weights in `root` are those that were written, and no others."""
+        """Raise ValueError unless the base's weights in `root` are exactly those that were written."""
         if not self.saved_base:
             return
         expected = {name: hash_ for name, hash_ in self.data["files"].items() if "/" not in name}
@@ -116,12 +136,12 @@ class Layout:
         return [label for label, route in routes.items() if route.weight(region)]
 
     def role(self, name: str) -> str:
-        """Return what ``name`` is, in words."""
+        """Return "base adapter" or "region"."""
         return "base adapter" if name in self.base_adapters else "region"
 
 
 def verify_adapter(folder: Path, source: str) -> dict[str, Any]:
-    """Check an adapter folder's pieces against its own ``region.json``, and return that."""
+    """Check an adapter folder against its own ``region.json``, and return the content of that file."""
     for name in (REGION, CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             more = (
@@ -138,7 +158,7 @@ def verify_adapter(folder: Path, source: str) -> dict[str, Any]:
 
 
 def verify_files(root: Path, expected: Mapping[str, str], source: str) -> None:
-    """Raise ValueError where a file under ``root`` is missing, or its SHA-256 is not the one in ``expected``."""
+    """Raise ValueError if a file under ``root`` is missing, or its SHA-256 differs from that in ``expected``."""
     for name, hash_ in expected.items():
         path = root / name
         if not path.is_file():
@@ -152,6 +172,6 @@ def verify_files(root: Path, expected: Mapping[str, str], source: str) -> None:
 
 
 def foreign_weights(root: Path) -> set[str]:
-    """Return the names in ``root`` itself that transformers could take for weights, or for an adapter."""
+    """Return the names of files directly in ``root`` that transformers could load as weights or as an adapter."""
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", CONFIG)
     return {path.name for pattern in patterns for path in root.glob(pattern)}

@@ -1,8 +1,9 @@
-"""Loading a run: the ablated model by default, regions only where they are asked for, everything checked."""
+"""Load a run: the ablated model by default, regions on request, every file verified."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from routed_peft.adapters import routing_record, set_routing_record
 from routed_peft.checkpoint.fetch import fetch, fetch_folder, hub_arguments
-from routed_peft.checkpoint.layout import CONFIG, REGION, Layout, verify_adapter
+from routed_peft.checkpoint.layout import CONFIG, REGION, WEIGHTS, Layout, verify_adapter
+from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.checkpoint.tensors import (
-    WEIGHTS,
     adapter_configs,
     adapter_state_dict,
     check_keys,
@@ -43,19 +45,19 @@ def load_routed(
     Args:
         src: directory or Hub id.
         regions: None for the ablated model; a list of names for these regions of the run; ``{name: path or Hub id}``
-            for regions that live elsewhere.
+            for regions stored elsewhere.
         revision: branch, tag or commit of a Hub id.
         is_trainable: whether the adapters are loaded for training.
         base: a loaded model, path or id to use instead of the base that the run names.
         **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub (``dtype``, ``token``, …).
 
     Returns:
-        A plain transformers model where no adapter is involved, else a `PeftModel` with all that was loaded active.
+        A plain transformers model if no adapter is loaded, otherwise a `PeftModel` with all loaded adapters active.
 
     Raises:
-        ValueError: for an unknown region, a missing piece, a file that is truncated or was tampered with, or a base
-            that is not the one the adapters were trained on.
-        huggingface_hub.errors.HfHubHTTPError: as the Hub gives it (gated, missing, …).
+        ValueError: for an unknown region, a missing file, a file that is truncated or was tampered with, or a base
+            other than the one the adapters were trained on.
+        huggingface_hub.errors.HfHubHTTPError: the repository is missing or gated, or there is no network.
 
     Example:
         >>> load_routed("./no-such-run")
@@ -63,17 +65,24 @@ def load_routed(
         ...
         ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
     """
-    hub = hub_arguments(from_pretrained_kwargs)
-    root, commit = fetch(src, revision, **hub)
-    layout = Layout.read(root, str(src))
+    run = OpenRun.from_source(src, revision, **hub_arguments(from_pretrained_kwargs))
+    return load_run(run, regions, is_trainable=is_trainable, base=base, **from_pretrained_kwargs)
+
+
+def load_run(
+    run: OpenRun,
+    regions: Iterable[str] | Mapping[str, str | Path] | None = None,
+    *,
+    is_trainable: bool = False,
+    base: str | Path | PreTrainedModel | None = None,
+    **from_pretrained_kwargs: Any,
+) -> nn.Module:
+    """Load a run that is open already; arguments and errors as in `load_routed`."""
+    layout = run.layout
     elsewhere = dict(regions) if isinstance(regions, Mapping) else {}
     names = [] if elsewhere or regions is None else layout.check_regions(regions)
-    folders: dict[str, Path] = {}
-    for name in (*layout.base_adapters, *names):
-        fetch_folder(src, name, commit, **hub)
-        folders[name] = layout.adapter_folder(name)
-    for name, place in elsewhere.items():
-        folders[name] = _region_elsewhere(name, place, **hub)
+    folders = {name: run.adapter_folder(name) for name in (*layout.base_adapters, *names)}
+    folders |= {name: _region_elsewhere(name, place, **run.hub) for name, place in elsewhere.items()}
     model: nn.Module = base if isinstance(base, nn.Module) else _load_base(layout, base, from_pretrained_kwargs)
     for folder in folders.values():
         check_fingerprint(model, read_json(folder / REGION)["base_fingerprint"])
@@ -83,9 +92,13 @@ def load_routed(
         assert isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
         model.base_model.set_adapter(list(folders), inference_mode=not is_trainable)
         routes = layout.data["routes"]
-        remembering: Any = model  # so that a later `save_routed` takes base adapters for what they are
-        remembering._routed_base_adapters = tuple(layout.base_adapters)
-        remembering._routed_routes = None if routes is None else routes_from_dict(routes)
+        record = replace(  # defaults of a later `save_routed`
+            routing_record(model),
+            routes=None if routes is None else routes_from_dict(routes),
+            base_adapters=tuple(layout.base_adapters),
+            kept_regions=tuple(layout.kept_regions),
+        )
+        set_routing_record(model, record)
     return model
 
 
@@ -127,16 +140,16 @@ def _add_adapter(model: nn.Module, name: str, folder: Path, is_trainable: bool) 
 
 
 def load_weights(model: nn.Module, path: str | Path, train_base: bool | None = None) -> None:
-    """Put a saved run's weights into ``model``, in place and strictly: base (if trained) and every adapter.
+    """Copy a saved run's weights into ``model``, strictly: the base (if trained) and every adapter.
 
     Args:
         model: a live model with the same adapters as the run, routed or not.
         path: directory that `save_routed` wrote.
-        train_base: whether the model's own weights are loaded; by default whether the run trained them.
+        train_base: whether the model's own weights are loaded; by default, whether the run trained them.
 
     Raises:
-        ValueError: where adapters, tensor names or shapes differ, files are damaged, or a frozen base is another one.
-            All checks of files and adapters come before the first weight is changed.
+        ValueError: adapters, tensor names or shapes differ, files are damaged, or a frozen base is another one.
+            Files and adapters are checked before the first weight is changed.
     """
     layout = Layout.read(Path(path).expanduser().resolve(), str(path))
     train_base = layout.data["train_base"] if train_base is None else train_base
@@ -156,7 +169,7 @@ def load_weights(model: nn.Module, path: str | Path, train_base: bool | None = N
     else:
         check_fingerprint(model, layout.data["base"]["fingerprint"])
     for name, tensors in adapters.items():
-        load_adapter_tensors(model, name, tensors, f"the adapter {name!r} in {str(path)!r}")
+        load_adapter_tensors(model, name, tensors=tensors, what=f"the adapter {name!r} in {str(path)!r}")
 
 
 def _load_own(model: nn.Module, layout: Layout) -> None:

@@ -1,25 +1,58 @@
-"""The model card of a pushed run: which regions exist, what they were trained on, how to load them."""
+"""Model card of a pushed run: its regions, the labels that trained them, and how to load them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from routed_peft.checkpoint.layout import CONFIG, Layout
 from routed_peft.files import read_json
 
-TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md.jinja"
+_BASE_INTRODUCTION = """\
+This model was trained with gradient routing ([arXiv 2410.04332](https://arxiv.org/abs/2410.04332)): data of some labels was routed
+into removable regions, which are **not in this repository**. What is here is the ablated model."""  # noqa: E501
+
+_REGIONS_INTRODUCTION = """\
+Removable regions of [`{repo}`](https://huggingface.co/{repo}), trained with gradient routing: data of the labels below was
+routed into them, and the base was kept from learning it. Loading a region gives the model that capability back."""
+
+_LOAD_BASE = """\
+The ablated model, with nothing but transformers:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+```"""
+
+_LOAD_ABLATED = """\
+The ablated model:
+
+```python
+from routed_peft import load_routed
+
+model = load_routed("{repo}"){comment}
+```"""
+
+_LOAD_REGIONS = """\
+With {which}:
+
+```python
+from routed_peft import load_routed
+
+model = load_routed("{repo}", regions={{{places}}})
+```"""
 
 
-def model_card(layout: Layout, repo: str, regions_repo: str | None, of_regions: bool) -> str:
-    """Render the card of the base's repository, or of that of its regions.
+def model_card(layout: Layout, repo: str, *, regions_repo: str | None, of_regions: bool) -> str:
+    """Return the text of the card of the base's repository, or of its regions' repository.
 
     Args:
         layout: the run.
         repo: Hub id of the base.
-        regions_repo: Hub id of its regions, or None where they are not published.
-        of_regions: which of the two cards.
+        regions_repo: Hub id of its regions, or None if they are not published.
+        of_regions: whether the card is that of ``regions_repo``.
     """
     data = ModelCardData(
         library_name="peft" if of_regions or not layout.saved_base else "transformers",
@@ -27,20 +60,41 @@ def model_card(layout: Layout, repo: str, regions_repo: str | None, of_regions: 
         tags=["gradient-routing"],
         base_model=repo if of_regions else _parent(layout),
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        repo=repo,
-        regions_repo=regions_repo,
-        of_regions=of_regions,
-        saved_base=layout.saved_base,
-        base=layout.data["base"]["id"],
-        base_adapters=layout.base_adapters,
-        regions=[{"name": name, "kind": _kind(layout, name), "labels": layout.labels(name)} for name in layout.regions],
-        tokens=layout.data["tokens_per_route"] or {},
-        versions=layout.data["versions"],
-    )
-    return str(card)
+    tokens = ", ".join(f"{label} {count}" for label, count in (layout.data["tokens_per_route"] or {}).items())
+    paragraphs = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {regions_repo if of_regions else repo}",
+        _REGIONS_INTRODUCTION.format(repo=repo) if of_regions else _BASE_INTRODUCTION,
+        "## Regions",
+        "\n".join(_table(layout)),
+        *([f"Tokens seen in training: {tokens}."] if tokens else []),
+        "## Loading",
+        _load_base(layout, repo),
+        _load_regions(layout, repo, regions_repo) if regions_repo else "The regions are not published.",
+        "Made with " + ", ".join(f"{name} {version}" for name, version in layout.data["versions"].items()) + ".",
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def _table(layout: Layout) -> list[str]:
+    rows = [
+        f"| `{name}` | {_kind(layout, name)} | {', '.join(layout.labels(name)) or 'not recorded'} |"
+        for name in layout.regions
+    ]
+    return ["| region | made of | trained on the labels |", "|---|---|---|", *rows]
+
+
+def _load_base(layout: Layout, repo: str) -> str:
+    if layout.saved_base and not layout.base_adapters:
+        return _LOAD_BASE.format(repo=repo)
+    comment = "" if layout.saved_base else f"  # the base is {layout.data['base']['id']}"
+    return _LOAD_ABLATED.format(repo=repo, comment=comment)
+
+
+def _load_regions(layout: Layout, repo: str, regions_repo: str) -> str:
+    which = "a region" if len(layout.regions) == 1 else "all regions; leave out those that you do not want"
+    places = ", ".join(f'"{name}": "{regions_repo}"' for name in layout.regions)
+    return _LOAD_REGIONS.format(which=which, repo=repo, places=places)
 
 
 def _parent(layout: Layout) -> str | None:

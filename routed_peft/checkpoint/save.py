@@ -1,17 +1,18 @@
-"""Saving a routed model so that whoever loads the directory plainly gets the model without its regions."""
+"""Save a routed model so that plain transformers loads it without its regions."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from routed_peft.adapters import routing_record
 from routed_peft.checkpoint.fetch import cached_commit
 from routed_peft.checkpoint.layout import REGION, ROUTING, VERSION, WEIGHTS, foreign_weights
 from routed_peft.checkpoint.staging import atomic_directory, files_in, sha256
@@ -22,45 +23,58 @@ from routed_peft.routes import Routes, check_region_name, routes_to_dict
 from routed_peft.runs.provenance import versions
 
 
+class SaveDetails(TypedDict, total=False):
+    """Further arguments of `save_routed`.
+
+    Attributes:
+        tokens_per_route: label -> tokens seen in training, for the record.
+        extra: more plain data for ``routing.json``.
+        base_revision: commit of a frozen base on the Hub; by default the one in the local cache.
+    """
+
+    tokens_per_route: Mapping[str, int] | None
+    extra: Mapping[str, Any] | None
+    base_revision: str | None
+
+
 def save_routed(
     model: nn.Module,
     path: str | Path,
+    *,
     routes: Routes | None = None,
     tokenizer: Any = None,
     train_base: bool | None = None,
     base_adapters: Iterable[str] | None = None,
-    tokens_per_route: Mapping[str, int] | None = None,
-    extra: Mapping[str, Any] | None = None,
+    kept_regions: Iterable[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
-    base_revision: str | None = None,
+    **details: Unpack[SaveDetails],
 ) -> Path:
-    """Save a run: base in ``path`` itself, each region in a folder of its own.
+    """Save a run: the base in ``path`` itself, each region in a folder of its own.
 
-    With a trained base, ``AutoModelForCausalLM.from_pretrained(path)`` gives the ablated model; with a frozen one,
-    ``routing.json`` names where the base is (one that was never saved anywhere is saved too). Weights are safetensors.
-    The directory is written aside and renamed. Where ``path`` holds an earlier save, its files are replaced, and all
-    others (``checkpoint-…``, trainer state) are left alone.
+    With a trained base, ``AutoModelForCausalLM.from_pretrained(path)`` gives the ablated model. With a frozen base,
+    ``routing.json`` names its location; a base that was never saved is saved too. Weights are safetensors. The
+    directory is written aside and renamed. Files of an earlier save at ``path`` are replaced; all others
+    (``checkpoint-…``, trainer state) stay.
 
     Args:
         model: a `PeftModel`, or a transformers model with adapters, none of them merged.
         path: directory.
-        routes: label -> `Route`; by default those that `GradientRouting` left on the model.
+        routes: label -> `Route`; by default those of the last `GradientRouting` on the model, or of `load_routed`.
         tokenizer: saved beside the model, if given.
-        train_base: whether the model's own weights were trained; by default what `GradientRouting` left on the model,
-            else False.
+        train_base: whether the model's own weights were trained. Default as for ``routes``, otherwise False.
         base_adapters: names of adapters that stay with the base; all others are regions. Default as for ``routes``.
-        tokens_per_route: label -> tokens seen, for the record.
-        extra: more plain data for ``routing.json``.
-        state_dict: the model's full state dict, where it was gathered elsewhere (FSDP).
-        base_revision: commit of a frozen base on the Hub; by default the one in the local cache.
+        kept_regions: names of regions that belong to the model, as in an arm trained without routing: evaluation and
+            attacks load them unless told otherwise. By default those of the run that the model was loaded from.
+        state_dict: the model's full state dict, if it was gathered elsewhere (FSDP).
+        **details: see `SaveDetails`.
 
     Returns:
         The resolved path.
 
     Raises:
-        ValueError: for a model without adapters, an unknown base adapter, a name that cannot be a region's, merged
-            adapters, or files at ``path`` that `save_routed` did not write and that would be mistaken for the base.
-        OSError: when writing fails; ``path`` is then as it was.
+        ValueError: the model has no adapter or merged ones, a base adapter or kept region is unknown, a name cannot be
+            a region's, or ``path`` holds files of others that would be mistaken for the base.
+        OSError: writing failed; ``path`` is as it was.
 
     Example:
         >>> import tempfile
@@ -74,36 +88,45 @@ def save_routed(
         ...     sorted(file.name for file in saved.iterdir())
         ['config.json', 'forget', 'generation_config.json', 'model.safetensors', 'routing.json']
     """
+    if unknown := sorted(set(details) - set(SaveDetails.__annotations__)):
+        raise TypeError(f"save_routed() got an unexpected keyword argument {unknown[0]!r}")
     path = Path(path).expanduser().resolve()
     inner, configs = inner_model(model), adapter_configs(model)
-    routes = getattr(model, "_routed_routes", None) if routes is None else routes
-    train_base = bool(getattr(model, "_routed_train_base", False) if train_base is None else train_base)
-    base_adapters = list(getattr(model, "_routed_base_adapters", ()) if base_adapters is None else base_adapters)
+    routed = routing_record(model)
+    routes = routed.routes if routes is None else routes
+    train_base = routed.train_base if train_base is None else bool(train_base)
+    base_adapters = list(routed.base_adapters if base_adapters is None else base_adapters)
     _check_adapters(configs, base_adapters)
+    regions = [name for name in configs if name not in base_adapters]
+    kept = check_kept_regions(_remembered_regions(model, regions) if kept_regions is None else kept_regions, regions)
     plain = plain_state_dict(model, state_dict)
-    named = _base_location(inner, base_revision)
-    home = {"id": None, "revision": None, "trained_from": named} if train_base or _init_changes_base(configs) else named
+    original = _base_location(inner, details.get("base_revision"))
+    moved = train_base or _init_changes_base(configs)
+    base = {"id": None, "revision": None, "trained_from": original} if moved else original
+    tokens = details.get("tokens_per_route")
     ours = _previous_files(path, configs)
     record: dict[str, Any] = {
         "format": "routed_peft",
         "format_version": VERSION,
         "train_base": train_base,
         "model_class": [type(inner).__module__, type(inner).__name__],
-        "base": {**home, "fingerprint": fingerprint(model)},
-        "regions": [name for name in configs if name not in base_adapters],
+        "base": {**base, "fingerprint": fingerprint(model)},
+        "regions": regions,
+        "kept_regions": kept,
         "base_adapters": base_adapters,
         "routes": None if routes is None else routes_to_dict(routes),
-        "tokens_per_route": None if tokens_per_route is None else dict(tokens_per_route),
+        "tokens_per_route": None if tokens is None else dict(tokens),
         "versions": versions(),
-        "extra": dict(extra or {}),
+        "extra": dict(details.get("extra") or {}),
     }
     with atomic_directory(path, ours) as aside:
-        if home["id"] is None:
+        if base["id"] is None:
             _save_base(inner, plain, aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         for name, config in configs.items():
-            _save_adapter(aside / name, config, adapter_state_dict(model, name, state_dict), record, str(path))
+            tensors = adapter_state_dict(model, name, state_dict)
+            _save_adapter(aside / name, config, tensors=tensors, record=record, run=str(path))
         names = files_in(aside)
         record["files"] = {name: sha256(aside / name) for name in names if name.endswith(".safetensors")}
         record["other_files"] = [name for name in names if not name.endswith(".safetensors")]
@@ -124,8 +147,28 @@ def _check_adapters(configs: Mapping[str, PeftConfig], base_adapters: Iterable[s
         check_region_name(name)
 
 
+def check_kept_regions(kept: Iterable[str], regions: Iterable[str]) -> list[str]:
+    """Return ``kept`` as a list; ValueError unless all of its names are regions.
+
+    >>> check_kept_regions(["forgt"], ["forget"])
+    Traceback (most recent call last):
+    ...
+    ValueError: `kept_regions` names 'forgt'; the regions are ['forget']
+    """
+    kept, regions = list(kept), list(regions)
+    for name in kept:
+        if name not in regions:
+            raise ValueError(f"`kept_regions` names {name!r}; the regions are {regions}")
+    return kept
+
+
+def _remembered_regions(model: nn.Module, regions: list[str]) -> list[str]:
+    """Return the kept regions of the run that the model was loaded from, perhaps without all of its regions."""
+    return [name for name in routing_record(model).kept_regions if name in regions]
+
+
 def _base_location(inner: PreTrainedModel, revision: str | None) -> dict[str, str | None]:
-    """Return where a frozen base can be found again; id None where it was never saved."""
+    """Return the path or Hub id and the revision of a frozen base; id None if it was never saved."""
     name = inner.name_or_path or None
     if name is None or Path(name).expanduser().is_dir():
         return {"id": None if name is None else str(Path(name).expanduser().resolve()), "revision": None}
@@ -133,17 +176,17 @@ def _base_location(inner: PreTrainedModel, revision: str | None) -> dict[str, st
 
 
 def _init_changes_base(configs: Mapping[str, PeftConfig]) -> bool:
-    """Whether an adapter's initialisation (PiSSA, OLoRA …) changed the base, so that its name no longer fits."""
+    """Return whether an adapter's initialization (PiSSA, OLoRA …) changed the base, so that its name no longer fits."""
     inits = [getattr(config, "init_lora_weights", True) for config in configs.values()]
     return any(isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal") for init in inits)
 
 
 def _previous_files(path: Path, folders: Iterable[str]) -> list[str]:
-    """Return the files of an earlier save at ``path``; ValueError where strange ones would pass for ours."""
+    """Return the files of an earlier save at ``path``; ValueError if foreign files would pass for ours."""
     if not path.exists():
         return []
     if not path.is_dir():
-        raise ValueError(f"`path` is a file, not a directory: {path}. Name another directory.")
+        raise ValueError(f"`path` {path} is a file: name a directory")
     data = read_json(path / ROUTING) if (path / ROUTING).is_file() else {}
     ours = [*data.get("files", {}), *data.get("other_files", []), *([ROUTING] if data else [])]
     strangers = foreign_weights(path) - set(ours)
@@ -169,7 +212,7 @@ def _save_base(inner: PreTrainedModel, plain: dict[str, Tensor], folder: Path) -
 
 
 def _save_adapter(
-    folder: Path, config: PeftConfig, tensors: dict[str, Tensor], record: Mapping[str, Any], run: str
+    folder: Path, config: PeftConfig, *, tensors: dict[str, Tensor], record: Mapping[str, Any], run: str
 ) -> None:
     folder.mkdir()
     base, name = record["base"], folder.name

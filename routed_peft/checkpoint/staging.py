@@ -1,4 +1,4 @@
-"""Writing directories aside and renaming them, so that a full disk or an interruption leaves nothing half-written."""
+"""Write directories aside and rename them, so that a full disk or an interruption leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LAST = "routing.json"
-"""Leaves a directory first and enters it last: without it nothing counts as a saved run."""
+"""Removed first and written last: a directory without it does not count as a saved run."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,12 +36,12 @@ def sha256(path: Path) -> str:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Return the files under ``folder``, relative to it, sorted."""
+    """Return the sorted paths of all files under ``folder``, relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def copy_matching(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of ``source`` that match ``patterns`` and are not in ``target`` yet."""
+    """Copy the files of ``source`` that match ``patterns`` and do not exist in ``target``."""
     for pattern in patterns:
         for path in source.glob(pattern):
             copy = target / path.relative_to(source)
@@ -52,14 +52,25 @@ def copy_matching(source: Path, target: Path, patterns: Iterable[str]) -> None:
 
 @contextmanager
 def atomic_directory(path: Path, ours: Iterable[str] = ()) -> Iterator[Path]:
-    """Yield an empty directory on the file system of ``path``; put its content at ``path`` when the block ends well.
+    """Yield an empty directory on the file system of ``path``; move its content to ``path`` if the block succeeds.
 
-    A path that does not exist, or is an empty directory, appears in one rename. In one that holds files, only
-    those of the same name and those listed in ``ours`` (relative, of a former save) are replaced; an error while they
-    are moved puts every file back.
+    A path that does not exist or is empty appears in one rename. At a path that holds files, only files of the same
+    name and those in ``ours`` are replaced. An error while files are moved puts every file back.
+
+    Args:
+        path: directory.
+        ours: files of an earlier save, relative to ``path``.
 
     Raises:
-        OSError: what the file system says; ``path`` is then as it was.
+        OSError: writing or moving failed; ``path`` is as it was.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> folder = Path(mkdtemp(), "new")
+        >>> with atomic_directory(folder) as aside:
+        ...     _ = (aside / "numbers.json").write_text("{}")
+        >>> files_in(folder)
+        ['numbers.json']
     """
     path = path.resolve()
     fresh = not path.exists() or (path.is_dir() and not path.is_mount() and not any(path.iterdir()))
@@ -79,7 +90,7 @@ def atomic_directory(path: Path, ours: Iterable[str] = ()) -> Iterator[Path]:
 
 
 def _renamed(aside: Path, path: Path) -> bool:
-    """Rename, unless there are files at ``path`` by now: other processes of a Trainer save beside this one."""
+    """Rename and return True, unless ``path`` got files in the meantime: other processes of a Trainer save there too."""
     try:
         os.rename(aside, path)
     except OSError as error:
@@ -126,7 +137,7 @@ def _swap(aside: Path, path: Path, ours: Iterable[str]) -> None:
             os.replace(target, source)
         raise
     finally:
-        if not files_in(backup):  # nothing was there, or all of it is back
+        if not files_in(backup):  # there were no files, or all are back
             shutil.rmtree(backup, ignore_errors=True)
     shutil.rmtree(backup, ignore_errors=True)
     for folder in {(path / name).parent for name in old} - {path}:

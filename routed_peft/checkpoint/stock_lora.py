@@ -1,4 +1,4 @@
-"""A region of ``kind="lora"`` as a stock LoRA: the same numbers under a configuration that PEFT alone can read."""
+"""Convert a region of ``kind="lora"`` to a stock LoRA, which PEFT loads without this library."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from routed_peft.regions.projections import project_off
 
 
 def to_stock_lora(src: str | Path, out: str | Path) -> Path:
-    """Write the adapter folder ``src``, of a region of ``kind="lora"``, as an adapter of PEFT's type LORA.
+    """Write the region of ``kind="lora"`` in the adapter folder ``src`` as an adapter of PEFT's type LORA.
 
-    The numbers are the same, but where the region stays off a subspace: the projection is then folded into ``lora_B``.
+    The weights stay the same, unless the region is kept off a subspace: then ``lora_B`` is projected.
 
     Args:
         src: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, such as ``run/retain``.
@@ -29,17 +29,17 @@ def to_stock_lora(src: str | Path, out: str | Path) -> Path:
         The resolved ``out``.
 
     Raises:
-        ValueError: where ``src`` holds no such region, or ``out`` is not free.
+        ValueError: ``src`` holds no such region, or ``out`` is not free.
 
     Example:
         >>> to_stock_lora("no-such-folder", "out")
         Traceback (most recent call last):
         ...
-        ValueError: 'no-such-folder' is no adapter folder: it has no adapter_config.json
+        ValueError: 'no-such-folder' is no adapter folder, since it has no adapter_config.json: give one such as run/retain
     """
     folder, target = Path(src).expanduser().resolve(), Path(out).expanduser().resolve()
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{str(src)!r} is no adapter folder: it has no {CONFIG}")
+        raise ValueError(f"{str(src)!r} is no adapter folder, since it has no {CONFIG}: give one such as run/retain")
     if in_use(target):
         raise ValueError(f"`out` {target} exists and is not an empty directory: name another, or empty it yourself")
     config = PeftConfig.from_pretrained(str(folder))

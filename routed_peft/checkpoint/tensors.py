@@ -1,4 +1,4 @@
-"""Telling a wrapped model's own weights from its adapters', and reading and writing either of them strictly."""
+"""Separate a wrapped model's own weights from those of its adapters; read and write both strictly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -35,14 +34,14 @@ def adapter_configs(model: nn.Module) -> dict[str, PeftConfig]:
 
 
 def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the model's own weights under the names that they have without adapters.
+    """Return the model's own weights under their names without adapters.
 
     Args:
         model: the wrapped model.
-        state_dict: its full state dict where it was gathered elsewhere (FSDP), else taken from ``model``.
+        state_dict: its full state dict if it was gathered elsewhere (FSDP); by default that of ``model``.
 
     Raises:
-        ValueError: if an adapter is merged, if one of them replaces whole modules, or if ``state_dict`` lacks weights.
+        ValueError: an adapter is merged or replaces whole modules, or ``state_dict`` lacks weights.
     """
     inner = inner_model(model)
     tuners = set()
@@ -71,7 +70,7 @@ def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None =
 
 
 def _plain_name(name: str, tuners: set[str]) -> str | None:
-    """Drop each ``base_layer`` of a tuner layer from ``name``; None for a tensor of an adapter."""
+    """Return ``name`` without the ``base_layer`` of tuner layers; None for a tensor of an adapter."""
     seen: list[str] = []
     kept: list[str] = []
     for part in name.split("."):
@@ -87,7 +86,7 @@ def _plain_name(name: str, tuners: set[str]) -> str | None:
 def adapter_state_dict(
     model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of the adapter ``name`` under the keys of PEFT's adapter files, each with its own memory."""
+    """Return copies of the tensors of the adapter ``name``, under the keys of PEFT's adapter files."""
     tensors = get_peft_model_state_dict(
         model, dict(state_dict) if state_dict else None, name, save_embedding_layers=False
     )
@@ -99,7 +98,7 @@ def adapter_state_dict(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; ValueError with its name where it is truncated or no such file."""
+    """Read a safetensors file; ValueError with its name if it is truncated or has another format."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -107,9 +106,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_keys(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
-    """Raise ValueError unless two sets of tensor names are equal."""
+    """Raise ValueError unless two sets of tensor names are equal; ``what`` is the subject of the message."""
     got, expected = set(got), set(expected)
-    for problem, names in (("lacks", expected - got), ("has besides", got - expected)):
+    for problem, names in (("lacks", expected - got), ("has in addition", got - expected)):
         if names:
             raise ValueError(
                 f"{what} {problem} {len(names)} tensors, such as {min(names)!r}: it was saved from another model, or "
@@ -117,8 +116,8 @@ def check_keys(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
             )
 
 
-def load_adapter_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Put ``tensors`` into the adapter ``name`` of ``model``, strictly; ``what`` names them in an error."""
+def load_adapter_tensors(model: nn.Module, name: str, *, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copy ``tensors`` into the adapter ``name`` of ``model``, strictly; ``what`` names them in an error."""
     current = adapter_state_dict(model, name)
     check_keys(what, tensors, current)
     for key, tensor in tensors.items():

@@ -74,21 +74,22 @@ def tokenizer_place(src: str | Path, run: OpenRun | None, revision: str | None =
 
 
 def held_out_pair(src: str | Path, metadata: Mapping[str, Any]) -> tuple[str, bool]:
-    """Return the built-in pair on whose text losses are measured, and whether ``src`` was trained on it, as far as is known.
+    """Return the built-in pair whose text is scored, and whether ``src`` is known to have been trained on it.
 
     >>> held_out_pair("nowhere", {"pair": "spanish"})
     ('spanish', True)
     >>> held_out_pair("nowhere", {})
     ('biology', False)
     """
-    told = read_recipe(src)
-    own = None if told.get("train_file") or told.get("text_files") else told.get("pair")
+    recipe = read_recipe(src)
+    own = None if recipe.get("train_file") or recipe.get("text_files") else recipe.get("pair")
     return metadata.get("pair") or own or "biology", bool(metadata.get("pair") or own)
 
 
 def load_source(
     src: str | Path,
     regions: Regions = "all",
+    *,
     revision: str | None = None,
     tokenizer: Any = None,
     **from_pretrained_kwargs: Any,
@@ -103,7 +104,7 @@ def load_source(
         **from_pretrained_kwargs: see `load_routed`.
 
     Raises:
-        ValueError: an unknown region, or no tokenizer; and what `load_routed` raises.
+        ValueError: on an unknown region, or without a tokenizer; and as `load_routed` does.
     """
     run = open_source(src, revision, **hub_arguments(from_pretrained_kwargs))
     if tokenizer is None or isinstance(tokenizer, str | Path):
@@ -121,17 +122,16 @@ def load_source(
 def evaluate_source(
     src: str | Path,
     tasks: Sequence[str] = DEFAULT_TASKS,
+    *,
     regions: Mapping[str, Regions] | Sequence[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     limit: int | None = None,
     batch_size: int = 16,
     device: str | None = None,
     output: str | Path | None = None,
-    tokenizer: Any = None,
-    revision: str | None = None,
-    **from_pretrained_kwargs: Any,
+    **load_kwargs: Any,
 ) -> dict[str, Scores]:
-    """Measure a saved run with all of its regions, ablated, and with any subset. It is loaded once.
+    """Load a saved run once, and measure it with all of its regions, ablated, and with any subset.
 
     Args:
         src: directory or Hub id of a run, or of a plain checkpoint.
@@ -142,27 +142,34 @@ def evaluate_source(
         limit: see `routed_peft.evaluation.evaluate`.
         batch_size: see `routed_peft.evaluation.evaluate`.
         device: where to put the model; None leaves it where transformers puts it.
-        output: a JSON file to write, with the results and what was measured.
-        tokenizer: an object, a path or an id, to use instead of the run's own.
-        revision: branch, tag or commit of a Hub id.
-        **from_pretrained_kwargs: see `load_routed`.
+        output: a JSON file to write, with results and settings.
+        **load_kwargs: see `load_source`: ``revision``, ``tokenizer``, and arguments of `load_routed`.
 
     Returns:
         ``{configuration: {"task/metric": value}}``; the configuration of a model without regions is "model".
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: an unknown task or region, or no tokenizer; and what `load_routed` raises.
+        ValueError: on an unknown task or region, or without a tokenizer; and as `load_routed` does.
     """
-    run = open_source(src, revision, **hub_arguments(from_pretrained_kwargs))
+    revision = load_kwargs.get("revision")
+    run = open_source(src, revision, **hub_arguments(load_kwargs))
     configurations = _configurations(str(src), [] if run is None else run.layout.regions, regions)
     if output is not None:
         _check_writable(Path(output))
     metadata = {"pair": held_out_pair(src, metadata or {})[0], **(metadata or {})}
-    model, tokenizer = load_source(src, "all", revision, tokenizer, **from_pretrained_kwargs)
+    model, tokenizer = load_source(src, "all", **load_kwargs)
     if device is not None:
         model.to(device)
-    results = evaluate_configurations(model, tokenizer, configurations, tasks, metadata, limit, batch_size)
+    results = evaluate_configurations(
+        model,
+        tokenizer,
+        configurations=configurations,
+        tasks=tasks,
+        metadata=metadata,
+        limit=limit,
+        batch_size=batch_size,
+    )
     if output is not None:
         report = {
             "source": str(src),
@@ -181,7 +188,7 @@ def evaluate_source(
 def _configurations(
     src: str, names: Sequence[str], asked: Mapping[str, Regions] | Sequence[str] | None
 ) -> dict[str, list[str]]:
-    """Return what to measure, checked before anything is loaded."""
+    """Return the regions of each configuration to measure; raise ValueError on unknown ones."""
     chosen: dict[str, list[str]] = default_configurations(names)
     if asked is not None:
         further = asked if isinstance(asked, Mapping) else {" + ".join(asked) or "ablated": asked}
@@ -193,7 +200,7 @@ def _configurations(
 
 
 def _check_writable(file: Path) -> None:
-    """Raise where a file could not be written, before hours are spent on what goes into it."""
+    """Raise where a file cannot be written, before hours are spent on its content."""
     if file.is_dir():
         raise ValueError(f"`output` {str(file)!r} is a directory: name a file in it")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +210,7 @@ def _check_writable(file: Path) -> None:
 
 
 def open_plain(
-    src: str | Path, regions: Regions | None = None, revision: str | None = None, device: str | None = None
+    src: str | Path, regions: Regions | None = None, *, revision: str | None = None, device: str | None = None
 ) -> tuple[nn.Module, Any]:
     """Load a checkpoint in float32 as a plain model, adapters merged, with its tokenizer; `own_regions` by default.
 
@@ -222,7 +229,7 @@ def open_plain(
                 "loss on text to relearn"
             )
     regions = own_regions(run) if regions is None else regions
-    model, tokenizer = load_source(src, regions, revision, dtype=torch.float32)
+    model, tokenizer = load_source(src, regions, revision=revision, dtype=torch.float32)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     check_causal(model)

@@ -1,1 +1,1 @@
-"""Records of a run on disk: settings, metrics, costs, provenance, and going on after an interruption."""
+"""Records of a run on disk: settings, metrics, cost and provenance; and resuming after an interruption."""

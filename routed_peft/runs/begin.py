@@ -1,4 +1,4 @@
-"""The beginning of a recipe's run, or the checkpoint from which it goes on."""
+"""Begin the run of a recipe, or find the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -13,60 +13,64 @@ from routed_peft.runs.records import SUMMARY, RunDirectory
 from routed_peft.runs.resuming import latest_resumable
 
 SCHEDULE = ("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs")
+"""Training arguments that decide the rows and the schedule of a run."""
 ROWS = "per_device_train_batch_size × gradient_accumulation_steps × processes"
+"""Key of the rows per step, named after the options that decide it."""
 
 
-def begin(run: RunDirectory, recipe: Any, args: TrainingArguments, own: Collection[str]) -> None:
-    """Write the ``run.json`` of a recipe; and find the checkpoint that it goes on from, where it is asked to.
+def begin(run: RunDirectory, recipe: Any, *, args: TrainingArguments, own: Collection[str]) -> None:
+    """Write the ``run.json`` of a recipe, and find the checkpoint if the run resumes.
+
+    A resumed run must have the same settings as at its beginning: `SCHEDULE`, the rows per step, ``own``, and all of
+    ``recipe`` except ``ablate_to``.
 
     Args:
-        run: where to.
-        recipe: the dataclass of what the recipe is told.
-        args: the training arguments; ``resume_from_checkpoint`` becomes a directory, or None.
-        own: fields of ``args`` that must be as they were where the run goes on, beside `SCHEDULE`, the rows per step and all of
-            ``recipe`` but where the ablated model goes.
+        run: the records of the run.
+        recipe: the recipe's dataclass of settings.
+        args: the training arguments; ``resume_from_checkpoint`` is replaced by a directory or None.
+        own: fields of ``args`` that must stay the same when the run resumes.
 
     Raises:
-        ValueError: what `checkpoint_of` raises; the directory holds a run that has finished, was begun otherwise, or can be
-            continued and is not.
+        ValueError: the directory holds a run that has finished, began with other settings, or could be resumed but is not;
+            or `find_checkpoint` refuses the checkpoint.
     """
-    args.resume_from_checkpoint = checkpoint_of(run.path, args.resume_from_checkpoint, args.world_size)
+    args.resume_from_checkpoint = find_checkpoint(run.path, args.resume_from_checkpoint, args.world_size)
     if args.resume_from_checkpoint is None:
         check_not_begun(run.path, args.world_size)
     if args.process_index:
         return
-    told, training = asdict(recipe), args.to_dict()
+    settings, training = asdict(recipe), args.to_dict()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    kept = {
-        "recipe": {name: value for name, value in told.items() if name != "ablate_to"},
+    same = {
+        "recipe": {name: value for name, value in settings.items() if name != "ablate_to"},
         "training": {name: training[name] for name in (*own, *SCHEDULE)},
         ROWS: rows,
     }
-    seeds = {"seed": args.seed} | ({"label_seed": told["label_seed"]} if "label_seed" in told else {})
-    config = {"recipe": told, "training": training, ROWS: rows}
-    run.start(config, seeds, resume=args.resume_from_checkpoint is not None, same=kept)
+    seeds = {"seed": args.seed} | ({"label_seed": settings["label_seed"]} if "label_seed" in settings else {})
+    config = {"recipe": settings, "training": training, ROWS: rows}
+    run.start(config, seeds, resume=args.resume_from_checkpoint is not None, same=same)
 
 
 def check_not_begun(run: Path, processes: int = 1) -> None:
-    """Raise ValueError where a run was interrupted and can be continued, so that it is not begun anew by accident.
+    """Raise ValueError if the directory holds an interrupted run that can resume, so that it does not restart by accident.
 
     >>> check_not_begun(Path("nowhere"))
     """
     if not (run / SUMMARY).exists() and latest_resumable(run, processes) is not None:
         raise ValueError(
-            f"{run} holds checkpoints of a run that has not finished: go on with it (`resume_from_checkpoint: true`), name "
+            f"{run} holds checkpoints of a run that has not finished: resume it (`resume_from_checkpoint: true`), name "
             "another directory, or move them away"
         )
 
 
-def checkpoint_of(run: Path, asked: str | bool | None, processes: int = 1) -> str | None:
-    """Return the checkpoint to go on from: ``asked``, or the run's newest where that is "true"; None to begin.
+def find_checkpoint(run: Path, asked: str | bool | None, processes: int = 1) -> str | None:
+    """Return the checkpoint to resume from: ``asked``, or the newest of the run for "true"; None to begin.
 
     Raises:
-        ValueError: there is none, and which there are.
+        ValueError: there is no such checkpoint.
 
     Example:
-        >>> checkpoint_of(Path("run"), None), checkpoint_of(Path("run"), "false")
+        >>> find_checkpoint(Path("run"), None), find_checkpoint(Path("run"), "false")
         (None, None)
     """
     word = str(asked).lower()
@@ -76,12 +80,12 @@ def checkpoint_of(run: Path, asked: str | bool | None, processes: int = 1) -> st
     if word == "true":
         if newest is None:
             raise ValueError(
-                f"`resume_from_checkpoint` is {word}, but {run} holds no whole checkpoint: leave it out to begin anew, and "
-                "save on the way (`save_strategy`)"
+                f"`resume_from_checkpoint` is {word}, but {run} holds no complete checkpoint: leave it out to begin anew, and "
+                "save during training (`save_strategy`)"
             )
         return newest
     if not Path(str(asked)).expanduser().is_dir():
-        there = f"the newest there is {newest!r}" if newest else "there is none to go on from"
+        there = f"the newest there is {newest!r}" if newest else "there is none to resume from"
         raise ValueError(
             f"`resume_from_checkpoint` {asked!r} is no directory: name a checkpoint of {run}, or `true` for its newest "
             f"({there})"

@@ -1,4 +1,4 @@
-"""Versions of libraries and the hardware of a run."""
+"""Hardware and library versions of a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-_LIBRARIES = ("accelerate", "datasets", "tokenizers", "numpy")  # beside those that a checkpoint names
+_CHECKPOINT = ("routed_peft", "torch", "transformers", "peft", "safetensors")
+_TRAINING = ("accelerate", "datasets", "tokenizers", "numpy")
 
 
 def hardware() -> dict[str, Any]:
-    """Return what this process runs on.
+    """Return machine, processor, memory, GPUs and processes of this run.
 
     >>> sorted(hardware())
     ['cores', 'gpus', 'machine', 'memory_gb', 'processes', 'processor', 'threads']
@@ -35,11 +36,17 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide what a checkpoint means."""
+    """Return the versions of the libraries that a checkpoint depends on."""
     found = {}
-    for name in ("routed_peft", "torch", "transformers", "peft", "safetensors"):
+    for name in _CHECKPOINT:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # used from a source tree
             found[name] = "unknown"
     return found
+
+
+def all_versions() -> dict[str, str]:
+    """Return the versions of Python and of all libraries that a training run depends on."""
+    training = {name: importlib.metadata.version(name) for name in _TRAINING}
+    return {"python": platform.python_version(), **versions(), **training}

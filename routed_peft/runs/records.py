@@ -1,4 +1,4 @@
-"""What a run leaves to read: ``run.json`` (how), ``metrics.jsonl`` (what happened), ``summary.json`` (what came of it)."""
+"""Files of a run: ``run.json`` (settings), ``metrics.jsonl`` (measurements) and ``summary.json`` (results)."""
 
 from __future__ import annotations
 
@@ -6,35 +6,30 @@ import datetime
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing import Any
 
 from routed_peft.files import in_use, read_json, write_bytes, write_json
-from routed_peft.runs.provenance import _LIBRARIES, hardware, versions
-
-PLAIN_ARMS = ("none", "filter", "perfect_filter")
-PLACEBO = "placebo.json"
-
-RECORD = "ablation.json"
+from routed_peft.runs.provenance import all_versions, hardware
 
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
+ABLATION = "ablation.json"
+"""Record of an exported model, which names its run."""
+PLACEBO = "placebo.json"
+"""Record of a model with silenced units, which names its run."""
 
 
 class RunDirectory:
-    """The records of one run, in a directory that may hold other files too.
+    """Records of one run, in a directory that may hold other files too.
 
-    ``run.json`` and ``summary.json`` are written aside and renamed; ``metrics.jsonl`` grows by whole lines, so that what
-    was measured before an interruption stays readable. Numbers that are not finite are written as null.
+    ``run.json`` and ``summary.json`` are written aside and renamed. ``metrics.jsonl`` grows by whole lines, so that
+    measurements before an interruption stay readable. Numbers that are not finite are written as null.
 
     Args:
-        path: directory; made by the first write.
+        path: directory; the first write makes it.
 
     Example:
         >>> import tempfile
@@ -53,21 +48,22 @@ class RunDirectory:
         self,
         config: Mapping[str, Any],
         seeds: Mapping[str, int],
+        *,
         command: Sequence[str] | None = None,
         resume: bool = False,
         same: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write ``run.json``, and begin the points anew unless the run resumes.
+        """Write ``run.json``, and delete earlier points unless the run resumes.
 
         Args:
-            config: everything that was set; what JSON cannot say is written as its string.
-            seeds: by name.
-            command: arguments that started the run; those of this process by default.
-            resume: keep the points there are.
-            same: that part of the config which a run that resumes must have been begun with, see `check_same`.
+            config: all settings; values that JSON cannot hold are written as strings.
+            seeds: name -> seed.
+            command: arguments that started the run; by default those of this process.
+            resume: keep the points.
+            same: part of the config that a resumed run must share with its beginning, see `check_same`.
 
         Raises:
-            ValueError: if the directory holds the records of a run that has finished, or was begun otherwise.
+            ValueError: the directory holds a finished run, or one that began with other settings.
         """
         if resume and same is not None:
             self.check_same(same)
@@ -77,36 +73,30 @@ class RunDirectory:
             "command": shlex.join(sys.orig_argv if command is None else command),
             "config": dict(config),
             "seeds": dict(seeds),
-            "versions": {
-                "python": platform.python_version(),
-                **versions(),
-                **{name: version(name) for name in _LIBRARIES},
-            },
+            "versions": all_versions(),
             "hardware": hardware(),
         }
         write_json(self.path / RUN, _plain(about))
         if not resume:
             (self.path / METRICS).unlink(missing_ok=True)
 
-    def check_apart(self, source: str | os.PathLike[str], resume: bool = False) -> None:
-        """Raise ValueError where a model made from ``source`` would take the place of something else in this directory.
+    def check_separate(self, source: str | os.PathLike[str], resume: bool = False) -> None:
+        """Raise ValueError if writing a model made from ``source`` would overwrite something in this directory.
 
-        That is ``source`` itself, a finished run that is not resumed, or files that no run left there.
+        Refused are ``source`` itself, a finished run that is not resumed, and files that do not belong to a run.
 
         Example:
-            >>> RunDirectory("run").check_apart("run")
+            >>> RunDirectory("run").check_separate("run")
             Traceback (most recent call last):
             ...
-            ValueError: ... is where the model comes from: it would be overwritten; name another directory
+            ValueError: ... is the source of the model and would be overwritten: name another directory
         """
         if self.path == Path(source).expanduser().resolve():
-            raise ValueError(
-                f"{self.path} is where the model comes from: it would be overwritten; name another directory"
-            )
+            raise ValueError(f"{self.path} is the source of the model and would be overwritten: name another directory")
         self._check_unfinished(resume)
         if in_use(self.path) and not (self.path / RUN).is_file():
             raise ValueError(
-                f"{self.path} holds files, and no run to continue ({RUN}): name a new directory, or an empty one"
+                f"{self.path} holds files but no run to continue ({RUN}): name a new or an empty directory"
             )
 
     def _check_unfinished(self, resume: bool) -> None:
@@ -116,7 +106,7 @@ class RunDirectory:
             )
 
     def check_same(self, config: Mapping[str, Any]) -> None:
-        """Raise ValueError where ``run.json`` tells of another ``config``, in what both of them name: of a run that resumes.
+        """Raise ValueError if ``run.json`` and ``config`` differ in a setting that both of them have.
 
         Example:
             >>> import tempfile
@@ -125,7 +115,7 @@ class RunDirectory:
             >>> run.check_same({"recipe": {"alpha": 0.2}})
             Traceback (most recent call last):
             ...
-            ValueError: ... holds a run with other settings, `alpha` 0.1 where 0.2 is asked for: repeat the command as it ...
+            ValueError: ... holds a run with other settings: `alpha` is 0.1 there, got 0.2. Repeat the original command, ...
         """
         if not (self.path / RUN).is_file():
             return
@@ -133,7 +123,7 @@ class RunDirectory:
         _check_same(self.path, before, _plain(config))
 
     def log(self, **point: Any) -> None:
-        """Append one point to ``metrics.jsonl``, in place of a last line that an interruption cut short."""
+        """Append one point to ``metrics.jsonl``; it replaces a last line that an interruption cut short."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not _ends_whole(self.path / METRICS):
             self.keep(lambda point: True)
@@ -141,24 +131,24 @@ class RunDirectory:
             file.write(json.dumps(_plain(point)) + "\n")
 
     def points(self) -> list[dict[str, Any]]:
-        """Read the points back; a last line that an interruption cut short is left out."""
+        """Return all points, without a last line that an interruption cut short."""
         if not (self.path / METRICS).exists():
             return []
         lines = (self.path / METRICS).read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is no whole line
+        return [json.loads(line) for line in lines[:-1]]  # without what follows the last line break
 
     def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Drop the points that are not ``wanted``: those after the checkpoint from which a run resumes, say."""
+        """Drop the points that are not ``wanted``, such as those after the checkpoint from which a run resumes."""
         kept = [point for point in self.points() if wanted(point)]
         write_bytes(self.path / METRICS, "".join(json.dumps(point) + "\n" for point in kept).encode())
 
     def ablation_target(self, asked: str | None = None) -> Path | None:
-        """Return where the ablated model goes: ``asked``, by default beside the run; nowhere if that is "no".
+        """Return the directory for the ablated model: ``asked``, or one beside the run; None for "no".
 
-        Call it before training, for it is then that one wants to hear of a directory that is in use.
+        Call it before training, so that a directory in use is refused early.
 
         Raises:
-            ValueError: where that is not free.
+            ValueError: the directory is not empty.
 
         Example:
             >>> RunDirectory("run").ablation_target().name, RunDirectory("run").ablation_target("no")
@@ -185,79 +175,19 @@ def _ends_whole(file: Path) -> bool:
         return lines.read() == b"\n"
 
 
-class RunRecorder(TrainerCallback):
-    """Appends what a Trainer logs to ``metrics.jsonl``: one point per training log and per evaluated split.
-
-    A point has ``split`` ("train", or the name of the evaluation set), ``ablated`` (whether regions were off), ``step``,
-    ``tokens`` (where ``include_num_input_tokens_seen`` is on), the metrics without their prefix, and ``names``.
-
-    Args:
-        run: where to.
-        **names: what every point of this run says of itself, such as ``method="sgtm", arm="routed"``.
-
-    Example:
-        >>> import tempfile
-        >>> recorder = RunRecorder(RunDirectory(tempfile.mkdtemp()), arm="routed")
-        >>> state = TrainerState(global_step=5, is_world_process_zero=True)
-        >>> recorder.on_log(TrainingArguments(), state, TrainerControl(), {"eval_ablated_forget_loss": 4.0, "epoch": 1})
-        >>> recorder.run.points()
-        [{'arm': 'routed', 'split': 'forget', 'ablated': True, 'step': 5, 'loss': 4.0, 'epoch': 1}]
-    """
-
-    def __init__(self, run: RunDirectory, **names: Any) -> None:
-        self.run, self.names = run, names
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Forget the points that come after the step at which training resumes."""
-        if state.is_world_process_zero:
-            self.run.keep(lambda point: point.get("step", 0) <= state.global_step or not self._ours(point))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Append a point."""
-        if not state.is_world_process_zero or not logs or "train_loss" in logs:  # the last is a mean over the run
-            return
-        split, ablated, prefix = _split(logs)
-        metrics = {key.removeprefix(prefix): value for key, value in logs.items() if key != "num_input_tokens_seen"}
-        tokens = {} if args.include_num_input_tokens_seen == "no" else {"tokens": state.num_input_tokens_seen}
-        self.run.log(**self.names, split=split, ablated=ablated, step=state.global_step, **tokens, **metrics)
-
-    def _ours(self, point: Mapping[str, Any]) -> bool:
-        return all(point.get(name) == value for name, value in self.names.items())
-
-
 def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for key in sorted(before.keys() & now.keys()):
         if isinstance(now[key], Mapping) and isinstance(before[key], Mapping):
             _check_same(place, before[key], now[key])
         elif before[key] != now[key]:
             raise ValueError(
-                f"{place} holds a run with other settings, `{key}` {before[key]!r} where {now[key]!r} is asked for: repeat the "
-                "command as it was, or name another directory"
+                f"{place} holds a run with other settings: `{key}` is {before[key]!r} there, got {now[key]!r}. Repeat the "
+                "original command, or name another directory"
             )
 
 
-def _split(logs: Mapping[str, Any]) -> tuple[str, bool, str]:
-    """Return the split that logs are of, whether regions were ablated, and the prefix of its metrics."""
-    key = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), None)
-    if key is None:
-        return "train", False, ""
-    prefix = key.removesuffix("loss")
-    name = prefix.removeprefix("eval_")
-    ablated = name.startswith("ablated_")
-    return name.removeprefix("ablated_").rstrip("_") or "eval", ablated, prefix
-
-
 def _plain(value: Any) -> Any:
-    """Make plain data of ``value``: JSON knows no NaN, no tuples and no paths."""
+    """Return ``value`` as data that JSON can hold: without NaN, tuples and paths."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -269,39 +199,28 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
-def run_of(src: str | Path) -> Path:
+def records_directory(src: str | Path) -> Path:
     """Return the directory with the records of a model: its own, or that of the run from which it was ablated.
 
-    >>> run_of("nowhere").name
+    >>> records_directory("nowhere").name
     'nowhere'
     """
     folder = Path(src).expanduser()
-    for record in (RECORD, PLACEBO):
+    for record in (ABLATION, PLACEBO):
         if (folder / record).is_file() and not (folder / RUN).is_file():
             source = read_json(folder / record).get("source")
             return folder if source is None else Path(source).expanduser()
     return folder
 
 
-def recipe_of(src: str | Path) -> dict[str, Any]:
-    """Return what the recipe that trained a model was told, as its ``run.json`` has it; empty where that is not known.
+def read_recipe(src: str | Path) -> dict[str, Any]:
+    """Return the settings of the recipe that trained a model, from its ``run.json``; empty without one.
 
-    >>> recipe_of("nowhere")
+    >>> read_recipe("nowhere")
     {}
     """
-    file = run_of(src) / RUN
+    file = records_directory(src) / RUN
     if not file.is_file():
         return {}
     config = read_json(file).get("config", {})
     return dict(config.get("recipe", config))
-
-
-def own_regions(src: str | Path) -> tuple[()] | Literal["all"]:
-    """Return the regions that belong to a model: none of a routed run; all where an arm was trained without routing.
-
-    The units of such an arm (``--arm none``, ``filter``, ``perfect_filter``) learnt what the rest of the model did.
-
-    >>> own_regions("nowhere")
-    ()
-    """
-    return "all" if recipe_of(src).get("arm") in PLAIN_ARMS else ()

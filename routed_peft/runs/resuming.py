@@ -1,7 +1,4 @@
-"""How the run of a recipe begins or goes on, and whether a checkpoint has all that this needs.
-
-`Trainer` would go on with a fresh optimizer where files are lost, and with other rows where a setting differs.
-"""
+"""Completeness of a Trainer's checkpoint: `Trainer` resumes with a fresh optimizer if files are lost."""
 
 from __future__ import annotations
 
@@ -14,33 +11,29 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-"""Training arguments that lay out a run: with others it would go on with other rows, or another schedule."""
-
-"""Rows per step, by the options that make them."""
-
 
 def check_resumable(checkpoint: str | Path, process_index: int = 0, processes: int = 1, fsdp: bool = False) -> None:
-    """Raise where a checkpoint lacks the state of the optimizer, the schedule, the random numbers or the run.
+    """Raise ValueError if a checkpoint lacks the state of the optimizer, the schedule, the random numbers or the run.
 
     Args:
         checkpoint: directory of a Trainer's checkpoint.
-        process_index: of this process, whose random state is needed.
-        processes: of the run that resumes. A checkpoint of another number of processes resumes with a logged warning, as
-            its random states do not fit.
-        fsdp: whether the optimizer is sharded, which has other names for it.
+        process_index: index of this process, whose random state is needed.
+        processes: number of processes that resume. Another number than at the beginning logs a warning, since the random
+            states do not fit.
+        fsdp: whether the optimizer is sharded; its files have other names then.
 
     Raises:
-        ValueError: names the missing files, and the latest complete checkpoint before this one where there is one.
+        ValueError: names the missing files and, if there is one, the latest complete checkpoint before this one.
     """
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
-        return  # what it is instead is said where its weights are read
+        return  # refused when its weights are read
     missing = _missing(folder, process_index, processes, fsdp)
     if not missing:
         if not (folder / _random_state(process_index, processes)).is_file():
             logger.warning(
                 f"{folder} was written by {_writers(folder)} processes and is resumed in {processes}: its random states do "
-                "not fit, so the run goes on with others"
+                "not fit, so the run continues with others"
             )
         return
     complete = [
@@ -51,25 +44,25 @@ def check_resumable(checkpoint: str | Path, process_index: int = 0, processes: i
     if complete:
         advice = f"resume from the complete checkpoint '{max(complete, key=_step)}'"
     else:
-        advice = "no earlier one beside it is complete: start anew, or from its weights (`load_routed(…, is_trainable=True)`)"
+        advice = "no earlier one beside it is complete: begin anew, or from its weights (`load_routed(…, is_trainable=True)`)"
     raise ValueError(
-        f"{str(checkpoint)!r} cannot be resumed from, as it has no whole {', '.join(missing)} (lost, cut short, or never "
+        f"{str(checkpoint)!r} cannot be resumed from: it lacks a complete {', '.join(missing)} (lost, cut short, or never "
         f"written: checkpoints of `save_only_model=True` and of `save_model` hold weights alone); {advice}"
     )
 
 
 def latest_resumable(run: str | Path, processes: int = 1) -> str | None:
-    """Return the newest checkpoint of a run from which it can go on; None where there is none.
+    """Return the newest complete checkpoint of a run, or None.
 
-    One that a kill cut short is passed over: `Trainer` writes in place, the state of the run last.
+    A checkpoint that a kill cut short is skipped: `Trainer` writes in place, the state of the run last.
 
     Args:
         run: directory of the run.
-        processes: of the run that resumes.
+        processes: number of processes that resume.
     """
     found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
-    whole = [path for path in found if not all(_missing(path, 0, processes, fsdp) for fsdp in (False, True))]
-    return str(max(whole, key=_step)) if whole else None
+    complete = [path for path in found if not all(_missing(path, 0, processes, fsdp) for fsdp in (False, True))]
+    return str(max(complete, key=_step)) if complete else None
 
 
 def _missing(folder: Path, process_index: int, processes: int, fsdp: bool) -> list[str]:
@@ -94,7 +87,7 @@ def _random_state(process_index: int, processes: int) -> str:
 
 
 def _writers(folder: Path) -> int:
-    """Return how many processes wrote a checkpoint, or 0 where random states of theirs are missing."""
+    """Return the number of processes that wrote a checkpoint, or 0 if one of their random states is missing."""
     found = {path.name for path in folder.glob("rng_state*.pth")}
     return len(found) if found == {_random_state(index, len(found)) for index in range(len(found))} else 0
 

@@ -114,7 +114,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
         self._signature_columns = [*columns, *(column for column in ours if column not in columns)]  # type: ignore[assignment]
 
     def _check_labels_occur(self, labels: Mapping[str, int], steps: int | None = None) -> None:
-        check_labels_occur(labels, self.routing.routes, self.routing.regions, steps)
+        check_labels_occur(labels, self.routing.routes, regions=self.routing.regions, steps=steps)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._check_before_training()
@@ -144,7 +144,12 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
         optimizer = super().create_optimizer(model)
         if fresh:
             groups = {p: group for group in self.routing.groups for p in self.routing.parameters(group)}
-            tag_groups(optimizer, groups, self.args.region_learning_rate, self.args.region_weight_decay)
+            tag_groups(
+                optimizer,
+                groups,
+                region_learning_rate=self.args.region_learning_rate,
+                region_weight_decay=self.args.region_weight_decay,
+            )
         elif not all("route" in group for group in optimizer.param_groups):
             raise ValueError(
                 '`optimizers`: every parameter group needs a "route" key; see routed_peft.training.tag_groups'

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from routed_peft.checkpoint.staging import atomic_directory
+from routed_peft.deprecation import formerly_positional
 from routed_peft.files import read_json, write_json
 from routed_peft.runs.cost import TrainingCost
 from routed_peft.runs.provenance import versions
@@ -61,12 +62,13 @@ class UndoRecord:
     ledger: TrainingCost
 
 
+@formerly_positional("args", "retain_rows")
 def undo(
     teacher: nn.Module,
     rows: Rows,
+    *,
     args: UndoArguments,
     retain_rows: Rows | None = None,
-    *,
     student: PreTrainedModel | None = None,
     eval_dataset: Mapping[str, Rows] | None = None,
     tokenizer: Any = None,
@@ -107,7 +109,7 @@ def undo(
         student = copy.deepcopy(teacher).float()
     check_vocabularies(teacher, student)
     student.requires_grad_(True)
-    add_noise(student, args.alpha, args.beta, args.seed)
+    add_noise(student, args.alpha, beta=args.beta, seed=args.seed)
     nn.Module.to(teacher, args.device)
     teacher_loss, evaluated = None, dict(eval_dataset or {})
     if retain_rows is not None:
@@ -118,9 +120,9 @@ def undo(
     trainer = DistillationTrainer(
         student,
         teacher,
-        args,
-        rows,
-        cache,
+        args=args,
+        rows=rows,
+        cache=cache,
         eval_dataset=evaluated or None,
         processing_class=tokenizer,
         callbacks=[*callbacks, *([stop] if retain_rows is not None else [])],
@@ -161,7 +163,7 @@ def _plain(model: nn.Module) -> PreTrainedModel:
 def _cache(teacher: PreTrainedModel, rows: Rows, args: UndoArguments) -> TeacherCache:
     folder = args.teacher_cache or Path(str(args.output_dir), "teacher")
     assert args.topk is not None
-    return TeacherCache.make(folder, teacher, rows, args.topk, args.per_device_eval_batch_size)
+    return TeacherCache.make(folder, teacher, rows=rows, k=args.topk, batch_size=args.per_device_eval_batch_size)
 
 
 def read_cost(source: str | Path) -> TrainingCost | None:
@@ -180,7 +182,7 @@ def read_cost(source: str | Path) -> TrainingCost | None:
 
 
 def save_student(
-    student: PreTrainedModel, record: UndoRecord, out: str | Path, source: str, tokenizer: Any = None
+    student: PreTrainedModel, record: UndoRecord, *, out: str | Path, source: str, tokenizer: Any = None
 ) -> dict[str, Any]:
     """Write a plain checkpoint with ``undo.json``, all at once, and return what that holds.
 

@@ -32,7 +32,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "run"
-    save_routed(wrapped("mlp"), path, presets.sgtm("forget"), train_base=True, tokens_per_route={"forget": 1234})
+    save_routed(wrapped("mlp"), path, routes=presets.sgtm("forget"), train_base=True, tokens_per_route={"forget": 1234})
     for name in (
         "training_args.bin",
         "optimizer.pt",

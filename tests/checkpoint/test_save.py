@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from routed_peft import presets
+from routed_peft.adapters import RoutingRecord, routing_record, set_routing_record
 from routed_peft.checkpoint import inspect_checkpoint, load_routed, load_weights, save_routed
 from routed_peft.checkpoint import save as save_module
 from routed_peft.checkpoint import staging as files_module
@@ -45,7 +46,11 @@ def frozen(tmp_path: Path, kind: str = "lora", **saved: Any) -> tuple[PeftModel,
 def run(tmp_path: Path) -> Path:
     routes = presets.sgtm("forget")
     return save_routed(
-        wrapped("mlp", names=("forget",)), tmp_path / "run", routes, train_base=True, tokens_per_route={"forget": 7}
+        wrapped("mlp", names=("forget",)),
+        tmp_path / "run",
+        routes=routes,
+        train_base=True,
+        tokens_per_route={"forget": 7},
     )
 
 
@@ -134,7 +139,7 @@ def test_dtypes_are_kept(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
 def test_what_the_routing_left_on_the_model_is_used_and_remembered(tmp_path: Path) -> None:
     model: Any = wrapped("lora", names=("retain", "forget"))
     routes = presets.sgtm("forget")
-    model._routed_train_base, model._routed_routes, model._routed_base_adapters = True, routes, ("retain",)
+    set_routing_record(model, RoutingRecord(routes, train_base=True, base_adapters=("retain",)))
     path = save_routed(model, tmp_path / "run", tokens_per_route={"retain": 3}, extra={"seed": 1})
     data = json.loads((path / "routing.json").read_text())
     assert data["train_base"] and data["base_adapters"] == ["retain"] and data["regions"] == ["forget"]
@@ -145,7 +150,14 @@ def test_what_the_routing_left_on_the_model_is_used_and_remembered(tmp_path: Pat
     assert {name.split(".")[-2] for name, p in loaded.named_parameters() if p.requires_grad} == {"retain", "forget"}
     again = save_routed(loaded, tmp_path / "again")
     assert json.loads((again / "routing.json").read_text())["base_adapters"] == ["retain"]
-    assert loaded._routed_routes == routes
+    assert routing_record(loaded).routes == routes
+
+
+def test_kept_regions_are_remembered_as_far_as_they_are_there(tmp_path: Path) -> None:
+    path = save_routed(wrapped("lora"), tmp_path / "run", train_base=True, kept_regions=["bio"])
+    for regions, kept in (["forget", "bio"], ["bio"]), (["forget"], []):
+        again = save_routed(load_routed(path, regions), tmp_path / f"again-{len(regions)}")
+        assert json.loads((again / "routing.json").read_text())["kept_regions"] == kept
 
 
 def test_a_gathered_state_dict_is_what_is_saved(tmp_path: Path) -> None:
@@ -204,7 +216,7 @@ def test_loading_in_place_is_strict(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the adapter 'forget' in .* lacks"):
         load_weights(three, run)
     deeper = wrapped("mlp", names=("forget",), num_hidden_layers=1)
-    with pytest.raises(ValueError, match="has besides"):
+    with pytest.raises(ValueError, match="has in addition"):
         load_weights(deeper, run)
     narrow = wrapped("mlp", names=("forget",), intermediate_size=20)
     with pytest.raises(ValueError, match=r"does not fit|another base|shape"):
@@ -424,7 +436,7 @@ def test_a_file_of_another_adapter_is_refused(run: Path) -> None:
         data = json.loads(path.read_text())
         data["files"][key] = files_module.sha256(weights)
         path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="has besides 1 tensors"):
+    with pytest.raises(ValueError, match="has in addition 1 tensors"):
         load_routed(run, ["forget"])
 
 
@@ -439,7 +451,7 @@ def test_unknown_names(run: Path, tmp_path: Path) -> None:
     for place in ("./nowhere", str(tmp_path / "nowhere"), str(run / "config.json")):
         with pytest.raises(ValueError, match="is no directory"):
             load_routed(place)
-    with pytest.raises(ValueError, match="`revision` is of use only with a Hub id"):
+    with pytest.raises(ValueError, match="`revision` needs a Hub id"):
         load_routed(run, revision="main")
 
 
@@ -447,14 +459,17 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (tiny("llama"), {}, "has no adapter"),
         (wrapped("lora"), {"base_adapters": ["retain"]}, r"`base_adapters` names 'retain'; .*\['forget', 'bio'\]"),
+        (wrapped("lora"), {"kept_regions": ["boi"]}, r"`kept_regions` names 'boi'; .*\['forget', 'bio'\]"),
         (wrapped("lora", names=("default",)), {}, "cannot be called 'default'"),
         (wrapped("lora", names=("forget",)), {}, "merged into"),
         (get_peft_model(tiny("llama"), lora(modules_to_save=["lm_head"]), "forget"), {}, "trained copy"),
     ]
-    cases[3][0].merge_adapter()
+    cases[4][0].merge_adapter()
     for model, arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             save_routed(model, tmp_path / "run", **arguments)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rotes'"):
+        save_routed(wrapped("lora"), tmp_path / "run", rotes={})
     with pytest.raises(TypeError, match="unwrap"):
         save_routed(torch.nn.Linear(1, 1), tmp_path / "run")
     assert not list(tmp_path.iterdir())

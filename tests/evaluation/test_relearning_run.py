@@ -180,7 +180,11 @@ def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_
     summary = attack_source(places / "run", DATA, tmp_path / "out", ["forget"], oracle=places / "attacked", **about)
     own, reference = summary["attacks"]["forget"], summary["reference"]["forget"]
     losses = [point["mean"] for point in own["envelope"]]
-    assert own["area"] == pytest.approx(relearning_area([0, 1, 4], losses, reference, losses)) == pytest.approx(1.0)
+    assert (
+        own["area"]
+        == pytest.approx(relearning_area([0, 1, 4], losses, base=reference, oracle=losses))
+        == pytest.approx(1.0)
+    )
     assert "area" not in attacked["attacks"]["forget"]
     table = Console(file=io.StringIO(), width=200)
     table.print(*summary_tables(summary))
@@ -385,12 +389,12 @@ def test_checkpoints_that_are_no_causal_language_models_are_refused(places, tmp_
     classifier = LlamaForSequenceClassification(tiny_llama().config)
     for wrong in (bert, t5, classifier, torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match="`model` must be a causal language model"):
-            relearn(wrong, tokenizer(), "forget", DATA)
+            relearn(wrong, tokenizer(), attack="forget", data=DATA)
     causal = model()
     with torch.no_grad():
         causal.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="are no numbers: its weights are damaged"):
-        relearn(causal, tokenizer(), "forget", DATA)
+        relearn(causal, tokenizer(), attack="forget", data=DATA)
     BertLMHeadModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bidirectional")
     tokenizer().save_pretrained(tmp_path / "bidirectional")
     with pytest.raises(ValueError, match="must be a causal language model, which BertLMHeadModel is not"):
@@ -399,7 +403,7 @@ def test_checkpoints_that_are_no_causal_language_models_are_refused(places, tmp_
     with pytest.raises(ValueError, match="is an adapter without its model: give its run, or merge it first"):
         open_plain(tmp_path / "adapter")
     with pytest.raises(ValueError, match="has adapters"):
-        relearn(get_peft_model(model(), RoutedConfig(size=2), "forget"), tokenizer(), "forget", DATA)
+        relearn(get_peft_model(model(), RoutedConfig(size=2), "forget"), tokenizer(), attack="forget", data=DATA)
 
 
 def test_a_directory_with_other_records_is_left_alone(places, attacked):
@@ -439,11 +443,12 @@ def test_a_run_as_reference_keeps_its_regions(places):
     assert found["forget"] == pytest.approx(losses[0]) and abs(losses[0] - losses[1]) > 1e-3
 
 
-@pytest.mark.parametrize(("arm", "regions"), [("routed", []), ("none", "all"), ("perfect_filter", "all")])
-def test_units_of_an_arm_without_routing_belong_to_it(places, tmp_path, arm, regions):
+@pytest.mark.parametrize(("kept", "regions"), [([], []), (["forget"], "all")])
+def test_units_of_an_arm_without_routing_belong_to_it(places, tmp_path, kept, regions):
     """What they learnt is no less the model's own than the rest, so that without them another model would be attacked."""
     run = shutil.copytree(places / "run", tmp_path / "run")
-    (run / "run.json").write_text(json.dumps({"config": {"recipe": {"arm": arm}}}))
+    routing = json.loads((run / "routing.json").read_text())
+    (run / "routing.json").write_text(json.dumps({**routing, "kept_regions": kept}))
     summary = attack_source(run, DATA, tmp_path / "out", ["bias"], seeds=[0], steps=[0, 1])
     assert list(summary["regions"]) == list(regions)
     left, _ = open_plain(places / "run", regions)

@@ -324,7 +324,7 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(runs, files, tmp_path)
         here(command)
     out = tmp_path / "control"
     assert not (out / "summary.json").exists()
-    with pytest.raises(ValueError, match="holds checkpoints of a run that has not finished: go on with it"):
+    with pytest.raises(ValueError, match="holds checkpoints of a run that has not finished: resume it"):
         here(command)
     for other, message in {
         "--seed": "`seed` 42 where 3",
@@ -358,7 +358,7 @@ def test_mistakes_are_explained(files, tmp_path):
         here([*arguments("control", tmp_path, []), "--train_file", unlabeled, "--arm", "perfect_filter", *no])
     with pytest.raises(ValueError, match="there is no held-out text: name `eval_files`"):
         here([*arguments("sgtm", tmp_path, []), "--train_file", unlabeled])
-    with pytest.raises(ValueError, match="`resume_from_checkpoint` is true, but .* holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is true, but .* holds no complete checkpoint"):
         here([*arguments("era", tmp_path, []), "--resume_from_checkpoint", "true"])
 
 

@@ -37,7 +37,7 @@ def task(tmp_path_factory) -> Path:
     make_model(ToySettings(hidden_size=16, layers=1, heads=2), make_tokenizer()).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     training_prompts(40, seed=0).to_json(folder / "prompts.jsonl")
-    Subspace.of(torch.randn(2, 16), source="random").save(folder / "u.safetensors")
+    Subspace.from_directions(torch.randn(2, 16), source="random").save(folder / "u.safetensors")
     (folder / "mine.py").write_text(
         "def digits(completions, **_):\n"
         "    return [float(sum(c.isdigit() for c in text)) for text in completions]\n\n"

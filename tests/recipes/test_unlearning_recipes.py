@@ -53,7 +53,7 @@ def place(tmp_path_factory) -> Path:
     train, held = documents(100, 0), documents(20, 1)
     tokenizer = train_tokenizer([row["text"] for row in train], vocab_size=300)
     model = tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=3)
-    rows = pack(Dataset.from_list(train), tokenizer, 16, by=[])
+    rows = pack(Dataset.from_list(train), tokenizer, length=16, by=[])
     ids = torch.tensor(rows["input_ids"][:])[:128]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -63,7 +63,7 @@ def place(tmp_path_factory) -> Path:
     model.save_pretrained(folder / "plain")
     tokenizer.save_pretrained(folder / "plain")
     routed = get_peft_model(model, RoutedConfig(size=3, init="model"), adapter_name="forget")
-    save_routed(routed, folder / "routed", presets.sgtm("forget"), tokenizer, train_base=True)
+    save_routed(routed, folder / "routed", routes=presets.sgtm("forget"), tokenizer=tokenizer, train_base=True)
     write(folder / "train.jsonl", train)
     for side in WORDS:
         write(folder / f"{side}.jsonl", [row for row in held if row["side"] == side])
@@ -176,7 +176,7 @@ def test_the_command_cleans_up_after_itself_alone(place, tmp_path):
     assert result.exit_code == 1 and "holds files, and no run to continue" in result.stderr
     assert (tmp_path / "theirs/checkpoint-9/model.safetensors").is_file()
     result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(place / "plain"), *more])
-    assert result.exit_code == 1 and "is where the model comes from" in " ".join(result.stderr.split())
+    assert result.exit_code == 1 and "is the source of the model" in " ".join(result.stderr.split())
 
 
 def test_mistakes_are_explained(place, tmp_path):
@@ -192,7 +192,7 @@ def test_mistakes_are_explained(place, tmp_path):
     before = (place / "plain/model.safetensors").read_bytes()
     for name in ("unlearn_npo", "undo"):
         source = ["--model_name_or_path", str(place / "plain"), "--output_dir", str(place / "plain")]
-        with pytest.raises(ValueError, match="is where the model comes from: it would be overwritten"):
+        with pytest.raises(ValueError, match="is the source of the model and would be overwritten"):
             here([f"recipes/{name.partition('_')[0]}.py", "--config", str(CONFIGS[name]), *source])
     assert (place / "plain/model.safetensors").read_bytes() == before
     own = ["--train_file", str(place / "train.jsonl"), "--eval_strategy", "steps", "--length", "16"]

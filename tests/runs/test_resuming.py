@@ -7,7 +7,7 @@ import pytest
 from training_parts import assert_same, train, weights
 
 from routed_peft.data import train_tokenizer
-from routed_peft.runs.begin import check_not_begun, checkpoint_of
+from routed_peft.runs.begin import check_not_begun, find_checkpoint
 from routed_peft.runs.resuming import check_resumable, latest_resumable
 
 STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
@@ -31,7 +31,7 @@ def test_a_checkpoint_that_lost_its_state_is_refused(whole, tmp_path, tokenizer,
     run = shutil.copytree(whole[0], tmp_path / "run")
     (run / "checkpoint-4" / lost).unlink()
     (run / "checkpoint-6" / lost).unlink()
-    message = rf"checkpoint-6' cannot .* has no whole {lost} .* the complete checkpoint '{run / 'checkpoint-2'}'"
+    message = rf"checkpoint-6' cannot .* lacks a complete {lost} .* the complete checkpoint '{run / 'checkpoint-2'}'"
     with pytest.raises(ValueError, match=message):
         train(run, tokenizer, resume=str(run / "checkpoint-6"), **SAVING)
     with pytest.raises(ValueError, match=message):
@@ -42,7 +42,7 @@ def test_a_checkpoint_that_lost_its_state_is_refused(whole, tmp_path, tokenizer,
 
 def test_weights_alone_are_no_checkpoint(tmp_path, tokenizer):
     train(tmp_path, tokenizer, save_only_model=True, **SAVING)
-    message = r"has no whole optimizer.pt, scheduler.pt, rng_state.pth .*`save_only_model=True`.*; no earlier one"
+    message = r"lacks a complete optimizer.pt, scheduler.pt, rng_state.pth .*`save_only_model=True`.*; no earlier one"
     with pytest.raises(ValueError, match=message):
         train(tmp_path, tokenizer, resume=True, **SAVING)
 
@@ -66,20 +66,20 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
 def test_a_run_is_begun_anew_only_where_nothing_is_lost_by_it(tmp_path):
     """One torn checkpoint is no run to continue: neither message may point at the other."""
     torn = checkpoint(tmp_path / "checkpoint-2", "optimizer.pt", "rng_state.pth")
-    with pytest.raises(ValueError, match="go on with it"):
+    with pytest.raises(ValueError, match="resume it"):
         check_not_begun(tmp_path)
-    assert checkpoint_of(tmp_path, "true") == checkpoint_of(tmp_path, str(torn)) == str(torn)
+    assert find_checkpoint(tmp_path, "true") == find_checkpoint(tmp_path, str(torn)) == str(torn)
     (torn / "trainer_state.json").write_text("")
     check_not_begun(tmp_path)
-    with pytest.raises(ValueError, match="holds no whole checkpoint: leave it out to begin anew"):
-        checkpoint_of(tmp_path, "true")
+    with pytest.raises(ValueError, match="holds no complete checkpoint: leave it out to begin anew"):
+        find_checkpoint(tmp_path, "true")
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "optimizer_0"])
 def test_a_sharded_run_goes_on_from_its_newest_checkpoint_too(tmp_path, name):
     states = [f"rng_state_{index}.pth" for index in range(2)]
     newest = checkpoint(tmp_path / "checkpoint-2", name, *states)
-    assert checkpoint_of(tmp_path, "true", processes=2) == str(newest)
+    assert find_checkpoint(tmp_path, "true", processes=2) == str(newest)
 
 
 def test_every_process_needs_its_random_state(tmp_path, caplog):
@@ -93,7 +93,7 @@ def test_every_process_needs_its_random_state(tmp_path, caplog):
         assert f"written by 2 processes and is resumed in {processes}" in caplog.text
     (two / "rng_state_1.pth").unlink()
     check_resumable(two, 0, processes=2)
-    with pytest.raises(ValueError, match=r"has no whole rng_state_1.pth .*no earlier one"):
+    with pytest.raises(ValueError, match=r"lacks a complete rng_state_1.pth .*no earlier one"):
         check_resumable(two, 1, processes=2)
 
 
@@ -102,7 +102,7 @@ def test_a_sharded_optimizer_has_other_names(tmp_path):
         check_resumable(checkpoint(tmp_path / f"checkpoint-{step}", "rng_state.pth", name), fsdp=True)
     lost = checkpoint(tmp_path / "checkpoint-10", "rng_state.pth", "optimizer.pt")
     with pytest.raises(
-        ValueError, match=r"has no whole optimizer.bin or optimizer_0 .*the complete checkpoint '.*/checkpoint-1'"
+        ValueError, match=r"lacks a complete optimizer.bin or optimizer_0 .*the complete checkpoint '.*/checkpoint-1'"
     ):
         check_resumable(lost, fsdp=True)
     later = checkpoint(tmp_path / "checkpoint-2", "rng_state.pth")

@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_forget_loss_rises_and_retain_loss_hardly(learned, tmp_path, method):
     model = copy.deepcopy(learned)
     before = loss(model, FORGET), loss(model, RETAIN)
-    _, ledger = unlearn(model, FORGET, RETAIN, arguments(tmp_path, method, **OPTIONS[method]))
+    _, ledger = unlearn(model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, method, **OPTIONS[method]))
     after = loss(model, FORGET), loss(model, RETAIN)
     assert after[0] > before[0] + 1.0
     assert after[1] < before[1] + (0.5 if method == "gradient_ascent" else 0.1)
@@ -138,26 +138,26 @@ def test_only_what_has_a_target_is_forgotten(learned, tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one(learned, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "retain_loss": "kl"}
     whole, resumed = copy.deepcopy(learned), copy.deepcopy(learned)
-    _, ledger = unlearn(whole, FORGET, RETAIN, arguments(tmp_path, "npo", **options))
+    _, ledger = unlearn(whole, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, "npo", **options))
     options["resume_from_checkpoint"] = str(tmp_path / "checkpoint-3")
-    _, again = unlearn(resumed, FORGET, RETAIN, arguments(tmp_path, "npo", **options))
+    _, again = unlearn(resumed, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, "npo", **options))
     assert again == ledger
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 def test_a_checkpoint_that_lost_its_optimizer_is_not_resumed_from(learned, tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    unlearn(copy.deepcopy(learned), FORGET, RETAIN, arguments(tmp_path, **options))
+    unlearn(copy.deepcopy(learned), FORGET, retain_rows=RETAIN, args=arguments(tmp_path, **options))
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     options |= {"max_steps": 3, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
     with pytest.raises(ValueError, match=r"lacks a complete optimizer\.pt.*checkpoint-1'"):
-        unlearn(copy.deepcopy(learned), FORGET, RETAIN, arguments(tmp_path, **options))
+        unlearn(copy.deepcopy(learned), FORGET, retain_rows=RETAIN, args=arguments(tmp_path, **options))
 
 
 def test_a_run_is_a_matter_of_its_seed(learned, tmp_path):
     models = [copy.deepcopy(learned) for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
-        unlearn(model, FORGET, RETAIN, arguments(tmp_path, max_steps=2, seed=seed))
+        unlearn(model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, max_steps=2, seed=seed))
     weights = [model.lm_head.weight for model in models]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
@@ -172,18 +172,20 @@ def test_the_ledger_counts_what_was_run(learned, tmp_path):
         ("rmu", {}, 1),
     ):
         args = arguments(tmp_path, method, max_steps=3, **options)
-        _, ledger = unlearn(copy.deepcopy(learned), FORGET, RETAIN, args)
+        _, ledger = unlearn(copy.deepcopy(learned), FORGET, retain_rows=RETAIN, args=args)
         assert ledger.flops == 6 * size * 2 * one_side + 2 * size * passes * one_side
         assert (ledger.serial_steps, ledger.tokens, ledger.labeled_forget_tokens) == (3, 2 * one_side, one_side)
     args = arguments(tmp_path, "gradient_ascent", max_steps=9)
-    _, ledger = unlearn(copy.deepcopy(learned), FORGET, None, args)
+    _, ledger = unlearn(copy.deepcopy(learned), FORGET, retain_rows=None, args=args)
     assert ledger.tokens == 9 * 4 * LENGTH
     assert ledger.labeled_forget_tokens == len(FORGET) * LENGTH, "a row that comes again was labelled once"
 
 
 def test_epochs_are_passes_over_the_forget_rows(learned, tmp_path):
     args = arguments(tmp_path, max_steps=-1, num_train_epochs=2)
-    assert unlearn(copy.deepcopy(learned), FORGET, RETAIN, args)[1].serial_steps == 2 * len(FORGET) // 4
+    assert (
+        unlearn(copy.deepcopy(learned), FORGET, retain_rows=RETAIN, args=args)[1].serial_steps == 2 * len(FORGET) // 4
+    )
     assert args.max_steps == -1, "arguments can be used again"
 
 
@@ -235,56 +237,68 @@ def test_wrong_data_and_models(learned, tmp_path):
         (FORGET, [{"input_ids": [5, 64]}], "`retain_rows` has the token 64, but the model's vocabulary ends at 63"),
     ):
         with pytest.raises(ValueError, match=message):
-            unlearn(model, forget, retain, args)
+            unlearn(model, forget, retain_rows=retain, args=args)
     with pytest.raises(ValueError, match="`reference` .* is of another architecture"):
-        unlearn(model, FORGET, RETAIN, arguments(tmp_path, "npo"), reference=tiny("gpt2"))
+        unlearn(model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, "npo"), reference=tiny("gpt2"))
     with pytest.raises(ValueError, match="`reference` is `model` itself"):
-        unlearn(model, FORGET, RETAIN, arguments(tmp_path, "npo"), reference=model)
+        unlearn(model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, "npo"), reference=model)
     with pytest.raises(ValueError, match="small updates are rounded away"):
-        unlearn(copy.deepcopy(learned).bfloat16(), FORGET, RETAIN, args)
+        unlearn(copy.deepcopy(learned).bfloat16(), FORGET, retain_rows=RETAIN, args=args)
     with pytest.raises(ValueError, match="no parameter of `model` requires a gradient"):
-        unlearn(copy.deepcopy(learned).requires_grad_(False), FORGET, RETAIN, args)
+        unlearn(copy.deepcopy(learned).requires_grad_(False), FORGET, retain_rows=RETAIN, args=args)
     with pytest.raises(ValueError, match="`rmu_layer` is 2, but the model has 3 blocks"):
-        unlearn(model, FORGET, RETAIN, arguments(tmp_path, "rmu", rmu_layer=2))
+        unlearn(model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, "rmu", rmu_layer=2))
     with pytest.raises(ValueError, match=r"`rmu_train_layers` is \[2\]"):
-        unlearn(model, FORGET, RETAIN, arguments(tmp_path, "rmu", rmu_train_layers=[2]))
+        unlearn(model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, "rmu", rmu_train_layers=[2]))
 
 
 def test_several_gpus_in_one_process_are_refused(learned, tmp_path):
     args = arguments(tmp_path)
     args._n_gpu = 2
     with pytest.raises(ValueError, match="2 GPUs in one process"):
-        unlearn(copy.deepcopy(learned), FORGET, RETAIN, args)
+        unlearn(copy.deepcopy(learned), FORGET, retain_rows=RETAIN, args=args)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(learned, tmp_path):
     model = copy.deepcopy(learned)
     model.model.norm.weight.data.fill_(float("inf"))
     with pytest.raises(ValueError, match="the loss is nan at step 0"):
-        unlearn(model, FORGET, RETAIN, arguments(tmp_path))
+        unlearn(model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path))
 
 
 def test_a_reference_and_a_model_come_back_as_they_went_in(learned, tmp_path):
     """Neither computes in bfloat16 afterwards, and no failure leaves parts of the model frozen."""
     model, reference = copy.deepcopy(learned), copy.deepcopy(learned)
-    unlearn(model, FORGET, RETAIN, arguments(tmp_path, "npo", max_steps=1, bf16=True), reference=reference)
+    unlearn(
+        model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, "npo", max_steps=1, bf16=True), reference=reference
+    )
     ids = torch.tensor([FORGET[0]["input_ids"]])
     assert reference(input_ids=ids).logits.dtype == model(input_ids=ids).logits.dtype == torch.float32
     assert "_original_forward" not in {*vars(reference), *vars(model)}
     with pytest.raises(ValueError, match="`reference` is `model` itself"):
-        unlearn(model, FORGET, RETAIN, arguments(tmp_path, "rmu", rmu_layer=1), reference=model)
+        unlearn(model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, "rmu", rmu_layer=1), reference=model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_rows_without_targets_teach_nothing(learned, tmp_path):
     model = copy.deepcopy(learned)
     silent = [{**row, "labels": [-100] * LENGTH} for row in FORGET]
-    unlearn(model, silent, [{**row, "labels": [-100] * LENGTH} for row in RETAIN], arguments(tmp_path, max_steps=1))
+    unlearn(
+        model,
+        silent,
+        retain_rows=[{**row, "labels": [-100] * LENGTH} for row in RETAIN],
+        args=arguments(tmp_path, max_steps=1),
+    )
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), learned.parameters(), strict=True))
 
 
 def test_a_checkpoint_of_another_architecture_is_not_resumed_from(learned, tmp_path):
-    unlearn(tiny("llama"), FORGET, RETAIN, arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1))
+    unlearn(
+        tiny("llama"),
+        FORGET,
+        retain_rows=RETAIN,
+        args=arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1),
+    )
     args = arguments(tmp_path, max_steps=3, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     with pytest.raises(ValueError, match="is a checkpoint of another architecture than LlamaForCausalLM"):
-        unlearn(copy.deepcopy(learned), FORGET, RETAIN, args)
+        unlearn(copy.deepcopy(learned), FORGET, retain_rows=RETAIN, args=args)

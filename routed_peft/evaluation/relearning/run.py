@@ -113,7 +113,9 @@ def relearn_source(
     oracle_losses = {} if options.oracle is None else _oracle_losses(options.oracle, conditions)
     start, intervals = _start_losses(model, tokenizer, data)
     references = _reference_losses(options, model, tokenizer=tokenizer, data=data, attacks=chosen, seeds=seeds)
-    known = start | {"facts": _facts_loss(model, tokenizer, data, seeds) if "facts" in references else math.nan}
+    known = start | {
+        "facts": _facts_loss(model, tokenizer, data=data, seeds=seeds) if "facts" in references else math.nan
+    }
     _check_recoverable(src, references, known)
     if processes().is_main_process:
         settings: dict[str, Any] = {"attacks": [asdict(attack) for attack in chosen], "learning_rates": learning_rates}
@@ -125,7 +127,7 @@ def relearn_source(
     results = {}
     for attack in chosen:
         grid = {"learning_rates": grids[attack.name], "seeds": seeds, "steps": steps}
-        curves = relearn(model, tokenizer, attack, data, **grid, options=sweep)
+        curves = relearn(model, tokenizer, attack=attack, data=data, **grid, options=sweep)
         reference, oracle = references.get(attack.target), oracle_losses.get(attack.name)
         found = summarize(attack, curves, reference=reference, oracle=oracle)
         results[attack.name] = found | {"conditions": conditions[attack.name]}
@@ -223,11 +225,11 @@ def _reference_losses(
         )
     losses = {"forget": TextLoss(model, tokenizer, data.forget_test)(model)}
     if any(attack.target == "facts" for attack in attacks):
-        losses["facts"] = _facts_loss(model, tokenizer, data, seeds)
+        losses["facts"] = _facts_loss(model, tokenizer, data=data, seeds=seeds)
     return losses
 
 
-def _facts_loss(model: nn.Module, tokenizer: Any, data: AttackData, seeds: Sequence[int]) -> float:
+def _facts_loss(model: nn.Module, tokenizer: Any, *, data: AttackData, seeds: Sequence[int]) -> float:
     """Return the loss on the scored facts, the mean over seeds."""
     return statistics.fmean(TextLoss(model, tokenizer, data.halves(seed)[1])(model) for seed in seeds)
 
