@@ -5,7 +5,7 @@
 A *cell* is one method at one share of labels and one seed. Every cell has a directory of its own under `cells_dir`, named
 after what it depends on, so that a cell is never made twice, whichever experiments it is part of; a run that was killed
 goes on with the next one, and as many processes as there is room for can be started on the same command. The numbers of
-all cells go to `summary_file`, which `routed-peft report` and the README's tables are made from.
+all cells go to `summary_file`, which `python recipes/report.py` and the README's tables are made from.
 """
 
 from trl import TrlParser
@@ -16,4 +16,4 @@ from routed_peft.demo.settings import DemoSettings
 if __name__ == "__main__":
     experiment, settings = TrlParser((Experiment, DemoSettings)).parse_args_and_config()
     run_experiment(experiment, settings)
-    print(f"written to {experiment.summary_file}; `routed-peft report {experiment.summary_file}` draws it")
+    print(f"written to {experiment.summary_file}; `python recipes/report.py {experiment.summary_file}` draws it")
