@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -29,6 +30,10 @@ LINK = re.compile(r"\]\((?!\w+:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 ASSET = re.compile(
     r"""<(?:script|img|iframe|source)[^>]+src=["']?(?:https?:)?//|<link[^>]+href=["']?(?:https?:)?//|@import|url\(["']?https?:"""
 )
+
+NAME = re.compile(r"`(routed_peft(?:\.\w+)+)")
+PATH = re.compile(r"`((?:routed_peft|tests|recipes|docs|evals|benchmarks|results)/[\w./*-]*)")
+HISTORY = {"CHANGELOG.md", "docs/log.md"}
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +99,12 @@ def test_links_lead_to_files_and_headings(page):
         target = (file.parent / link["path"]).resolve() if link["path"] else file
         assert target.exists(), link[0]
         assert not link["anchor"] or link["anchor"] in anchors(target), link[0]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY])
+def test_files_and_names_that_pages_speak_of_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in PATH.findall(text):
+        assert any(ROOT.glob(path.rstrip("/"))), path
+    for name in NAME.findall(text):
+        pkgutil.resolve_name(name)
