@@ -42,7 +42,7 @@ RANK = 8
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama, and how many rollouts of how many tokens a step has."""
+    """Sizes of a Llama, and the numbers of rollouts and of their tokens per step."""
 
     hidden: int
     layers: int
@@ -59,7 +59,7 @@ SIZES = {
 }
 
 
-def model_of(size: Size, adapters: dict[str, PeftConfig]) -> PeftModel:
+def make_model(size: Size, adapters: dict[str, PeftConfig]) -> PeftModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=2 * size.hidden, eos_token_id=1,
@@ -89,7 +89,7 @@ def subspace_adapters(size: Size, folder: Path) -> dict[str, PeftConfig]:
     return {"retain": stays, "hack": RoutedConfig(kind="subspace", subspace=path, task_type="CAUSAL_LM")}
 
 
-def tokenizer_of(size: Size) -> PreTrainedTokenizerFast:
+def make_tokenizer(size: Size) -> PreTrainedTokenizerFast:
     words = ["<pad>", "<eos>", *(f"w{i}" for i in range(size.vocabulary - 2))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -121,11 +121,11 @@ def trainer_of(
     rows = [{"prompt": f"w{i} w{i + 1}", "environment": "AB"[i % 2]} for i in range(size.prompts)]
     data = Dataset.from_list(rows)
     if routed is None:
-        trainer: Any = GRPOTrainer(model, reward, GRPOConfig(**options), data, processing_class=tokenizer_of(size))
+        trainer: Any = GRPOTrainer(model, reward, GRPOConfig(**options), data, processing_class=make_tokenizer(size))
     else:
         trainer = RoutedGRPOTrainer(
             model, reward, RoutedGRPOConfig(**options, base_adapters=["retain"], anchor_share=routed.get("anchor_share", 0.0)),
-            data, processing_class=tokenizer_of(size), routes=routed["routes"], label_fn=routed["label_fn"],
+            data, processing_class=make_tokenizer(size), routes=routed["routes"], label_fn=routed["label_fn"],
         )  # fmt: skip
     trainer.train()
     return trainer, [row for row in rows for _ in range(size.generations)]
@@ -140,7 +140,7 @@ def step_of(size: Size, model: PeftModel, out: Path, device: str, routed: dict[s
         trainer.training_step(trainer.model_wrapped, batch, None)
         trainer._clip_grad_norm(trainer.model_wrapped)
         if routed is not None:
-            trainer._rest_idle_groups()
+            trainer._drop_idle_gradients()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 
@@ -153,11 +153,11 @@ def measure(size: Size, device: str, repeats: int, folder: Path) -> dict[str, di
     same = loras("all-linear")
     step = partial(step_of, size, out=folder, device=device)
     found = compare(
-        step(model_of(size, same)),
+        step(make_model(size, same)),
         {
-            "classic": step(model_of(size, same), routed=classic),
+            "classic": step(make_model(size, same), routed=classic),
             "classic, anchors": step(
-                model_of(size, same),
+                make_model(size, same),
                 routed={**classic, "label_fn": _no_flags_on_anchors, "anchor_share": 0.25},
             ),
         },
@@ -165,8 +165,8 @@ def measure(size: Size, device: str, repeats: int, folder: Path) -> dict[str, di
         device,
     )
     along = {"routes": presets.subspace("hack"), "label_fn": everything}
-    subspace = step(model_of(size, subspace_adapters(size, folder)), routed=along)
-    return found | compare(step(model_of(size, loras(WRITERS))), {"subspace": subspace}, repeats, device)
+    subspace = step(make_model(size, subspace_adapters(size, folder)), routed=along)
+    return found | compare(step(make_model(size, loras(WRITERS))), {"subspace": subspace}, repeats, device)
 
 
 def _no_flags_on_anchors(anchor: list[bool], completion_ids: list[list[int]], **_: Any) -> list[str]:

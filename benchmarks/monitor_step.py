@@ -1,4 +1,4 @@
-"""What a monitor adds to a training step: the time of a step that it observes over the same step without it.
+"""Time of a training step that a monitor observes, relative to the same step without a monitor.
 
     python benchmarks/monitor_step.py --sizes small medium --repeats 15 --out results/monitor_step.json
 
@@ -19,7 +19,7 @@ from typing import Any
 import grpo_step
 import torch
 from datasets import Dataset
-from grpo_step import everything, half, loras, model_of, subspace_adapters
+from grpo_step import everything, half, loras, make_model, subspace_adapters
 from rich.console import Console
 from rich.table import Table
 from step_time import hardware
@@ -36,14 +36,14 @@ EVERY = MonitorConfig().every
 
 
 def trainer_of(name: str, kind: str, device: str, folder: Path) -> tuple[Any, Any]:
-    """Return a trainer that has made one step already, and what a step of it is given."""
+    """Return a trainer that has made one step already, and the inputs of its next step."""
     size = grpo_step.SIZES[name]
     if kind == "GRPO, LoRA":
         routed = {"routes": presets.classic("hack"), "label_fn": half}
-        return grpo_step.trainer_of(size, model_of(size, loras("all-linear")), folder, device, routed)
+        return grpo_step.trainer_of(size, make_model(size, loras("all-linear")), folder, device, routed)
     if kind == "GRPO, subspace":
         routed = {"routes": presets.subspace("hack"), "label_fn": everything}
-        return grpo_step.trainer_of(size, model_of(size, subspace_adapters(size, folder)), folder, device, routed)
+        return grpo_step.trainer_of(size, make_model(size, subspace_adapters(size, folder)), folder, device, routed)
     ids = SIZES[name].batch("cpu")["input_ids"].tolist()
     labels = [list(ROUTES)[index] for index in row_labels(0.5).tolist()]
     data = Dataset.from_dict({"input_ids": ids, "route_label": labels, "route_environment": ["A", "B"] * (ROWS // 2)})

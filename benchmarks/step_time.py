@@ -28,7 +28,7 @@ from steps import (
     Size,
     Step,
     compare,
-    optimizer_of,
+    make_optimizer,
     peak_bytes,
     plain_step,
     routed_step,
@@ -47,7 +47,7 @@ MEMORY_LIMIT, COMPILED_LIMIT, REGION_LIMIT = 1.02, 1.05, 0.01
 
 def routed_steps(size: Size, device: str, labels: dict[str, torch.Tensor]) -> dict[str, Step]:
     model, batch = size.model(device), size.batch(device)
-    routing, optimizer = GradientRouting(model, ROUTES, train_base=True), optimizer_of(model)
+    routing, optimizer = GradientRouting(model, ROUTES, train_base=True), make_optimizer(model)
     return {name: partial(routed_step, routing, model, optimizer, batch, m) for name, m in labels.items()}
 
 
@@ -61,7 +61,7 @@ def time_by_share(size: Size, device: str, repeats: int) -> list[dict[str, Any]]
     cases = {f"{kind} {share}": (kind, share) for share in SHARES for kind in kinds}
     steps = routed_steps(size, device, {case: kinds[kind](share) for case, (kind, share) in cases.items()})
     model = size.model(device)
-    plain = partial(plain_step, model, optimizer_of(model), size.batch(device))
+    plain = partial(plain_step, model, make_optimizer(model), size.batch(device))
     timed = compare(plain, steps, repeats * size.pairs, device)
     return [{"kind": cases[case][0], "zero": cases[case][1], **numbers} for case, numbers in timed.items()]
 
@@ -69,7 +69,7 @@ def time_by_share(size: Size, device: str, repeats: int) -> list[dict[str, Any]]
 def memory_by_share(size: Size, device: str) -> list[dict[str, Any]]:
     """Peak memory of one model, first unrouted, then routed."""
     model, batch = size.model(device), size.batch(device)
-    optimizer = optimizer_of(model)
+    optimizer = make_optimizer(model)
     plain = peak_bytes(partial(plain_step, model, optimizer, batch), optimizer, device)
     routing = GradientRouting(model, ROUTES, train_base=True)
     found = []
@@ -87,7 +87,7 @@ def compiled(size: Size, device: str, repeats: int) -> dict[str, float]:
     steps: list[Step] = []
     for routed, compile_it in ((True, False), (True, True), (False, True)):
         model = size.model(device)
-        optimizer = optimizer_of(model)
+        optimizer = make_optimizer(model)
         run = torch.compile(model) if compile_it else model
         step: Step = partial(plain_step, run, optimizer, batch)
         if routed:
@@ -117,10 +117,10 @@ def regions(size: Size, device: str, repeats: int) -> list[dict[str, Any]]:
             routes[name] = Route(weights={"base": 0.0}, ablated=others)
         labels = torch.tensor([0 if i % 2 else 1 + (i // 2) % count for i in range(ROWS)])
         model, batch = wide.model(device), wide.batch(device)
-        plain = partial(plain_step, model, optimizer_of(model), batch)
+        plain = partial(plain_step, model, make_optimizer(model), batch)
         model = wide.model(device)
         routing = GradientRouting(model, routes, train_base=True)
-        step = partial(routed_step, routing, model, optimizer_of(model), batch, labels)
+        step = partial(routed_step, routing, model, make_optimizer(model), batch, labels)
         found.append({"regions": count, **compare(plain, {"routed": step}, repeats, device)["routed"]})
     for row in found[1:]:
         row["per_further_region"] = (row["ratio"] - found[0]["ratio"]) / (row["regions"] - 1)
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         times = time_by_share(size, args.device, args.repeats)
         report["sizes"][name] = {**asdict(size), "time": times, "memory": memory_by_share(size, args.device)}
     model = middle.model(args.device)
-    plain = partial(plain_step, model, optimizer_of(model), middle.batch(args.device))
+    plain = partial(plain_step, model, make_optimizer(model), middle.batch(args.device))
     half = row_labels(0.5)
     others = routed_steps(middle, args.device, {"routed": half}) | todays_steps(middle, args.device, half)
     report["today"] = compare(plain, others, args.repeats, args.device)

@@ -1,4 +1,4 @@
-"""Models and training steps that `step_time.py` compares: routed, not routed, and what is done without this library."""
+"""Models and training steps that `step_time.py` compares: routed, unrouted, and alternatives without this library."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def token_labels(zero: float, length: int) -> Tensor:
     return torch.where(order < zero * len(order), FORGET, UNLABELED).reshape(ROWS, length)
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Make Trainer's default optimizer, at a rate that leaves the weights where they are."""
     return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
@@ -103,7 +103,7 @@ def routed_step(
     optimizer.zero_grad()
 
 
-# What users do today. None of these routes embeddings or norms, which flatters them a little.
+# Alternatives that users have today. None of them routes embeddings or norms, which flatters them a little.
 
 
 def _detach_mask(module: nn.Linear, m: Tensor, x: Tensor) -> Tensor:
@@ -150,10 +150,10 @@ def todays_steps(size: Size, device: str, labels: Tensor) -> dict[str, Step]:
     steps: dict[str, Step] = {}
     for name, forward in {"detach mask on activations": _detach_mask, "two matmuls, exact": _two_matmuls}.items():
         model = _with_forward(forward, size.model(device), labels)
-        steps[name] = partial(plain_step, model, optimizer_of(model), batch)
+        steps[name] = partial(plain_step, model, make_optimizer(model), batch)
     for name, split in {"two passes": False, "one label per micro-batch": True}.items():
         model = size.model(device)
-        steps[name] = partial(_by_label, model, optimizer_of(model), batch, labels, split)
+        steps[name] = partial(_by_label, model, make_optimizer(model), batch, labels, split)
     return steps
 
 

@@ -1,7 +1,7 @@
-"""What the task YAMLs call: local rows in, token-weighted losses out.
+"""Functions that the task YAMLs call: they turn local rows into documents, and results into token-weighted losses.
 
-lm-eval hands every function named by ``custom_dataset`` the task's metadata, overlaid by ``--metadata`` and, on its
-command line, by ``--model_args``: this is how the files and the tokenizer arrive here.
+lm-eval passes the task's metadata to every function named by ``custom_dataset``. ``--metadata`` and, on its command line,
+``--model_args`` override entries. This is how files and the tokenizer arrive here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from datasets import Dataset
 Row = dict[str, Any]
 PACKAGED = Path(__file__).parent / "data"
 METADATA = {
+    "forget_file",
+    "retain_file",
+    "forget_mc_file",
+    "retain_mc_file",
+    "adjacent_mc_file",
     "pair",
     "limit",
     "tokenizer",
@@ -26,29 +31,26 @@ METADATA = {
     "special_tokens",
     "add_bos_token",
 }
-METADATA |= {"forget_file", "retain_file", "forget_mc_file", "retain_mc_file", "adjacent_mc_file"}
-"""What tasks read of lm-eval's metadata."""
+"""Keys of lm-eval's metadata that tasks read."""
 
 
 def read_rows(file: str | Path, argument: str) -> list[Row]:
-    """Read a JSONL file, gzipped where its name ends in ``.gz``; ``argument`` is who to blame for a bad one.
+    """Read a JSONL file, gzipped if its name ends in ``.gz``. Errors name ``argument``, through which the file was given.
 
     Raises:
-        ValueError: no such file, a line that is no JSON object, or no line at all.
+        ValueError: no such file, a line that is not a JSON object, or no line at all.
     """
     file = Path(file).expanduser()
     if not file.is_file():
-        what = "a directory" if file.is_dir() else "not there; give a full path"
-        raise ValueError(f"`{argument}` must be a JSONL file, got {str(file)!r}, which is {what}")
+        problem = "is a directory" if file.is_dir() else "does not exist; give a full path"
+        raise ValueError(f"`{argument}` must be a JSONL file, got {str(file)!r}, which {problem}")
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
         try:
             rows = [json.loads(line) for line in lines if line.strip()]
         except json.JSONDecodeError as error:
             raise ValueError(f"`{argument}` must hold one JSON object a line, but in {file} {error}") from error
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-            raise ValueError(
-                f"`{argument}` must be JSONL in UTF-8, plain or as `.gz`, which {file} is not: {error}"
-            ) from error
+            raise ValueError(f"`{argument}` must be JSONL in UTF-8, plain or as `.gz`, got {file}: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(
             f"`{argument}` must hold one JSON object a line and at least one, got {file}; correct that file"
@@ -76,22 +78,22 @@ def load_tokenizer(metadata: Row) -> Any:
 def count_tokens(tokenizer: Any, texts: Iterable[str], metadata: Row) -> list[int]:
     """Count the tokens of each text that lm-eval scores.
 
-    Its first token is conditioned on a begin-of-sequence token that is not scored. A tokenizer that adds one by itself
-    makes ``--model hf`` score that too, unless ``add_bos_token=False``; ``routed`` and `routed_peft.evaluation` never
-    score it, and say ``special_tokens=False`` here.
+    The first token is conditioned on a begin-of-sequence token that is not scored. If a tokenizer adds one by itself,
+    ``--model hf`` scores it as well, unless ``add_bos_token=False``. ``routed`` and `routed_peft.evaluation` never score
+    it, and pass ``special_tokens=False`` here.
     """
     special = metadata.get("special_tokens", metadata.get("add_bos_token"))
     keywords = {} if special is None else {"add_special_tokens": special}
     bos = tokenizer.bos_token
-    plain = {"add_special_tokens": False}  # as lm-eval does for a text that brings its own begin-of-sequence token
+    plain = {"add_special_tokens": False}  # as lm-eval does for a text that starts with a begin-of-sequence token
     return [len(tokenizer.encode(t, **(plain if bos and t.startswith(bos) else keywords))) for t in texts]
 
 
 def read_limit(limit: int | str | None) -> int | None:
-    """Return how many rows to keep; a command line's ``limit=5`` is a string.
+    """Return the number of rows to keep; on a command line, ``limit=5`` is a string.
 
     Raises:
-        ValueError: it is no whole number from 1.
+        ValueError: ``limit`` is not a whole number from 1.
 
     >>> read_limit("5"), read_limit(None)
     (5, None)
@@ -110,12 +112,12 @@ def loss_documents(
 
     Args:
         side: "forget" or "retain".
-        pair: the packaged pair of corpora whose held-out rows are used where no file is given.
-        limit: keep the first so many rows.
+        pair: packaged pair of corpora; its held-out rows are used if no file is given.
+        limit: number of rows to keep, from the first.
         **metadata: ``forget_file`` and ``retain_file``, JSONL of rows with ``text``; ``tokenizer`` or ``pretrained``.
 
     Raises:
-        ValueError: no tokenizer, no such file, a row without text, or a limit that is no number.
+        ValueError: no tokenizer, no such file, a row without text, or a limit that is not a number.
     """
     argument = f"{side}_file"
     if file := metadata.get(argument):
@@ -134,7 +136,7 @@ def loss_documents(
 
 
 def loss_per_document(doc: Row, results: Sequence[float]) -> dict[str, tuple[float, int]]:
-    """Return the log-likelihood of a document beside its tokens and beside its bytes.
+    """Return the log-likelihood of a document, paired with its number of tokens and with its number of bytes.
 
     >>> loss_per_document({"text": "añb", "n_tokens": 2}, [-3.0])
     {'token_ce': (-3.0, 2), 'bits_per_byte': (-3.0, 4)}
@@ -147,7 +149,7 @@ def loss_per_document(doc: Row, results: Sequence[float]) -> dict[str, tuple[flo
 
 
 def token_weighted(items: Iterable[tuple[float, int]]) -> float:
-    r"""Cross-entropy in nats per token, :math:`-\sum_i \log p(x_i) / \sum_i n_i`: long documents count for more.
+    r"""Return the cross-entropy in nats per token, :math:`-\sum_i \log p(x_i) / \sum_i n_i`: long documents weigh more.
 
     >>> token_weighted([(-2.0, 1), (-4.0, 3)])
     1.5
@@ -161,11 +163,11 @@ def questions(side: str, limit: int | str | None = None, **metadata: Any) -> dic
 
     Args:
         side: "forget", "retain" or "adjacent".
-        limit: keep the first so many rows.
+        limit: number of rows to keep, from the first.
         **metadata: ``forget_mc_file``, ``retain_mc_file`` and ``adjacent_mc_file``, JSONL; else packaged questions.
 
     Raises:
-        ValueError: no such file, a row that is not in this schema, or a limit that is no number.
+        ValueError: no such file, a row that is not in this schema, or a limit that is not a number.
 
     Example:
         >>> questions("retain", limit=1)["test"].column_names

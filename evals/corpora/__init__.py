@@ -1,6 +1,6 @@
-"""Text with a forget side and a retain side, small enough to ship: three real pairs, from entangled to disjoint, and sums.
+"""Packaged text with a forget side and a retain side: three real pairs, from entangled to disjoint, and arithmetic.
 
-Where the text comes from and under which licence it stands: ``NOTICE.md`` beside this file.
+Sources and licenses: ``NOTICE.md`` beside this file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TEST_SHARE, _VALIDATION_SHARE = 0.04, 0.02
 
 @dataclass(frozen=True)
 class Pair:
-    """The two sides of a pair, by the names of their corpora, and what they are."""
+    """Two sides by the names of their corpora, and a description, ``forget side / retain side``."""
 
     forget: str
     retain: str
@@ -40,10 +40,10 @@ PAIRS: dict[str, Pair] = {
 
 
 def split_of(id: str) -> str:
-    """Return the split of a row: a hash of its id, so that it depends on nothing else.
+    """Return the split of a row, which depends on a hash of its id alone.
 
-    About 4 % of all rows are test, 2 % validation. A verse has one id in both languages, so the translation of a test
-    verse is not in train.
+    About 4 % of all rows are test, 2 % validation. A verse has the same id in both languages, so the translation of a test
+    verse is never in train.
 
     >>> split_of("Gen 1:1")
     'train'
@@ -55,7 +55,7 @@ def split_of(id: str) -> str:
 
 
 def load_pair(name: str, split: str = "train") -> Dataset:
-    """Load one split of a pair: forget rows, then retain rows, ordered by a hash, so the first n are a fair sample.
+    """Load one split of a pair: forget rows, then retain rows. Each side is shuffled, so its first n rows are a fair sample.
 
     Args:
         name: a key of `PAIRS`.
@@ -65,7 +65,7 @@ def load_pair(name: str, split: str = "train") -> Dataset:
         A dataset with the string columns ``text``, ``side`` (``"forget"`` or ``"retain"``) and ``id``, unique per side.
 
     Raises:
-        ValueError: if there is no such pair or split.
+        ValueError: no such pair or split.
 
     Example:
         >>> row = load_pair("biology", "validation")[0]

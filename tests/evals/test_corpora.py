@@ -12,7 +12,7 @@ import pytest
 from places import ROOT
 
 from routed_peft.corpora import PAIRS, SPLITS, load_pair, split_of
-from routed_peft.corpora.arithmetic import FACTS, SAME
+from routed_peft.corpora.arithmetic import EQUIVALENT, FACTS
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def test_sums_are_right_and_their_lines_new_in_every_split():
     assert {fact for line in train["text"] for fact in line.split("; ")} == {
         f for facts in FACTS.values() for f in facts
     }
-    for corpus, groups in SAME.items():
+    for corpus, groups in EQUIVALENT.items():
         assert {fact for group in groups for fact in group} == set(FACTS[corpus])
         assert sum(len(set(group)) for group in groups) == len(set(FACTS[corpus])), "each fact once"
 

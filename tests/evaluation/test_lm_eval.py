@@ -111,7 +111,7 @@ def test_arguments_that_would_not_be_heeded_are_refused(monkeypatch, tmp_path, f
 def test_losses_are_on_the_pair_of_the_run(runs, tmp_path):
     import argparse
 
-    from routed_peft.lm_eval import with_our_tasks
+    from routed_peft.lm_eval import add_packaged_tasks
 
     run = shutil.copytree(runs["routed"][0], tmp_path / "run")
     (run / "run.json").write_text(json.dumps({"config": {"recipe": {"pair": "spanish"}}}))
@@ -121,7 +121,7 @@ def test_losses_are_on_the_pair_of_the_run(runs, tmp_path):
         ({}, {"pair": "biology"}, "biology"),
     ]:
         told = {"model": "routed", "model_args": {"pretrained": str(run), **more}, "metadata": metadata}
-        args = with_our_tasks(argparse.Namespace(command="run", include_path=None, config=None, **told))
+        args = add_packaged_tasks(argparse.Namespace(command="run", include_path=None, config=None, **told))
         assert args.metadata["pair"] == pair
 
 
@@ -136,7 +136,7 @@ def test_dtype_is_passed_on(runs):
 def test_the_users_own_tasks_stay_beside_ours(tmp_path):
     import argparse
 
-    from routed_peft.lm_eval import with_our_tasks
+    from routed_peft.lm_eval import add_packaged_tasks
     from routed_peft.tasks import path
 
     config = tmp_path / "config.yaml"
@@ -144,9 +144,9 @@ def test_the_users_own_tasks_stay_beside_ours(tmp_path):
     plain = argparse.Namespace(command="run", include_path=None, config=None, model="hf", metadata=None)
     both = argparse.Namespace(command="run", include_path="mine", config=None, model="hf", metadata=None)
     read = argparse.Namespace(command="run", include_path=None, config=str(config), model=None, metadata=None)
-    assert with_our_tasks(plain).include_path == path()
-    assert with_our_tasks(both).include_path == [path(), "mine"]
-    assert with_our_tasks(read).include_path == [path(), str(tmp_path)]
+    assert add_packaged_tasks(plain).include_path == path()
+    assert add_packaged_tasks(both).include_path == [path(), "mine"]
+    assert add_packaged_tasks(read).include_path == [path(), str(tmp_path)]
     assert plain.metadata is None
 
 
@@ -165,13 +165,13 @@ def test_evaluate_source(tmp_path, file, runs):
 
 def test_evaluate_source_with_a_subset(file, runs):
     run, losses = runs["lora"]
-    results = evaluate_source(run, [LOSS], ["bio"], metadata={"forget_file": file})
+    results = evaluate_source(run, [LOSS], regions=["bio"], metadata={"forget_file": file})
     assert list(results) == ["all regions", "ablated", "bio"]
     assert results["bio"][f"{LOSS}/token_ce"] == pytest.approx(losses["bio"], rel=1e-6)
-    named = evaluate_source(run, [LOSS], {"with biology": ["bio"]}, metadata={"forget_file": file})
+    named = evaluate_source(run, [LOSS], regions={"with biology": ["bio"]}, metadata={"forget_file": file})
     assert named["with biology"] == results["bio"]
     with pytest.raises(ValueError, match=r"`regions` names \['chem'\]; .*\['bio', 'cyber'\]"):
-        evaluate_source(run, [LOSS], ["chem"])
+        evaluate_source(run, [LOSS], regions=["chem"])
 
 
 def test_base_adapters_are_never_ablated(tmp_path, file):
@@ -207,4 +207,4 @@ def test_a_plain_checkpoint(tmp_path, file):
     expected, _ = token_loss(tiny_llama().eval(), tokenizer, TEXTS)
     assert results["model"][f"{LOSS}/token_ce"] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="`regions`"):
-        evaluate_source(tmp_path / "plain", [LOSS], ["bio"])
+        evaluate_source(tmp_path / "plain", [LOSS], regions=["bio"])
