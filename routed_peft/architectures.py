@@ -90,24 +90,30 @@ _ACTIVATIONS = ["act_fn", "activation_fn", "act", "gelu_impl"]
 
 
 def register_mlp_layout(
-    layout: MLPLayout, model_type: str, *, targets: Sequence[str] = ("mlp",), writers: Sequence[str] = ()
+    model_type: str, layout: MLPLayout, *, targets: Sequence[str] = ("mlp",), writers: Sequence[str] = ()
 ) -> None:
-    """Support an architecture: call this once, before regions are made. A second call for a model type replaces the first.
+    """Support an architecture. Call this once, before a region is made.
 
     Args:
-        layout: the names of the parts of its MLP. It has to compute what `mlp_forward` does; the first region checks this.
         model_type: ``config.model_type`` of its models.
+        layout: the names of the parts of its MLP. The MLP has to compute `mlp_forward`; every new region checks this.
         targets: ends of the names of its MLPs, the default `target_modules` of regions of kind mlp.
-        writers: ends of the names of its residual writers, the same for kind subspace; without them that kind is refused.
+        writers: ends of the names of its residual writers, for regions of kind subspace; that kind is refused without.
+
+    Raises:
+        ValueError: for a model type that is registered already.
 
     Example:
-        >>> register_mlp_layout(MLPLayout(gate=None, up="wide", down="thin", act="squash"), "toy", targets=["ffn"])
+        >>> register_mlp_layout("toy", MLPLayout(gate=None, up="wide", down="thin", act="squash"), targets=["ffn"])
         >>> "wide/thin (toy)" in supported_layouts()
         True
     """
-    families = _LAYOUTS.setdefault((layout.gate, layout.up, layout.down, layout.fused), [])
-    if model_type not in families:
-        families.append(model_type)
+    if model_type in MLP_TARGETS:
+        raise ValueError(
+            f"the model type {model_type!r} is registered already, with the targets {MLP_TARGETS[model_type]}: choose another "
+            "name, or pass `target_modules` to `RoutedConfig`"
+        )
+    _LAYOUTS.setdefault((layout.gate, layout.up, layout.down, layout.fused), []).append(model_type)
     if layout.act not in _ACTIVATIONS:
         _ACTIVATIONS.append(layout.act)
     MLP_TARGETS[model_type] = list(targets)

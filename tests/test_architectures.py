@@ -1,11 +1,22 @@
 import pytest
 import torch
 from families import FAMILIES, tiny
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from routed_peft.architectures import find_mlps, is_plain, mlp_forward, mlp_layout, verify_layout, width
+from routed_peft import GradientRouting, RoutedConfig, architectures, presets
+from routed_peft.architectures import (
+    MLP_TARGETS,
+    MLPLayout,
+    find_mlps,
+    is_plain,
+    mlp_forward,
+    mlp_layout,
+    register_mlp_layout,
+    verify_layout,
+    width,
+)
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 UNSUPPORTED = {
@@ -102,3 +113,100 @@ def test_is_plain():
     assert is_plain(nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)))
     assert not is_plain(None)
     assert not is_plain(torch.zeros(1, dtype=torch.uint8))
+
+
+class ToyConfig(PretrainedConfig):
+    model_type = "toy_of_a_test"
+
+    def __init__(self, hidden_size=8, intermediate_size=12, **fields):
+        super().__init__(tie_word_embeddings=False, **fields)
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+
+
+class ToyMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.expand = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.contract = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.squash = nn.Tanh()
+
+    def forward(self, x):
+        return self.contract(self.squash(self.expand(x)))
+
+
+class ToyModel(PreTrainedModel):
+    """An architecture that this package has never seen."""
+
+    config_class = ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(16, config.hidden_size)
+        self.layers = nn.ModuleList([nn.ModuleDict({"feed": ToyMLP(config)}) for _ in range(2)])
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.5)
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def forward(self, ids):
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = x + layer["feed"](x)
+        return x
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(
+        architectures, "_LAYOUTS", {names: list(known) for names, known in architectures._LAYOUTS.items()}
+    )
+    monkeypatch.setattr(architectures, "_ACTIVATIONS", list(architectures._ACTIVATIONS))
+    layout = MLPLayout(gate=None, up="expand", down="contract", act="squash")
+    register_mlp_layout("toy_of_a_test", layout, targets=["feed"])
+    yield layout
+    del MLP_TARGETS["toy_of_a_test"]
+
+
+def test_an_architecture_is_added_from_outside_and_trains_a_region(registered):
+    torch.manual_seed(0)
+    base = ToyModel(ToyConfig())
+    assert (
+        list(find_mlps(base)) == ["layers.0.feed", "layers.1.feed"] and mlp_layout(base.layers[0]["feed"]) == registered
+    )
+    model = get_peft_model(base, RoutedConfig(size=3), adapter_name="forget")
+    routing = GradientRouting(model, presets.sgtm("forget"), train_base=True)
+    x, target = torch.arange(4), torch.randn(4, 8)
+    loss = lambda: (model(x) - target).square().mean()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(30):
+        with routing(["forget"] * 4):
+            step = loss()
+            step.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(step.item())
+    assert losses[-1] < 0.9 * losses[0]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all(".forget." in name for name in changed), "the base learned nothing"
+    routing.detach()
+    with torch.no_grad():
+        expected = model(x)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(x), expected)
+    assert merged.config.intermediate_size == 15
+
+
+def test_an_architecture_needs_a_name_of_its_own(registered):
+    with pytest.raises(ValueError, match="the model type 'toy_of_a_test' is registered already"):
+        register_mlp_layout("toy_of_a_test", registered)
+
+
+def test_a_layout_that_was_not_registered_is_refused_with_the_way_to_add_it():
+    with pytest.raises(ValueError, match="ToyMLP .*`routed_peft.architectures.register_mlp_layout`"):
+        mlp_layout(ToyMLP(ToyConfig()))

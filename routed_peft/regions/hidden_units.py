@@ -69,10 +69,10 @@ def truncate(mlp: nn.Module, layout: MLPLayout, n: int) -> None:
     """Keep the first ``n`` hidden units of ``mlp``, in place. This undoes `widen` bit for bit."""
     for projection, parts in _in_projections(mlp, layout):
         axis = _hidden_axis(projection)
-        bias = None if projection.bias is None else _first(projection.bias.data, len(parts), n, 0)
-        _replace(projection, _first(projection.weight.data, len(parts), n, axis), bias)
+        bias = None if projection.bias is None else _first(projection.bias.data, n, parts=len(parts), axis=0)
+        _replace(projection, _first(projection.weight.data, n, parts=len(parts), axis=axis), bias)
     down: Any = getattr(mlp, layout.down)
-    _replace(down, _first(down.weight.data, 1, n, 1 - _hidden_axis(down)), None)
+    _replace(down, _first(down.weight.data, n, parts=1, axis=1 - _hidden_axis(down)), None)
     _set_width(mlp, layout)
 
 
@@ -97,7 +97,7 @@ def _appended(tensor: Tensor, extras: list[Tensor], axis: int) -> Tensor:
     return torch.cat([piece for old, extra in parts for piece in (old, extra.detach().to(tensor))], axis)
 
 
-def _first(tensor: Tensor, parts: int, n: int, axis: int) -> Tensor:
+def _first(tensor: Tensor, n: int, *, parts: int, axis: int) -> Tensor:
     return torch.cat([part.narrow(axis, 0, n) for part in tensor.chunk(parts, axis)], axis)
 
 

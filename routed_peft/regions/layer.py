@@ -22,7 +22,7 @@ class RoutedLayer(BaseTunerLayer):
     base_layer: nn.Module
     region_outlets: ClassVar[tuple[str, ...]] = ()
 
-    def update_layer(self, adapter_name: str, config: RoutedConfig, model: nn.Module) -> None:
+    def update_layer(self, adapter_name: str, config: RoutedConfig, *, model: nn.Module) -> None:
         """Add the region ``adapter_name``; ``model`` gives its initialization scheme."""
         raise NotImplementedError
 

@@ -62,15 +62,15 @@ class LowRankLinear(nn.Module, SubspaceLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, model, writer=writer, basis=basis)
+        self.update_layer(adapter_name, config, model=model, writer=writer, basis=basis)
         self.train(base_layer.training)
 
     def update_layer(
         self,
         adapter_name: str,
         config: RoutedConfig,
-        model: nn.Module,
         *,
+        model: nn.Module,
         writer: bool = False,
         basis: Tensor | None = None,
     ) -> None:

@@ -46,10 +46,10 @@ class RoutedMLP(nn.Module, RoutedLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, model)
+        self.update_layer(adapter_name, config, model=model)
         self.train(base_layer.training)
 
-    def update_layer(self, adapter_name: str, config: RoutedConfig, model: nn.Module) -> None:
+    def update_layer(self, adapter_name: str, config: RoutedConfig, *, model: nn.Module) -> None:
         """Add the region ``adapter_name``, on the device and in the dtype of the MLP."""
         up, down = getattr(self.base_layer, self.layout.up), getattr(self.base_layer, self.layout.down)
         assert config.size is not None and adapter_name not in self.routed_up

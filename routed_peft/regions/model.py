@@ -97,14 +97,14 @@ class RoutedModel(BaseTuner):
         assert isinstance(peft_config, RoutedConfig)
         if peft_config.kind == "mlp":
             if isinstance(target, RoutedMLP):
-                target.update_layer(adapter_name, peft_config, self.model)
+                target.update_layer(adapter_name, peft_config, model=self.model)
             else:
                 setattr(parent, target_name, RoutedMLP(target, adapter_name, config=peft_config, model=self.model))
             return
         writer = is_writer(current_key, str(model_type(self.model)))
         basis = self._plan.basis(layer_index(current_key)) if writer else None
         if isinstance(target, LowRankLinear):
-            target.update_layer(adapter_name, peft_config, self.model, writer=writer, basis=basis)
+            target.update_layer(adapter_name, peft_config, model=self.model, writer=writer, basis=basis)
         else:
             layer = LowRankLinear(
                 target, adapter_name, config=peft_config, model=self.model, writer=writer, basis=basis

@@ -107,7 +107,7 @@ def plan_targets(model: nn.Module, config: RoutedConfig) -> RegionPlan:
     else:
         _check_linear(model, config, targets)
         if subspace is not None or config.provenance is not None:
-            _check_writers(model, config, targets, subspace=subspace)
+            _check_writers(model, config, targets=targets, subspace=subspace)
         if config.kind == "subspace":
             store_base_part = _stores_base_part(config, targets)
     return RegionPlan(
@@ -198,7 +198,7 @@ def _check_linear(model: nn.Module, config: RoutedConfig, targets: Mapping[str, 
 
 
 def _check_writers(
-    model: nn.Module, config: RoutedConfig, targets: Mapping[str, nn.Module], *, subspace: Subspace | None
+    model: nn.Module, config: RoutedConfig, *, targets: Mapping[str, nn.Module], subspace: Subspace | None
 ) -> None:
     kind = str(model_type(model))
     writers = {name: module for name, module in targets.items() if is_writer(name, kind)}

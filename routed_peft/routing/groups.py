@@ -56,6 +56,7 @@ def find_members(
         ValueError: where an adapter cannot be a region, or an entry of ``joint`` or ``layers`` matches nothing.
     """
     adapters = _adapter_modules(model)
+    head = _head(model)
     matched: set[str | int] = set()
     members = []
     for name, module in model.named_modules():
@@ -66,7 +67,7 @@ def find_members(
             group = BASE if adapter in base_adapters else adapter
             members.append(Member(name, module, group, adapter, outlet and group != BASE))
             continue
-        hits = {pattern for pattern in joint if _is_joint(model, name, module, pattern)}
+        hits = {pattern for pattern in joint if _is_joint(module, name, pattern=pattern, head=head)}
         index = layer_index(name)
         outside = layers is not None and index not in layers
         matched |= hits | (set() if index is None else {index})
@@ -89,13 +90,13 @@ def _adapter_modules(model: nn.Module) -> dict[nn.Module, tuple[str, bool]]:
     return found
 
 
-def _is_joint(model: nn.Module, name: str, module: nn.Module, pattern: str) -> bool:
+def _is_joint(module: nn.Module, name: str, *, pattern: str, head: nn.Module | None) -> bool:
     if pattern == "embeddings":
         return isinstance(module, nn.Embedding)
     if pattern == "norms":
         return type(module).__name__.endswith("Norm")
     if pattern == "head":
-        return module is _head(model)
+        return module is head
     return name == pattern or name.endswith("." + pattern)
 
 

@@ -27,6 +27,7 @@ def check_layers(model: nn.Module, layers: Sequence[int]) -> None:
 def response_means(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     conversations: Sequence[Conversation],
     layers: Sequence[int],
     batch_size: int = 8,
@@ -48,7 +49,9 @@ def response_means(
     """
     means: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with torch.no_grad():
-        for hidden, mask in _residual_streams(model, tokenizer, conversations, layers, batch_size):
+        for hidden, mask in _residual_streams(
+            model, tokenizer, conversations=conversations, layers=layers, batch_size=batch_size
+        ):
             weights = mask.float().unsqueeze(2)
             for layer, h in hidden.items():
                 means[layer].append(((h.float() * weights).sum(1) / weights.sum(1)).cpu())
@@ -58,6 +61,7 @@ def response_means(
 def covariance(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     conversations: Sequence[Conversation],
     layer: int,
     batch_size: int = 8,
@@ -65,7 +69,9 @@ def covariance(
     """Return the uncentered second moment ``(d, d)`` of the residual stream behind ``layer`` over all response tokens."""
     total: Tensor | float = 0.0
     with torch.no_grad():
-        for hidden, mask in _residual_streams(model, tokenizer, conversations, [layer], batch_size):
+        for hidden, mask in _residual_streams(
+            model, tokenizer, conversations=conversations, layers=[layer], batch_size=batch_size
+        ):
             h = hidden[layer][mask].cpu().double()
             total = total + h.T @ h
     assert isinstance(total, Tensor)
@@ -73,7 +79,7 @@ def covariance(
 
 
 def writer_gradients(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], batch_size: int = 8
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, conversations: Sequence[Conversation], batch_size: int = 8
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the gradient of the responses' loss at each residual writer's output: the layer, and ``(N, d)`` positions.
 
@@ -94,7 +100,7 @@ def writer_gradients(
             index = layer_index(name)
             assert index is not None
             stack.callback(module.register_forward_hook(watch(index)).remove)
-        for batch, mask in _batches(tokenizer, conversations, batch_size, model):
+        for batch, mask in _batches(model, tokenizer, conversations=conversations, batch_size=batch_size):
             caught.clear()
             logits = model(**batch).logits[:, :-1].flatten(0, 1).float()
             losses = nn.functional.cross_entropy(logits, batch["input_ids"][:, 1:].flatten(), reduction="none")
@@ -105,6 +111,7 @@ def writer_gradients(
 def _residual_streams(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     conversations: Sequence[Conversation],
     layers: Sequence[int],
     batch_size: int,
@@ -122,13 +129,13 @@ def _residual_streams(
     with ExitStack() as stack, evaluating(model):
         for layer in layers:
             stack.callback(blocks[layer].register_forward_hook(watch(layer)).remove)
-        for batch, mask in _batches(tokenizer, conversations, batch_size, model):
+        for batch, mask in _batches(model, tokenizer, conversations=conversations, batch_size=batch_size):
             model(**batch)
             yield dict(caught), mask
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], batch_size: int, model: nn.Module
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, conversations: Sequence[Conversation], batch_size: int
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     if not conversations:
         raise ValueError("no conversations were given: pass (prompt, response) pairs")

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from routed_peft.deprecation import warn_renamed
 from routed_peft.files import atomic_write
 
 _METADATA = "routed_peft_subspace"
@@ -47,7 +48,7 @@ def check_basis(u: Tensor, what: str = "`U`") -> None:
     if not error <= _TOLERANCE:
         raise ValueError(
             f"{what} is not orthonormal: its columns' inner products differ from the identity by {error:.3g}, allowed is "
-            f"{_TOLERANCE}. Orthonormalize it (`Subspace.of`), and keep it in float32"
+            f"{_TOLERANCE}. Orthonormalize it (`Subspace.from_directions`), and keep it in float32"
         )
 
 
@@ -77,7 +78,7 @@ class Subspace:
         ValueError: where a basis is not orthonormal, has too many directions, or bases differ in shape.
 
     Example:
-        >>> subspace = Subspace.of(torch.tensor([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), source="by hand")
+        >>> subspace = Subspace.from_directions(torch.tensor([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), source="by hand")
         >>> subspace.width, subspace.k, subspace.layers
         (4, 2, None)
     """
@@ -100,11 +101,17 @@ class Subspace:
             raise ValueError(f"the bases of all layers must have one shape (d, k), got {shapes}")
 
     @classmethod
-    def of(cls, directions: Tensor | Mapping[int, Tensor], **provenance: Any) -> Subspace:
-        """Make the subspace spanned by ``directions``, ``(n, d)`` or such by layer, not necessarily orthonormal."""
+    def from_directions(cls, directions: Tensor | Mapping[int, Tensor], **provenance: Any) -> Subspace:
+        """Return the span of ``directions``, ``(n, d)`` or such by layer; they need not be orthonormal."""
         if isinstance(directions, Tensor):
             return cls(orthonormal(directions), provenance)
         return cls({layer: orthonormal(v) for layer, v in directions.items()}, provenance)
+
+    @classmethod
+    def of(cls, directions: Tensor | Mapping[int, Tensor], **provenance: Any) -> Subspace:
+        """Return `from_directions` of the same arguments: the old name, deprecated."""
+        warn_renamed("Subspace.of", "Subspace.from_directions")
+        return cls.from_directions(directions, **provenance)
 
     @property
     def width(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from routed_peft.deprecation import formerly_positional
 from routed_peft.subspaces.activations import Conversation, covariance
 from routed_peft.subspaces.basis import Subspace
 
@@ -28,9 +29,11 @@ def haar(like: Subspace, seed: int) -> Subspace:
     return _of_the_same_shape(like, draw, source="haar", seed=seed, in_place_of=like.sha256)
 
 
+@formerly_positional("tokenizer", "texts", "seed", "layer")
 def energy_matched(
     like: Subspace,
     model: nn.Module,
+    *,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Conversation],
     seed: int,
@@ -61,7 +64,7 @@ def energy_matched(
 
     def draw(u: Tensor, own: int | None) -> Tensor:
         at = own if own is not None else cast(int, common)
-        return matched_directions(u, covariance(model, tokenizer, texts, at), generator)
+        return matched_directions(u, covariance(model, tokenizer, conversations=texts, layer=at), generator)
 
     return _of_the_same_shape(
         like, draw, source="energy_matched", seed=seed, in_place_of=like.sha256, measured_at=common

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from routed_peft.architectures import decoder_layers, find_writers, layer_index
+from routed_peft.deprecation import formerly_positional
 from routed_peft.subspaces.activations import Conversation, response_means
 from routed_peft.subspaces.basis import Subspace
 
@@ -24,9 +25,11 @@ _HOOK = re.compile(r"(?:blocks|model\.layers|transformer\.h|gpt_neox\.layers)\.(
 _SITES = {None: 0, "hook_resid_post": 0, "hook_mlp_out": 0, "hook_attn_out": 0, "hook_resid_pre": -1}
 
 
+@formerly_positional("positive", "negative", "layers")
 def difference_of_means(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     positive: Sequence[Conversation],
     negative: Sequence[Conversation],
     layers: Layers,
@@ -44,15 +47,19 @@ def difference_of_means(
         ValueError: for an unknown layer or an empty response.
     """
     chosen = _chosen(model, layers)
-    with_trait, without = (response_means(model, tokenizer, texts, chosen) for texts in (positive, negative))
+    with_trait, without = (
+        response_means(model, tokenizer, conversations=texts, layers=chosen) for texts in (positive, negative)
+    )
     directions = {layer: (with_trait[layer].mean(0) - without[layer].mean(0)).unsqueeze(0) for layer in chosen}
     about = {"positive": len(positive), "negative": len(negative)}
     return _measured(directions, layers, source="difference_of_means", **_origin(model), **about)
 
 
+@formerly_positional("positive", "negative", "layers", "k")
 def contrastive_pca(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     positive: Sequence[Conversation],
     negative: Sequence[Conversation],
     layers: Layers,
@@ -78,7 +85,9 @@ def contrastive_pca(
     if not 1 <= k <= len(positive):
         raise ValueError(f"`k` must be from 1 to the number of pairs, {len(positive)}, got {k}")
     chosen = _chosen(model, layers)
-    with_trait, without = (response_means(model, tokenizer, texts, chosen) for texts in (positive, negative))
+    with_trait, without = (
+        response_means(model, tokenizer, conversations=texts, layers=chosen) for texts in (positive, negative)
+    )
     directions, energy = _leading({layer: with_trait[layer] - without[layer] for layer in chosen}, k)
     return _measured(directions, layers, source="contrastive_pca", **_origin(model), pairs=len(positive), energy=energy)
 
@@ -116,7 +125,7 @@ def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
         if not latents or not all(0 <= i < size for i in latents):
             raise ValueError(f"`latents` must be ids from 0 to {size - 1}, got {list(latents)}")
         rows = torch.cat([decoder[i : i + 1] for i in latents])
-    return Subspace.of(
+    return Subspace.from_directions(
         rows,
         source="sae_latents",
         model=settings.get("model_name"),
@@ -127,9 +136,11 @@ def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
     )
 
 
+@formerly_positional("key", "rows")
 def tensor_file(
     paths: str | Path | Sequence[str | Path],
     layers: Layers,
+    *,
     key: str | None = None,
     rows: Literal["resid_post", "hidden_states"] = "resid_post",
     **provenance: Any,
@@ -168,8 +179,9 @@ def tensor_file(
     return _measured(directions, layers, source="tensor_file", files=names, key=key, rows=rows, **provenance)
 
 
+@formerly_positional("k", "layers")
 def weight_change(
-    before: nn.Module | str | Path, after: nn.Module | str | Path, k: int, layers: Layers = None
+    before: nn.Module | str | Path, after: nn.Module | str | Path, *, k: int, layers: Layers = None
 ) -> Subspace:
     r"""Return, by layer, the k directions in which training changed the residual writers most: an upper bound to compare with.
 
@@ -215,8 +227,8 @@ def _leading(samples: Mapping[int, Tensor], k: int) -> tuple[dict[int, Tensor], 
 def _measured(directions: Mapping[int, Tensor], layers: Layers, **provenance: Any) -> Subspace:
     provenance = {"hook_point": "resid_post", **provenance}
     if isinstance(layers, int):
-        return Subspace.of(directions[layers], measured_at=layers, **provenance)
-    return Subspace.of(directions, **provenance)
+        return Subspace.from_directions(directions[layers], measured_at=layers, **provenance)
+    return Subspace.from_directions(directions, **provenance)
 
 
 def _chosen(model: nn.Module, layers: Layers) -> list[int]:

@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from routed_peft.deprecation import formerly_positional
 from routed_peft.subspaces.activations import Conversation, response_means, writer_gradients
 from routed_peft.subspaces.basis import Subspace
 from routed_peft.subspaces.placebos import haar
@@ -97,9 +98,11 @@ class Validation:
         return table
 
 
+@formerly_positional("tokenizer", "positive", "negative", "layers", "seeds")
 def validate(
     subspace: Subspace,
     model: nn.Module,
+    *,
     tokenizer: PreTrainedTokenizerBase,
     positive: Sequence[Conversation],
     negative: Sequence[Conversation],
@@ -135,8 +138,10 @@ def validate(
             raise ValueError("this subspace serves all layers, and does not say where it was measured: give `layers`")
         chosen = [int(measured)]
     candidates = [subspace, *(haar(subspace, seed) for seed in seeds)]
-    with_trait, without = (response_means(model, tokenizer, texts, chosen) for texts in (positive, negative))
-    energies = _energies(candidates, model, tokenizer, positive, chosen)
+    with_trait, without = (
+        response_means(model, tokenizer, conversations=texts, layers=chosen) for texts in (positive, negative)
+    )
+    energies = _energies(candidates, model, tokenizer=tokenizer, conversations=positive, layers=chosen)
     found = []
     for layer in chosen:
         aurocs = [_auroc(with_trait[layer], without[layer], candidate.at(layer)) for candidate in candidates]
@@ -164,6 +169,7 @@ def _auroc(positive: Tensor, negative: Tensor, u: Tensor) -> float:
 def _energies(
     candidates: Sequence[Subspace],
     model: nn.Module,
+    *,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
     layers: Sequence[int],
@@ -171,7 +177,7 @@ def _energies(
     """Return, by layer and candidate, the share of the gradient at the layer's writers that is within the candidate."""
     totals = dict.fromkeys(layers, 0.0)
     parts = {layer: [0.0] * len(candidates) for layer in layers}
-    for layer, gradient in writer_gradients(model, tokenizer, conversations):
+    for layer, gradient in writer_gradients(model, tokenizer, conversations=conversations):
         if layer in totals:
             totals[layer] += float(gradient.square().sum())
             for i, candidate in enumerate(candidates):

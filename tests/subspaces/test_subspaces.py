@@ -104,20 +104,20 @@ def test_what_is_no_basis(bases, message):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "falcon"])
 def test_response_means_of_every_family(family, tokenizer):
     model = tiny(family, vocab_size=300).train()
-    means = response_means(model, tokenizer, SHOUTED[:3], [0, 1], batch_size=2)
+    means = response_means(model, tokenizer, conversations=SHOUTED[:3], layers=[0, 1], batch_size=2)
     assert model.training and {layer: tuple(m.shape) for layer, m in means.items()} == {0: (3, 16), 1: (3, 16)}
-    alone = response_means(model, tokenizer, SHOUTED[2:3], [1], batch_size=1)
+    alone = response_means(model, tokenizer, conversations=SHOUTED[2:3], layers=[1], batch_size=1)
     torch.testing.assert_close(means[1][2:], alone[1], rtol=0, atol=1e-5)  # padding does not show
 
 
 def test_difference_of_means_and_pca_are_what_they_say(model, tokenizer, tmp_path):
     naive = naive_means(model, tokenizer, SHOUTED, 1), naive_means(model, tokenizer, SPOKEN, 1)
-    shared = difference_of_means(model, tokenizer, SHOUTED, SPOKEN[:7], layers=1)
+    shared = difference_of_means(model, tokenizer, positive=SHOUTED, negative=SPOKEN[:7], layers=1)
     expected = nn.functional.normalize(naive[0].mean(0) - naive[1][:7].mean(0), dim=0)
     assert shared.layers is None and shared.provenance["measured_at"] == 1 and shared.k == 1
     assert abs(float(shared.at(5)[:, 0] @ expected)) == pytest.approx(1, abs=1e-5)
 
-    pca = contrastive_pca(model, tokenizer, SHOUTED, SPOKEN, layers=[0, 1], k=2)
+    pca = contrastive_pca(model, tokenizer, positive=SHOUTED, negative=SPOKEN, layers=[0, 1], k=2)
     u, s, _ = torch.linalg.svd((naive[0] - naive[1]).T, full_matrices=False)
     projector = u[:, :2] @ u[:, :2].T
     torch.testing.assert_close(pca.at(1) @ pca.at(1).T, projector, rtol=0, atol=1e-4)
@@ -237,16 +237,16 @@ def test_haar_is_uniform_and_seeded():
 
 
 def test_energy_matched_placebos_hold_as_much_of_generic_activations(model, tokenizer):
-    like = difference_of_means(model, tokenizer, SHOUTED, SPOKEN, layers=2)
+    like = difference_of_means(model, tokenizer, positive=SHOUTED, negative=SPOKEN, layers=2)
     generic = [("", f"the {w} and the {v}") for w, v in zip(WORDS, WORDS[1:], strict=False)]
-    moment = covariance(model, tokenizer, generic, 2)
+    moment = covariance(model, tokenizer, conversations=generic, layer=2)
     held = lambda u: float(torch.einsum("dk,de,ek->", u.double(), moment, u.double()) / moment.trace())
-    placebo = energy_matched(like, model, tokenizer, generic, seed=1)
+    placebo = energy_matched(like, model, tokenizer=tokenizer, texts=generic, seed=1)
     assert held(placebo.at(0)) == pytest.approx(held(like.at(0)), rel=1e-3)
-    other = energy_matched(like, model, tokenizer, generic, seed=2)
+    other = energy_matched(like, model, tokenizer=tokenizer, texts=generic, seed=2)
     assert held(other.at(0)) == pytest.approx(held(like.at(0)), rel=1e-3) and other.sha256 != placebo.sha256
     with pytest.raises(ValueError, match="does not say where it was measured: give `layer`"):
-        energy_matched(Subspace(like.bases), model, tokenizer, generic, seed=1)
+        energy_matched(Subspace(like.bases), model, tokenizer=tokenizer, texts=generic, seed=1)
 
 
 def test_matched_directions_beyond_the_spectrum():
@@ -258,13 +258,13 @@ def test_matched_directions_beyond_the_spectrum():
 
 def test_writer_gradients_equal_hooks_by_hand(model, tokenizer):
     got: dict[int, list[torch.Tensor]] = {}
-    for layer, gradient in writer_gradients(model, tokenizer, SHOUTED[:1]):
+    for layer, gradient in writer_gradients(model, tokenizer, conversations=SHOUTED[:1]):
         got.setdefault(layer, []).append(gradient)
     assert all(p.grad is None for p in model.parameters())
     frozen = tiny("llama", vocab_size=300, hidden_size=64, intermediate_size=48, num_hidden_layers=3).requires_grad_(
         False
     )
-    again = list(writer_gradients(frozen, tokenizer, SHOUTED[:1]))
+    again = list(writer_gradients(frozen, tokenizer, conversations=SHOUTED[:1]))
     caught: list[tuple[int, torch.Tensor]] = []
     hooks = [
         writer.register_full_backward_hook(lambda _, gi, go, name=name: caught.append((layer_index(name), go[0][0])))
@@ -301,26 +301,29 @@ def planted(tokenizer):
 
 def test_validation_tells_a_real_direction_from_noise(planted, tokenizer):
     held_out = SHOUTED[4:], SPOKEN[4:]
-    real = difference_of_means(planted, tokenizer, SHOUTED[:4], SPOKEN[:4], layers=[1, 2])
-    result = validate(real, planted, tokenizer, *held_out)
+    real = difference_of_means(planted, tokenizer, positive=SHOUTED[:4], negative=SPOKEN[:4], layers=[1, 2])
+    result = validate(real, planted, tokenizer=tokenizer, positive=held_out[0], negative=held_out[1])
     assert [at.layer for at in result.layers] == [1, 2] and result.texts == (6, 6)
     assert all(at.auroc == 1 and len(at.random_auroc) == len(at.random_energy) == 3 for at in result.layers)
     assert result.layers[1].energy > 2 * max(
         result.layers[1].random_energy
     )  # next to the head that reads the direction
-    noise = validate(haar(real, 99), planted, tokenizer, *held_out)
+    noise = validate(haar(real, 99), planted, tokenizer=tokenizer, positive=held_out[0], negative=held_out[1])
     assert all(at.energy < 0.1 for at in noise.layers) and not noise.ok
     assert any("below 0.8" in problem for problem in noise.problems)
     assert result.ok and not result.problems
     table = result.table()
     assert table.row_count == 2 and "1 of 64 directions, 6 + 6 held-out texts" in str(table.title)
-    shared = difference_of_means(planted, tokenizer, SHOUTED[:4], SPOKEN[:4], layers=2)
-    assert validate(shared, planted, tokenizer, *held_out).layers[0].energy == result.layers[1].energy
+    shared = difference_of_means(planted, tokenizer, positive=SHOUTED[:4], negative=SPOKEN[:4], layers=2)
+    assert (
+        validate(shared, planted, tokenizer=tokenizer, positive=held_out[0], negative=held_out[1]).layers[0].energy
+        == result.layers[1].energy
+    )
 
 
 def test_validation_warns_of_a_subspace_too_large(model, tokenizer):
     large = haar(Subspace(torch.eye(64)[:, :6], {"measured_at": 1}), 0)
-    result = validate(large, model, tokenizer, SHOUTED, SPOKEN, layers=[1])
+    result = validate(large, model, tokenizer=tokenizer, positive=SHOUTED, negative=SPOKEN, layers=[1])
     assert any("6 of 64 directions are more than 1/16" in problem for problem in result.problems)
 
 
@@ -336,20 +339,29 @@ def test_validation_warns_of_a_subspace_too_large(model, tokenizer):
 def test_validation_refuses(arguments, message, model, tokenizer):
     fixed = {"positive": SHOUTED, "negative": SPOKEN, "layers": [1]}
     with pytest.raises(ValueError, match=message):
-        validate(Subspace(torch.eye(64)[:, :1]), model, tokenizer, **(fixed | arguments))
+        validate(Subspace(torch.eye(64)[:, :1]), model, tokenizer=tokenizer, **(fixed | arguments))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
-            lambda m, t: difference_of_means(m, t, SHOUTED, SPOKEN, layers=7),
+            lambda m, t: difference_of_means(m, t, positive=SHOUTED, negative=SPOKEN, layers=7),
             "`layers` must be among the decoder layers",
         ),
-        (lambda m, t: difference_of_means(m, t, [("a", "")], SPOKEN, layers=1), "conversation 0 has an empty response"),
-        (lambda m, t: difference_of_means(m, t, [], SPOKEN, layers=1), "no conversations were given"),
-        (lambda m, t: contrastive_pca(m, t, SHOUTED, SPOKEN[:3], layers=1, k=1), "must be pairs, got 10 and 3"),
-        (lambda m, t: contrastive_pca(m, t, SHOUTED, SPOKEN, layers=1, k=11), "from 1 to the number of pairs, 10"),
+        (
+            lambda m, t: difference_of_means(m, t, positive=[("a", "")], negative=SPOKEN, layers=1),
+            "conversation 0 has an empty response",
+        ),
+        (lambda m, t: difference_of_means(m, t, positive=[], negative=SPOKEN, layers=1), "no conversations were given"),
+        (
+            lambda m, t: contrastive_pca(m, t, positive=SHOUTED, negative=SPOKEN[:3], layers=1, k=1),
+            "must be pairs, got 10 and 3",
+        ),
+        (
+            lambda m, t: contrastive_pca(m, t, positive=SHOUTED, negative=SPOKEN, layers=1, k=11),
+            "from 1 to the number of pairs, 10",
+        ),
     ],
 )
 def test_sources_refuse(make, message, model, tokenizer):
@@ -380,3 +392,10 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch, capsys):
     exec(page.split("```python")[1].split("```")[0], {"__name__": "example"})
     assert sorted(p.name for p in (tmp_path / "run-subspace").iterdir() if p.is_dir()) == ["loudness"]
     assert (tmp_path / "run-subspace" / "model.safetensors").is_file()
+
+
+def test_the_old_name_of_the_constructor_warns():
+    directions = torch.eye(4)[:2]
+    with pytest.warns(DeprecationWarning, match="from_directions"):
+        old = Subspace.of(directions, source="by hand")
+    assert torch.equal(old.bases, Subspace.from_directions(directions).bases)
