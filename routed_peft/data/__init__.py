@@ -1,4 +1,4 @@
-"""Data: where labels come from, and how rows with labels become batches."""
+"""Data: labels of documents, rows and tokens, and batches of labeled rows."""
 
 from routed_peft.data.collator import RoutedCollator, shift
 from routed_peft.data.columns import (
@@ -16,7 +16,7 @@ from routed_peft.data.documents import (
     first_of,
     labeled_documents,
     labeled_tokens,
-    of_arm,
+    select_arm,
 )
 from routed_peft.data.frequencies import add_frequency_weights, token_frequency_weights, tokens_of_words
 from routed_peft.data.label_noise import label_statistics, simulate_labels
@@ -33,6 +33,7 @@ from routed_peft.data.loading import load_texts, load_training_file
 from routed_peft.data.packing import pack
 from routed_peft.data.schedule import schedule
 from routed_peft.data.tokenizer import train_tokenizer
+from routed_peft.deprecation import renamed
 
 __all__ = [
     "FORGET",
@@ -58,13 +59,15 @@ __all__ = [
     "labels_from_tokens",
     "load_texts",
     "load_training_file",
-    "of_arm",
     "pack",
     "route_column",
     "schedule",
+    "select_arm",
     "shift",
     "simulate_labels",
     "token_frequency_weights",
     "tokens_of_words",
     "train_tokenizer",
 ]
+
+__getattr__ = renamed(__name__, {"of_arm": "select_arm"})

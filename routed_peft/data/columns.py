@@ -37,6 +37,7 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 def add_column(
     ds: AnyDataset,
     name: str,
+    *,
     needs: Sequence[str],
     values: Callable[[Mapping[str, list[Any]]], list[Any]],
     batch_size: int = 1000,
@@ -50,7 +51,7 @@ def add_column(
 
     Example:
         >>> ds = Dataset.from_dict({"a": [1, 2]})
-        >>> add_column(ds, "b", ["a"], lambda batch: [2 * a for a in batch["a"]])["b"][:]
+        >>> add_column(ds, "b", needs=["a"], values=lambda batch: [2 * a for a in batch["a"]])["b"][:]
         [2, 4]
     """
     if (found := ds.column_names) is not None and (missing := [column for column in needs if column not in found]):

@@ -91,7 +91,9 @@ def labeled_documents(args: DocumentArguments) -> Dataset:
             f"{ds.column_names}: add one, or make labels from words with `label_keywords`"
         )
     if spoilt:
-        return simulate_labels(ds, SIDE, labeled, args.recall, args.precision, args.label_seed)
+        return simulate_labels(
+            ds, SIDE, labeled=labeled, recall=args.recall, precision=args.precision, seed=args.label_seed
+        )
     return labels_from_column(ds, SIDE, {FORGET: FORGET, RETAIN: RETAIN})
 
 
@@ -104,14 +106,14 @@ def first_of(ds: Dataset, side: str, count: int | None = None) -> Dataset:
     return ds.select(np.flatnonzero(np.array(ds[SIDE][:]) == side)[:count])
 
 
-def of_arm(ds: Dataset, arm: str) -> Dataset:
+def select_arm(ds: Dataset, arm: str) -> Dataset:
     """Return the rows or documents that an arm trains on: "filter" leaves out what is labelled forget, "perfect_filter" what
     truly is; every other arm takes all.
 
     Raises:
         ValueError: where that is not known of the documents.
 
-    >>> of_arm(Dataset.from_dict({"side": ["forget", "retain"]}), "perfect_filter")["side"][:]
+    >>> select_arm(Dataset.from_dict({"side": ["forget", "retain"]}), "perfect_filter")["side"][:]
     ['retain']
     """
     column = {"filter": ROUTE_LABEL, "perfect_filter": SIDE}.get(arm)
@@ -123,14 +125,14 @@ def of_arm(ds: Dataset, arm: str) -> Dataset:
     return ds.filter(lambda value: value != FORGET, input_columns=column)
 
 
-def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, arm: str) -> int:
+def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, arm: str) -> int:
     """Return how many tokens of forget text somebody had to label for an arm, in whole rows of ``length``: of ``side`` for
     "perfect_filter", of ``route_label`` for "routed" and "filter", none for other arms.
 
     >>> from routed_peft.data import train_tokenizer
     >>> ds = Dataset.from_dict({"text": ["a b c"] * 8, "route_label": ["forget", "unlabeled"] * 4, "side": ["forget"] * 8})
     >>> tokenizer = train_tokenizer(ds["text"], 270)
-    >>> [labeled_tokens(ds, tokenizer, 4, arm) for arm in ("none", "filter", "perfect_filter")]
+    >>> [labeled_tokens(ds, tokenizer, length=4, arm=arm) for arm in ("none", "filter", "perfect_filter")]
     [0, 16, 32]
     """
     column = {"routed": ROUTE_LABEL, "filter": ROUTE_LABEL, "perfect_filter": SIDE}.get(arm)
@@ -158,7 +160,7 @@ def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase)
         sides = {name: first_of(ds, name) for name in (FORGET, RETAIN)}
     if args.eval_documents is not None:
         sides = {name: part.select(range(min(args.eval_documents, len(part)))) for name, part in sides.items()}
-    return {name: pack(part, tokenizer, args.length, by=[]) for name, part in sides.items()}
+    return {name: pack(part, tokenizer, length=args.length, by=[]) for name, part in sides.items()}
 
 
 def check_evaluation(args: TrainingArguments, evaluated: Collection[str]) -> None:

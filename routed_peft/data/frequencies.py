@@ -20,6 +20,7 @@ from routed_peft.routes import BASE
 def token_frequency_weights(
     tokenizer: PreTrainedTokenizerBase,
     forget_texts: Iterable[str],
+    *,
     retain_texts: Iterable[str],
     scale: float = 1.0,
     bias: float = 4.0,
@@ -55,7 +56,7 @@ def token_frequency_weights(
     Example:
         >>> from routed_peft.data import train_tokenizer
         >>> tokenizer = train_tokenizer(["a"], vocab_size=258)
-        >>> w = token_frequency_weights(tokenizer, ["abbb" * 5000], ["accc" * 5000])
+        >>> w = token_frequency_weights(tokenizer, ["abbb" * 5000], retain_texts=["accc" * 5000])
         >>> [round(w[i].item(), 1) for i in tokenizer.convert_tokens_to_ids(["a", "b", "c"])]
         [1.0, 0.0, 1.0]
     """
@@ -77,7 +78,7 @@ def token_frequency_weights(
     return w.float()
 
 
-def add_frequency_weights(ds: AnyDataset, w: Tensor, base_weight: float, label: str = FORGET) -> AnyDataset:
+def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, label: str = FORGET) -> AnyDataset:
     r"""Add ERA's per-token base weights as the column ``route_weights``, for rows labelled ``label``.
 
     The base weight :math:`a` of the position that predicts token :math:`t` becomes :math:`w_t + (1 - w_t) a`. The
@@ -127,7 +128,7 @@ def add_frequency_weights(ds: AnyDataset, w: Tensor, base_weight: float, label: 
             rows.append({BASE: multipliers.tolist()})
         return rows
 
-    out = add_column(ds, ROUTE_WEIGHTS, ["input_ids", ROUTE_LABEL], weights)
+    out = add_column(ds, ROUTE_WEIGHTS, needs=["input_ids", ROUTE_LABEL], values=weights)
     if isinstance(out, Dataset) and not routed:
         raise ValueError(
             f"no token of the rows labelled {label!r} has a weight below 0.5: nothing would be routed. Check that `w` "

@@ -15,6 +15,7 @@ from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 def simulate_labels(
     ds: Dataset,
     side_column: str = "side",
+    *,
     labeled: float | Mapping[str, float] = 1.0,
     recall: float = 1.0,
     precision: float = 1.0,

@@ -46,12 +46,13 @@ def labels_from_column(ds: AnyDataset, column: str, mapping: Mapping[Any, str]) 
             )
         return [mapping[value] for value in values]
 
-    return _add_labels(ds, column, label)
+    return _add_labels(ds, column, label=label)
 
 
 def labels_from_keywords(
     ds: AnyDataset,
     keywords: Mapping[str, Iterable[str]],
+    *,
     default: str,
     column: str = "text",
     whole_words: bool = True,
@@ -93,14 +94,14 @@ def labels_from_keywords(
     def label(texts: list[str]) -> list[str]:
         return [next((name for name, pattern in patterns.items() if pattern.search(t)), default) for t in texts]
 
-    out = _add_labels(ds, column, label)
+    out = _add_labels(ds, column, label=label)
     if isinstance(out, Dataset):
         _check_occur(patterns, Counter(out[ROUTE_LABEL]), f"keyword in the column `{column}`")
     return out
 
 
 def labels_from_tokens(
-    ds: AnyDataset, tokens: Mapping[str, Iterable[int]], default: str = UNLABELED, within: str | None = None
+    ds: AnyDataset, tokens: Mapping[str, Iterable[int]], *, default: str = UNLABELED, within: str | None = None
 ) -> AnyDataset:
     """Label single tokens by their id; `tokens_of_words` finds ids.
 
@@ -132,7 +133,7 @@ def labels_from_tokens(
         ]
 
     needs = ["input_ids"] if within is None else ["input_ids", ROUTE_LABEL]
-    out = add_column(ds, ROUTE_LABELS, needs, label)
+    out = add_column(ds, ROUTE_LABELS, needs=needs, values=label)
     out = out.remove_columns(ROUTE_LABEL) if ROUTE_LABEL in (out.column_names or []) else out
     if isinstance(out, Dataset):
         _check_occur(tokens, Counter(label for row in out[ROUTE_LABELS] for label in row), "token id in `input_ids`")
@@ -142,6 +143,7 @@ def labels_from_tokens(
 def labels_from_classifier(
     ds: AnyDataset,
     classifier: Classifier | Pipeline,
+    *,
     forget_above: float,
     retain_below: float,
     column: str = "text",
@@ -192,14 +194,14 @@ def labels_from_classifier(
             )
         return np.select([scores > forget_above, scores < retain_below], [FORGET, RETAIN], UNLABELED).tolist()
 
-    return _add_labels(ds, column, label, batch_size)
+    return _add_labels(ds, column, label=label, batch_size=batch_size)
 
 
 Labeller = Callable[[list[Any]], list[str]]
 
 
-def _add_labels(ds: AnyDataset, column: str, label: Labeller, batch_size: int = 1000) -> AnyDataset:
-    return add_column(ds, ROUTE_LABEL, [column], lambda batch: label(batch[column]), batch_size)
+def _add_labels(ds: AnyDataset, column: str, *, label: Labeller, batch_size: int = 1000) -> AnyDataset:
+    return add_column(ds, ROUTE_LABEL, needs=[column], values=lambda batch: label(batch[column]), batch_size=batch_size)
 
 
 def _check_occur(labels: Iterable[str], counts: Mapping[str, int], what: str) -> None:

@@ -19,6 +19,7 @@ _READERS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".json.gz": 
 def load_training_file(
     source: str | os.PathLike[str],
     split: str = "train",
+    *,
     columns: Sequence[str] = ("text", ROUTE_LABEL),
     streaming: bool = False,
 ) -> Dataset | IterableDataset:

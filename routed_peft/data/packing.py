@@ -15,6 +15,7 @@ from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS
 def pack(
     ds: Dataset,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     length: int,
     by: Sequence[str] | None = None,
     column: str = "text",
@@ -51,7 +52,7 @@ def pack(
         (['forget', 'retain', 'retain'], {4})
     """
     by = [name for name in (ROUTE_LABEL, "side") if name in ds.column_names] if by is None else list(by)
-    _check(ds, tokenizer, length, [*by, *per_token], column)
+    _check(ds, tokenizer, length=length, by=[*by, *per_token], column=column)
     rng = np.random.default_rng(seed)
     ds = ds.select_columns([column, *by, *per_token]).with_format(None)
     kinds = {name: np.array(ds[name][:]) for name in per_token}
@@ -71,7 +72,7 @@ def pack(
         sizes = [len(tokens[index]) for index in members]
         for name, own in kinds.items():
             spread[name] += list(np.repeat(own[members], sizes)[: count * length].reshape(count, length))
-    _check_filled(groups, values, by, length)
+    _check_filled(groups, values, by=by, length=length)
     rows, order = np.concatenate(packed), rng.permutation(len(values))
     features = Features({"input_ids": List(Value("int32"))} | {name: ds.features[name] for name in by})
     features |= {name: List(ds.features[name]) for name in per_token}
@@ -90,7 +91,7 @@ def tokenize(ds: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> li
     ]
 
 
-def _check(ds: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, by: Sequence[str], column: str) -> None:
+def _check(ds: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, by: Sequence[str], column: str) -> None:
     if length < 1 or tokenizer.eos_token_id is None:
         raise ValueError(
             "packing needs a `length` of at least 1 and a `tokenizer` with an end-of-sequence token, got "
@@ -109,7 +110,9 @@ def _check(ds: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, by: Seq
             raise ValueError(f"the column `{name}` has nulls, and packing needs a value in every row")
 
 
-def _check_filled(groups: dict[tuple[Any, ...], list[int]], values: list[Any], by: Sequence[str], length: int) -> None:
+def _check_filled(
+    groups: dict[tuple[Any, ...], list[int]], values: list[Any], *, by: Sequence[str], length: int
+) -> None:
     filled = {key[:1] for key in values}
     if lost := {key[:1] for key in groups} - filled:
         names = [key[0] for key in sorted(lost) if key]

@@ -14,6 +14,7 @@ from routed_peft.data.labels import FORGET, UNLABELED
 def schedule(
     ds: Dataset,
     rows: int,
+    *,
     labeled_first: float = 0.0,
     forget_share: float | None = None,
     seed: int = 0,
@@ -45,13 +46,21 @@ def schedule(
         >>> schedule(ds, 8, labeled_first=0.5, forget_share=0.0)["route_label"][:4]
         ['forget', 'retain', 'forget', 'retain']
     """
-    order = draw_order(column_values(ds, ROUTE_LABEL), rows, labeled_first, forget_share, seed, first_forget_share)
+    order = draw_order(
+        column_values(ds, ROUTE_LABEL),
+        rows,
+        labeled_first=labeled_first,
+        forget_share=forget_share,
+        seed=seed,
+        first_forget_share=first_forget_share,
+    )
     return ds.select(order)
 
 
 def draw_order(
     row_labels: Sequence[str],
     rows: int,
+    *,
     labeled_first: float = 0.0,
     forget_share: float | None = None,
     seed: int | Sequence[int] = 0,

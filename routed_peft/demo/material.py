@@ -115,7 +115,7 @@ class Material:
 
     def _frequency_weights(self) -> Tensor:
         labels, texts = self.documents["route_label"][:], self.documents["text"][:]
-        # unlabelled text has forget text in it, and would make its words look common on either side
+        # unlabeled text has forget text in it, and would make its words look common on either side
         forget, retain = (
             [text for text, label in zip(texts, labels, strict=True) if label == side] for side in (FORGET, RETAIN)
         )

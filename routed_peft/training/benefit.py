@@ -89,7 +89,7 @@ def row_means(values: Tensor, targets: Tensor) -> Tensor:
 
 
 def score_rows(
-    trainer: Any, rows: Dataset, indices: np.ndarray, *, batch_size: int, separator: int | None = None
+    trainer: Any, rows: Dataset, *, indices: np.ndarray, batch_size: int, separator: int | None = None
 ) -> list[Tensor]:
     """Return the benefit of the trainer's regions to rows, or to each of their documents.
 

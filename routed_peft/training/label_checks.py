@@ -1,4 +1,4 @@
-"""Whether the labels that occur in the data teach what they should: without it a run would quietly be ordinary training."""
+"""Check that the labels in the data route something, so that no run is ordinary training by mistake."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ logger = logging.get_logger(__name__)
 
 
 def check_labels_occur(
-    labels: Mapping[str, int], routes: Routes, regions: Iterable[str], steps: int | None = None
+    labels: Mapping[str, int], routes: Routes, *, regions: Iterable[str], steps: int | None = None
 ) -> None:
-    """Raise where the labels that occur route nothing, or leave a region without data.
+    """Raise where the labels that occur route nothing, or no label trains a region.
 
     Args:
         labels: label -> how often it occurs.
         routes: of the run.
         regions: of the run.
-        steps: that ``labels`` were seen in, where more are to come: a region without data is then a logged warning, as its
-            data may come later.
+        steps: steps in which ``labels`` were counted, of a run that goes on; a region without data is then only logged,
+            because its data may come later.
 
     Raises:
         ValueError: names the labels that do occur.
 
     Example:
-        >>> check_labels_occur({"retain": 4}, {"forget": Route({"base": 0}), "retain": Route(ablated=("forget",))}, ["forget"])
+        >>> check_labels_occur({"retain": 4}, {"forget": Route({"base": 0}), "retain": Route(ablated=("forget",))},
+        ...                    regions=["forget"])
         Traceback (most recent call last):
         ...
         ValueError: no row trains the region 'forget': only ['retain'] occurs in `train_dataset`

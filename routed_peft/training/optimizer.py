@@ -15,6 +15,7 @@ from routed_peft.routing.groups import JOINT
 def tag_groups(
     optimizer: torch.optim.Optimizer,
     groups: Mapping[nn.Parameter, str],
+    *,
     region_learning_rate: float | None = None,
     region_weight_decay: float | None = None,
 ) -> None:

@@ -66,8 +66,8 @@ class SavingMixin(_Host):
         if checkpoint is True:
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
         if checkpoint:  # before Trainer reads any of it
-            here = self.args.process_index, self.args.world_size
-            check_resumable(checkpoint, *here, fsdp=self.is_fsdp_enabled)
+            index, processes = self.args.process_index, self.args.world_size
+            check_resumable(checkpoint, process_index=index, processes=processes, fsdp=self.is_fsdp_enabled)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

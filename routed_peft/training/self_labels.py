@@ -62,7 +62,7 @@ class SelfLabeledRows(ChangingDataset):
     Example:
         >>> rows = Dataset.from_dict({"input_ids": [[1], [2], [3], [4]],
         ...                           "route_label": ["forget", "retain", "unlabeled", "unlabeled"]})
-        >>> run = SelfLabeledRows(rows, 8, SelfLabelConfig(labeled_first=0.25))
+        >>> run = SelfLabeledRows(rows, 8, config=SelfLabelConfig(labeled_first=0.25))
         >>> run.relabel(np.array([2, 3]), np.array([True, False]), start=2)
         >>> run.labels.tolist(), run[0]
         (['forget', 'retain', 'forget', 'retain'], {'input_ids': [2], 'route_label': 'retain'})
@@ -72,8 +72,8 @@ class SelfLabeledRows(ChangingDataset):
         self,
         rows: Dataset,
         count: int,
-        config: SelfLabelConfig | None = None,
         *,
+        config: SelfLabelConfig | None = None,
         seed: int = 0,
         token_weights: Tensor | None = None,
         separator: int | None = None,
@@ -276,7 +276,9 @@ class SelfLabeler(TrainerCallback):
         scored = rows.rows_to_score(len(rows) - start)
         known = [rows.rows_labeled(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
         indices = np.concatenate([*known, scored])
-        found = score_rows(self.trainer, rows.rows, indices, batch_size=args.eval_batch_size, separator=rows.separator)
+        found = score_rows(
+            self.trainer, rows.rows, indices=indices, batch_size=args.eval_batch_size, separator=rows.separator
+        )
         benefits = iter(found)
         forget, retain = (torch.cat(list(islice(benefits, len(own)))) for own in known)
         threshold = self._threshold(forget, retain, f"`{name}`: after {state.global_step} steps")

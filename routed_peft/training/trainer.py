@@ -1,4 +1,4 @@
-"""`RoutedTrainer`: a `transformers.Trainer` whose rows say what they may teach."""
+"""`RoutedTrainer`: a `transformers.Trainer` that routes gradients by the label of each row or token."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from routed_peft.training.mixin import RoutingMixin
 class RoutedTrainer(RoutingMixin, Trainer):
     """A `transformers.Trainer` that routes gradients by the label of each row or token.
 
-    Everything else is as ever: accumulation, clipping, checkpointing, DDP and FSDP2, bf16 autocast, resuming, callbacks and
-    reports. Rows carry ``input_ids`` and ``route_label`` (or ``route_labels``, one per token).
+    Everything else works as in `Trainer`: accumulation, clipping, checkpointing, DDP and FSDP2, bf16 autocast, resuming,
+    callbacks and reports. Rows carry ``input_ids`` and ``route_label`` (or ``route_labels``, one per token).
 
-    Beyond `Trainer`: the first batch is tried under every label (`GradientRouting.self_check`); parameters that nothing
-    taught in a step do not move; evaluation runs twice, with regions on and ablated, and its losses are means over tokens,
+    Beyond `Trainer`: the first batch is tried under every label (`GradientRouting.self_check`); groups that no data
+    trains in a step do not move; evaluation runs twice, with regions on and ablated, and its losses are means over tokens,
     in nats; checkpoints have the layout of `save_routed`.
 
     Args:
@@ -41,6 +41,7 @@ class RoutedTrainer(RoutingMixin, Trainer):
         self,
         model: nn.Module,
         args: RoutedTrainingArguments,
+        *,
         routes: Routes,
         data_collator: Any = None,
         processing_class: Any = None,
@@ -56,10 +57,10 @@ class RoutedTrainer(RoutingMixin, Trainer):
         self._attach(routes)
 
     def run_summary(self, labeled_forget_tokens: int = 0) -> dict[str, Any]:
-        """Return what came of a run that has ended; all processes call it, for it evaluates where that was not done last.
+        """Return the results of a run that has ended; call it in all processes, because it evaluates if the last step did not.
 
         Args:
-            labeled_forget_tokens: different ones that somebody had to label, for the ledger.
+            labeled_forget_tokens: distinct tokens of forget text that had to be labeled, for the ledger.
 
         Returns:
             ``steps``; ``tokens`` where ``include_num_input_tokens_seen`` is on; ``tokens_per_route`` by label; ``seconds``, of

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.specifiers import SpecifierSet
 
 SUPPORTED_TRL = ">=1.16,<1.17"
-"""The versions whose internals the trainers were written against; ``tests/test_trl_pins.py`` holds them to it."""
+"""The versions whose internals the trainers were written against; ``tests/trl/test_pins.py`` holds them to it."""
 
 try:
     _found = version("trl")

@@ -1,4 +1,4 @@
-"""What routed TRL runs are told: TRL's configurations with the fields of `RoutedArguments`, and a few of RL's own."""
+"""TRL's configurations with the fields of `RoutedArguments`, and options of routed GRPO."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
         if self.baseline_over == "unflagged" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 '`baseline_over="unflagged"` needs `multi_objective_aggregation="sum_then_normalize"`, got '
-                f"{self.multi_objective_aggregation!r}: rewards normalised one by one have no baseline of their sum"
+                f"{self.multi_objective_aggregation!r}: rewards normalized one by one have no baseline of their sum"
             )
         if not 0 <= self.anchor_share < 1:
             raise ValueError(f"`anchor_share` is a share of the prompts, from 0 to below 1, got {self.anchor_share}")

@@ -1,4 +1,4 @@
-"""`RoutedGRPOTrainer`: TRL's GRPO, with rollouts that say what they may teach."""
+"""`RoutedGRPOTrainer`: TRL's GRPO with gradients routed by the label of each rollout."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from routed_peft.adapters import adapter_names
-from routed_peft.data import class_names
 from routed_peft.data.columns import ROUTE_ENVIRONMENT, ROUTE_LABEL, ROUTE_LABELS
-from routed_peft.routes import IGNORED, Route, Routes
+from routed_peft.routes import IGNORED, Routes
 from routed_peft.trl.advantages import unflagged_advantages
+from routed_peft.trl.anchors import with_anchor_route
 from routed_peft.trl.config import RoutedGRPOConfig
 from routed_peft.trl.metrics import rollout_metrics
-from routed_peft.trl.mixin import check_arguments, with_adapters
-from routed_peft.trl.rollout_labels import ColumnLabels
+from routed_peft.trl.mixin import check_arguments, check_grpo_arguments, with_adapters
+from routed_peft.trl.rollout_labels import labels_from_dataset
 from routed_peft.trl.rollouts import (
     ANCHOR,
     LabelFunction,
     RolloutLabels,
     Rollouts,
     advantage_tensor,
-    ask,
+    label_rollouts,
     label_tensors,
     nest_weights,
 )
@@ -48,9 +48,9 @@ class RoutedGRPOTrainer(SamplingMixin):
 
     A rollout is sampled with all regions on; a share of the prompts (``anchor_share``) with all of them ablated. Where a
     rollout's loss sees other regions than it was sampled with, the old log-probabilities are computed as it was sampled,
-    so that importance ratios stay right. With ``beta > 0`` the reference is the original model: every adapter off, which
+    so that importance ratios stay correct. With ``beta > 0`` the reference is the original model: every adapter off, which
     takes a frozen base, or ``ref_model``. The KL term of a rollout is routed with it. ``loss_type="dapo"`` divides by the
-    tokens of all rollouts, whatever they may teach.
+    tokens of all rollouts, whatever their labels.
 
     Args:
         model: a PeftModel; or a model, path or Hub id together with ``peft_config``.
@@ -65,7 +65,7 @@ class RoutedGRPOTrainer(SamplingMixin):
         **kwargs: as for `trl.GRPOTrainer`.
 
     Raises:
-        ValueError: where routing cannot be attached, and on what it would make wrong: see ``docs/rl.md``.
+        ValueError: where routing cannot be attached, and on options that routing would make wrong: see ``docs/rl.md``.
     """
 
     def __init__(
@@ -81,8 +81,10 @@ class RoutedGRPOTrainer(SamplingMixin):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        args = _checked(args, ref_model, kwargs)
-        model = with_adapters(model, peft_config, args, kwargs.pop("quantization_config", None))
+        args = check_grpo_arguments(args, ref_model, kwargs)
+        model = with_adapters(
+            model, peft_config, args=args, quantization_config=kwargs.pop("quantization_config", None)
+        )
         check_arguments(args, model)
         if args.use_vllm:
             check_foldable(model, adapter_names(model))
@@ -101,10 +103,11 @@ class RoutedGRPOTrainer(SamplingMixin):
             )
         if args.anchor_share and (self._is_vlm or self.tools):
             raise ValueError("`anchor_share` with images or tools: TRL regroups their rows; sample without anchors")
-        self.label_fn = label_fn or _column_labels(train_dataset, self.eval_dataset)
+        self.label_fn = label_fn or labels_from_dataset(train_dataset, self.eval_dataset)
         self.beta, self.ref_model = beta, self._reference(ref_model) if beta else None  # type: ignore[assignment]
         self._check_environments()
-        self._attach(self._with_anchor(routes))
+        regions = [name for name in adapter_names(self.model) if name not in args.base_adapters]
+        self._attach(with_anchor_route(routes, regions, args))
         self._check_dropout()
         self._attach_engine()
 
@@ -116,34 +119,12 @@ class RoutedGRPOTrainer(SamplingMixin):
         add_fused_lm_head(model, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
-    def _with_anchor(self, routes: Routes) -> Routes:
-        regions = tuple(name for name in adapter_names(self.model) if name not in self.args.base_adapters)
-        if self.args.anchor_share and ANCHOR not in routes:
-            routes = {**routes, ANCHOR: Route(ablated=regions)}
-        if self.args.anchor_share and set(routes[ANCHOR].ablated) != set(regions):
-            raise ValueError(
-                f"anchor rollouts are sampled without any region, so the route of {ANCHOR!r} ablates all of {list(regions)}; "
-                f"got {routes[ANCHOR]}"
-            )
-        taught = {name for name, route in routes.items() if name != ANCHOR and not route.weight("base")}
-        if self.args.anchor_share and (missing := sorted(taught - set(self.args.flagged_labels))):
-            raise ValueError(
-                f"an anchor rollout with the label {missing[0]!r} would train the base, which the route of {missing[0]!r} does "
-                f"not: add {missing} to `flagged_labels`, now {self.args.flagged_labels}"
-            )
-        if self.args.baseline_over == "unflagged" and not set(self.args.flagged_labels) & set(routes):
-            raise ValueError(
-                f'`baseline_over="unflagged"`: none of `flagged_labels` {self.args.flagged_labels} is a label of `routes`, '
-                f"which has {list(routes)}"
-            )
-        return routes
-
     # Labels
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._anchor = self._draw_anchors(inputs)
         try:
-            return self._labelled(super()._generate_and_score_completions(inputs))
+            return self._with_labels(super()._generate_and_score_completions(inputs))
         finally:
             self._anchor = None
 
@@ -152,11 +133,11 @@ class RoutedGRPOTrainer(SamplingMixin):
         self._scored = (inputs, prompts, completions, completion_ids_list, rewards)  # rewards: of all processes
         return rewards
 
-    def _labelled(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Add labels, weights and, where they are due, advantages and old log-probabilities to a generation batch."""
+    def _with_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Add labels and weights to a generation batch, and advantages and old log-probabilities where routing changes them."""
         rewards = self._total_rewards()
-        answer = ask(self.label_fn, self._rollouts(batch, rewards), self.routing.routes)
-        answer = self._anchored(answer)
+        answer = label_rollouts(self.label_fn, self._rollouts(batch, rewards), self.routing.routes)
+        answer = self._label_anchors(answer)
         if answer.advantages is not None and self.args.baseline_over == "unflagged":
             raise ValueError(
                 '`label_fn` returned advantages of its own, and `baseline_over="unflagged"` makes others: set it to "group"'
@@ -166,13 +147,13 @@ class RoutedGRPOTrainer(SamplingMixin):
                 answer.advantages, batch["completion_ids"].shape[1], batch["advantages"].device
             )
         elif self.args.baseline_over == "unflagged" and self.model.training:
-            batch["advantages"] = self._over_unflagged(rewards, answer)
+            batch["advantages"] = self._unflagged_advantages(rewards, answer)
         batch |= label_tensors(answer, self.routing.routes, batch)
         environments = self._environments(self._scored[0])
         if None not in environments:
             batch[ROUTE_ENVIRONMENT] = [str(name) for name in environments]  # for monitoring
-        if self.model.training and self._differs(batch) and "old_per_token_logps" not in batch:
-            self._refuse_dropout("a label whose route ablates other regions than the sampler")
+        if self.model.training and self._regions_differ(batch) and "old_per_token_logps" not in batch:
+            self._check_no_dropout("a label whose route ablates other regions than the sampler")
             batch["old_per_token_logps"] = self._sampled_logps(batch)
         self._record(batch, answer, rewards)
         return batch
@@ -183,7 +164,7 @@ class RoutedGRPOTrainer(SamplingMixin):
         total = (per_func * self.reward_weights.to(per_func.device)).nansum(dim=1)
         return total.masked_fill(per_func.isnan().all(dim=1), torch.nan)
 
-    def _local(self, values: Tensor) -> Tensor:
+    def _own_rows(self, values: Tensor) -> Tensor:
         count = len(self._scored[0])
         return values[self.accelerator.process_index * count :][:count]
 
@@ -191,20 +172,20 @@ class RoutedGRPOTrainer(SamplingMixin):
         rows, prompts, completions, ids, per_func = self._scored
         assert self._anchor is not None
         return Rollouts(
-            rows=self._named(rows),
+            rows=self._with_class_names(rows),
             prompts=prompts,
             completions=completions,
             completion_ids=ids,
-            rewards=_numbers(self._local(rewards)),
+            rewards=_numbers(self._own_rows(rewards)),
             rewards_per_func={
-                name: _numbers(self._local(per_func[:, i])) for i, name in enumerate(self.reward_func_names)
+                name: _numbers(self._own_rows(per_func[:, i])) for i, name in enumerate(self.reward_func_names)
             },
             advantages=batch["advantages"].tolist(),
             anchor=self._anchor.tolist(),
             generation=(*self._moment(), self.accelerator.process_index),
         )
 
-    def _anchored(self, answer: RolloutLabels) -> RolloutLabels:
+    def _label_anchors(self, answer: RolloutLabels) -> RolloutLabels:
         """Give unflagged anchor rollouts the label `anchor`; a flagged one keeps its own."""
         assert self._anchor is not None
         labels = [
@@ -216,18 +197,21 @@ class RoutedGRPOTrainer(SamplingMixin):
     def _is_flagged(self, row: Any) -> bool:
         return bool({row} & set(self.args.flagged_labels)) if isinstance(row, str) else any(map(self._is_flagged, row))
 
-    def _over_unflagged(self, rewards: Tensor, answer: RolloutLabels) -> Tensor:
+    def _unflagged_advantages(self, rewards: Tensor, answer: RolloutLabels) -> Tensor:
         flagged = torch.tensor([self._is_flagged(row) for row in answer.labels], device=rewards.device)
         advantages = unflagged_advantages(
-            rewards, self.accelerator.gather(flagged), self.num_generations, self.args.scale_rewards
+            rewards,
+            self.accelerator.gather(flagged),
+            num_generations=self.num_generations,
+            scale_rewards=self.args.scale_rewards,
         )
         log = self._logs["advantages"]  # TRL has logged its own
         for _ in range(len(advantages)):
             log.pop()
         log.extend(advantages.tolist())
-        return self._local(advantages)
+        return self._own_rows(advantages)
 
-    def _differs(self, batch: Mapping[str, Tensor]) -> bool:
+    def _regions_differ(self, batch: Mapping[str, Tensor]) -> bool:
         """Return whether any rollout, in any process, has other regions in its loss than when it was sampled."""
         assert self._anchor is not None
         labels = batch[ROUTE_LABELS] if ROUTE_LABELS in batch else batch[ROUTE_LABEL].unsqueeze(1)
@@ -241,7 +225,7 @@ class RoutedGRPOTrainer(SamplingMixin):
         """Append to TRL's metrics and to its table of completions."""
         mode = "train" if self.model.training else "eval"
         first = [row if isinstance(row, str) else row[0] if len(row) else ANCHOR for row in answer.labels]
-        labels, (rows, *_) = self._gathered(first), self._scored
+        labels, (rows, *_) = self._gather(first), self._scored
         at_loss = self._has_loss(batch).cpu()
         grid = batch[ROUTE_LABELS] if ROUTE_LABELS in batch else batch[ROUTE_LABEL].unsqueeze(1).expand_as(at_loss)
         counts = torch.stack([(at_loss & (grid == i)).sum() for i in range(len(self.routing.routes))])
@@ -251,10 +235,10 @@ class RoutedGRPOTrainer(SamplingMixin):
         metrics = rollout_metrics(
             labels,
             rewards.cpu(),
-            anchor,
-            dict(zip(self.routing.routes, tokens, strict=True)),
-            self.args.flagged_labels,
-            self._gathered([row.get(self.args.environment_column) for row in self._named(rows)]),
+            anchor=anchor,
+            tokens=dict(zip(self.routing.routes, tokens, strict=True)),
+            flagged=self.args.flagged_labels,
+            environments=self._gather([row.get(self.args.environment_column) for row in self._with_class_names(rows)]),
         )
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
@@ -263,7 +247,7 @@ class RoutedGRPOTrainer(SamplingMixin):
     # Steps
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Do one forward and backward pass under the routes of the rollouts, generating them when it is time."""
+        """Do one forward and backward pass under the routes of the rollouts, generating them when they are used up."""
         start = time.perf_counter()
         if not model.training:  # Trainer walks through all modules again
             model.train()
@@ -275,7 +259,7 @@ class RoutedGRPOTrainer(SamplingMixin):
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if isinstance(generation_batch, dict):
-            return generation_batch  # prepared already
+            return generation_batch  # already prepared
         return super()._prepare_inputs(generation_batch)
 
     def _has_loss(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -287,23 +271,23 @@ class RoutedGRPOTrainer(SamplingMixin):
 
     def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         seen = inputs["completion_mask"].any().reshape(1).to(self.args.device)
-        if not self.accelerator.gather(seen).all():  # together, for the check reduces gradients over all processes
-            self._checked = False  # nothing to see in this batch
+        if not self.accelerator.gather(seen).all():  # all processes, because the check reduces gradients over them
+            self._checked = False  # no completion token in this batch
             return
-        # Where all of a group earn the same, advantages and gradients are zero: look with advantages of one.
-        looked_at = {name: value for name, value in inputs.items() if name != "old_per_token_logps"}
-        super()._check_routing(model, {**looked_at, "advantages": torch.ones_like(inputs["advantages"])})
+        # Equal rewards in a group give zero advantages and gradients, so the check uses advantages of one.
+        checked = {name: value for name, value in inputs.items() if name != "old_per_token_logps"}
+        super()._check_routing(model, {**checked, "advantages": torch.ones_like(inputs["advantages"])})
 
     def _check_before_training(self) -> None:
         pass  # labels come with the rollouts
 
     def _check_under_way(self) -> None:
-        pass  # a detector may have had nothing to find yet
+        pass  # a detector may have found nothing so far
 
     def _check_after_training(self) -> None:
         try:
             self._check_labels_occur(self.tokens_per_route)
-        except ValueError as error:  # a detector may have had nothing to find
+        except ValueError as error:  # a detector may have found nothing
             logger.warning("over this run, %s", error)
 
     # Evaluation
@@ -311,40 +295,6 @@ class RoutedGRPOTrainer(SamplingMixin):
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Generate and evaluate one batch, as TRL does."""
         return GRPOTrainer.prediction_step(self, *args, **kwargs)
-
-
-def _checked(args: Any, ref_model: Any, kwargs: Mapping[str, Any]) -> RoutedGRPOConfig:
-    if not isinstance(args, RoutedGRPOConfig):
-        raise ValueError(f"`args` is a `RoutedGRPOConfig`, got {type(args).__name__}")
-    if args.beta and args.train_base and ref_model is None:
-        raise ValueError(
-            "`beta > 0` with `train_base=True`: the base moves, so no original is left to be the reference. Pass it as "
-            "`ref_model` (a second copy of the model), or set `beta=0.0`"
-        )
-    if ref_model is not None and not args.beta:
-        raise ValueError("`ref_model` is given, but `beta` is 0, so it would not be used: set `beta`, or leave it out")
-    if args.sync_ref_model:
-        raise ValueError("`sync_ref_model` would move the reference, which is the original model: set it to False")
-    if args.activation_l1:
-        raise ValueError("`activation_l1` is part of ERA's pretraining; it has no meaning in GRPO: set it to 0")
-    if args.anchor_share and kwargs.get("rollout_func") is not None:
-        raise ValueError("`anchor_share` with `rollout_func`: your function would have to ablate the regions itself")
-    return args
-
-
-def _column_labels(dataset: Any, eval_dataset: Any) -> ColumnLabels:
-    if dataset is None or ROUTE_LABEL not in (dataset.column_names or [ROUTE_LABEL]):
-        raise ValueError(
-            f"where do labels come from? Give `label_fn`, or a column `{ROUTE_LABEL}` in `train_dataset`; see "
-            "`routed_peft.trl.rollout_labels`"
-        )
-    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    if any(ds is not None and ROUTE_LABEL not in (ds.column_names or [ROUTE_LABEL]) for ds in evaluated):
-        raise ValueError(
-            f"`eval_dataset` lacks the column `{ROUTE_LABEL}`, and its rollouts are labelled as those of training are: add it, "
-            "or give a `label_fn` that does without"
-        )
-    return ColumnLabels(names=class_names(dataset))
 
 
 def _numbers(values: Tensor) -> list[float | None]:

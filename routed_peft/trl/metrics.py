@@ -1,4 +1,4 @@
-"""What routed rollouts add to TRL's metrics, over all processes."""
+"""Metrics of routed rollouts, added to TRL's, over all processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 def rollout_metrics(
     labels: Sequence[str],
     rewards: Tensor,
+    *,
     anchor: Tensor,
     tokens: Mapping[str, int],
     flagged: Collection[str],
@@ -31,8 +32,8 @@ def rollout_metrics(
         ``routing/reward/…``; by environment ``routing/environment/…/flag_rate`` and ``…/reward``.
 
     Example:
-        >>> found = rollout_metrics(["flagged", "unflagged"], torch.tensor([1.0, 0.5]), torch.tensor([False, True]),
-        ...                         {"flagged": 3, "unflagged": 4}, ["flagged"], ["B", "A"])
+        >>> found = rollout_metrics(["flagged", "unflagged"], torch.tensor([1.0, 0.5]), anchor=torch.tensor([False, True]),
+        ...                         tokens={"flagged": 3, "unflagged": 4}, flagged=["flagged"], environments=["B", "A"])
         >>> found["routing/flag_rate"], found["routing/reward/flagged"], found["routing/environment/B/flag_rate"]
         (0.5, 1.0, 1.0)
     """

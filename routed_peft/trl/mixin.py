@@ -1,4 +1,4 @@
-"""What the routed SFT and GRPO trainers share: the model they accept, and what they refuse before training."""
+"""Mix-in of the routed SFT and GRPO trainers, and checks of their models and arguments."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from trl.trainer.utils import create_model_from_path
 from routed_peft.routes import Routes
 from routed_peft.routing.groups import JOINT
 from routed_peft.training import RoutingMixin
+from routed_peft.trl.config import RoutedGRPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +51,16 @@ class TRLMixin(RoutingMixin):
             )
 
     def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        # TRL's losses count as they go; what the check computes is no part of the run.
-        kept = {name: value for name, value in vars(self).items() if name in _COUNTERS}
-        saved = copy.deepcopy(kept)
+        # TRL's losses update counters; those of the check are no part of the run.
+        counters = {name: value for name, value in vars(self).items() if name in _COUNTERS}
+        saved = copy.deepcopy(counters)
         try:
             super()._check_routing(model, inputs)
         finally:
             vars(self).update(saved)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Run the loop; TRL's own metrics of the ablated model get names of their own (``eval_ablated_…``)."""
+        """Run the loop; TRL's own metrics of the ablated model are named ``eval_ablated_…``."""
         self._evaluates_ablated = kwargs.get("metric_key_prefix", "eval").startswith("eval_ablated")
         try:
             output = super().evaluation_loop(*args, **kwargs)
@@ -76,10 +77,10 @@ _COUNTERS = ("_metrics", "_total_train_tokens", "_entropy_window_stats", "entrop
 
 
 def check_arguments(args: Any, model: Any) -> None:
-    """Refuse, before TRL builds anything, what no routed TRL trainer can do.
+    """Refuse options that no routed TRL trainer supports, before TRL builds anything.
 
     Raises:
-        ValueError: says what to do instead.
+        ValueError: names the option and its replacement.
     """
     if args.use_liger_kernel:
         raise ValueError("`use_liger_kernel` reads weights outside their modules, past the routing: set it to False")
@@ -97,8 +98,32 @@ def check_arguments(args: Any, model: Any) -> None:
             )
 
 
-def with_adapters(model: Any, peft_config: Any, args: Any, quantization_config: Any = None) -> nn.Module | str:
-    """Return ``model`` with the adapters of ``peft_config``, which is ``{name: config}``; regions have names of their own.
+def check_grpo_arguments(args: Any, ref_model: Any, kwargs: Mapping[str, Any]) -> RoutedGRPOConfig:
+    """Return the configuration of a GRPO trainer, after refusing options that routing would make wrong or useless.
+
+    Raises:
+        ValueError: names the option and its replacement.
+    """
+    if not isinstance(args, RoutedGRPOConfig):
+        raise ValueError(f"`args` is a `RoutedGRPOConfig`, got {type(args).__name__}")
+    if args.beta and args.train_base and ref_model is None:
+        raise ValueError(
+            "`beta > 0` with `train_base=True`: the base moves, so no original is left to be the reference. Pass it as "
+            "`ref_model` (a second copy of the model), or set `beta=0.0`"
+        )
+    if ref_model is not None and not args.beta:
+        raise ValueError("`ref_model` is given, but `beta` is 0, so it would not be used: set `beta`, or leave it out")
+    if args.sync_ref_model:
+        raise ValueError("`sync_ref_model` would move the reference, which is the original model: set it to False")
+    if args.activation_l1:
+        raise ValueError("`activation_l1` is part of ERA's pretraining; it has no meaning in GRPO: set it to 0")
+    if args.anchor_share and kwargs.get("rollout_func") is not None:
+        raise ValueError("`anchor_share` with `rollout_func`: your function would have to ablate the regions itself")
+    return args
+
+
+def with_adapters(model: Any, peft_config: Any, *, args: Any, quantization_config: Any = None) -> nn.Module | str:
+    """Return ``model`` with the adapters of ``peft_config``, which maps names to configurations.
 
     Args:
         model: a PeftModel where ``peft_config`` is None, otherwise a transformers model, or a path or Hub id.

@@ -1,4 +1,4 @@
-"""Where the labels of rollouts come from. Every source is a function from rollouts to labels, as your own may be."""
+"""Label functions for rollouts: by column, environment or advantage, and with simulated errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from routed_peft.data.columns import ROUTE_LABEL, label_name
+from routed_peft.data.columns import ROUTE_LABEL, class_names, label_name
 from routed_peft.trl.rollouts import LabelFunction, RolloutLabels
 
 FLAGGED, UNFLAGGED = "flagged", "unflagged"
@@ -16,10 +16,10 @@ FLAGGED, UNFLAGGED = "flagged", "unflagged"
 
 @dataclass(frozen=True)
 class ColumnLabels:
-    """The label of a rollout is that of its dataset row.
+    """Labels from a column of each rollout's dataset row.
 
     Attributes:
-        column: where it is.
+        column: name of the column.
         names: names of the classes, for a ClassLabel column.
 
     Raises:
@@ -38,14 +38,34 @@ class ColumnLabels:
         return [label_name(value, self.names) for value in _values(rows, self.column)]
 
 
+def labels_from_dataset(dataset: Any, eval_dataset: Any = None) -> ColumnLabels:
+    """Return labels from the column ``route_label`` of the dataset, and of all evaluation sets.
+
+    Raises:
+        ValueError: where one of them lacks the column.
+    """
+    if dataset is None or ROUTE_LABEL not in (dataset.column_names or [ROUTE_LABEL]):
+        raise ValueError(
+            f"rollouts have no labels: give `label_fn`, or a column `{ROUTE_LABEL}` in `train_dataset`; see "
+            "`routed_peft.trl.rollout_labels`"
+        )
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if any(ds is not None and ROUTE_LABEL not in (ds.column_names or [ROUTE_LABEL]) for ds in evaluated):
+        raise ValueError(
+            f"`eval_dataset` lacks the column `{ROUTE_LABEL}`, and its rollouts are labeled like those of training: add it, "
+            "or give a `label_fn` that does not need it"
+        )
+    return ColumnLabels(names=class_names(dataset))
+
+
 @dataclass(frozen=True)
 class EnvironmentLabels:
-    """The label of a rollout is that of its environment.
+    """Labels from each rollout's environment.
 
     Attributes:
         labels: environment -> label.
-        column: where the environment is.
-        default: the label of other environments; None: there must be none.
+        column: name of the environment's column.
+        default: label of other environments; None refuses them.
 
     Raises:
         ValueError: (when called) on an environment that is not in ``labels``, where there is no ``default``.
@@ -72,11 +92,11 @@ class EnvironmentLabels:
 
 @dataclass(frozen=True)
 class AdvantageLabels:
-    """Rollouts whose advantage is above a threshold are flagged.
+    """Flags for rollouts whose advantage is above a threshold.
 
     Attributes:
         above: the threshold; 0 labels by the sign.
-        size: compare the size of the advantage, whatever its sign.
+        size: compare the absolute value of the advantage.
 
     Example:
         >>> AdvantageLabels(above=1.0)(advantages=[1.5, -2.0]), AdvantageLabels(above=1.0, size=True)(advantages=[0.5, -2.0])
@@ -106,7 +126,7 @@ class ImperfectDetector:
     recall of .25 are among those found at .5.
 
     Attributes:
-        detector: a perfect label function; only its label ``flagged`` is ever taken away, or given to others.
+        detector: a perfect label function. Only its label ``flagged`` is removed or added.
         recall: in [0, 1].
         precision: in (0, 1].
         seed: same seed, same misses, also after resuming.

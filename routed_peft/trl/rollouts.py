@@ -1,4 +1,4 @@
-"""Rollouts as a label function sees them, and its answer as tensors that follow them through TRL's shuffle and split."""
+"""Rollouts, the labels a label function returns for them, and both as tensors of TRL's batch."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ LabelFunction = Callable[..., Sequence[str] | Sequence[Sequence[str]] | RolloutL
 """Called with the arguments of `Rollouts` and the dataset's columns, by keyword."""
 
 
-def ask(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[str, Any]) -> RolloutLabels:
-    """Call a label function and check its answer; rows with a label in ``route_quarantine`` get that one instead.
+def label_rollouts(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[str, Any]) -> RolloutLabels:
+    """Call a label function and check its answer; a label in ``route_quarantine`` replaces that of its row.
 
     Raises:
         ValueError: where it has another length than there are rollouts (or tokens), or a label without a route.
@@ -98,15 +98,15 @@ def ask(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[str, Any]) 
         _plain(answer.advantages),
     )
     name = getattr(label_fn, "__name__", type(label_fn).__name__)
-    _check_shape(name, "labels", answer.labels, rollouts)
+    _check_shape(name, "labels", values=answer.labels, rollouts=rollouts)
     answer = replace(answer, labels=_quarantined(answer.labels, rollouts.rows))
     for label in {label for row in answer.labels for label in (row if _is_list(row) else [row])}:
         check_has_route(label_name(label), routes)
     for group, values in answer.weights.items():
-        _check_shape(name, f"weights[{group!r}]", values, rollouts)
+        _check_shape(name, f"weights[{group!r}]", values=values, rollouts=rollouts)
         _check_finite(name, f"weights[{group!r}]", values)
     if answer.advantages is not None:
-        _check_shape(name, "advantages", answer.advantages, rollouts)
+        _check_shape(name, "advantages", values=answer.advantages, rollouts=rollouts)
         _check_finite(name, "advantages", answer.advantages)
     return answer
 
@@ -138,7 +138,7 @@ def _is_list(value: Any) -> bool:
     return not isinstance(value, str) and hasattr(value, "__len__")
 
 
-def _check_shape(name: str, what: str, values: Any, rollouts: Rollouts) -> None:
+def _check_shape(name: str, what: str, *, values: Any, rollouts: Rollouts) -> None:
     expected = len(rollouts.completion_ids)
     if not _is_list(values) or len(values) != expected:
         got = len(values) if _is_list(values) else repr(values)
@@ -157,7 +157,7 @@ def _check_shape(name: str, what: str, values: Any, rollouts: Rollouts) -> None:
             )
 
 
-def position_values(values: Numbers, prompt_mask: Tensor, completions: int, fill: float) -> Tensor:
+def position_values(values: Numbers, prompt_mask: Tensor, *, completions: int, fill: float) -> Tensor:
     """Lay values of completion tokens over positions, where each stands at the position that predicts its token.
 
     Prompt positions before the last take the value of the first token; padding takes ``fill``.
@@ -171,7 +171,7 @@ def position_values(values: Numbers, prompt_mask: Tensor, completions: int, fill
         float ``(B, P + C)``.
 
     Example:
-        >>> position_values([[5, 6]], torch.tensor([[0, 1, 1]]), 3, fill=-100).tolist()
+        >>> position_values([[5, 6]], torch.tensor([[0, 1, 1]]), completions=3, fill=-100).tolist()
         [[-100.0, 5.0, 5.0, 6.0, -100.0, -100.0]]
     """
     batch, prompts = prompt_mask.shape
@@ -193,12 +193,12 @@ def label_tensors(answer: RolloutLabels, routes: Mapping[str, Any], batch: Mappi
     out: dict[str, Tensor] = {}
     if _is_list(answer.labels[0]):
         rows = [[index[str(label)] for label in row] for row in answer.labels]
-        out[ROUTE_LABELS] = position_values(rows, mask, length, IGNORED).long()
+        out[ROUTE_LABELS] = position_values(rows, mask, completions=length, fill=IGNORED).long()
     else:
         out[ROUTE_LABEL] = torch.tensor([index[str(label)] for label in answer.labels])
     for group, values in answer.weights.items():
         out[f"{ROUTE_WEIGHTS}.{group}"] = (
-            position_values(values, mask, length, 1.0)
+            position_values(values, mask, completions=length, fill=1.0)
             if _is_list(values[0])
             else torch.tensor(values, dtype=torch.float32)
         )

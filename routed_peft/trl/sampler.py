@@ -1,4 +1,4 @@
-"""The order of prompts: that of TRL, and the same after resuming in any epoch."""
+"""Order of prompts: TRL's, and the same after resuming in any epoch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from trl.trainer.utils import RepeatSampler
 
 
 class EpochSampler(RepeatSampler):
-    """`trl`'s sampler, whose order depends on the epoch alone, not on how often it was asked before.
+    """TRL's sampler with an order that depends on the epoch alone, not on earlier iterations.
 
-    TRL's draws one permutation after another from a generator of its own. A run that is resumed in its second epoch starts
-    with that of the first, so it would see other prompts than the run that was not interrupted. `Trainer` calls `set_epoch`
-    at the beginning of every epoch, also when it resumes.
+    TRL's sampler draws one permutation after another from its own generator. A run resumed in its second epoch would start
+    with the first permutation, and see other prompts than an uninterrupted run. `Trainer` calls `set_epoch` at the
+    beginning of every epoch, also when it resumes.
 
     Example:
         >>> whole, resumed = (EpochSampler(range(8), 1, seed=0) for _ in range(2))
@@ -26,8 +26,8 @@ class EpochSampler(RepeatSampler):
     epoch = 0
 
     @classmethod
-    def like(cls, sampler: RepeatSampler) -> EpochSampler:
-        """Return one with the arguments of ``sampler``."""
+    def from_sampler(cls, sampler: RepeatSampler) -> EpochSampler:
+        """Return an `EpochSampler` with the arguments of ``sampler``."""
         return cls(
             sampler.data_source,
             sampler.mini_repeat_count,
@@ -38,11 +38,11 @@ class EpochSampler(RepeatSampler):
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Have the next iteration give the order of an epoch, counted from 0."""
+        """Set the epoch, counted from 0, whose order the next iteration gives."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        """Return the indices of one epoch."""
+        """Yield the indices of one epoch."""
         if self.shuffle:
             assert self.seed is not None, "TRL gives that of the arguments"
             self.generator.manual_seed(self.seed)

@@ -1,4 +1,4 @@
-"""Rows sampled and scored under their own configuration: anchors without regions, references without any adapter."""
+"""Sampling and scoring of rollouts: anchors without regions, references without any adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 
 from routed_peft.ablation import ablated
 from routed_peft.data.columns import column_values
-from routed_peft.trl.advantages import anchor_groups
+from routed_peft.trl.anchors import anchor_groups
 from routed_peft.trl.config import RoutedGRPOConfig
 from routed_peft.trl.mixin import TRLMixin
 from routed_peft.trl.rollout_labels import EnvironmentLabels, ImperfectDetector
@@ -22,11 +22,11 @@ from routed_peft.trl.vllm import folded_parameters
 
 
 class OriginalModel:
-    """Stands for the trained model with all its adapters off, where TRL asks for a reference model."""
+    """Placeholder for the trained model with all its adapters off, where TRL expects a reference model."""
 
 
 def active_dropout(model: nn.Module) -> str | None:
-    """Return the name of something in ``model`` that drops out while training, a module or a number, if there is one.
+    """Return the name of a dropout module or dropout rate that is active in training, or None.
 
     >>> active_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))), active_dropout(nn.Dropout(0.0))
     ('1', None)
@@ -42,7 +42,7 @@ def active_dropout(model: nn.Module) -> str | None:
 
 
 class SamplingMixin(TRLMixin, GRPOTrainer):
-    """The parts of `RoutedGRPOTrainer` that generate and score: every row without gradients goes through here."""
+    """Generation and scoring in `RoutedGRPOTrainer`, which take no gradients."""
 
     args: RoutedGRPOConfig  # type: ignore[assignment]
     num_generations: int
@@ -58,21 +58,21 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
         if not self.args.anchor_share or not self.model.training:
             return torch.zeros(len(rows), dtype=torch.bool)
         size = self.num_generations
-        environments = self._gathered(self._environments(rows))
+        environments = self._gather(self._environments(rows))
         chosen = anchor_groups(
             environments[::size],
             self.args.anchor_share,
-            self.args.anchor_environments,
-            [self.args.seed, *self._moment()],
+            trusted=self.args.anchor_environments,
+            seed=[self.args.seed, *self._moment()],
         )
         everywhere = torch.from_numpy(chosen).repeat_interleave(size)
         start = self.accelerator.process_index * len(rows)
         return everywhere[start : start + len(rows)]
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        return EpochSampler.like(super()._get_train_sampler(dataset))  # type: ignore[arg-type]
+        return EpochSampler.from_sampler(super()._get_train_sampler(dataset))  # type: ignore[arg-type]
 
-    def _named(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _with_class_names(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return rows with the name of their environment, where the dataset holds ClassLabel integers."""
         column = self.args.environment_column
         feature = (getattr(self.train_dataset, "features", None) or {}).get(column)
@@ -82,7 +82,7 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
 
     def _environments(self, rows: list[dict[str, Any]]) -> list[str | None]:
         column = self.args.environment_column
-        environments = [row.get(column) for row in self._named(rows)]
+        environments = [row.get(column) for row in self._with_class_names(rows)]
         if self.args.anchor_environments is not None and None in environments:
             raise ValueError(f"`anchor_environments` needs the column `{column}` in every row, got {sorted(rows[0])}")
         return environments
@@ -109,7 +109,7 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
         """Return (optimizer step, micro-batch within it): the same after resuming."""
         return self.state.global_step, self._step % self.args.gradient_accumulation_steps
 
-    def _gathered(self, values: list[Any]) -> list[Any]:
+    def _gather(self, values: list[Any]) -> list[Any]:
         """Return ``values`` of all processes, in TRL's global order."""
         if self.accelerator.num_processes == 1:
             return values
@@ -119,17 +119,17 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
 
     # Generating
 
-    def _absent(self, anchor: Tensor) -> dict[str, Tensor]:
+    def _ablated_rows(self, anchor: Tensor) -> dict[str, Tensor]:
         return dict.fromkeys(self.routing.regions, anchor)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         if self._anchor is None or not self._anchor.any():
-            self._sync_with([] if self._evaluates_ablated else self.routing.regions)
+            self._load_regions([] if self._evaluates_ablated else self.routing.regions)
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self.use_vllm:
             return self._generate_in_turns(prompt_ids, self._anchor, *args, **kwargs)
         assert len(prompt_ids) == len(self._anchor), "tools are refused with anchors, and nothing else takes turns"
-        with self.routing.ablated(self._absent(self._anchor)):
+        with self.routing.ablated(self._ablated_rows(self._anchor)):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     # vLLM holds one configuration at a time
@@ -143,7 +143,7 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
                 self.model, [*self.args.base_adapters, *self._in_engine]
             )
 
-    def _sync_with(self, regions: Sequence[str]) -> None:
+    def _load_regions(self, regions: Sequence[str]) -> None:
         if self.use_vllm and self._in_engine != list(regions):
             self._in_engine = list(regions)
             self._last_loaded_step = -1  # has TRL send the weights again
@@ -155,7 +155,7 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
         for regions, rows in ((self.routing.regions, ~anchor), ([], anchor)):
             if not rows.any():
                 continue
-            self._sync_with(regions)
+            self._load_regions(regions)
             chosen = rows.nonzero()[:, 0].tolist()
             ids, scores = super()._generate_single_turn([prompt_ids[row] for row in chosen], *args, **kwargs)
             for row, completion, score in zip(chosen, ids, scores, strict=True):
@@ -171,15 +171,15 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
             (f"the route {label!r}" for label, r in self.routing.routes.items() if label != ANCHOR and r.ablated), ""
         )
         if args.anchor_share:
-            self._refuse_dropout("`anchor_share`")
+            self._check_no_dropout("`anchor_share`")
         elif args.gradient_accumulation_steps % ((args.steps_per_generation or 1) * args.num_iterations):
-            self._refuse_dropout("`num_iterations` or `steps_per_generation`")
+            self._check_no_dropout("`num_iterations` or `steps_per_generation`")
         elif args.use_vllm and args.vllm_importance_sampling_correction:
-            self._refuse_dropout("`vllm_importance_sampling_correction`")
+            self._check_no_dropout("`vllm_importance_sampling_correction`")
         elif ablating:
-            self._refuse_dropout(ablating)
+            self._check_no_dropout(ablating)
 
-    def _refuse_dropout(self, cause: str) -> None:
+    def _check_no_dropout(self, cause: str) -> None:
         if found := active_dropout(self.model):
             raise ValueError(
                 f"{cause} has rollouts scored twice for the importance ratio, and {found!r} drops out different things each "
@@ -208,7 +208,7 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
         for rows in torch.arange(len(input_ids)).split(
             batch_size or len(input_ids)
         ):  # TRL's chunks, each with its gates
-            with self.routing.ablated(self._absent(anchor[rows])):
+            with self.routing.ablated(self._ablated_rows(anchor[rows])):
                 logps, _, _ = score(model, input_ids[rows], attention_mask[rows], logits_to_keep, **kwargs)
             parts.append(logps)
         return torch.cat(parts), None, None

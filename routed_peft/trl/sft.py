@@ -1,4 +1,4 @@
-"""`RoutedSFTTrainer`: TRL's supervised fine-tuning, with rows that say what they may teach."""
+"""`RoutedSFTTrainer`: TRL's supervised fine-tuning with gradients routed by the label of each row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from routed_peft.trl.mixin import TRLMixin, check_arguments, with_adapters
 
 
 class RoutedSFTTrainer(TRLMixin, SFTTrainer):
-    """`trl.SFTTrainer` that routes gradients by the label of each row or token; everything else is TRL's.
+    """`trl.SFTTrainer` that routes gradients by the label of each row or token; everything else as in TRL.
 
     The column ``route_label`` (or ``route_labels``, one per token of rows that have ``input_ids`` already) passes through
     TRL's processing: chat templates, prompt-completion rows, completion-only loss, truncation.
@@ -50,14 +50,18 @@ class RoutedSFTTrainer(TRLMixin, SFTTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        _refuse(args)
-        model = with_adapters(model, peft_config, args, kwargs.pop("quantization_config", None))
+        _check_arguments(args)
+        model = with_adapters(
+            model, peft_config, args=args, quantization_config=kwargs.pop("quantization_config", None)
+        )
         check_arguments(args, model)
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("rows with images cannot be routed here: TRL's vision collator drops the route columns")
         if data_collator is None:
-            self.data_collator = _collator(self.processing_class, routes, train_dataset, args.pad_to_multiple_of)
+            self.data_collator = _collator(
+                self.processing_class, routes, dataset=train_dataset, multiple=args.pad_to_multiple_of
+            )
         self._attach(routes)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +70,7 @@ class RoutedSFTTrainer(TRLMixin, SFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def _refuse(args: Any) -> None:
+def _check_arguments(args: Any) -> None:
     if not isinstance(args, RoutedSFTConfig):
         raise ValueError(f"`args` is a `RoutedSFTConfig`, got {type(args).__name__}")
     if args.packing or args.eval_packing or args.padding_free:
@@ -77,7 +81,7 @@ def _refuse(args: Any) -> None:
         )
 
 
-def _collator(tokenizer: Any, routes: Routes, dataset: Any, multiple: Any) -> RoutedCollator:
+def _collator(tokenizer: Any, routes: Routes, *, dataset: Any, multiple: Any) -> RoutedCollator:
     tokenizer = copy.copy(tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer)
     tokenizer.padding_side = "right"  # as TRL's own collator pads
     return RoutedCollator(tokenizer, routes, pad_to_multiple_of=multiple, class_names=class_names(dataset))

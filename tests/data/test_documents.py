@@ -10,8 +10,8 @@ from routed_peft.data import (
     evaluation_rows,
     labeled_documents,
     labeled_tokens,
-    of_arm,
     pack,
+    select_arm,
     train_tokenizer,
 )
 
@@ -60,9 +60,9 @@ def test_keywords_replace_them(file):
 
 def test_arms_that_filter():
     ds = Dataset.from_dict({"route_label": ["forget", "unlabeled", "retain"], "side": ["forget", "forget", "retain"]})
-    assert [len(of_arm(ds, arm)) for arm in ("routed", "none", "filter", "perfect_filter")] == [3, 3, 2, 1]
+    assert [len(select_arm(ds, arm)) for arm in ("routed", "none", "filter", "perfect_filter")] == [3, 3, 2, 1]
     with pytest.raises(ValueError, match="`arm: perfect_filter` needs the column `side`"):
-        of_arm(ds.remove_columns("side"), "perfect_filter")
+        select_arm(ds.remove_columns("side"), "perfect_filter")
 
 
 def test_evaluation_rows_by_side(file):
@@ -84,13 +84,16 @@ def test_classes_become_names(tmp_path):
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     ds = labeled_documents(DocumentArguments(train_file=str(tmp_path / "train.parquet")))
     assert ds["route_label"][:] == ["retain", "forget", "forget"]
-    assert of_arm(ds, "filter")["text"][:] == ["a cat"]
+    assert select_arm(ds, "filter")["text"][:] == ["a cat"]
 
 
 def test_labelled_tokens_are_those_of_whole_rows():
     ds = Dataset.from_dict({"text": ["a b c", "d e"], "route_label": ["forget", "unlabeled"], "side": ["forget"] * 2})
     tokenizer = train_tokenizer(ds["text"], 258)
     for length in (2, 5, 64):
-        count = labeled_tokens(ds, tokenizer, length, "perfect_filter")
-        assert count == (length * len(pack(ds, tokenizer, length, by=[])) if length < 64 else 0)
-    assert labeled_tokens(ds, tokenizer, 2, "routed") == 6 and labeled_tokens(ds, tokenizer, 2, "none") == 0
+        count = labeled_tokens(ds, tokenizer, length=length, arm="perfect_filter")
+        assert count == (length * len(pack(ds, tokenizer, length=length, by=[])) if length < 64 else 0)
+    assert (
+        labeled_tokens(ds, tokenizer, length=2, arm="routed") == 6
+        and labeled_tokens(ds, tokenizer, length=2, arm="none") == 0
+    )

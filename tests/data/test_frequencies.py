@@ -25,7 +25,7 @@ def test_the_rule_by_hand():
     """Two tokens, counted by hand: f = (a + 1) / (N + V), r = (b + 20) / (M + 20 V)."""
     tokenizer = train_tokenizer(["x"], vocab_size=258)
     size, (p, q) = len(tokenizer), tokenizer.convert_tokens_to_ids(["p", "q"])
-    w = token_frequency_weights(tokenizer, ["p" * 900 + "q" * 100], ["p" * 100, "q" * 300])
+    w = token_frequency_weights(tokenizer, ["p" * 900 + "q" * 100], retain_texts=["p" * 100, "q" * 300])
     for token, a, b in ((p, 900, 100), (q, 100, 300)):
         f, r = (a + 1) / (1000 + size), (b + 20) / (400 + 20 * size)
         expected = 1 - torch.sigmoid(torch.tensor(1.0 * (f / r - r / f) - 4.0))
@@ -34,7 +34,7 @@ def test_the_rule_by_hand():
 
 
 def test_an_equally_common_token_passes_and_a_forget_word_does_not():
-    w = token_frequency_weights(TOKENIZER, FORGET * 20, RETAIN * 20)
+    w = token_frequency_weights(TOKENIZER, FORGET * 20, retain_texts=RETAIN * 20)
     assert tokens_of_words(TOKENIZER, ["tree"]) == TOKENIZER.convert_tokens_to_ids(["Ġtree"])
     tree, the = TOKENIZER.convert_tokens_to_ids(["Ġtree", "Ġthe"])
     assert w[tree] < 0.01
@@ -63,9 +63,9 @@ def test_multiplier_times_route_weight_is_the_base_weight(ids, base, seed):
     ds = Dataset.from_dict({"input_ids": [ids], "route_label": ["bio"]})
     if all(w[i] >= 0.5 for i in ids[1:]):
         with pytest.raises(ValueError, match="nothing would be routed"):
-            add_frequency_weights(ds, w, base, label="bio")
+            add_frequency_weights(ds, w, base_weight=base, label="bio")
         return
-    row = add_frequency_weights(ds, w, base, label="bio")[0]["route_weights"]["base"]
+    row = add_frequency_weights(ds, w, base_weight=base, label="bio")[0]["route_weights"]["base"]
     for position, token in enumerate(ids[1:]):
         assert row[position] * base == pytest.approx(w[token].item() + (1 - w[token].item()) * base)
     assert len(row) == len(ids) and row[-1] == 1
@@ -89,11 +89,11 @@ def test_errors():
     with pytest.raises(ValueError, match="labelled 'flagged'.*nothing would be routed"):
         add_frequency_weights(ds, torch.zeros(9), base_weight=-0.75, label="flagged")
     with pytest.raises(ValueError, match="no token of `forget_texts` is routed"):
-        token_frequency_weights(TOKENIZER, RETAIN, RETAIN)
+        token_frequency_weights(TOKENIZER, RETAIN, retain_texts=RETAIN)
     with pytest.raises(ValueError, match="must both hold tokens, got 0 and"):
-        token_frequency_weights(TOKENIZER, [], RETAIN)
+        token_frequency_weights(TOKENIZER, [], retain_texts=RETAIN)
     with pytest.raises(ValueError, match="must be positive"):
-        token_frequency_weights(TOKENIZER, FORGET, RETAIN, retain_count=0)
+        token_frequency_weights(TOKENIZER, FORGET, retain_texts=RETAIN, retain_count=0)
     with pytest.raises(ValueError, match="'elephant' is no single token"):
         tokens_of_words(TOKENIZER, ["tree", "elephant"])
 

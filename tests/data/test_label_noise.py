@@ -35,7 +35,9 @@ def test_counts_are_those_of_the_formulas(forget, retain, labeled_forget, labele
     hits = round(recall * n_forget)
     wrong = round(hits * (1 - precision) / precision)
     labeled = {"forget": labeled_forget, "retain": labeled_retain}
-    make = lambda: simulate_labels(sides(forget, retain), "side", labeled, recall, precision, seed)
+    make = lambda: simulate_labels(
+        sides(forget, retain), "side", labeled=labeled, recall=recall, precision=precision, seed=seed
+    )
     if not forget + retain:
         return
     if wrong > n_retain:

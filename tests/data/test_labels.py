@@ -52,18 +52,18 @@ def test_column_errors():
 def test_keywords_are_whole_words_of_any_case():
     hits = lambda **options: [
         label == "forget"
-        for label in labels_from_keywords(DS, {"forget": ["tree"]}, "retain", **options)["route_label"]
+        for label in labels_from_keywords(DS, {"forget": ["tree"]}, default="retain", **options)["route_label"]
     ]
     assert hits() == [True, True, False, False, False]
     assert hits(case_sensitive=True) == [True, False, False, False, False]
     assert hits(whole_words=False) == [True, True, True, False, True]
-    stream = labels_from_keywords(DS.to_iterable_dataset(), {"forget": ["tree"]}, "retain")
+    stream = labels_from_keywords(DS.to_iterable_dataset(), {"forget": ["tree"]}, default="retain")
     assert [row["route_label"] == "forget" for row in stream] == hits()
 
 
 def test_the_first_keyword_label_wins_and_words_are_not_patterns():
     ds = Dataset.from_dict({"text": ["a.b and tree", "axb tree", "C++ (new)"]})
-    out = labels_from_keywords(ds, {"x": ["a.b"], "y": ["tree"], "z": ["C++"]}, "none")
+    out = labels_from_keywords(ds, {"x": ["a.b"], "y": ["tree"], "z": ["C++"]}, default="none")
     assert out["route_label"][:] == ["x", "y", "z"]
 
 
@@ -71,20 +71,23 @@ def test_the_first_keyword_label_wins_and_words_are_not_patterns():
 @given(word=st.text(min_size=1, max_size=6).filter(str.strip), rest=st.text(max_size=10))
 def test_any_keyword_is_found_as_a_word(word, rest):
     ds = Dataset.from_dict({"text": [f"{rest} {word} {rest}"]})
-    assert labels_from_keywords(ds, {"forget": [word]}, "retain", case_sensitive=True)["route_label"][0] == "forget"
+    assert (
+        labels_from_keywords(ds, {"forget": [word]}, default="retain", case_sensitive=True)["route_label"][0]
+        == "forget"
+    )
 
 
 def test_keyword_errors():
     with pytest.raises(ValueError, match=r"no keyword.*\['bio'\].*spelling"):
-        labels_from_keywords(DS, {"forget": ["tree"], "bio": ["virus"]}, "retain")
+        labels_from_keywords(DS, {"forget": ["tree"], "bio": ["virus"]}, default="retain")
     with pytest.raises(ValueError, match="at least one word for 'forget'"):
-        labels_from_keywords(DS, {"forget": []}, "retain")
+        labels_from_keywords(DS, {"forget": []}, default="retain")
     with pytest.raises(ValueError, match="no empty ones"):
-        labels_from_keywords(DS, {"forget": ["tree", " "]}, "retain")
+        labels_from_keywords(DS, {"forget": ["tree", " "]}, default="retain")
     with pytest.raises(ValueError, match="`keywords` is empty"):
-        labels_from_keywords(DS, {}, "retain")
+        labels_from_keywords(DS, {}, default="retain")
     with pytest.raises(ValueError, match="lacks the columns"):
-        labels_from_keywords(DS, {"forget": ["tree"]}, "retain", column="body")
+        labels_from_keywords(DS, {"forget": ["tree"]}, default="retain", column="body")
 
 
 def test_token_labels():
@@ -110,16 +113,18 @@ def test_thresholds_are_exclusive(batch_size):
     out = labels_from_classifier(DS, score, forget_above=0.9, retain_below=0.1, batch_size=batch_size)
     expected = ["forget", "unlabeled", "unlabeled", "unlabeled", "retain"]
     assert out["route_label"][:] == expected
-    stream = labels_from_classifier(DS.to_iterable_dataset(), score, 0.9, 0.1, batch_size=batch_size)
+    stream = labels_from_classifier(
+        DS.to_iterable_dataset(), score, forget_above=0.9, retain_below=0.1, batch_size=batch_size
+    )
     assert [row["route_label"] for row in stream] == expected
     tensor = lambda texts: torch.tensor(score(texts), dtype=torch.float64)
-    assert labels_from_classifier(DS, tensor, 0.9, 0.1)["route_label"][:] == expected
+    assert labels_from_classifier(DS, tensor, forget_above=0.9, retain_below=0.1)["route_label"][:] == expected
 
 
-@pytest.mark.parametrize("thresholds", [(0.1, 0.9), (1.1, 0.5), (0.5, -0.1), (float("nan"), 0.1)])
-def test_bad_thresholds_raise(thresholds):
+@pytest.mark.parametrize(("above", "below"), [(0.1, 0.9), (1.1, 0.5), (0.5, -0.1), (float("nan"), 0.1)])
+def test_bad_thresholds_raise(above, below):
     with pytest.raises(ValueError, match="0 <= `retain_below` <= `forget_above` <= 1"):
-        labels_from_classifier(DS, score, *thresholds)
+        labels_from_classifier(DS, score, forget_above=above, retain_below=below)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +138,7 @@ def test_bad_thresholds_raise(thresholds):
 )
 def test_bad_scores_raise(scores, message):
     with pytest.raises(ValueError, match=message):
-        labels_from_classifier(DS, scores, 0.9, 0.1)
+        labels_from_classifier(DS, scores, forget_above=0.9, retain_below=0.1)
 
 
 def test_a_transformers_pipeline_scores_the_class_that_is_named():
@@ -158,8 +163,8 @@ def test_a_transformers_pipeline_scores_the_class_that_is_named():
     assert 0 < bio.sum() < 5
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
     for positive, forget in (("BIO", bio), ("SAFE", ~bio)):
-        out = labels_from_classifier(DS, pipe, 0.5, 0.5, positive=positive)
+        out = labels_from_classifier(DS, pipe, forget_above=0.5, retain_below=0.5, positive=positive)
         assert out["route_label"][:] == ["forget" if hit else "retain" for hit in forget]
     for positive in (None, "bio"):
         with pytest.raises(ValueError, match=r"`positive` must name.*\['SAFE', 'BIO'\]"):
-            labels_from_classifier(DS, pipe, 0.5, 0.5, positive=positive)
+            labels_from_classifier(DS, pipe, forget_above=0.5, retain_below=0.5, positive=positive)

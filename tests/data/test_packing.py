@@ -35,7 +35,7 @@ sizes = st.lists(st.integers(1, 9), min_size=6, max_size=20)
     lengths=st.fixed_dictionaries({key: sizes for key in LETTERS}), length=st.integers(1, 11), seed=st.integers(0, 5)
 )
 def test_nothing_is_lost_but_tails_and_labels_never_mix(lengths, length, seed):
-    rows = pack(documents(lengths), TOKENIZER, length, seed=seed)
+    rows = pack(documents(lengths), TOKENIZER, length=length, seed=seed)
     counts = Counter((row["route_label"], row["side"]) for row in rows)
     kept: Counter[tuple[str, str]] = Counter()
     for row in rows:
@@ -52,7 +52,7 @@ def test_nothing_is_lost_but_tails_and_labels_never_mix(lengths, length, seed):
 
 def test_every_document_is_followed_by_an_end_of_sequence_token():
     ds = Dataset.from_dict({"text": ["ab", "c", "def"], "route_label": ["retain"] * 3})
-    (row,) = pack(ds, TOKENIZER, 9)["input_ids"]
+    (row,) = pack(ds, TOKENIZER, length=9)["input_ids"]
     text = TOKENIZER.decode(row)
     assert text.endswith("<eos>") and sorted(text.split("<eos>")) == ["", "ab", "c", "def"]
 
@@ -60,7 +60,7 @@ def test_every_document_is_followed_by_an_end_of_sequence_token():
 def test_the_seed_decides_the_order_of_documents_and_rows():
     ds = documents({("forget", "forget"): [3] * 40, ("retain", "retain"): [3] * 40})
     ds = ds.remove_columns("text").add_column("text", [chr(33 + i) * 3 for i in range(80)])
-    first, again, other = (pack(ds, TOKENIZER, 8, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (pack(ds, TOKENIZER, length=8, seed=seed) for seed in (1, 1, 2))
     assert first["input_ids"][:] == again["input_ids"][:] != other["input_ids"][:]
     labels = first["route_label"][:]
     assert labels != sorted(labels) and Counter(labels) == {"forget": 20, "retain": 20}
@@ -71,16 +71,16 @@ def test_columns_are_kept_with_their_features_and_others_dropped():
         {"text": Value("string"), "route_label": ClassLabel(names=["retain", "forget"]), "id": Value("int64")}
     )
     ds = Dataset.from_dict({"text": ["aaa", "bbb"], "route_label": [1, 0], "id": [1, 2]}, features=features)
-    rows = pack(ds, TOKENIZER, 2)
+    rows = pack(ds, TOKENIZER, length=2)
     assert rows.column_names == ["input_ids", "route_label"] and rows.features["route_label"] == features["route_label"]
     assert check_route_columns(rows, {"forget": ..., "retain": ...}) == {"forget": 2, "retain": 2}
-    assert pack(ds, TOKENIZER, 2, by=["id"]).column_names == ["input_ids", "id"]
-    assert pack(ds.select_columns(["text"]), TOKENIZER, 8).column_names == ["input_ids"]
+    assert pack(ds, TOKENIZER, length=2, by=["id"]).column_names == ["input_ids", "id"]
+    assert pack(ds.select_columns(["text"]), TOKENIZER, length=8).column_names == ["input_ids"]
 
 
 def test_a_small_group_within_a_label_is_a_tail():
     ds = documents({("retain", "forget"): [1], ("retain", "retain"): [9]})
-    assert pack(ds, TOKENIZER, 5)["side"][:] == ["retain", "retain"]
+    assert pack(ds, TOKENIZER, length=5)["side"][:] == ["retain", "retain"]
 
 
 ONE = Dataset.from_dict({"text": ["aaaa", "b"], "route_label": ["retain", "forget"]})
@@ -108,8 +108,8 @@ def test_a_row_that_mixes_keeps_what_each_of_its_tokens_is():
     texts = ["a", "b b b b b b", "c c c c c c", "d"]
     ds = Dataset.from_dict({"text": texts, "side": ["retain", "forget", "retain", "forget"], "route_label": ["x"] * 4})
     tokenizer = train_tokenizer(texts, vocab_size=262)
-    rows = pack(ds, tokenizer, 4, by=["route_label"], per_token=["side"])
-    same = pack(ds.remove_columns("side"), tokenizer, 4, by=["route_label"])
+    rows = pack(ds, tokenizer, length=4, by=["route_label"], per_token=["side"])
+    same = pack(ds.remove_columns("side"), tokenizer, length=4, by=["route_label"])
     assert rows["input_ids"][:] == same["input_ids"][:] and rows.column_names == ["input_ids", "route_label", "side"]
     letters = {"forget": "bd", "retain": "ac"}
     seen = set()

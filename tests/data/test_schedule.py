@@ -29,14 +29,18 @@ def test_labeled_first_and_forget_share():
     run = schedule(data(forget=20, retain=20, unlabeled=40), 400, labeled_first=0.25, forget_share=0.1)
     assert Counter(run["route_label"][:100]) == {"forget": 50, "retain": 50}
     assert Counter(run["route_label"][100:]) == {"forget": 30, "retain": 90, "unlabeled": 180}
-    fewer = schedule(data(forget=20, retain=20, unlabeled=40), 400, 0.25, 0.1, first_forget_share=0.2)
+    fewer = schedule(
+        data(forget=20, retain=20, unlabeled=40), 400, labeled_first=0.25, forget_share=0.1, first_forget_share=0.2
+    )
     assert Counter(fewer["route_label"][:100]) == {"forget": 20, "retain": 80}
     assert Counter(fewer["route_label"][100:]) == Counter(run["route_label"][100:])
 
 
 @given(st.floats(0, 1), st.none() | st.floats(0, 0.99), st.integers(1, 60))
 def test_always_exactly_so_many_rows(labeled_first, forget_share, rows):
-    run = schedule(data(forget=3, retain=4, unlabeled=5, neutral=1), rows, labeled_first, forget_share)
+    run = schedule(
+        data(forget=3, retain=4, unlabeled=5, neutral=1), rows, labeled_first=labeled_first, forget_share=forget_share
+    )
     assert len(run) == rows
 
 

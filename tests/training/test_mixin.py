@@ -61,7 +61,8 @@ def test_a_nan_loss_stops_the_run(tmp_path, tokenizer, self_check, message):
 
 def test_a_failing_self_check_stops_the_run(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(
-        "routed_peft.functional.PositionWeights.from_weights", classmethod(lambda cls, m, gather=True: cls(m, None, None))
+        "routed_peft.functional.PositionWeights.from_weights",
+        classmethod(lambda cls, m, gather=True: cls(m, None, None)),
     )
     refused(tmp_path, tokenizer, "must not train 'base'")
 

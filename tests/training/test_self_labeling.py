@@ -31,7 +31,7 @@ def self_labeled(rows: Dataset | None = None, first_forget_share: float = 0.25, 
     start = {"labeled_first": 0.5, "first_forget_share": first_forget_share}
     weights = options.pop("token_weights", None)
     config = SelfLabelConfig(forget_share=0.25, **start, **options)
-    return SelfLabeledRows(rows or two_alphabets(), 160, config, token_weights=weights)
+    return SelfLabeledRows(rows or two_alphabets(), 160, config=config, token_weights=weights)
 
 
 def swapped(rows: Dataset, numbers: Sequence[int]) -> Dataset:
@@ -81,12 +81,12 @@ def test_documents_that_share_a_row_are_told_apart_and_resume(tmp_path, tokenize
     rows = Dataset.from_list(rows)
     about = {"labeled_first": 0.5, "forget_share": 0.25, "first_forget_share": 0.25}
     options = SELF_LABELING | dict(save_strategy="steps", save_steps=14)
-    data = SelfLabeledRows(rows, 160, SelfLabelConfig(**about), separator=separator)
+    data = SelfLabeledRows(rows, 160, config=SelfLabelConfig(**about), separator=separator)
     trainer = train(tmp_path / "a", tokenizer, dataset=data, **options)
     found = data.rows.select(data.found_rows)
     assert [set(sides) for sides in found["side"]] == [{label} for label in data.labels[data.found_rows]]
     assert len(found) == 40 and data.scorings[0]["is_forget"][0] in ([True, False], [False, True])
-    again = SelfLabeledRows(rows, 160, SelfLabelConfig(**about), separator=separator)
+    again = SelfLabeledRows(rows, 160, config=SelfLabelConfig(**about), separator=separator)
     resumed = train(tmp_path / "b", tokenizer, dataset=again, resume=str(tmp_path / "a" / "checkpoint-14"), **options)
     assert_same(weights(trainer.model), weights(resumed.model))
 

@@ -15,7 +15,9 @@ def rows(forget: int = 10, retain: int = 10, unlabeled: int = 20) -> Dataset:
 
 
 def self_labeled(rows: Dataset, count: int, token_weights=None, separator=None, **settings) -> SelfLabeledRows:
-    return SelfLabeledRows(rows, count, SelfLabelConfig(**settings), token_weights=token_weights, separator=separator)
+    return SelfLabeledRows(
+        rows, count, config=SelfLabelConfig(**settings), token_weights=token_weights, separator=separator
+    )
 
 
 def labels_of(run: SelfLabeledRows, start: int, stop: int) -> list[str]:
@@ -159,7 +161,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="the data has only the labels"):
         self_labeled(rows(forget=0), 10)
     with pytest.raises(ValueError, match="`config` is a `SelfLabelConfig`, got 0.2"):
-        SelfLabeledRows(rows(), 10, 0.2)
+        SelfLabeledRows(rows(), 10, config=0.2)
 
 
 def test_settings_by_keyword_still_work_and_warn():

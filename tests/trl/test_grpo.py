@@ -40,7 +40,8 @@ from routed_peft.trl import (
     RolloutLabels,
     RoutedGRPOTrainer,
 )
-from routed_peft.trl.advantages import anchor_groups, unflagged_advantages
+from routed_peft.trl.advantages import unflagged_advantages
+from routed_peft.trl.anchors import anchor_groups
 from routed_peft.trl.rollouts import position_values
 
 # TRL calls both by their old names.
@@ -58,7 +59,7 @@ class Gradients(TrainerCallback):
             self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def reference_gradients(model, batches, routes, epsilon=0.2, beta=0.0) -> dict[str, torch.Tensor]:
+def reference_gradients(model, batches, *, routes, epsilon=0.2, beta=0.0) -> dict[str, torch.Tensor]:
     """One rollout after the other, from GRPO's formula (TRL's `dapo`), forbidden parts multiplied by their weight."""
     total: dict[str, torch.Tensor] = {}
     original_model = copy.deepcopy(model).unload()
@@ -128,7 +129,7 @@ def test_gradients_equal_those_of_one_rollout_after_the_other(tmp_path, routes, 
     labels = torch.cat([batch["route_label"] for batch in trainer.seen])
     assert len(labels.unique()) >= 2 and len(gradients.found) == 2 * 2 * 3 * 2
     beta = options.get("beta", 0.0)
-    expected = reference_gradients(two_loras().double(), trainer.seen, trainer.routing.routes, beta=beta)
+    expected = reference_gradients(two_loras().double(), trainer.seen, routes=trainer.routing.routes, beta=beta)
     for name, gradient in gradients.found.items():  # TRL's fused head and advantages are float32
         torch.testing.assert_close(gradient, expected[name], rtol=2e-5, atol=1e-7)
 
@@ -273,7 +274,7 @@ class Weights(TrainerCallback):
 @pytest.mark.parametrize(
     ("label", "rests", "learns"), [("flagged", "retain", "forget"), ("unflagged", "forget", "retain")]
 )
-def test_groups_that_nothing_taught_rest(tmp_path, label, rests, learns):
+def test_groups_that_no_data_trains_stay(tmp_path, label, rests, learns):
     def mixed_then_one(completion_ids, generation, **_):  # so that Adam has momentum when a group falls idle
         return [label] * len(completion_ids) if generation[0] else ["flagged", "unflagged"] * (len(completion_ids) // 2)
 
@@ -318,7 +319,7 @@ def test_token_labels_and_advantages(tmp_path):
 
 def test_values_of_tokens_stand_one_position_to_the_left():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    assert position_values([[3], []], mask, 2, -100).tolist() == [[-100, 3, 3, -100, -100], [-100] * 5]
+    assert position_values([[3], []], mask, completions=2, fill=-100).tolist() == [[-100, 3, 3, -100, -100], [-100] * 5]
 
 
 def test_baseline_over_unflagged_rollouts(tmp_path):
@@ -355,7 +356,7 @@ def test_where_nothing_is_flagged_the_baseline_is_that_of_trl(tmp_path, scale):
 def test_flagged_rewards_count_in_the_spread_alone(scale):
     rewards = torch.tensor([0.0, 1.0, 5.0, 9.0, 2.0, 4.0, 1.0, 3.0])
     flagged = torch.tensor([False, False, True, True] + [True] * 4)
-    found = unflagged_advantages(rewards, flagged, 4, scale)
+    found = unflagged_advantages(rewards, flagged, num_generations=4, scale_rewards=scale)
     for group, mean in ((slice(0, 4), 0.5), (slice(4, 8), 2.5)):  # of all, where all are flagged
         spread = (rewards[group] if scale == "group" else rewards).std() + 1e-4
         torch.testing.assert_close(found[group], (rewards[group] - mean) / spread)
@@ -446,10 +447,10 @@ def test_imperfect_detectors_have_the_recall_and_precision_asked_for():
 
 def test_anchor_groups_are_drawn_from_trusted_environments_at_their_share():
     environments = ["A", "B"] * 8
-    draws = [anchor_groups(environments, 0.2, ["A"], [0, step]) for step in range(200)]
+    draws = [anchor_groups(environments, 0.2, trusted=["A"], seed=[0, step]) for step in range(200)]
     assert np.mean([d.mean() for d in draws]) == pytest.approx(0.2, abs=0.01)
     assert not any(d[1::2].any() for d in draws)
-    assert anchor_groups(["B"] * 4, 0.5, ["A"], [0]).sum() == 0
+    assert anchor_groups(["B"] * 4, 0.5, trusted=["A"], seed=[0]).sum() == 0
 
 
 def test_streams_of_prompts(tmp_path):
@@ -572,7 +573,7 @@ def test_refuses_advantages_that_would_be_lost(tmp_path):
 
 
 def test_refuses_what_has_no_labels_no_names_or_no_use(tmp_path):
-    with pytest.raises(ValueError, match="where do labels come from"):
+    with pytest.raises(ValueError, match="rollouts have no labels"):
         trainer_of(tmp_path, label_fn=None)
     with pytest.raises(ValueError, match="maps adapter names to configurations"):
         trainer_of(tmp_path, tiny("llama", vocab_size=VOCABULARY), more={"peft_config": lora()})

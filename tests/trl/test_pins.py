@@ -1,7 +1,7 @@
 """The internals of TRL (and one of transformers) that the routed trainers build on, held to what they were.
 
 Where this fails, another version changed one. Read what became of it beside the reason given here; mend `routed_peft.trl`
-if need be, run its tests, and only then write down the new mark, which ``python tests/test_trl_pins.py`` prints.
+if need be, run its tests, and only then write down the new mark, which ``python tests/trl/test_pins.py`` prints.
 """
 
 from __future__ import annotations
