@@ -64,7 +64,7 @@ def formerly_positional(*names: str) -> Callable[[Callable[Arguments, Result]], 
                 message = f"{function.__name__} takes its third and later arguments by name now: write {given}"
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
                 args, kwargs = args[:2], {**dict(zip(names, late, strict=False)), **kwargs}
-            return function(*args, **kwargs)  # type: ignore[arg-type]
+            return function(*args, **kwargs)
 
         return call
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from routed_peft import data, unlearning
+import pytest
+from checkpoint_parts import wrapped
+
+from routed_peft import data, presets, unlearning
+from routed_peft.checkpoint import push_to_hub, save_routed
+from routed_peft.checkpoint.export import export
 from routed_peft.evaluation import relearning
 from routed_peft.evaluation.relearning.data import AttackData
 from routed_peft.routes import routes_to_dict

@@ -29,6 +29,7 @@ from routed_peft.checkpoint.staging import (
     files_in,
     sha256,
 )
+from routed_peft.deprecation import formerly_positional
 from routed_peft.files import in_use, write_json
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.runs.provenance import versions
@@ -70,6 +71,7 @@ def ablate(src: str | Path, out: str | Path, *, revision: str | None = None, **f
     return export(src, out, revision=revision, **from_pretrained_kwargs)
 
 
+@formerly_positional("keep")
 def export(
     src: str | Path,
     out: str | Path,
@@ -131,7 +133,7 @@ def export(
         del model, plain
         _copy_companions(run, aside, from_pretrained_kwargs.get("base"))
         _check_content(aside, adapter_attributes)
-        record |= _verified(aside, batch, expected, exact=not merged, kwargs=from_pretrained_kwargs)
+        record |= _verified(aside, batch, expected=expected, exact=not merged, kwargs=from_pretrained_kwargs)
         record["sha256"] = {name: sha256(aside / name) for name in files_in(aside)}
         record["versions"] = versions()
         record["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -208,7 +210,7 @@ def _check_content(folder: Path, adapter_attributes: set[str]) -> None:
         )
 
 
-def _verified(folder: Path, batch: Tensor, expected: Tensor, *, exact: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _verified(folder: Path, batch: Tensor, *, expected: Tensor, exact: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Load ``folder`` with plain transformers, compare its logits with ``expected``, and return the comparison.
 
     Raises:

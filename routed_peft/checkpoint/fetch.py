@@ -59,7 +59,7 @@ def fetch(
 
 
 def fetch_folder(
-    source: str | Path, folder: str, commit: str | None, patterns: Iterable[str] = FOLDER_FILES, **arguments: Any
+    source: str | Path, folder: str, *, commit: str | None, patterns: Iterable[str] = FOLDER_FILES, **arguments: Any
 ) -> Path:
     """Return the sub-directory ``folder`` of the source of `fetch`; it is downloaded where ``commit`` is given."""
     if commit is None:

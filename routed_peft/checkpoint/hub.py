@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,37 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, WEIGHTS, Layout
 from routed_peft.checkpoint.model_card import model_card
 from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, files_in
+from routed_peft.deprecation import formerly_positional
 from routed_peft.files import read_json
 
 _PLAIN = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
+@formerly_positional("regions_repo", "private", "token", "revision")
 def push_to_hub(
     src: str | Path,
     repo: str,
+    *,
     regions_repo: str | None = None,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
-    *,
     regions_private: bool = True,
     commit_message: str = "Upload with routed_peft",
 ) -> dict[str, str]:
-    """Push a saved run: the base, its adapters and tokenizer to ``repo``, and regions only to ``regions_repo``.
+    """Push a saved run: the base, its adapters and tokenizer to ``repo``, the regions only to ``regions_repo``.
 
     Regions, ``training_args.bin``, optimizer states and ``checkpoint-…`` never reach ``repo``. The regions'
-    configurations point to ``repo`` and the commit pushed. Each repository gets a model card: which regions exist, what
-    labels they were trained on, how to load them.
+    configurations point to ``repo`` and the pushed commit. Each repository gets a model card with the regions, the
+    labels that trained them, and how to load them.
 
     Args:
         src: directory that `save_routed` wrote.
-        repo: Hub id for the base; made where it does not exist.
+        repo: Hub id for the base; made if it does not exist.
         regions_repo: Hub id for the regions; None leaves them here.
-        private: whether a new ``repo`` is private; None for the organisation's default.
-        token: Hub token; by default the one that is logged in.
-        revision: branch to push to; made where it does not exist.
+        private: whether a new ``repo`` is private; None for the organization's default.
+        token: Hub token; by default that of the login.
+        revision: branch to push to; made if it does not exist.
         regions_private: whether ``regions_repo`` must be private. False makes a new one public.
         commit_message: of the commits.
 
@@ -49,9 +52,9 @@ def push_to_hub(
         ``{"repo": commit hash}``, and ``"regions_repo"`` likewise.
 
     Raises:
-        ValueError: where both ids are the same, ``repo`` already holds a region, ``regions_repo`` is public against
+        ValueError: both ids are the same, ``repo`` already holds a region, ``regions_repo`` is public against
             ``regions_private``, the frozen base is a local directory, or files of the run are missing or damaged.
-        huggingface_hub.errors.HfHubHTTPError: as the Hub gives it.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused a request.
 
     Example:
         >>> push_to_hub("run", "org/model", regions_repo="org/model")
@@ -71,14 +74,13 @@ def push_to_hub(
                 f"`regions_repo` {regions_repo!r} exists and is public: make it private, name another, or say "
                 "`regions_private=False`. Nothing was pushed."
             )
-    commits = {
-        "repo": _commit(api, repo, _base_files(layout, repo, regions_repo), revision, commit_message, layout.regions)
-    }
+    commit = partial(_commit, api, revision=revision, message=commit_message)
+    commits = {"repo": commit(repo, files=_base_files(layout, repo, regions_repo), barred=layout.regions)}
     if regions_repo is not None:
         at = (repo, commits["repo"]) if layout.saved_base else None
         files = _region_files(layout, layout.regions, at)
         files["README.md"] = model_card(layout, repo, regions_repo=regions_repo, of_regions=True)
-        commits["regions_repo"] = _commit(api, regions_repo, files, revision, commit_message)
+        commits["regions_repo"] = commit(regions_repo, files=files)
     return commits
 
 
@@ -98,7 +100,7 @@ def _checked(root: Path, source: str, regions: bool) -> Layout:
 
 
 def _base_files(layout: Layout, repo: str, regions_repo: str | None) -> dict[str, Path | str]:
-    """Return what ``repo`` gets: path in it -> local file or content."""
+    """Return the files for ``repo``: path in the repository -> local file or content."""
     weights = {name for name in layout.data["files"] if "/" not in name}
     patterns = (*_PLAIN, *TOKENIZER_FILES, *NOTICE_FILES)
     own = [name for name in files_in(layout.root) if name in weights or _matches(name, patterns)]
@@ -121,7 +123,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _region_files(layout: Layout, names: Iterable[str], base: tuple[str, str | None] | None) -> dict[str, Path | str]:
-    """Return the files of adapters, pointing to ``base`` (id, revision) where that is given."""
+    """Return the files of adapters; their configurations name ``base`` (id, revision) if it is given."""
     files: dict[str, Path | str] = {}
     for name in names:
         folder = layout.root / name
@@ -140,12 +142,17 @@ def _region_files(layout: Layout, names: Iterable[str], base: tuple[str, str | N
 def _commit(
     api: HfApi,
     repo: str,
+    *,
     files: Mapping[str, Path | str],
     revision: str | None,
     message: str,
     barred: Iterable[str] = (),
 ) -> str:
-    """Commit ``files`` and drop what they replace; ValueError where the repository holds a folder in ``barred``."""
+    """Commit ``files``, delete the files that they replace, and return the commit.
+
+    Raises:
+        ValueError: the repository holds a folder whose name is in ``barred``.
+    """
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
     there = api.list_repo_files(repo, revision=revision)

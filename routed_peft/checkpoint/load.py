@@ -87,7 +87,7 @@ def load_run(
     for folder in folders.values():
         check_fingerprint(model, read_json(folder / REGION)["base_fingerprint"])
     for name, folder in folders.items():
-        model = _add_adapter(model, name, folder, is_trainable)
+        model = _add_adapter(model, name, folder=folder, is_trainable=is_trainable)
     if folders:
         assert isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
         model.base_model.set_adapter(list(folders), inference_mode=not is_trainable)
@@ -105,7 +105,7 @@ def load_run(
 def _region_elsewhere(name: str, place: str | Path, **hub: Any) -> Path:
     check_region_name(name)
     root, commit = fetch(place, **hub)
-    folder = root if (root / CONFIG).is_file() else fetch_folder(place, name, commit, **hub)
+    folder = root if (root / CONFIG).is_file() else fetch_folder(place, name, commit=commit, **hub)
     if not folder.is_dir():
         raise ValueError(f"{str(place)!r} is no region, and has no folder {name!r} that could be one")
     verify_adapter(folder, str(place))
@@ -127,7 +127,7 @@ def _load_base(layout: Layout, base: str | Path | None, kwargs: dict[str, Any]) 
     return AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs)
 
 
-def _add_adapter(model: nn.Module, name: str, folder: Path, is_trainable: bool) -> PeftModel:
+def _add_adapter(model: nn.Module, name: str, *, folder: Path, is_trainable: bool) -> PeftModel:
     tensors = read_tensors(folder / WEIGHTS)
     cast = is_trainable or any(tensor.dtype == torch.float32 for tensor in tensors.values())
     arguments: dict[str, Any] = {"is_trainable": is_trainable, "autocast_adapter_dtype": cast}

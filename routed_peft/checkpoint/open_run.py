@@ -49,11 +49,11 @@ class OpenRun:
             ValueError: a file is missing or is not the one that was written.
         """
         if self.commit is not None:
-            fetch_folder(self.layout.source, name, self.commit, **self.hub)
+            fetch_folder(self.layout.source, name, commit=self.commit, **self.hub)
         return self.layout.adapter_folder(name)
 
     def configuration_folder(self, name: str) -> Path:
         """Return the folder of an adapter, which may be missing; from the Hub, only its JSON files are downloaded."""
         if self.commit is None:
             return self.layout.root / name
-        return fetch_folder(self.layout.source, name, self.commit, ["*.json"], **self.hub)
+        return fetch_folder(self.layout.source, name, commit=self.commit, patterns=["*.json"], **self.hub)

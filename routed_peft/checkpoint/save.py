@@ -17,6 +17,7 @@ from routed_peft.checkpoint.fetch import cached_commit
 from routed_peft.checkpoint.layout import REGION, ROUTING, VERSION, WEIGHTS, foreign_weights
 from routed_peft.checkpoint.staging import atomic_directory, files_in, sha256
 from routed_peft.checkpoint.tensors import adapter_configs, adapter_state_dict, inner_model, plain_state_dict
+from routed_peft.deprecation import formerly_positional
 from routed_peft.files import read_json, write_json
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.routes import Routes, check_region_name, routes_to_dict
@@ -37,6 +38,7 @@ class SaveDetails(TypedDict, total=False):
     base_revision: str | None
 
 
+@formerly_positional("routes", "tokenizer", "train_base", "base_adapters")
 def save_routed(
     model: nn.Module,
     path: str | Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -12,7 +13,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
-def check_resumable(checkpoint: str | Path, process_index: int = 0, processes: int = 1, fsdp: bool = False) -> None:
+def check_resumable(checkpoint: str | Path, *, process_index: int = 0, processes: int = 1, fsdp: bool = False) -> None:
     """Raise ValueError if a checkpoint lacks the state of the optimizer, the schedule, the random numbers or the run.
 
     Args:
@@ -28,7 +29,8 @@ def check_resumable(checkpoint: str | Path, process_index: int = 0, processes: i
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
         return  # refused when its weights are read
-    missing = _missing(folder, process_index, processes, fsdp)
+    find_missing = partial(_missing, process_index=process_index, processes=processes, fsdp=fsdp)
+    missing = find_missing(folder)
     if not missing:
         if not (folder / _random_state(process_index, processes)).is_file():
             logger.warning(
@@ -39,7 +41,7 @@ def check_resumable(checkpoint: str | Path, process_index: int = 0, processes: i
     complete = [
         other
         for other in folder.resolve().parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if _step(other) < _step(folder.resolve()) and not _missing(other, process_index, processes, fsdp)
+        if _step(other) < _step(folder.resolve()) and not find_missing(other)
     ]
     if complete:
         advice = f"resume from the complete checkpoint '{max(complete, key=_step)}'"
@@ -61,11 +63,14 @@ def latest_resumable(run: str | Path, processes: int = 1) -> str | None:
         processes: number of processes that resume.
     """
     found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
-    complete = [path for path in found if not all(_missing(path, 0, processes, fsdp) for fsdp in (False, True))]
+    complete = [
+        path for path in found if not all(_missing(path, processes=processes, fsdp=fsdp) for fsdp in (False, True))
+    ]
     return str(max(complete, key=_step)) if complete else None
 
 
-def _missing(folder: Path, process_index: int, processes: int, fsdp: bool) -> list[str]:
+def _missing(folder: Path, *, process_index: int = 0, processes: int, fsdp: bool) -> list[str]:
+    """Return the names of the files that a checkpoint lacks."""
     optimizers = ("optimizer.bin", "optimizer_0") if fsdp else ("optimizer.pt",)
     missing = [] if any((folder / name).exists() for name in optimizers) else [" or ".join(optimizers)]
     missing += [SCHEDULER_NAME] if not (folder / SCHEDULER_NAME).is_file() else []

@@ -69,7 +69,8 @@ class TokenTrainer(TokenLossMixin, Trainer):
         target = self.model if model is None else model
         assert target is not None
         args = self.args
-        check_resumable(resume_from_checkpoint, args.process_index, args.world_size, self.is_fsdp_enabled)
+        index, processes = args.process_index, args.world_size
+        check_resumable(resume_from_checkpoint, process_index=index, processes=processes, fsdp=self.is_fsdp_enabled)
         check_weights(Path(resume_from_checkpoint), target)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -60,7 +60,7 @@ BASE_FILES = {
 
 
 def test_the_base_and_its_regions_go_to_two_repositories(worker: Worker, run: Path) -> None:
-    code = "result = push_to_hub(src, 'org/base', 'org/regions', token=token)"
+    code = "result = push_to_hub(src, 'org/base', regions_repo='org/regions', token=token)"
     commits = worker(code, src=str(run), token=Hub.token)
     base, regions = worker.server.repos["org/base"], worker.server.repos["org/regions"]
     assert not base.private and regions.private
@@ -192,7 +192,11 @@ result = logits(model).tolist()
     worker("ablate(src, out)", src=str(path), out=str(tmp_path / "out"))
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
 
-    worker("push_to_hub(src, 'org/adapted', 'org/adapted-regions', token=token)", src=str(path), token=Hub.token)
+    worker(
+        "push_to_hub(src, 'org/adapted', regions_repo='org/adapted-regions', token=token)",
+        src=str(path),
+        token=Hub.token,
+    )
     pushed = worker.server.repos["org/adapted"].head()
     assert {name.split("/")[0] for name in pushed} == {".gitattributes", "README.md", "routing.json", "retain"}
     config = json.loads(worker.server.repos["org/adapted-regions"].head()["forget/adapter_config.json"])
@@ -214,9 +218,9 @@ def test_pushes_that_would_leak_are_refused(worker: Worker, run: Path, tmp_path:
     worker.server.add("org/public", {})
     worker.server.add("org/leaky", {"forget/adapter_model.safetensors": b""})
     cases = [
-        ("'org/a', 'org/public'", "is public"),
+        ("'org/a', regions_repo='org/public'", "is public"),
         ("'org/leaky'", "already holds 'forget/adapter_model"),
-        ("'org/a', 'org/a'", "another repository"),
+        ("'org/a', regions_repo='org/a'", "another repository"),
     ]
     for arguments, message in cases:
         answer = worker.run(f"push_to_hub(src, {arguments}, token=token)", src=str(run), token=Hub.token)
@@ -224,7 +228,7 @@ def test_pushes_that_would_leak_are_refused(worker: Worker, run: Path, tmp_path:
     assert worker.server.repos["org/public"].head() == {} and set(worker.server.repos["org/leaky"].head()) == {
         "forget/adapter_model.safetensors"
     }
-    code = "push_to_hub(src, 'org/open', 'org/public', regions_private=False, token=token)"
+    code = "push_to_hub(src, 'org/open', regions_repo='org/public', regions_private=False, token=token)"
     worker(code, src=str(run), token=Hub.token)
     assert "forget/region.json" in worker.server.repos["org/public"].head()
 

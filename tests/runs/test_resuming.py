@@ -85,16 +85,16 @@ def test_a_sharded_run_goes_on_from_its_newest_checkpoint_too(tmp_path, name):
 def test_every_process_needs_its_random_state(tmp_path, caplog):
     two = checkpoint(tmp_path / "checkpoint-8", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth")
     for index in (0, 1):
-        check_resumable(two, index, processes=2)
+        check_resumable(two, process_index=index, processes=2)
     assert not caplog.records
     for index, processes in ((0, 1), (2, 3)):  # other numbers of processes do resume, and are told
         caplog.clear()
-        check_resumable(two, index, processes)
+        check_resumable(two, process_index=index, processes=processes)
         assert f"written by 2 processes and is resumed in {processes}" in caplog.text
     (two / "rng_state_1.pth").unlink()
-    check_resumable(two, 0, processes=2)
+    check_resumable(two, process_index=0, processes=2)
     with pytest.raises(ValueError, match=r"lacks a complete rng_state_1.pth .*no earlier one"):
-        check_resumable(two, 1, processes=2)
+        check_resumable(two, process_index=1, processes=2)
 
 
 def test_a_sharded_optimizer_has_other_names(tmp_path):
