@@ -84,8 +84,9 @@ def fields(name: str) -> str:
 
 def default(field: dataclasses.Field[Any]) -> str:
     """Return a field's default as YAML has it."""
-    made = field.default_factory is not dataclasses.MISSING
-    value = field.default_factory() if made else field.default  # type: ignore[misc]
+    value: Any = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
     if value is dataclasses.MISSING:
         return "required"
     words = {None: "null", True: "true", False: "false"}
