@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from checkpoint_parts import wrapped
@@ -43,16 +44,35 @@ def test_rows_of_an_arm() -> None:
 
 
 def test_arguments_that_were_positional(tmp_path: Path) -> None:
+    save, write, push = (cast(Any, function) for function in (save_routed, export, push_to_hub))
     routes = presets.sgtm("forget")
     with pytest.warns(DeprecationWarning, match="save_routed takes .* by name now: write routes=") as caught:
-        run = save_routed(wrapped("mlp", names=("forget",)), tmp_path / "run", routes, train_base=True)
-    assert caught[0].filename == __file__
+        run = save(wrapped("mlp", names=("forget",)), tmp_path / "run", routes, train_base=True)
+    assert {warning.filename for warning in caught if "by name now" in str(warning.message)} == {__file__}
     assert json.loads((run / "routing.json").read_text())["routes"] == routes_to_dict(routes)
     with pytest.warns(DeprecationWarning, match="export takes .* by name now: write keep="):
-        out = export(run, tmp_path / "out", ["forget"])
+        out = write(run, tmp_path / "out", ["forget"])
     assert json.loads((out / "ablation.json").read_text())["regions_kept"] == ["forget"]
-    with (
-        pytest.warns(DeprecationWarning, match="push_to_hub .* write regions_repo="),
-        pytest.raises(ValueError, match="access"),
-    ):
-        push_to_hub(run, "org/model", "org/model")
+    named = pytest.warns(DeprecationWarning, match="push_to_hub .* write regions_repo=")
+    with named, pytest.raises(ValueError, match="access is per repository"):
+        push(run, "org/model", "org/model")
+
+
+def test_arguments_that_were_positional() -> None:
+    """`unlearn`, `undo` and `relearn` still take four arguments by position."""
+
+    @formerly_positional("c", "d")
+    def total(a: int, b: int, *, c: int, d: int = 0) -> int:
+        return a + b + c + d
+
+    with pytest.warns(DeprecationWarning, match="total takes .* by name now: write c=, d=") as caught:
+        assert total(1, 2, 3, 4) == 10  # type: ignore[call-arg, misc]
+    assert caught[0].filename == __file__ and total(1, 2, c=3) == 6
+    for wrong in ({"args": (1, 2, 3), "c": 3}, {"args": (1, 2, 3, 4, 5)}):
+        with pytest.raises(TypeError, match="positional arguments"):
+            total(*wrong.pop("args"), **wrong)  # type: ignore[arg-type, misc, attr-defined]
+
+
+def test_treated() -> None:
+    with pytest.warns(DeprecationWarning, match="monitoring.treated is now called apply_quarantine"):
+        assert monitoring.treated is monitoring.apply_quarantine
