@@ -1,12 +1,12 @@
-"""Fine-tune a frozen model so that forget data goes into a LoRA of its own, and leave that LoRA out at the end.
+"""Fine-tune a frozen model with forget data in a LoRA of its own, and leave that LoRA out at the end.
 
     accelerate launch recipes/finetune.py --config recipes/configs/two_lora.yaml --model_name_or_path runs/sgtm-ablated
     accelerate launch recipes/finetune.py --config recipes/configs/two_lora.yaml --model_name_or_path ORG/MODEL \\
         --train_file my.jsonl --eval_files forget=forget.jsonl retain=retain.jsonl
 
 Two LoRA adapters train side by side: `retain` belongs to the base and stays, `forget` is the region. The model's own
-weights do not move. A YAML holds the fields of `Recipe` and of `RoutedTrainingArguments`; flags of the same names override
-it.
+weights do not change. A YAML file holds fields of `Recipe` and of `RoutedTrainingArguments`; flags of the same names
+override it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -41,29 +42,31 @@ BASE_ADAPTER, REGION = "retain", "forget"
 
 @dataclass
 class Recipe(DocumentArguments):
-    """What this recipe is told beside the training arguments."""
+    """Settings of this recipe, in addition to the training arguments."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint or Hub id. Required."})
-    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub id."})
+    revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of `model_name_or_path` on the Hub."}
+    )
     method: str = field(
         default="sgtm",
         metadata={
-            "help": "sgtm: labelled retain data is seen without the region. classic: with it. control: no routing.",
+            "help": "`sgtm` trains on labeled retain data without the region, `classic` with it; `control` routes nothing.",
             "choices": ["sgtm", "classic", "control"],
         },
     )
     arm: str = field(
         default="routed",
         metadata={
-            "help": "routed; or the same budget without routing on: all rows (none), rows not labelled forget (filter), "
-            "true retain rows (perfect_filter). Rows of arms without routing come in their natural shares.",
+            "help": "`routed`, or a run of equal length without routing: on all rows (`none`), on rows not labeled forget "
+            "(`filter`), or on true retain rows (`perfect_filter`). Without routing, rows keep their natural shares.",
             "choices": ["routed", "none", "filter", "perfect_filter"],
         },
     )
-    rank: int = field(default=16, metadata={"help": "Rank of either LoRA."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of either LoRA, times `rank`."})
+    rank: int = field(default=16, metadata={"help": "Rank of each LoRA."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of each LoRA, multiplied by `rank`."})
     target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of linear layers, or all-linear."}
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of linear layers, or `all-linear`."}
     )
 
     labeled_first: float = setting("labeled_first", 0.0)
@@ -71,15 +74,19 @@ class Recipe(DocumentArguments):
     forget_share: float | None = setting("forget_share", None)
 
     attn_implementation: str = field(
-        default="auto", metadata={"help": "auto: eager on a CPU, where it is the fastest for short rows."}
+        default="auto",
+        metadata={
+            "help": "Attention kernel. `auto` is eager on a CPU, where it is fastest for short rows, otherwise sdpa."
+        },
     )
     ablate_to: str | None = field(
-        default=None, metadata={"help": "Where the ablated model goes; OUTPUT_DIR-ablated by default; `no`: nowhere."}
+        default=None,
+        metadata={"help": "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes none."},
     )
 
 
 def main() -> None:
-    recipe, args = TrlParser((Recipe, RoutedTrainingArguments)).parse_args_and_config()
+    recipe, args = TrlParser((Recipe, RoutedTrainingArguments)).parse_args_and_config()  # type: ignore[arg-type]
     if recipe.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint or Hub id to fine-tune")
     args.train_sampling_strategy = "sequential"  # `schedule` is in order already
@@ -88,10 +95,10 @@ def main() -> None:
     args.train_base, args.base_adapters = False, [BASE_ADAPTER]
     args.kept_regions = [] if recipe.arm == "routed" else [REGION]
     run = RunDirectory(args.output_dir)
-    target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
+    target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep their region
     begin(run, recipe, args=args, own=RoutedArguments.__annotations__)
     set_seed(args.seed)
-    disable_progress_bars()  # of the preparation of data
+    disable_progress_bars()  # while data is prepared
 
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args)
@@ -129,14 +136,16 @@ def build(recipe: Recipe, args: RoutedTrainingArguments) -> tuple[PeftModel, Pre
     tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
     model = AutoModelForCausalLM.from_pretrained(place, revision=revision, attn_implementation=attention)
     targets = "all-linear" if recipe.target_modules == ["all-linear"] else recipe.target_modules
-    lora = {"r": recipe.rank, "lora_alpha": recipe.lora_alpha, "target_modules": targets, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model, LoraConfig(**lora), adapter_name=BASE_ADAPTER)
-    model.add_adapter(REGION, LoraConfig(**lora))
-    return model, tokenizer
+    lora = partial(
+        LoraConfig, r=recipe.rank, lora_alpha=recipe.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    routed = get_peft_model(model, lora(), adapter_name=BASE_ADAPTER)
+    routed.add_adapter(REGION, lora())
+    return routed, tokenizer
 
 
 def make_routes(recipe: Recipe) -> dict[str, Route]:
-    """Return the routes of the method, or all ones where this arm does not route."""
+    """Return the routes of the method, or weights of one in an arm without routing."""
     if recipe.arm != "routed" or recipe.method == "control":
         return presets.control()
     if recipe.method == "sgtm":
@@ -148,11 +157,11 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
 def training_rows(
     recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
-    """Return the rows of this run in their order: the same number of tokens in every arm."""
+    """Return the rows of this run in training order, with the same number of tokens in every arm."""
     rows = pack(select_arm(documents, recipe.arm), tokenizer, length=recipe.length, seed=args.seed)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
-    args.max_steps = math.ceil(count / per_step)  # all epochs are laid out here, and not to be repeated
+    args.max_steps = math.ceil(count / per_step)  # all epochs are in the rows already
     first, share = (recipe.labeled_first, recipe.forget_share) if recipe.arm == "routed" else (0.0, None)
     return schedule(
         rows,

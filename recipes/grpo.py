@@ -1,4 +1,4 @@
-"""GRPO on a frozen model with two adapters: flagged rollouts, or what lies along a subspace, train the one that goes.
+"""GRPO on a frozen model with two adapters: one stays, and flagged rollouts or a subspace train a removable one.
 
     accelerate launch recipes/grpo.py --config recipes/configs/grpo.yaml --model_name_or_path ORG/MODEL \\
         --train_file prompts.jsonl --reward_funcs rewards.py:grade --label_func detectors.py:monitor
@@ -7,10 +7,10 @@
     accelerate launch recipes/grpo.py --config recipes/configs/grpo_subspace.yaml --subspace directions.safetensors ...
     accelerate launch recipes/grpo.py --config recipes/configs/grpo_monitored.yaml ...
 
-`retain` belongs to the base and stays, `hack` is the region. Prompts are JSONL, Parquet or a Hub dataset with `prompt`; all
-other columns reach the reward and label functions. A YAML holds the fields of `Recipe` and of `RoutedGRPOConfig`, which is
-TRL's `GRPOConfig` and some fields more; flags of the same names override it. Unlike TRL's, baselines are over unflagged
-rollouts; and where `anchor_environments` names environments that are trusted, a quarter of the prompts are anchors there.
+The adapter `retain` belongs to the base and stays; `hack` is the region. Prompts are JSONL, Parquet or a Hub dataset with a
+column `prompt`; all other columns reach the reward and label functions. A YAML file holds fields of `Recipe` and of
+`RoutedGRPOConfig`, which extends TRL's `GRPOConfig`; flags of the same names override it. Unlike in TRL, baselines are over
+unflagged rollouts. If `anchor_environments` names trusted environments, a quarter of the prompts are anchors from there.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ BASE_ADAPTER = "retain"
 
 @dataclass
 class Recipe:
-    """What this recipe is told beside TRL's configuration."""
+    """Settings of this recipe, in addition to TRL's configuration."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint or Hub id. Required."})
     train_file: str | None = field(
-        default=None, metadata={"help": "JSONL, Parquet or Hub dataset with `prompt`. Required."}
+        default=None, metadata={"help": "JSONL, Parquet or Hub dataset with a column `prompt`. Required."}
     )
-    eval_file: str | None = field(default=None, metadata={"help": "The same, to be evaluated with and without region."})
+    eval_file: str | None = field(default=None, metadata={"help": "The same, to evaluate with and without the region."})
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={"help": "Names in `trl.rewards`, `package.module.function`, or `file.py:function`. Required."},
@@ -69,43 +69,50 @@ class Recipe:
     method: str = field(
         default="exclusive",
         metadata={
-            "help": "exclusive: the region learns from flagged rollouts alone. classic: from all. subspace: from all, along "
-            "the directions in `subspace`, and no rollout has a label. control: no routing.",
+            "help": "`exclusive` trains the region on flagged rollouts only, `classic` on all, `subspace` on all along the "
+            "directions in `subspace`, without labels. `control` routes nothing.",
             "choices": ["exclusive", "classic", "subspace", "control"],
         },
     )
     routes: dict | str | None = field(
-        default=None, metadata={"help": "Routes written out, in place of `method`: {label: {weights, ablated}}."}
+        default=None, metadata={"help": "Routes in place of those of `method`: {label: {weights, ablated}}."}
     )
     label_func: str | None = field(
         default=None,
-        metadata={"help": "Labels rollouts; written as `reward_funcs`. By default the column `route_label` does."},
+        metadata={
+            "help": "Function that labels rollouts, named as in `reward_funcs`; by default, the column `route_label`."
+        },
     )
     environment_labels: dict | str | None = field(
         default=None, metadata={"help": "Labels by environment, in place of `label_func`: {environment: label}."}
     )
-    labeled: float = field(default=1.0, metadata={"help": "Share of rollouts that are looked at at all (simulation)."})
-    recall: float = field(default=1.0, metadata={"help": "Share of flagged rollouts that stay flagged (simulation)."})
-    precision: float = field(default=1.0, metadata={"help": "Share of flags that are right (simulation)."})
-    label_seed: int = field(default=0, metadata={"help": "Decides which rollouts lose their flag, or get a wrong one."})
+    labeled: float = field(default=1.0, metadata={"help": "Simulation: share of rollouts that get a label."})
+    recall: float = field(default=1.0, metadata={"help": "Simulation: share of flagged rollouts that stay flagged."})
+    precision: float = field(default=1.0, metadata={"help": "Simulation: share of flags that are correct."})
+    label_seed: int = field(default=0, metadata={"help": "Seed of the simulated errors in labels."})
 
-    region: str = field(default="hack", metadata={"help": "Name of the adapter that goes."})
+    region: str = field(default="hack", metadata={"help": "Name of the removable adapter."})
     subspace: str | None = field(
-        default=None, metadata={"help": "File of `Subspace.save`: the region is along it, and `retain` stays off it."}
+        default=None,
+        metadata={"help": "File of `Subspace.save`. The region updates along it, and `retain` is kept off it."},
     )
     strength: str = field(
-        default="cut", metadata={"help": "Of a subspace; `weights` is weak.", "choices": ["cut", "weights"]}
+        default="cut",
+        metadata={
+            "help": "Strength of a subspace's projection; `weights` is the weaker.",
+            "choices": ["cut", "weights"],
+        },
     )
-    rank: int = field(default=16, metadata={"help": "Rank of either LoRA."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of either LoRA, times `rank`."})
+    rank: int = field(default=16, metadata={"help": "Rank of each LoRA."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of each LoRA, multiplied by `rank`."})
     target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of linear layers, or all-linear."}
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of linear layers, or `all-linear`."}
     )
 
     monitor: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Fields of `MonitorConfig`; {}: its defaults. What halts a run is in OUTPUT_DIR/incident.json."
+            "help": "Fields of `MonitorConfig`; {} takes its defaults. A halt is recorded in OUTPUT_DIR/incident.json."
         },
     )
     reward_rollouts: int = field(
@@ -115,20 +122,21 @@ class Recipe:
     on_halt: str = field(
         default="stop",
         metadata={
-            "help": "stop; or back to a checkpoint before the trouble, and on without the environments to blame (drop), or "
-            "with their rollouts training the region alone (route).",
+            "help": "`stop`, or roll back to a checkpoint before the alarm and continue: without the environments to blame "
+            "(`drop`), or with their rollouts training only the region (`route`).",
             "choices": ["stop", "drop", "route"],
         },
     )
-    max_incidents: int = field(default=3, metadata={"help": "Halts after which such a run is given up."})
+    max_incidents: int = field(default=3, metadata={"help": "Number of halts after which the run is abandoned."})
     ablate_to: str | None = field(
-        default=None, metadata={"help": "Where the ablated model goes; OUTPUT_DIR-ablated by default; `no`: nowhere."}
+        default=None,
+        metadata={"help": "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes none."},
     )
 
 
 def main() -> None:
-    parser = TrlParser((Recipe, RoutedGRPOConfig))
-    parser.set_defaults(baseline_over="unflagged")  # which did better in docs/rl.md
+    parser = TrlParser((Recipe, RoutedGRPOConfig))  # type: ignore[arg-type]
+    parser.set_defaults(baseline_over="unflagged")  # better in docs/rl.md
     recipe, args = parser.parse_args_and_config()
     check(recipe)
     args.base_adapters = [BASE_ADAPTER]
@@ -146,9 +154,10 @@ def main() -> None:
         config = {"recipe": asdict(recipe), "training": args.to_dict()}
         run.start(config, {"seed": args.seed, "label_seed": recipe.label_seed}, resume=resume)
     set_seed(args.seed)
-    disable_progress_bars()  # of the preparation of data
+    disable_progress_bars()  # while data is prepared
 
-    began, incidents = time.monotonic(), []
+    began = time.monotonic()
+    incidents: list[Incident] = []
     make = partial(make_trainer, recipe=recipe, args=args, run=run)
     if going_back:
         treat = lambda incident: dict.fromkeys(incident.named, recipe.on_halt)
@@ -210,7 +219,7 @@ def make_trainer(
 
 
 def check(recipe: Recipe) -> None:
-    """Say what is missing before anything is loaded."""
+    """Raise ValueError for missing or contradictory settings, before anything is loaded."""
     for name, what in (
         ("model_name_or_path", "name the checkpoint or Hub id to train"),
         ("train_file", "name a file or Hub dataset with the column `prompt`"),
@@ -219,7 +228,7 @@ def check(recipe: Recipe) -> None:
         if not getattr(recipe, name):
             raise ValueError(f"`{name}` is not set: {what}")
     if recipe.label_func and recipe.environment_labels:
-        raise ValueError("`label_func` and `environment_labels` both say where labels come from: set one of them")
+        raise ValueError("`label_func` and `environment_labels` are both set: leave one of them out")
     if recipe.method == "subspace" and not recipe.subspace:
         raise ValueError("`method: subspace` needs `subspace`, a file that `routed_peft.subspaces.Subspace.save` wrote")
     if recipe.method == "subspace" and (
@@ -227,7 +236,7 @@ def check(recipe: Recipe) -> None:
     ):
         raise ValueError(
             "`method: subspace` takes no labels, so `label_func`, `environment_labels`, `labeled`, `recall` and `precision` "
-            "would do nothing: leave them out, or choose another method"
+            "have no effect: leave them out, or choose another method"
         )
     if recipe.on_halt != "stop" and recipe.monitor is None:
         raise ValueError(
@@ -256,7 +265,7 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def make_routes(recipe: Recipe) -> dict[str, Route]:
-    """Return the routes of the method, or those written out."""
+    """Return the given routes, or those of the method."""
     if recipe.routes:
         return routes_from_dict(plain(recipe.routes))
     if recipe.method == "control":
@@ -268,12 +277,12 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
 
 
 def quality(recipe: Recipe) -> tuple[float, float]:
-    """Return recall and precision of the labels; a rollout that nobody looks at is one that was missed."""
+    """Return recall and precision of the labels; a rollout without a label counts as missed."""
     return recipe.recall * recipe.labeled, recipe.precision
 
 
 def make_labels(recipe: Recipe, args: RoutedGRPOConfig, dropped: Sequence[str]) -> Callable[..., Any] | None:
-    """Return what labels rollouts, or None for the column `route_label`."""
+    """Return the function that labels rollouts, or None for the column `route_label`."""
     labels: Callable[..., Any] | None = None
     if recipe.method == "subspace":
         return lambda completions, **_: ["all"] * len(completions)
@@ -288,14 +297,19 @@ def make_labels(recipe: Recipe, args: RoutedGRPOConfig, dropped: Sequence[str]) 
 
 
 def plain(value: dict | str) -> dict[str, Any]:
-    """Return a mapping: from a YAML as it is, from a flag as JSON."""
+    """Return a mapping from YAML as it is, and parse one from a flag as JSON."""
     return json.loads(value) if isinstance(value, str) else value
 
 
 def adapters(recipe: Recipe) -> dict[str, PeftConfig]:
-    """Return the LoRA that stays and the region: another such, or an update along a subspace, off which the first stays."""
+    """Return the configurations of the LoRA that stays and of the region: a LoRA, or an update along a subspace."""
     targets = "all-linear" if recipe.target_modules == ["all-linear"] else recipe.target_modules
-    lora = {"r": recipe.rank, "lora_alpha": recipe.lora_alpha, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    lora: dict[str, Any] = {
+        "r": recipe.rank,
+        "lora_alpha": recipe.lora_alpha,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+    }
     if recipe.subspace is None:
         return {name: LoraConfig(**lora) for name in (BASE_ADAPTER, recipe.region)}
     region = RoutedConfig(

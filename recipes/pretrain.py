@@ -4,8 +4,8 @@
     accelerate launch recipes/pretrain.py --config recipes/configs/sgtm.yaml --labeled 0.25 --seed 1 --output_dir runs/s1
     accelerate launch recipes/pretrain.py --config recipes/configs/sgtm.yaml --arm filter --output_dir runs/filter
 
-A YAML holds the fields of `Recipe` and of `RoutedTrainingArguments`; flags of the same names override it. A method is a
-YAML: take one of the presets with ``method``, or write its routes out under ``routes``.
+A YAML file holds fields of `Recipe` and of `RoutedTrainingArguments`; flags of the same names override it. Choose a preset
+with ``method``, or write the routes of another method under ``routes``.
 """
 
 from __future__ import annotations
@@ -61,34 +61,37 @@ PLACEBOS = ("control", "random")
 
 @dataclass
 class Recipe(DocumentArguments):
-    """What this recipe is told beside the training arguments."""
+    """Settings of this recipe, in addition to the training arguments."""
 
     method: str = field(
         default="sgtm",
         metadata={
-            "help": "Whose routes. Placebos, which route nothing: control ablates the region all the same, random silences as "
-            "many random units of every MLP in its place.",
+            "help": "Preset of routes. Placebos route nothing: `control` ablates the region nevertheless, `random` silences "
+            "equally many random units of every MLP instead.",
             "choices": ["sgtm", "era", "demix", *PLACEBOS],
         },
     )
     routes: dict | str | None = field(
-        default=None, metadata={"help": "Routes written out, in place of `method`: {label: {weights, ablated}}."}
+        default=None, metadata={"help": "Routes in place of those of `method`: {label: {weights, ablated}}."}
     )
     base_weight: float | None = field(
-        default=None, metadata={"help": "Gradient weight of the base on labelled forget data; the method's by default."}
+        default=None,
+        metadata={"help": "Gradient weight of the base on labeled forget data; by default that of `method`."},
     )
     arm: str = field(
         default="routed",
         metadata={
-            "help": "routed; or the same budget without routing on: all rows (none), rows not labelled forget (filter), "
-            "true retain rows (perfect_filter). Rows of arms without routing come in their natural shares.",
+            "help": "`routed`, or a run of equal length without routing: on all rows (`none`), on rows not labeled forget "
+            "(`filter`), or on true retain rows (`perfect_filter`). Without routing, rows keep their natural shares.",
             "choices": ["routed", "none", "filter", "perfect_filter"],
         },
     )
     region: str = field(default="forget", metadata={"help": "Name of the region."})
-    size: int = field(default=256, metadata={"help": "Extra hidden units beside every MLP."})
+    size: int = field(default=256, metadata={"help": "Number of hidden units that the region adds to every MLP."})
 
-    vocab_size: int = field(default=2048, metadata={"help": "Of the tokenizer trained on the text, without a model."})
+    vocab_size: int = field(
+        default=2048, metadata={"help": "Entries of the tokenizer, which is trained on the text if no model is given."}
+    )
     self_labels: bool = field(
         default=False, metadata={"help": "Let the region label the unlabeled rows after `labeled_first` of the run."}
     )
@@ -101,46 +104,54 @@ class Recipe(DocumentArguments):
     overrule: bool = setting("overrule")
     by_document: bool = field(
         default=False,
-        metadata={
-            "help": "With `self_labels`: ask about documents, whatever they share a row with, and not about rows."
-        },
+        metadata={"help": "With `self_labels`: label whole documents, even if they share a row, instead of rows."},
     )
     frequency_weights: bool = field(
-        default=False, metadata={"help": "ERA: let tokens pass that are no commoner on the forget side."}
+        default=False, metadata={"help": "ERA: do not block tokens that are equally common on the retain side."}
     )
-    frequency_bias: float = field(default=4.0, metadata={"help": "ERA: how much commoner a routed token must be."})
-    frequency_count: float = field(default=20.0, metadata={"help": "ERA: made-up retain occurrences of every token."})
+    frequency_bias: float = field(
+        default=4.0, metadata={"help": "ERA: factor by which a blocked token must be more common on the forget side."}
+    )
+    frequency_count: float = field(
+        default=20.0, metadata={"help": "ERA: retain occurrences added to the count of every token."}
+    )
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint, run or Hub id to go on from; by default a Llama from scratch:"}
+        default=None,
+        metadata={"help": "Checkpoint, run or Hub id to continue from. By default, a new Llama of the sizes below."},
     )
     num_hidden_layers: int = 4
     hidden_size: int = 128
     intermediate_size: int = 384
     num_attention_heads: int = 4
     attn_implementation: str = field(
-        default="auto", metadata={"help": "auto: eager on a CPU, where it is the fastest for short rows."}
+        default="auto",
+        metadata={
+            "help": "Attention kernel. `auto` is eager on a CPU, where it is fastest for short rows, otherwise sdpa."
+        },
     )
 
     ablate_to: str | None = field(
-        default=None, metadata={"help": "Where the ablated model goes; OUTPUT_DIR-ablated by default; `no`: nowhere."}
+        default=None,
+        metadata={"help": "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes none."},
     )
     coherence_steps: int = field(
-        default=0, metadata={"help": "ERA: at most so many steps on 64 retain rows after ablation, into …-coherent."}
+        default=0,
+        metadata={"help": "ERA: maximum of steps on 64 retain rows after ablation; the result goes to …-coherent."},
     )
 
 
 def main() -> None:
-    recipe, args = TrlParser((Recipe, RoutedTrainingArguments)).parse_args_and_config()
+    recipe, args = TrlParser((Recipe, RoutedTrainingArguments)).parse_args_and_config()  # type: ignore[arg-type]
     args.train_sampling_strategy = "sequential"  # `schedule` is in order already
     args.include_num_input_tokens_seen = "all"
     args.dataloader_pin_memory = args.device.type != "cpu"
-    args.evaluate_ablated &= recipe.method != "random"  # what it silences is no region
+    args.evaluate_ablated &= recipe.method != "random"  # it silences units outside the region
     run = RunDirectory(args.output_dir)
-    target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep what they have
+    target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep their region
     begin(run, recipe, args=args, own=RoutedArguments.__annotations__)
     set_seed(args.seed)
-    disable_progress_bars()  # of the preparation of data
+    disable_progress_bars()  # while data is prepared
 
     documents = labeled_documents(recipe)
     model, tokenizer = build(recipe, args, documents)
@@ -185,19 +196,19 @@ def main() -> None:
 def in_order(
     recipe: Recipe, args: RoutedTrainingArguments, rows: Dataset, documents: Dataset, tokenizer: Tokenizer
 ) -> Dataset | SelfLabeledRows:
-    """Return the rows of this run in their order: the same number of tokens in every arm."""
+    """Return the rows of this run in training order, with the same number of tokens in every arm."""
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.max_steps <= 0:
         args.max_steps = math.ceil(args.num_train_epochs * len(rows) / per_step)
-    count = args.max_steps * per_step  # all epochs are laid out here, and not to be repeated
+    count = args.max_steps * per_step  # all epochs are in the rows already
     if recipe.arm != "routed":
         return schedule(rows, count, seed=args.seed)
     own = ("threshold", "score_again_at", "robust_share", "overrule", "by_document")
     if not recipe.self_labels and (odd := [name for name in own if getattr(recipe, name) != getattr(Recipe, name)]):
-        raise ValueError(f"`{odd[0]}` is about self-labels: add `--self_labels true`, or leave it out")
+        raise ValueError(f"`{odd[0]}` needs `--self_labels true`: add that, or leave it out")
     if recipe.self_labels:
         if not recipe.overrule and UNLABELED not in rows["route_label"][:]:
-            logger.warning("`self_labels` finds nothing to do: every row has a label, and `overrule` is off")
+            logger.warning("`self_labels` has no effect: every row has a label, and `overrule` is off")
         separator = tokenizer.eos_token_id if recipe.by_document else None
         return SelfLabeledRows(
             rows, count, config=SelfLabelConfig.from_settings(recipe), seed=args.seed, separator=separator
@@ -216,7 +227,7 @@ def in_order(
         documents.filter(lambda found, label=label: found == label, input_columns="route_label")
         for label in ("forget", "retain")
     )
-    others = retain if len(retain) else select_arm(documents, "filter")  # unlabelled text has forget text in it
+    others = retain if len(retain) else select_arm(documents, "filter")  # unlabeled text contains forget text
     knobs = {"bias": recipe.frequency_bias, "retain_count": recipe.frequency_count}
     w = token_frequency_weights(tokenizer, forget["text"], retain_texts=others["text"], **knobs)
     return add_frequency_weights(run, w, base_weight=make_routes(recipe)["forget"].weight("base"))
@@ -233,10 +244,10 @@ def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> 
     if recipe.model_name_or_path:
         kwargs: dict = {"is_trainable": True} if Path(recipe.model_name_or_path, "routing.json").is_file() else {}
         if args.train_base:
-            kwargs["dtype"] = torch.float32  # masters, whatever precision was saved; `bf16` computes in less
+            kwargs["dtype"] = torch.float32  # master weights; `bf16` computes in lower precision
         model, tokenizer = load_source(recipe.model_name_or_path, attn_implementation=attention, **kwargs)
     else:
-        tokenizer = train_tokenizer(documents["text"], recipe.vocab_size)  # of all, so that arms can be compared
+        tokenizer = train_tokenizer(documents["text"], recipe.vocab_size)  # on all text, so that arms are comparable
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=recipe.hidden_size,
@@ -266,12 +277,12 @@ def kept_regions(recipe: Recipe, args: RoutedTrainingArguments, model: nn.Module
 
 
 def experts(recipe: Recipe) -> list[str]:
-    """Return the regions beside the one that goes: in DEMix retain text has an expert too, which stays."""
+    """Return the regions that stay after ablation: the expert for retain text in DEMix."""
     return ["retain"] if recipe.method == "demix" else []
 
 
 def make_routes(recipe: Recipe) -> dict[str, Route]:
-    """Return the routes of the method, or all ones where this arm does not route."""
+    """Return the routes of the method, or weights of one in an arm without routing."""
     if recipe.routes:
         routes = routes_from_dict(json.loads(recipe.routes) if isinstance(recipe.routes, str) else recipe.routes)
     elif recipe.method in PLACEBOS:
@@ -287,7 +298,7 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
 
 
 def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Module:
-    """Write the whole model of a run with random units silenced, as many as its region has, and which; and return it."""
+    """Silence as many random units as the region has in the full model of a run; write it, with a record, and return it."""
     model, tokenizer = open_plain(src, [recipe.region])
     silence_random_units(model, recipe.size, seed)
     with atomic_directory(target) as aside:
@@ -298,7 +309,7 @@ def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Modul
 
 
 def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArguments) -> dict[str, object]:
-    """Fine-tune the ablated model of ``src`` a little on labelled retain rows, into a directory beside it."""
+    """Fine-tune the ablated model of ``src`` briefly on labeled retain rows, into a directory beside it."""
     known = rows.filter(lambda label: label == "retain", input_columns="route_label")
     known = known if len(known) else select_arm(rows, "filter")
     model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32).to(args.device)

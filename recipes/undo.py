@@ -1,12 +1,12 @@
-"""UNDO: make what a model has unlearnt hard to relearn, by noise and distillation.
+"""UNDO: make unlearning robust against relearning, by noise and distillation.
 
     accelerate launch recipes/undo.py --config recipes/configs/undo.yaml --model_name_or_path runs/unlearn_maxent
     accelerate launch recipes/undo.py --config recipes/configs/undo.yaml --model_name_or_path runs/sgtm \\
         --text_files pretraining.jsonl --eval_files retain=retain.jsonl
 
-The teacher is any checkpoint in which something is suppressed; of a routed run, the ablated model. Its text needs no labels. A
-YAML holds the fields of `Recipe` and of `UndoArguments`; flags of the same names override it. The output is a plain
-checkpoint; its `undo.json` says how it was made and what it cost.
+The teacher is any checkpoint with suppressed knowledge; of a routed run, it is the ablated model. The text needs no labels.
+A YAML file holds fields of `Recipe` and of `UndoArguments`; flags of the same names override it. The output is a plain
+checkpoint; its `undo.json` records the settings and the cost.
 """
 
 from __future__ import annotations
@@ -30,31 +30,35 @@ from routed_peft.unlearning.data import check_held_out
 
 @dataclass
 class Recipe:
-    """What this recipe is told beside the training arguments."""
+    """Settings of this recipe, in addition to the training arguments."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "The teacher: checkpoint, run (regions of a routed one are left out) or Hub id. Required."},
+        metadata={"help": "The teacher: checkpoint, run (without its regions) or Hub id. Required."},
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `model_name_or_path` on the Hub."}
+    )
     student: str | None = field(
-        default=None, metadata={"help": "What is noised and trained; by default a copy of the teacher."}
+        default=None, metadata={"help": "Checkpoint to add noise to and to train; by default a copy of the teacher."}
     )
     pair: str = field(
         default="biology",
-        metadata={"help": "Built-in text, both sides of it: biology, spanish, entangled, arithmetic."},
+        metadata={"help": "Built-in text, both sides together: biology, spanish, entangled or arithmetic."},
     )
     text_files: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL, Parquet or Hub datasets with text, in place of `pair`."}
+        default_factory=list,
+        metadata={"help": "JSONL, Parquet or Hub datasets with a column `text`, in place of `pair`."},
     )
     eval_files: list[str] = field(
-        default_factory=list, metadata={"help": "name=FILE, with text; training stops by the one called retain."}
+        default_factory=list,
+        metadata={"help": "Held-out text as name=FILE; the loss on the one named retain ends training."},
     )
     length: int = field(default=128, metadata={"help": "Tokens per row."})
 
 
 def main() -> None:
-    recipe, args = TrlParser((Recipe, UndoArguments)).parse_args_and_config()
+    recipe, args = TrlParser((Recipe, UndoArguments)).parse_args_and_config()  # type: ignore[arg-type]
     if recipe.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the teacher, a checkpoint or Hub id")
     args.include_num_input_tokens_seen = "non_padding"
@@ -63,7 +67,7 @@ def main() -> None:
         run.check_separate(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
     begin(run, recipe, args=args, own=("alpha", "beta", "topk", "tolerance"))
     set_seed(args.seed)
-    disable_progress_bars()  # of the preparation of data
+    disable_progress_bars()  # while data is prepared
 
     teacher, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
     check_length(teacher, tokenizer, length=recipe.length)
@@ -95,7 +99,7 @@ def main() -> None:
 
 
 def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return packed rows of unlabelled text."""
+    """Return packed rows of unlabeled text."""
     documents = load_texts(recipe.text_files) if recipe.text_files else load_pair(recipe.pair).select_columns("text")
     return pack(documents, tokenizer, length=recipe.length, by=[])
 
@@ -103,14 +107,16 @@ def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """Return held-out rows by name."""
     if recipe.eval_files and not recipe.text_files:
-        raise ValueError(f"`eval_files` are used beside `text_files`, got none: the pair `{recipe.pair}` has its own")
-    text = recipe.text_files[0] if recipe.text_files else None  # which it is does not matter here
+        raise ValueError(
+            f"`eval_files` need `text_files`, got none: leave them out, since the pair `{recipe.pair}` has its own"
+        )
+    text = recipe.text_files[0] if recipe.text_files else None  # any of them, since only held-out text is read
     about = DocumentArguments(recipe.pair, text, eval_files=recipe.eval_files, length=recipe.length)
     found = evaluation_rows(about, tokenizer)
     if found and RETAIN not in found:
         raise ValueError(
-            f"`eval_files` has {', '.join(found)}, and no {RETAIN}=FILE, by which training stops: name it, or leave "
-            "`eval_files` out, with `--eval_strategy no`, to train for the whole budget"
+            f"`eval_files` has {', '.join(found)} but no {RETAIN}=FILE, whose loss ends training: add it, or leave "
+            "`eval_files` out, with `--eval_strategy no`, to train for the full number of steps"
         )
     return found
 

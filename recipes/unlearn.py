@@ -1,12 +1,12 @@
-"""Unlearn after training, by outputs: the methods that routing is compared with.
+"""Unlearn after training by changing outputs: the baselines of gradient routing.
 
     accelerate launch recipes/unlearn.py --config recipes/configs/unlearn_npo.yaml --model_name_or_path ORG/MODEL
     accelerate launch recipes/unlearn.py --config recipes/configs/unlearn_rmu.yaml --model_name_or_path ORG/MODEL \\
         --train_file my.jsonl --eval_files forget=forget.jsonl retain=retain.jsonl
 
-The whole model is trained (RMU: a few of its matrices) on rows that are labelled forget or retain; unlabelled text takes no
-part. A YAML holds the fields of `Recipe` and of `UnlearningArguments`; flags of the same names override it. The output is a
-plain checkpoint; its `unlearning.json` says what it cost.
+All weights are trained (by RMU, a few matrices) on rows labeled forget or retain; unlabeled text is not used. A YAML file
+holds fields of `Recipe` and of `UnlearningArguments`; flags of the same names override it. The output is a plain checkpoint;
+its `unlearning.json` records the cost.
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ SIDES = ("forget", "retain")
 
 @dataclass
 class Recipe(DocumentArguments):
-    """What this recipe is told beside the training arguments."""
+    """Settings of this recipe, in addition to the training arguments."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Checkpoint, run (the regions of a routed one are left out) or Hub id. Required."},
+        metadata={"help": "Checkpoint, run (without its regions) or Hub id. Required."},
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
-    forget_rows: int | None = field(default=None, metadata={"help": "At most so many labelled forget rows are used."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `model_name_or_path` on the Hub."}
+    )
+    forget_rows: int | None = field(default=None, metadata={"help": "Maximum number of labeled forget rows."})
 
 
 def main() -> None:
-    recipe, args = TrlParser((Recipe, UnlearningArguments)).parse_args_and_config()
+    recipe, args = TrlParser((Recipe, UnlearningArguments)).parse_args_and_config()  # type: ignore[arg-type]
     if recipe.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint or Hub id in which to unlearn")
     args.include_num_input_tokens_seen = "non_padding"
-    former = read_cost(recipe.model_name_or_path)  # what it says wrong is said now
+    former = read_cost(recipe.model_name_or_path)  # errors in it are raised before training
     run = RunDirectory(args.output_dir)
     if args.process_index == 0:
         run.check_separate(recipe.model_name_or_path, resume=bool(args.resume_from_checkpoint))
     begin(run, recipe, args=args, own=UnlearningArguments.__annotations__)
     set_seed(args.seed)
-    disable_progress_bars()  # of the preparation of data
+    disable_progress_bars()  # while data is prepared
 
     model, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
     check_length(model, tokenizer, length=recipe.length)
@@ -88,11 +90,14 @@ def main() -> None:
 
 
 def labeled_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
-    """Return the packed rows of either side that carry a label."""
+    """Return the packed rows with a label, by side."""
     ds = labeled_documents(recipe)
     documents = {side: ds.filter(lambda label, s=side: label == s, input_columns="route_label") for side in SIDES}
     if not len(documents["forget"]):
-        raise ValueError(f"no document is labelled forget; the labels are {sorted(set(ds['route_label']))}")
+        raise ValueError(
+            f"no document is labeled forget; the labels are {sorted(set(ds['route_label']))}: label some, for example with "
+            "`label_keywords`"
+        )
     rows = {side: pack(part, tokenizer, length=recipe.length, by=[]) for side, part in documents.items() if len(part)}
     if recipe.forget_rows is not None:
         rows["forget"] = rows["forget"].select(range(min(recipe.forget_rows, len(rows["forget"]))))

@@ -9,9 +9,10 @@ from typing import Any, cast
 import pytest
 from checkpoint_parts import wrapped
 
-from routed_peft import data, presets, unlearning
+from routed_peft import data, monitoring, presets, unlearning
 from routed_peft.checkpoint import push_to_hub, save_routed
 from routed_peft.checkpoint.export import export
+from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation import relearning
 from routed_peft.evaluation.relearning.data import AttackData
 from routed_peft.routes import routes_to_dict
@@ -58,9 +59,7 @@ def test_arguments_that_were_positional(tmp_path: Path) -> None:
         push(run, "org/model", "org/model")
 
 
-def test_arguments_that_were_positional() -> None:
-    """`unlearn`, `undo` and `relearn` still take four arguments by position."""
-
+def test_a_function_with_arguments_that_were_positional() -> None:
     @formerly_positional("c", "d")
     def total(a: int, b: int, *, c: int, d: int = 0) -> int:
         return a + b + c + d

@@ -1,4 +1,4 @@
-"""Every arm measured alike: lm-eval tasks in this process, then the relearning attack."""
+"""Measurements of an arm: lm-eval tasks in this process, then a relearning attack."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def measure_model(model: nn.Module, settings: DemoSettings, material: Material) 
 def attack(
     place: Path,
     arm: str,
+    *,
     settings: DemoSettings,
     material: Material,
     records: RunDirectory,

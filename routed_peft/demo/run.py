@@ -28,6 +28,7 @@ REPORT = "report.html"
 def run_demo(
     out: str | Path = "demo-out",
     quick: bool = False,
+    *,
     settings: DemoSettings | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def run_demo(
         console: where progress and results are shown; by default the terminal.
 
     Returns:
-        What ``summary.json`` holds.
+        The content of ``summary.json``.
 
     Raises:
         ImportError: lm-eval is not installed.
@@ -57,13 +58,7 @@ def run_demo(
         ValueError: `out` ... must be absent or an empty directory: ...
     """
     out = Path(out).expanduser().resolve()
-    if in_use(out):
-        raise ValueError(
-            f"`out` {out} must be absent or an empty directory: name another with `--out`, or remove it (it is left as it "
-            "is where a demo was interrupted)"
-        )
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError('the demo measures with lm-eval, which is not there: pip install "routed_peft[eval]"')
+    _check(out)
     settings = settings or (DemoSettings.quick() if quick else DemoSettings())
     console = console or Console()
     console.print(
@@ -78,7 +73,9 @@ def run_demo(
         arms: dict[str, Any] = {}
         models: dict[str, dict[str, Any]] = {}
         for arm in ARMS:
-            arms[arm.key], measured = _run_arm(arm, settings, material, out / arm.key, records, display)
+            arms[arm.key], measured = _run_arm(
+                arm, settings, material=material, folder=out / arm.key, records=records, display=display
+            )
             models |= measured
         display.overall_status("writing the report")
         derived = derive(models)
@@ -92,21 +89,34 @@ def run_demo(
         }
         records.finish(summary)
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        write_report(records, summary, settings, out / REPORT)
+        write_report(records, summary, settings=settings, file=out / REPORT)
         display.overall_status("done")
     console.print(terminal_table(models), verdict(derived), "An illustration: one seed.", sep="\n")
     console.print(f"Report: {out / REPORT}", soft_wrap=True)
     return summary
 
 
+def _check(out: Path) -> None:
+    """Raise where the demo could not write or measure."""
+    if in_use(out):
+        raise ValueError(
+            f"`out` {out} must be absent or an empty directory: name another with `--out`, or remove it (an interrupted demo "
+            "leaves its files)"
+        )
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ImportError('the demo measures with lm-eval, which is not installed: pip install "routed_peft[eval]"')
+
+
 def _run_arm(
-    arm: Arm, settings: DemoSettings, material: Material, folder: Path, records: RunDirectory, display: Display
+    arm: Arm, settings: DemoSettings, *, material: Material, folder: Path, records: RunDirectory, display: Display
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return facts about the arm's training, and its measured models by their keys."""
     display.start(arm)
     run = material.run_of(arm, settings)
     began = time.monotonic()
-    seen = train_arm(arm, settings, material, run, folder, records, Watcher(display, arm))
+    seen = train_arm(
+        arm, settings, material=material, run=run, folder=folder, records=records, watcher=Watcher(display, arm)
+    )
     facts = {
         "name": arm.name,
         "about": arm.about,
@@ -128,7 +138,9 @@ def _run_arm(
     def tick() -> None:
         display.status(arm, "relearning", advance=display.attacking)
 
-    models[arm.key]["relearned"] = attack(folder / arm.plain, arm.key, settings, material, records, tick)
+    models[arm.key]["relearned"] = attack(
+        folder / arm.plain, arm.key, settings=settings, material=material, records=records, tick=tick
+    )
     result = models[arm.key]
     display.finish(arm, f"biology {result['forget_loss']:.2f}, other text {result['retain_loss']:.2f}")
     return facts, models

@@ -26,12 +26,12 @@ Scores = dict[str, float]
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
+    *,
     tasks: Sequence[str] = DEFAULT_TASKS,
     metadata: Mapping[str, Any] | None = None,
     regions: Literal["all"] | Sequence[str] | None = None,
     limit: int | None = None,
     batch_size: int = 16,
-    device: str | None = None,
     base_adapters: Sequence[str] | None = None,
 ) -> Scores:
     """Measure a live model with lm-eval; it is given back in the mode (training, evaluation) in which it came.
@@ -44,7 +44,6 @@ def evaluate(
         regions: the regions to leave active while the others are ablated; None and "all" ablate none.
         limit: the number of examples per task, for a quick look; None takes all.
         batch_size: sequences per forward pass.
-        device: where to move the model first, for good; None leaves it where it is.
         base_adapters: adapters that belong to the base, and so are never ablated; None takes what `load_routed` left on
             the model.
 
@@ -55,17 +54,16 @@ def evaluate(
         ImportError: lm-eval is not installed.
         ValueError: `tasks` or `regions` names something that does not exist.
     """
-    if device is not None:
-        model.to(device)
     from routed_peft.evaluation.lm_eval_model import measurement
 
-    measure = measurement(model, tokenizer, tasks, metadata, limit, batch_size)
-    return _with_regions(model, measure, regions, base_adapters)
+    measure = measurement(model, tokenizer, tasks=tasks, metadata=metadata, limit=limit, batch_size=batch_size)
+    return _with_regions(model, measure, chosen=regions, base_adapters=base_adapters)
 
 
 def evaluate_configurations(
     model: nn.Module,
     tokenizer: Any,
+    *,
     configurations: Mapping[str, Literal["all"] | Sequence[str] | None] | None = None,
     tasks: Sequence[str] = DEFAULT_TASKS,
     metadata: Mapping[str, Any] | None = None,
@@ -95,8 +93,11 @@ def evaluate_configurations(
         _others(model, regions, base_adapters)
     from routed_peft.evaluation.lm_eval_model import measurement
 
-    measure = measurement(model, tokenizer, tasks, metadata, limit, batch_size)
-    return {name: _with_regions(model, measure, chosen, base_adapters) for name, chosen in configurations.items()}
+    measure = measurement(model, tokenizer, tasks=tasks, metadata=metadata, limit=limit, batch_size=batch_size)
+    return {
+        name: _with_regions(model, measure, chosen=chosen, base_adapters=base_adapters)
+        for name, chosen in configurations.items()
+    }
 
 
 def region_names(model: nn.Module, base_adapters: Sequence[str] | None = None) -> list[str]:
@@ -169,6 +170,7 @@ def _others(
 def _with_regions(
     model: nn.Module,
     measure: Callable[[], Scores],
+    *,
     chosen: Literal["all"] | Sequence[str] | None,
     base_adapters: Sequence[str] | None,
 ) -> Scores:

@@ -1,10 +1,9 @@
-"""What of lm-eval is ours to set: the model it sees, and a quiet run over a live one. Importing this needs lm-eval."""
+"""lm-eval on a live model: its model class, loading of tasks, and runs without side effects. Importing this needs lm-eval."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,24 +19,25 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise ImportError('evaluation needs lm-eval, which is not there: pip install "routed_peft[eval]"') from error
+    raise ImportError('evaluation needs lm-eval, which is not installed: pip install "routed_peft[eval]"') from error
 
 from routed_peft.eval_mode import evaluating
+from routed_peft.runs.silence import silenced_logger
 from routed_peft.tasks import path
 
 
 class TextLM(HFLM):
-    """lm-eval's Hugging Face model, for which the loss of a text is the loss of that text alone.
+    """lm-eval's Hugging Face model, with the loss of a text alone.
 
-    lm-eval puts a begin-of-sequence token before a text. Where the tokenizer adds one by itself (Llama, Gemma), lm-eval
-    scores that second one too: its loss has nothing to do with the text, and is not small beside twenty tokens.
+    lm-eval puts a begin-of-sequence token before a text. If the tokenizer adds one too (Llama, Gemma), lm-eval scores the
+    second one. Its loss has nothing to do with the text, and is large beside twenty tokens.
     """
 
     quiet = False
     add_bos_token: bool | None
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return for each request the log-likelihood of its continuation, and whether that is the greedy one."""
+        """Return for each request the log-likelihood of its continuation, and whether greedy decoding gives it."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.quiet)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -53,7 +53,7 @@ class TextLM(HFLM):
 
 
 class QuietLM(TextLM):
-    """As `TextLM`, without progress bars: for evaluation inside another program."""
+    """A `TextLM` without progress bars, for evaluation inside another program."""
 
     quiet = True
 
@@ -61,35 +61,33 @@ class QuietLM(TextLM):
 def measurement(
     model: nn.Module,
     tokenizer: Any,
+    *,
     tasks: Sequence[str],
     metadata: Mapping[str, Any] | None,
     limit: int | None,
     batch_size: int,
 ) -> Callable[[], dict[str, float]]:
-    """Build tasks and data once, and return the function that measures the model as it then is.
+    """Build tasks and data once, and return a function that measures the model in its present state.
 
     Raises:
-        ValueError: `tasks` names something that does not exist.
+        ValueError: on an unknown name in `tasks`.
     """
     tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token
-    with undisturbed():
+    with isolated_lm_eval():
         loaded = load_tasks(tasks, {"tokenizer": tokenizer, "special_tokens": False, **(metadata or {})})
 
     def measure() -> dict[str, float]:
-        with undisturbed(), evaluating(model):
+        with isolated_lm_eval(), evaluating(model):
             lm = QuietLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             results = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
         assert results is not None, "only rank 0 holds results, and QuietLM knows no other rank"
-        return flat(results["results"])
+        return flatten_results(results["results"])
 
     return measure
 
 
 def load_tasks(tasks: Sequence[str], metadata: dict[str, Any]) -> Any:
-    """Load tasks as lm-eval's ``simple_evaluate`` does.
-
-    That function itself would also seed every generator of this process, and call ``pip`` for two seconds each time.
-    """
+    """Load tasks as lm-eval's ``simple_evaluate`` does, which would also seed all generators and call ``pip`` each time."""
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     own = TaskManager(include_path=path(), include_defaults=False, metadata=metadata)
     outside = [name for name in tasks if name not in own.all_tasks or name == "routed_wmdp"]
@@ -105,10 +103,10 @@ def load_tasks(tasks: Sequence[str], metadata: dict[str, Any]) -> Any:
     return loaded
 
 
-def flat(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def flatten_results(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Flatten lm-eval's results, leaving out names and standard errors.
 
-    >>> flat({"mmlu": {"alias": "mmlu", "acc,none": 0.5, "acc_stderr,none": "N/A", "em,strict": 0.25}})
+    >>> flatten_results({"mmlu": {"alias": "mmlu", "acc,none": 0.5, "acc_stderr,none": "N/A", "em,strict": 0.25}})
     {'mmlu/acc': 0.5, 'mmlu/em,strict': 0.25}
     """
     return {
@@ -120,19 +118,17 @@ def flat(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keep lm-eval from the caller's terminal and random numbers.
+def isolated_lm_eval() -> Iterator[None]:
+    """Keep lm-eval away from the caller's terminal and random numbers.
 
-    Its log below errors is held back, and its progress bar while building requests, which has no switch; loading tasks
-    draws from Python's generator.
+    Its log below errors is hidden, and its progress bar while building requests, which has no switch. Loading tasks draws
+    from Python's generator, so its state is restored.
     """
-    logger = logging.getLogger("lm_eval")
-    level, bar, drawn = logger.level, task_module.tqdm, random.getstate()
-    logger.setLevel(logging.ERROR)
+    bar, drawn = task_module.tqdm, random.getstate()
     task_module.tqdm = partial(tqdm, disable=True)
     try:
-        yield
+        with silenced_logger("lm_eval"):
+            yield
     finally:
-        logger.setLevel(level)
         task_module.tqdm = bar
         random.setstate(drawn)

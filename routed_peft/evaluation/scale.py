@@ -26,7 +26,7 @@ class ScaleChoice:
 
 
 def choose_scale(
-    model: nn.Module, region: str, rate: Callable[[], float], limit: float, scales: Sequence[float] = SCALES
+    model: nn.Module, region: str, *, rate: Callable[[], float], limit: float, scales: Sequence[float] = SCALES
 ) -> ScaleChoice:
     """Choose the largest scale of a region at which a detector's rate is below a limit.
 
@@ -50,7 +50,7 @@ def choose_scale(
         >>> layer = model.get_base_model()[0]
         >>> _ = nn.init.ones_(layer.lora_A["hack"].weight), nn.init.ones_(layer.lora_B["hack"].weight)
         >>> rest = layer.base_layer(torch.ones(1, 1)).item()
-        >>> choose_scale(model, "hack", lambda: round(model(torch.ones(1, 1)).item() - rest, 3), limit=2.0).scale
+        >>> choose_scale(model, "hack", rate=lambda: round(model(torch.ones(1, 1)).item() - rest, 3), limit=2.0).scale
         0.2
     """
     if not scales:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from routed_peft.eval_mode import evaluating
+from routed_peft.losses import target_losses
 from routed_peft.routes import IGNORED
 
 _MOST_TOKENS, _MOST_LOGITS = 8192, 2**27  # a batch: beyond these it is no faster, and needs memory
@@ -33,10 +33,10 @@ def context_length(model: nn.Module, tokenizer: Any) -> int:
     return int(length) if length is not None and length < 10**18 else 2048  # transformers' "not set"
 
 
-def check_length(model: nn.Module, tokenizer: Any, length: int, argument: str = "length") -> None:
+def check_length(model: nn.Module, tokenizer: Any, *, length: int, argument: str = "length") -> None:
     """Raise ValueError where rows of ``length`` tokens are more than a model reads at once.
 
-    >>> check_length(nn.Linear(1, 1), None, 4096)
+    >>> check_length(nn.Linear(1, 1), None, length=4096)
     Traceback (most recent call last):
     ...
     ValueError: `length` is 4096 tokens a row, and the model reads 2048 at once: set it to 2048 or less
@@ -56,7 +56,7 @@ def first_token(tokenizer: Any) -> int:
     return int(token)
 
 
-def token_losses(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor, targets: Tensor) -> Tensor:
     r"""Return :math:`-\log p` of every target, in nats, shaped like the targets; 0 where these are -100.
 
     Args:
@@ -66,9 +66,7 @@ def token_losses(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, ta
         targets: ``(B, T)``, the token that follows each position.
     """
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return flat.view_as(targets)
+    return target_losses(logits, targets)
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Window:
     targets: list[int]
 
 
-def windows(document: int, tokens: Sequence[int], first: int, length: int) -> Iterator[Window]:
+def windows(document: int, tokens: Sequence[int], *, first: int, length: int) -> Iterator[Window]:
     """Cut a document's tokens into windows of ``length``, each token scored once, as lm-eval does.
 
     The first window begins with the token ``first``, the others with the last token of the one before; the last of them
@@ -150,7 +148,9 @@ class TextLoss:
             )
         self.counts = torch.tensor([len(row) for row in rows], dtype=torch.float64)
         """Tokens of every document."""
-        cut = [window for document, row in enumerate(rows) for window in windows(document, row, first, length)]
+        cut = [
+            window for document, row in enumerate(rows) for window in windows(document, row, first=first, length=length)
+        ]
         self._batches = list(_batches(sorted(cut, key=lambda window: len(window.inputs)), size))
 
     @torch.no_grad()
@@ -163,7 +163,11 @@ class TextLoss:
         with evaluating(model):
             for owners, (ids, mask, targets) in self._batches:
                 targets = targets.to(device)
-                yield owners, targets, token_losses(model, ids.to(device), mask.to(device), targets)
+                yield (
+                    owners,
+                    targets,
+                    token_losses(model, ids.to(device), attention_mask=mask.to(device), targets=targets),
+                )
 
     def documents(self, model: nn.Module) -> Tensor:
         """Return the summed loss of every document, in nats, in float64 on the CPU."""

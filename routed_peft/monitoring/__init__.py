@@ -1,12 +1,13 @@
-"""Monitoring: what regions learn while they learn it, from whom, and what to do when they learn too much."""
+"""Monitoring of regions while they train: growth by environment, alarms, incidents and rollback."""
 
+from routed_peft.deprecation import renamed
 from routed_peft.monitoring.alarms import Alarms, Cusum
 from routed_peft.monitoring.config import MonitorConfig
 from routed_peft.monitoring.growth import Growth
 from routed_peft.monitoring.incidents import Incident
 from routed_peft.monitoring.monitor import RegionMonitor
 from routed_peft.monitoring.probe import Effect
-from routed_peft.monitoring.quarantine import treated
+from routed_peft.monitoring.quarantine import apply_quarantine
 from routed_peft.monitoring.rollback import rollback, run_with_rollback
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "Incident",
     "MonitorConfig",
     "RegionMonitor",
+    "apply_quarantine",
     "rollback",
     "run_with_rollback",
-    "treated",
 ]
+
+__getattr__ = renamed(__name__, {"treated": "apply_quarantine"})

@@ -1,4 +1,4 @@
-"""When a measured series is no longer what it was: a one-sided CUSUM and a hard limit for each, and what they add up to."""
+"""CUSUM and hard-limit alarms on measured series, and the status of a run that follows from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from routed_peft.monitoring.config import MonitorConfig
 OK, WARN, HALT = "ok", "warn", "halt"
 
 _LEAST_SPREAD = 1e-6
-_LEAST_RELATIVE_SPREAD = 0.01  # of the mean: a series that hardly moved while it was calibrated is not held to that
+_LEAST_RELATIVE_SPREAD = 0.01  # of the mean: a series may be almost constant while it is calibrated
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Cusum:
     .. math:: S_t = \max(0, S_{t-1} + \min(z_t, h)), \qquad z_t = \frac{x_t - \mu_0}{\sigma_0} - k
 
     with mean and standard deviation of the first ``calibration`` values, slack ``k`` and threshold ``h``. No single value
-    counts more than the threshold, so that one outlier alone raises no alarm; one that is not finite counts that much.
+    counts more than the threshold, so that one outlier alone raises no alarm. A value that is not finite counts as ``h``.
 
     Attributes:
         calibration: values to calibrate on; S is 0 meanwhile.
@@ -51,7 +51,7 @@ class Cusum:
 
     @property
     def spread(self) -> float:
-        """The standard deviation calibrated on, or a little where that is nothing."""
+        """The calibrated standard deviation, with a small lower bound."""
         calibrated = min(self.count, self.calibration)
         deviation = math.sqrt(self.squares / (calibrated - 1)) if calibrated > 1 else 0.0
         return max(deviation, _LEAST_RELATIVE_SPREAD * abs(self.mean), _LEAST_SPREAD)
@@ -62,7 +62,7 @@ class Cusum:
         return self.level > self.threshold
 
     def update(self, value: float) -> None:
-        """Take the next value."""
+        """Add the next value."""
         finite = math.isfinite(value)
         if self.count < self.calibration:
             if finite:  # Welford's running mean and variance
@@ -77,14 +77,14 @@ class Cusum:
 
 @dataclass
 class Series:
-    """One watched number.
+    """A watched number over the steps.
 
     Attributes:
-        cusum: its cumulative sum, or None where only the limit counts.
-        limit: above this it is an alarm at once.
-        value: the last.
-        clean: whether the sum is 0 and the limit kept.
-        clean_step: the last step at which it was: where the trouble began.
+        cusum: its cumulative sum, or None if only the limit counts.
+        limit: a value above it is an alarm at once.
+        value: the last one.
+        clean: whether the sum is 0 and the value within the limit.
+        clean_step: the last clean step, after which any trouble began.
         streak: successive observations with an alarm.
     """
 
@@ -96,7 +96,7 @@ class Series:
     streak: int = 0
 
     def observe(self, step: int, value: float) -> None:
-        """Take the value of a step."""
+        """Add the value of a step."""
         self.value = value
         over = not math.isfinite(value) or (self.limit is not None and value > self.limit)
         level = 0.0
@@ -111,7 +111,7 @@ class Series:
 
 
 class Alarms:
-    """All series of a run, by name ``region/metric``, and the state of the run that follows from them.
+    """All series of a run, by name ``region/metric``, and the status of the run.
 
     Example:
         >>> alarms = Alarms(MonitorConfig(patience=2, max_kl=0.1))
@@ -126,7 +126,7 @@ class Alarms:
         self.series: dict[str, Series] = {}
 
     def observe(self, step: int, values: Mapping[str, float]) -> None:
-        """Take what was measured at a step; a series without a value stays as it is."""
+        """Add the values of a step; a series without a value stays unchanged."""
         for name, value in values.items():
             metric, c = name.rpartition("/")[2], self.config
             if name not in self.series:
@@ -147,20 +147,20 @@ class Alarms:
 
     @property
     def onset_step(self) -> int:
-        """The last step before anything began that is not over: alarms, and sums on their way to one."""
+        """The last step before the onset of anything that lasts: alarms, and sums on their way to one."""
         return min((series.clean_step for series in self.series.values() if not series.clean), default=0)
 
     @property
     def clean_step(self) -> int:
-        """The last step before anything can have begun, what has not been measured since included."""
+        """The last step at which every series was clean, for each as of its last measurement."""
         return min((series.clean_step for series in self.series.values()), default=0)
 
     def state(self) -> dict[str, Any]:
-        """Return everything as plain data."""
+        """Return the state as plain data."""
         return {name: asdict(series) for name, series in self.series.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state` returned; thresholds are those of the configuration."""
+        """Restore a state from `state`; thresholds are those of the configuration."""
         self.series = {}
         for name, saved in state.items():
             metric, c = name.rpartition("/")[2], self.config

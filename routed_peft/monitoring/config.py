@@ -1,44 +1,44 @@
-"""`MonitorConfig`: how often a run is looked at, what is an alarm, and what an alarm does."""
+"""`MonitorConfig`: intervals, thresholds and actions of a `RegionMonitor`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 METRICS = ("growth", "raw_contribution", "functional_size", "kl", "reward_gap", "weight_drift")
-"""What can be watched, per region; all but growth and weight drift is the largest over environments."""
+"""Metrics to watch, per region. All but growth and weight drift are maxima over environments."""
 
 ACTIONS = ("halt", "warn", "log")
 
 
 @dataclass
 class MonitorConfig:
-    """Settings of a `RegionMonitor`; plain data, so that a YAML can hold them.
+    """Settings of a `RegionMonitor`, as plain data for a YAML.
 
-    The thresholds are starting values, which no literature fixes: calibrate them on a run whose environments are believed
-    to be secure. Those of KL and functional size lie above what a region does that merely drifts (``docs/monitoring.md``).
-    A region that is *meant* to fill, with labelled data say, will set them off: use ``action="log"`` there.
+    The thresholds are starting values without a basis in literature. Calibrate them on a run with environments that are
+    believed to be secure. Those of KL and functional size are above the values of a merely drifting region
+    (``docs/monitoring.md``). A region that is *meant* to fill, say from labeled data, exceeds them: use ``action="log"``.
 
     Attributes:
         every: optimizer steps from one observation to the next; in state "warn" every step is observed.
         probe_rows: rows per process and observation for the extra forward passes that measure KL and functional size.
         reward_every: steps between measurements of the reward gap, where the monitor is given a reward.
-        watch: metrics with a CUSUM, out of `METRICS`. KL and
-            functional size start from nothing and rise in every training, so a limit suits them better.
-        calibration: observations from which mean and spread of a series are taken; it cannot raise a CUSUM alarm before.
-        slack: what a CUSUM forgives, in calibrated standard deviations.
+        watch: metrics with a CUSUM, out of `METRICS`. KL and functional size start at 0 and rise in every training, so a
+            limit suits them better.
+        calibration: observations for mean and spread of a series; it can raise no CUSUM alarm before.
+        slack: of a CUSUM, in calibrated standard deviations.
         threshold: a CUSUM above this is an alarm.
-        max_kl: KL(full ‖ ablated) in nats per token, in any environment, above which there is an alarm; None: no limit.
-        max_functional_size: RMS of a region's output over that of its layers' output, likewise.
-        max_reward_gap: mean reward full less ablated, likewise.
-        max_weight_drift: how far the base has moved along a region's subspace, likewise: the leak that projection prevents.
+        max_kl: limit of KL(full ‖ ablated), in nats per token, in any environment; a larger value is an alarm. None: no limit.
+        max_functional_size: likewise, of the RMS of a region's output over that of its layers' output.
+        max_reward_gap: likewise, of the mean reward full minus ablated.
+        max_weight_drift: likewise, of the base's movement along a region's subspace: the leak that projection prevents.
         patience: successive observations of one alarm that halt the run; fewer warn.
-        action: "halt", "warn" (alarms save a checkpoint and are looked into at every step, but nothing halts) or "log".
-        blame: an incident names the fewest environments that make up this share of all positive contributions.
-        exempt: environments that raise no alarm and are named in no incident: those whose rewards nothing fools, and those that
-            are meant to fill a region. They are measured all the same.
-        samples: rows per environment that an incident shows.
+        action: "halt"; "warn" (alarms save a checkpoint, and every step is observed, but nothing halts); or "log".
+        blame: an incident names the fewest environments with this share of all positive contributions.
+        exempt: environments that raise no alarm and are named in no incident, such as those with secure rewards, and those
+            meant to fill a region. They are measured all the same.
+        samples: rows per environment in an incident.
         by_layer: log sizes and contributions of every layer as well.
-        random_subspaces: random subspaces beside which a subspace region's energy share is logged.
+        random_subspaces: number of random subspaces to compare with a subspace region's energy share.
 
     Raises:
         ValueError: on values out of range.

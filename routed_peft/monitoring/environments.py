@@ -1,4 +1,4 @@
-"""Which environment each row of a batch comes from."""
+"""Environments of a dataset, and the rows of a batch by environment."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 from routed_peft.data.columns import ROUTE_ENVIRONMENT, column_values
 
 
-def environments_of(dataset: Any, column: str = ROUTE_ENVIRONMENT) -> list[str]:
-    """Return the environments that a map-style dataset names, in the order of its integers if it has such.
+def list_environments(dataset: Any, column: str = ROUTE_ENVIRONMENT) -> list[str]:
+    """Return the environments in a map-style dataset, in the order of its integers if it has such.
 
     Raises:
-        ValueError: where it has no such column, or cannot tell without being read through.
+        ValueError: without such a column, and for a dataset that would have to be read through.
 
     Example:
-        >>> environments_of(Dataset.from_dict({"route_environment": ["b", "a", "b"]}))
+        >>> list_environments(Dataset.from_dict({"route_environment": ["b", "a", "b"]}))
         ['a', 'b']
     """
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"`environments`: a {type(dataset).__name__} does not tell its environments, list their names")
+        raise ValueError(f"`environments` of a {type(dataset).__name__} cannot be read from it: list their names")
     if column not in dataset.column_names:
         raise ValueError(
             f"the dataset has no column `{column}`, got {dataset.column_names}: add it (the name of each row's environment), "
-            "or list the `environments` where they come with the batches"
+            "or list the `environments` if they come with the batches"
         )
     feature, values = dataset.features[column], column_values(dataset, column)
     if None in values:
@@ -41,35 +41,35 @@ def environments_of(dataset: Any, column: str = ROUTE_ENVIRONMENT) -> list[str]:
 
 
 def rows_by_environment(
-    given: Any, names: Sequence[str], size: int, column: str = ROUTE_ENVIRONMENT
+    given: Any, names: Sequence[str], *, size: int, column: str = ROUTE_ENVIRONMENT
 ) -> dict[str, Tensor]:
     """Return the rows of a batch by environment.
 
     Args:
         given: ``size`` names, or integers ``(B,)`` into ``names``.
-        names: the environments that there are.
+        names: all environments.
         size: B.
-        column: of the dataset that they come from.
+        column: name of the dataset's column, for messages.
 
     Returns:
-        Environment -> indices of its rows; only those that occur.
+        Environment -> indices of its rows, for those with rows.
 
     Raises:
         ValueError: on an unknown environment, and on another number of rows.
 
     Example:
-        >>> rows_by_environment(["b", "a", "b"], ["a", "b"], 3)
+        >>> rows_by_environment(["b", "a", "b"], ["a", "b"], size=3)
         {'a': tensor([1]), 'b': tensor([0, 2])}
     """
     if given is None and column != ROUTE_ENVIRONMENT:
         raise ValueError(
-            f"rollouts came without an environment, which the monitor needs: every prompt takes a value in the column "
+            f"rollouts came without an environment, which the monitor needs: give every prompt a value in the column "
             f"`{column}` of the dataset (`environment_column` in the arguments names another)"
         )
     if given is None:
         raise ValueError(
-            f"a training batch came without `{ROUTE_ENVIRONMENT}`, which the monitor needs: is the column in the dataset, and "
-            "does the collator keep it?"
+            f"a training batch came without `{ROUTE_ENVIRONMENT}`, which the monitor needs: add the column to the dataset, and "
+            "let the collator keep it"
         )
     values = given.tolist() if isinstance(given, Tensor) else list(given)
     if len(values) != size:

@@ -1,6 +1,6 @@
-r"""A region at one layer as a product of two matrices, :math:`D = s\,B A`, and how that product grows in one step.
+r"""A region at one layer as a product of two matrices, :math:`D = s\,B A`, and the growth of its norm in one step.
 
-A LoRA is that by definition. Extra hidden units of an MLP are taken with every gate at one, so ``A`` is the projection
+A LoRA has this form by definition. Extra hidden units of an MLP are taken with every gate at one, so ``A`` is the projection
 up and ``B`` the one down (gates and biases do not count). A subspace region is :math:`D = U M` with ``U`` fixed and
 orthonormal, so :math:`\lVert D \rVert = \lVert M \rVert`.
 """
@@ -51,20 +51,20 @@ class Factors:
 
     @property
     def outlet(self) -> nn.Linear:
-        """The module whose output, times ``s``, is what the region contributes; up to a rotation where ``B`` is fixed."""
+        """The module whose output, times ``s``, is the region's contribution; up to a rotation if ``B`` is fixed."""
         return self.a if self.b is None else self.b
 
     def read(self) -> Pair:
-        """Return copies of the factors' values."""
-        a = whole(self.a.weight).detach().clone()
+        """Return copies of the factors."""
+        a = gather_full(self.a.weight).detach().clone()
         if self.b is None:
             return Pair(a, None)
-        b = whole(self.b.weight).detach()
+        b = gather_full(self.b.weight).detach()
         return Pair(a, b.clone() if self.off is None else project_off(b.T, self.off).T)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be sharded (FSDP2) in one piece."""
+def gather_full(tensor: Tensor) -> Tensor:
+    """Return a full tensor, gathered over processes if it is sharded (FSDP2)."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
@@ -73,7 +73,7 @@ def find_factors(model: nn.Module, region: str) -> list[Factors]:
     """Return the layers of ``region``.
 
     Raises:
-        ValueError: where it has layers that are no product of two linear modules.
+        ValueError: if a layer is no product of two linear modules, or there is no such region.
     """
     found = []
     for name, layer in tuner_layers(model):
@@ -82,13 +82,13 @@ def find_factors(model: nn.Module, region: str) -> list[Factors]:
             continue
         if not all(isinstance(module, nn.Linear) for module in parts[:2] if module is not None):
             raise ValueError(
-                f"the region {region!r} has a {type(layer).__name__} at {name!r}, which the monitor cannot read: it reads "
-                "`RoutedConfig` regions and plain LoRA on linear layers"
+                f"the region {region!r} has a {type(layer).__name__} at {name!r}, which the monitor cannot read: use "
+                "`RoutedConfig` regions, or plain LoRA on linear layers"
             )
         assert isinstance(layer, nn.Module)
         found.append(Factors(name.removeprefix("base_model.model."), layer, *parts))
     if not found:
-        raise ValueError(f"the model has no region {region!r}")
+        raise ValueError(f"the model has no region {region!r}: name one of its adapters")
     return found
 
 
@@ -117,7 +117,7 @@ def squared_norm(pair: Pair, scale: float) -> Tensor:
 
 
 def sensitivities(before: Pair, after: Pair, scale: float) -> Sequence[Tensor]:
-    r"""Return matrices ``V`` with which the growth of a squared norm is linear in the steps of the factors, exactly.
+    r"""Return matrices ``V`` by which the growth of a squared norm is exactly linear in the steps of the factors.
 
     With :math:`D' = D + \Delta` after the step and midpoints :math:`\bar A, \bar B`,
 
@@ -127,8 +127,8 @@ def sensitivities(before: Pair, after: Pair, scale: float) -> Sequence[Tensor]:
         = \langle V_A, \delta A \rangle + \langle V_B, \delta B \rangle, \\
         V_A = s\,\bar B^\top (D + D'), \qquad V_B = s\,(D + D') \bar A^\top
 
-    because :math:`\Delta = s (\delta B\,\bar A + \bar B\,\delta A)`. So every part of a step has a part of the growth, and
-    these add up, the quadratic term included.
+    because :math:`\Delta = s (\delta B\,\bar A + \bar B\,\delta A)`. Parts of a step then have parts of the growth that add
+    up, the quadratic term included.
 
     Returns:
         ``V_A`` ``(r, D)`` and, unless ``B`` is fixed, ``V_B`` ``(O, r)``.

@@ -1,4 +1,4 @@
-r"""Parameter gradients by environment, gathered during the ordinary backward pass.
+r"""Parameter gradients by environment, collected in the ordinary backward pass.
 
 A linear layer's weight gradient is a sum over positions, :math:`\partial_W = \sum_i m_i\, g_i x_i^\top`, with the gradient
 ``g`` of its output, its input ``x`` and the routing weights ``m``. Summed over the rows of each environment separately, it
@@ -19,7 +19,7 @@ from routed_peft.routing.layers import parameter_weights
 
 
 class EnvironmentGradients:
-    """Watches linear modules: `start`, then `batch` before every forward pass, then `stop`.
+    """A recorder of linear modules' gradients: `start`, then `expect_batch` before every forward pass, then `stop`.
 
     Attributes:
         sums: module -> environment -> gradient of its weight, ``(O, D)``, summed since `start`; in the units of ``.grad``
@@ -29,7 +29,7 @@ class EnvironmentGradients:
         >>> linear, x = nn.Linear(1, 1), torch.tensor([[1.0], [2.0], [3.0]])
         >>> gradients = EnvironmentGradients([linear])
         >>> gradients.start()
-        >>> gradients.batch({"a": torch.tensor([0, 2]), "b": torch.tensor([1])}, 3)
+        >>> gradients.expect_batch({"a": torch.tensor([0, 2]), "b": torch.tensor([1])}, 3)
         >>> linear(x).sum().backward()
         >>> gradients.stop()
         >>> {name: g.item() for name, g in gradients.sums[linear].items()}, linear.weight.grad.item()
@@ -44,23 +44,23 @@ class EnvironmentGradients:
         self._handles: list[RemovableHandle] = []
 
     def start(self) -> None:
-        """Begin anew."""
+        """Start recording, with empty sums."""
         self.stop()
         self.clear()
         self._handles = [module.register_forward_hook(self._forward) for module in self.modules]
 
-    def batch(self, rows: Mapping[str, Tensor], size: int) -> None:
-        """Say which rows of the next forward pass belong to which environment; ``size`` is their number."""
+    def expect_batch(self, rows: Mapping[str, Tensor], size: int) -> None:
+        """Announce the next forward pass: rows by environment, and their number ``size``."""
         self._rows, self._size = rows, size
 
     def stop(self) -> None:
-        """Stop watching; `sums` stay."""
+        """Stop recording; `sums` stay."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._rows = [], {}
 
     def clear(self) -> None:
-        """Forget `sums`."""
+        """Empty `sums`."""
         self.sums = {module: {} for module in self.modules}
 
     def _forward(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
@@ -70,13 +70,13 @@ class EnvironmentGradients:
         if len(x) != self._size:
             raise ValueError(
                 f"a region's {type(module).__name__} sees {len(x)} rows where the batch has {self._size}: layers that mix or "
-                "flatten rows (experts, say) cannot be monitored by environment"
+                "flatten rows, such as experts, cannot be monitored by environment; put the region elsewhere"
             )
-        output.register_hook(lambda grad: self._add(module, x, grad, rows, weights))
+        output.register_hook(lambda grad: self._add(module, x, grad=grad, rows=rows, weights=weights))
 
     @torch.no_grad()
     def _add(
-        self, module: nn.Linear, x: Tensor, grad: Tensor, rows: Mapping[str, Tensor], weights: list[Tensor]
+        self, module: nn.Linear, x: Tensor, *, grad: Tensor, rows: Mapping[str, Tensor], weights: list[Tensor]
     ) -> None:
         sums, dtype = self.sums[module], module.weight.dtype
         for m in weights:

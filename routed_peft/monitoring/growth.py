@@ -1,4 +1,4 @@
-r"""Which environment made a region grow: the growth of its norm in one optimizer step, in signed parts that add up."""
+r"""Per-environment attribution of a region's growth in one optimizer step, in signed parts that add up."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routed_peft.monitoring.factors import Factors, Pair, sensitivities, squared_norm, whole
+from routed_peft.monitoring.factors import Factors, Pair, gather_full, sensitivities, squared_norm
 from routed_peft.monitoring.gradients import EnvironmentGradients
 
 
 @dataclass
 class Growth:
-    r"""How a region of L layers grew in one step, by environment (E of them).
+    r"""Growth of a region of L layers in one step, by environment (E of them).
 
     With :math:`D` its layers' products side by side and :math:`D'` those after the step,
 
@@ -24,8 +24,8 @@ class Growth:
 
     with :math:`g_e` the environment's part of the (clipped) gradient, :math:`\eta` the learning rate,
     :math:`p = 1/(\sqrt{\hat v} + \epsilon)` Adam's diagonal after the step (1 for an optimizer that has none), and ``V`` of
-    `sensitivities`. The rest is momentum (what earlier gradients still do, less what these will do later) and weight decay.
-    A positive part: the environment made the region grow.
+    `sensitivities`. The rest is momentum (the effect of earlier gradients, less the later effect of these) and weight decay.
+    A positive part means that the environment made the region grow.
 
     Attributes:
         size: Frobenius norm :math:`\lVert D' \rVert` after the step.
@@ -34,8 +34,8 @@ class Growth:
         contributions: :math:`c_e` by layer, ``(L, E)``.
         raw: :math:`-\langle V, g_e \rangle / \lVert V \rVert` by layer, ``(L, E)``: the same direction without the
             optimizer's diagonal, to check against.
-        captured: cosine of the gradients that were seen and those that were used; 1 unless something was missed.
-            Not a number where it is not known (several processes, or no gradient).
+        captured: cosine between the recorded gradients and those of the optimizer; 1 if nothing was missed. NaN if it is not
+            known (several processes, or no gradient).
     """
 
     size: float
@@ -47,17 +47,17 @@ class Growth:
 
     @property
     def rest(self) -> float:
-        """The part that no environment's gradient of this step explains."""
+        """The part without a cause in this step's gradients."""
         return self.growth - float(self.contributions.sum())
 
 
 @dataclass
 class GrowthMeter:
-    """Measures `Growth` around one optimizer step: `before` it (after clipping), and `after` it.
+    """A meter of `Growth` over one optimizer step: call `before` it (after clipping), and `after` it.
 
     Attributes:
         factors: region -> its layers.
-        gradients: has watched the step's backward passes.
+        gradients: recorded in the step's backward passes.
         environments: names, in the order of the columns.
         reduce: sums a tensor over processes.
         processes: their number.
@@ -73,17 +73,17 @@ class GrowthMeter:
 
     @torch.no_grad()
     def before(self) -> None:
-        """Remember the factors, and compare the gradients that will be used with those that were seen."""
+        """Copy the factors, and compare the optimizer's gradients with the recorded ones."""
         self._old = {region: [f.read() for f in layers] for region, layers in self.factors.items()}
         self._matches = {region: self._match(layers) for region, layers in self.factors.items()}
 
     def _match(self, layers: Sequence[Factors]) -> Tensor:
-        """Return <used, used>, <used, seen> and <seen, seen>; used gradients are seen ones times a factor from clipping."""
+        """Return <used, used>, <used, seen> and <seen, seen>; used gradients are the seen ones times a clipping factor."""
         total = torch.zeros(3, device=layers[0].a.weight.device, dtype=layers[0].a.weight.dtype)
         for module in (module for f in layers for module in f.modules):
             if module.weight.grad is None:
                 continue
-            used, parts = whole(module.weight.grad), list(self.gradients.sums[module].values())
+            used, parts = gather_full(module.weight.grad), list(self.gradients.sums[module].values())
             seen = torch.stack(parts).sum(0) if parts else torch.zeros_like(used)
             total += torch.stack([(x * y).sum() for x, y in ((used, used), (used, seen), (seen, seen))])
         return total
@@ -93,7 +93,7 @@ class GrowthMeter:
         """Return the growth of every region.
 
         Args:
-            optimizer: that has just stepped.
+            optimizer: after its step.
         """
         return {region: self._growth(region, optimizer) for region in self.factors}
 
@@ -101,7 +101,7 @@ class GrowthMeter:
         layers, match = self.factors[region], self._matches[region]
         across = self.reduce(match)[1] / self.processes
         clipped = match[0] / across if match[0] > 0 and across > 0 else torch.zeros_like(across)
-        rates = rates_of(optimizer, {module.weight for f in layers for module in f.modules})
+        rates = step_sizes(optimizer, {module.weight for f in layers for module in f.modules})
         new = [f.read() for f in layers]
         zeros = match.new_zeros(len(layers), len(self.environments))
         contributions, raw, moved, steepness = zeros, zeros.clone(), match.new_zeros(()), match.new_zeros(())
@@ -121,10 +121,10 @@ class GrowthMeter:
         norms = squares.sum().sqrt() + former.sum().sqrt()
         return Growth(
             size=float(squares.sum().sqrt()),
-            growth=float(_over(moved, norms)),
+            growth=float(_ratio(moved, norms)),
             layer_sizes=squares.sqrt().cpu(),
-            contributions=_over(contributions, norms).cpu(),
-            raw=_over(raw, steepness.sqrt()).cpu(),
+            contributions=_ratio(contributions, norms).cpu(),
+            raw=_ratio(raw, steepness.sqrt()).cpu(),
             captured=self._captured(match),
         )
 
@@ -133,12 +133,12 @@ class GrowthMeter:
         return across / (used * seen) ** 0.5 if self.processes == 1 and used * seen > 0 else float("nan")
 
 
-def _over(parts: Tensor, whole_: Tensor) -> Tensor:
-    return parts / whole_ if whole_ > 0 else torch.zeros_like(parts)
+def _ratio(parts: Tensor, total: Tensor) -> Tensor:
+    return parts / total if total > 0 else torch.zeros_like(parts)
 
 
-def rates_of(optimizer: Any, parameters: set[Tensor]) -> dict[Tensor, Tensor | float]:
-    r"""Return what ``optimizer`` has just multiplied every gradient by, momentum left aside; parameters at rest left out.
+def step_sizes(optimizer: Any, parameters: set[Tensor]) -> dict[Tensor, Tensor | float]:
+    r"""Return the factor of every gradient in the step just made, without momentum, for parameters with a gradient.
 
     :math:`\eta / (\sqrt{\hat v} + \epsilon)` for Adam and its kin (whose state has ``exp_avg_sq``), the learning rate
     :math:`\eta` for all others.
@@ -146,7 +146,7 @@ def rates_of(optimizer: Any, parameters: set[Tensor]) -> dict[Tensor, Tensor | f
     Example:
         >>> p = torch.nn.Parameter(torch.tensor([1.0])); p.grad = torch.tensor([4.0])
         >>> adam = torch.optim.Adam([p], lr=0.1); adam.step()
-        >>> rates_of(adam, {p})[p]
+        >>> step_sizes(adam, {p})[p]
         tensor([0.0250])
     """
     rates: dict[Tensor, Tensor | float] = {}
@@ -163,4 +163,4 @@ def _rate(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor | float:
     if squares is None or "betas" not in group:
         return rate
     correction = 1 - group["betas"][1] ** float(state["step"])
-    return rate / ((whole(squares) / correction).sqrt() + group["eps"])
+    return rate / ((gather_full(squares) / correction).sqrt() + group["eps"])

@@ -1,4 +1,4 @@
-"""What a halted run leaves: ``incident.json``, with whatever says why and because of whom."""
+"""`Incident`: the record of a halted run, with its alarms and the environments that caused them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 from routed_peft.files import read_json, write_json
 from routed_peft.monitoring.alarms import Alarms
-from routed_peft.monitoring.observation import Ledger
+from routed_peft.monitoring.observation import ContributionLog
 
 INCIDENT = "incident.json"
 
 
 @dataclass(frozen=True)
 class Incident:
-    """Why a run was halted.
+    """A halt of a run and its causes.
 
     Attributes:
-        step: at which it was.
-        onset_step: the last step before the first of its alarms began.
-        alarms: by series (``region/metric``): its value, limit, CUSUM level and onset.
-        environments: the environment's ``name``, signed contribution to the growth of the alarmed regions ``since_onset`` and
+        step: of the halt.
+        onset_step: the last step before the onset of its first alarm.
+        alarms: series (``region/metric``) -> value, limit, CUSUM level and onset.
+        environments: ``name``, and signed contributions to the growth of the alarmed regions: ``since_onset``, and
             ``cumulative`` over the run; the largest since onset first.
-        named: the fewest environments that make up most of the growth since onset (`rank`).
-        samples: rows that these environments had lately: ``environment``, ``step``, ``text``, ``input_ids``.
+        named: the fewest environments with most of the growth since onset (`rank_environments`).
+        samples: recent rows of these environments: ``environment``, ``step``, ``text``, ``input_ids``.
     """
 
     step: int
@@ -37,7 +37,7 @@ class Incident:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, run_dir: str | os.PathLike[str]) -> Path:
-        """Write ``incident.json`` into a run's directory, aside and then renamed."""
+        """Write ``incident.json`` into a run's directory, atomically, and return its path."""
         write_json(path := Path(run_dir) / INCIDENT, asdict(self))
         return path
 
@@ -46,38 +46,41 @@ class Incident:
         """Read ``incident.json``, or that of a run's directory.
 
         Raises:
-            ValueError: where it is missing or damaged.
+            ValueError: if it is missing or damaged.
         """
         file = Path(path) / INCIDENT if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise ValueError(f"there is no {file}: the run was not halted, or has been rolled back already")
+            raise ValueError(f"{file} does not exist: the run was not halted, or has been rolled back already")
         try:
             return cls(**read_json(file))
         except TypeError as error:
             raise ValueError(f"{file} is no incident ({error}): restore it from a copy") from error
 
 
-def describe(
+def describe_incident(
     step: int,
     alarms: Alarms,
-    ledger: Ledger,
+    *,
+    contributions: ContributionLog,
     samples: Mapping[str, Iterable[Mapping[str, Any]]],
     blame: float,
     exempt: Collection[str] = (),
 ) -> Incident:
-    """Return the incident that alarms at a step amount to.
+    """Describe the incident of a run with alarms.
 
     Args:
-        step: the step.
-        alarms: of which some are raised.
-        ledger: who contributed what.
+        step: of the halt.
+        alarms: with some raised.
+        contributions: of all environments.
         samples: rows by environment.
-        blame: environments are named until they make up this share of all positive contributions since onset.
-        exempt: environments that are ranked and never named; their contributions do not count.
+        blame: share of all positive contributions since onset that the named environments must reach.
+        exempt: environments that are ranked but never named; their contributions do not count.
     """
     raised, onset = alarms.raised, alarms.onset_step
     regions = sorted({name.partition("/")[0] for name in raised})
-    table, named = rank(ledger.since(onset, regions), ledger.total(regions), blame, exempt)
+    table, named = rank_environments(
+        contributions.since(onset, regions), contributions.total(regions), blame=blame, exempt=exempt
+    )
     numbers = {
         name: {
             "value": series.value,
@@ -90,20 +93,20 @@ def describe(
     return Incident(step, onset, numbers, table, named, [dict(row) for name in named for row in samples.get(name, ())])
 
 
-def rank(
-    since_onset: Mapping[str, float], cumulative: Mapping[str, float], blame: float, exempt: Collection[str] = ()
+def rank_environments(
+    since_onset: Mapping[str, float], cumulative: Mapping[str, float], *, blame: float, exempt: Collection[str] = ()
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rank environments by contribution since onset; name the fewest that make up the share ``blame`` of all positive ones.
+    """Rank environments by contribution since onset; name the fewest with the share ``blame`` of all positive ones.
 
-    Where none of those that can be named has contributed since, they are named by their contributions over the run: a hack
-    that always pays has no gradient any more.
+    If no environment that can be named has contributed since, contributions over the run count: a hack that always pays
+    has no gradient any more.
 
     Example:
-        >>> rank({"a": -1.0, "b": 3.0, "c": 1.0}, {"a": 5.0, "b": 3.0, "c": 1.0}, 0.5)[1]
+        >>> rank_environments({"a": -1.0, "b": 3.0, "c": 1.0}, {"a": 5.0, "b": 3.0, "c": 1.0}, blame=0.5)[1]
         ['b']
-        >>> rank({"a": 9.0, "b": 3.0}, {"a": 9.0, "b": 3.0}, 0.5, exempt=["a"])[1]
+        >>> rank_environments({"a": 9.0, "b": 3.0}, {"a": 9.0, "b": 3.0}, blame=0.5, exempt=["a"])[1]
         ['b']
-        >>> rank({"a": 0.0, "b": -1.0}, {"a": 1.0, "b": 3.0}, 0.5)[1]
+        >>> rank_environments({"a": 0.0, "b": -1.0}, {"a": 1.0, "b": 3.0}, blame=0.5)[1]
         ['b']
     """
     recent = {name: since_onset.get(name, 0.0) for name in cumulative}

@@ -1,10 +1,9 @@
-"""`RegionMonitor`: a live account of what a run's regions learn, and from which environment; it can halt the run."""
+"""`RegionMonitor`: measures how regions grow in training and which environment causes it; it can halt the run."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -18,14 +17,15 @@ from transformers.trainer_callback import ExportableState
 from routed_peft.data.columns import ROUTE_ENVIRONMENT
 from routed_peft.monitoring.alarms import HALT, OK, WARN, Alarms
 from routed_peft.monitoring.config import MonitorConfig
-from routed_peft.monitoring.environments import environments_of, rows_by_environment
+from routed_peft.monitoring.environments import list_environments, rows_by_environment
 from routed_peft.monitoring.factors import find_factors
 from routed_peft.monitoring.gradients import EnvironmentGradients
 from routed_peft.monitoring.growth import Growth, GrowthMeter
-from routed_peft.monitoring.incidents import INCIDENT, describe
-from routed_peft.monitoring.observation import Ledger, RegionReport
-from routed_peft.monitoring.probe import Probe, model_inputs
+from routed_peft.monitoring.incidents import INCIDENT, describe_incident
+from routed_peft.monitoring.observation import ContributionLog, RegionReport
+from routed_peft.monitoring.probe import Probe
 from routed_peft.monitoring.reward_gap import Reward, reward_gaps
+from routed_peft.monitoring.samples import RowSamples
 from routed_peft.monitoring.subspace_energy import EnergyShare, weight_drift
 
 logger = logging.getLogger(__name__)
@@ -35,32 +35,32 @@ _CODES = {OK: 0, WARN: 1, HALT: 2}
 
 
 class RegionMonitor(TrainerCallback, ExportableState):
-    """Watches the regions of a routed trainer: how they grow, what they do, and which environment feeds them.
+    """A monitor of a routed trainer's regions: their growth, their effect, and the contribution of each environment.
 
-    Making one adds it to the trainer. On every ``config.every``-th step it logs, under ``monitor/REGION/…``:
+    The constructor adds it to the trainer. On every ``config.every``-th step it logs, under ``monitor/REGION/…``:
 
-    - ``size`` (Frobenius norm of what the region adds to the weights), ``growth`` of the step, and its parts:
+    - ``size`` (Frobenius norm of the region's weight update), ``growth`` in the step, and its parts:
       ``contribution/ENVIRONMENT``, signed, and ``rest`` (momentum and decay), which add up to it (`Growth`);
     - ``functional_size/ENVIRONMENT``, ``kl/ENVIRONMENT`` (`Effect`) and, given a ``reward``, ``reward_gap/ENVIRONMENT``;
     - for a region with a subspace, ``energy/ENVIRONMENT`` beside ``energy_random/…`` (`EnergyShare`), and ``weight_drift``;
 
-    and ``monitor/status``: 0 ok, 1 warn, 2 halt. An alarm (`Alarms`) saves a checkpoint and has every step observed; one that
-    lasts halts the run and writes ``incident.json`` into ``output_dir``. Its state is in every checkpoint, and comes back when
-    training resumes.
+    and ``monitor/status``: 0 ok, 1 warn, 2 halt. An alarm (`Alarms`) saves a checkpoint, and every step is observed from
+    then on. A lasting alarm halts the run and writes ``incident.json`` into ``output_dir``. The monitor's state is saved with
+    every checkpoint, and restored when training resumes.
 
-    Rows say where they come from in the column ``route_environment``; a trainer's batches carry it as names or as integers
-    into ``environments``. In GRPO it is the column named by ``environment_column``.
+    The column ``route_environment`` holds the environment of each row, as a name or as an integer into ``environments``. In
+    GRPO it is the column ``environment_column``.
 
     Args:
         trainer: a `RoutedTrainer`, or another trainer on `RoutingMixin`.
         config: `MonitorConfig`.
         environments: their names; by default those in the training dataset.
-        reward: ``reward(model, environment)``, a mean over some rollouts. It is called with the region on and ablated, under
-            the same random numbers, without gradients; the difference is the reward gap.
+        reward: ``reward(model, environment)``, a mean over some rollouts. The reward gap is the difference between its value
+            with the region on and with the region ablated, under the same random numbers and without gradients.
 
     Raises:
-        ValueError: where the environments are not known, or a region cannot be read; while training, on a batch that names
-            none or an unknown one, and where a part of a region's gradient escapes it.
+        ValueError: if the environments are not known, or a region cannot be read; while training, on a batch with an unknown
+            environment or none, and if the monitor misses a part of a region's gradient.
 
     Attributes:
         status: "ok", "warn" or "halt".
@@ -71,16 +71,17 @@ class RegionMonitor(TrainerCallback, ExportableState):
         self,
         trainer: Any,
         config: MonitorConfig | None = None,
+        *,
         environments: Sequence[str] | None = None,
         reward: Reward | None = None,
     ) -> None:
         if trainer.args.restore_callback_states_from_checkpoint:
             raise ValueError(
-                "`restore_callback_states_from_checkpoint` would replace the monitor, which restores itself"
+                "`restore_callback_states_from_checkpoint` would replace the monitor, which restores itself: set it to False"
             )
         self.trainer, self.config, self.reward = trainer, config or MonitorConfig(), reward
         self.column = getattr(trainer.args, "environment_column", ROUTE_ENVIRONMENT)
-        self.environments = list(environments or environments_of(trainer.train_dataset, self.column))
+        self.environments = list(environments or list_environments(trainer.train_dataset, self.column))
         if unknown := [name for name in self.config.exempt if name not in self.environments]:
             raise ValueError(f"`exempt` has {unknown}, and the environments are {self.environments}")
         self.factors = {region: find_factors(trainer.model, region) for region in trainer.routing.regions}
@@ -90,7 +91,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
             self.factors, self.gradients, self.environments, self._reduce, trainer.accelerator.num_processes
         )
         self.energies = {
-            region: EnergyShare(factors, region, self.environments, self.config.random_subspaces)
+            region: EnergyShare(factors, region, environments=self.environments, draws=self.config.random_subspaces)
             for region, factors in self.factors.items()
         }
         self._stack = ExitStack()
@@ -101,9 +102,9 @@ class RegionMonitor(TrainerCallback, ExportableState):
     def _reset(self) -> None:
         self._stack.close()  # what an interrupted run left open
         self._observing = False
-        self.alarms, self.ledger, self.status = Alarms(self.config), Ledger(), OK
+        self.alarms, self.contributions, self.status = Alarms(self.config), ContributionLog(), OK
         self.reports: dict[str, RegionReport] = {}
-        self._samples: dict[str, deque[dict[str, Any]]] = {}
+        self._samples = RowSamples(self.config.samples)
         self._growth: dict[str, Growth] = {}
 
     def _reduce(self, tensor: Tensor) -> Tensor:
@@ -114,21 +115,21 @@ class RegionMonitor(TrainerCallback, ExportableState):
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; `Trainer` writes it into ``trainer_state.json``."""
-        kept = {"status": self.status, "alarms": self.alarms.state(), "ledger": self.ledger.state()}
+        """Return the state for a checkpoint; `Trainer` writes it into ``trainer_state.json``."""
+        kept = {"status": self.status, "alarms": self.alarms.state(), "ledger": self.contributions.state()}
         return {"args": {}, "attributes": kept}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state` returned."""
+        """Restore a state from `state`."""
         kept = state["attributes"]
         self.status = kept["status"]
         self.alarms.restore(kept["alarms"])
-        self.ledger.restore(kept["ledger"])
+        self.contributions.restore(kept["ledger"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin anew, or where the checkpoint left off."""
+        """Start afresh, or from the state in the checkpoint."""
         if Path(str(args.output_dir), INCIDENT).exists():
             raise ValueError(
                 f"{args.output_dir} holds {INCIDENT}: the run was halted. Go back with `routed_peft.monitoring.rollback`, use "
@@ -145,9 +146,9 @@ class RegionMonitor(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Get ready to observe the step if its turn has come."""
-        step, looking_closer = state.global_step + 1, self.status != OK and self.config.action != "log"
-        self._observing = step % self.config.every == 0 or looking_closer
+        """Prepare to observe the step, if it is its turn."""
+        step, alarmed = state.global_step + 1, self.status != OK and self.config.action != "log"
+        self._observing = step % self.config.every == 0 or alarmed
         if not self._observing:
             return
         batches = min(args.gradient_accumulation_steps, self.config.probe_rows)
@@ -159,48 +160,39 @@ class RegionMonitor(TrainerCallback, ExportableState):
             self._stack.callback(watcher.stop)
 
     def observe(self, inputs: Mapping[str, Any], environments: Any) -> None:
-        """Look at a batch that is about to be trained on; the trainer calls it.
+        """Take a batch that is about to be trained on; the trainer calls it.
 
         Args:
             inputs: the batch.
             environments: of each row: a name, or an integer into `environments`.
         """
         first = inputs["prompt_ids" if "prompt_ids" in inputs else "input_ids"]
-        rows = rows_by_environment(environments, self.environments, len(first), self.column)
+        rows = rows_by_environment(environments, self.environments, size=len(first), column=self.column)
         if not self._observing:
             return
-        self.gradients.batch(rows, len(first))
+        self.gradients.expect_batch(rows, len(first))
         for energy in self.energies.values():
-            energy.batch(rows)
-        self.probe.keep(inputs, self.trainer._has_loss(inputs), rows, self.environments)
-        self._sample(inputs, rows)
-
-    def _sample(self, inputs: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
-        tokens = model_inputs(inputs)
-        mask = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"])) != 0
-        step = self.trainer.state.global_step + 1
-        for name, index in rows.items():
-            kept = self._samples.setdefault(name, deque(maxlen=self.config.samples))
-            for row in index[: self.config.samples].tolist():
-                kept.append({"environment": name, "step": step, "input_ids": tokens["input_ids"][row][mask[row]]})
+            energy.expect_batch(rows)
+        self.probe.keep(inputs, self.trainer._has_loss(inputs), rows=rows, environments=self.environments)
+        self._samples.keep(inputs, rows, self.trainer.state.global_step + 1)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the regions as they are before the step."""
+        """Copy the regions' factors before the step."""
         if not self._observing:
             return
         self._stack.close()
         if not self.probe.kept:
             raise ValueError(
-                "the monitor saw no batch of this step: does the trainer call `RoutingMixin.training_step`, which shows them?"
+                "the monitor saw no batch of this step: call `RoutingMixin.training_step` in the trainer's own `training_step`"
             )
         self.meter.before()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure how the regions have grown."""
+        """Measure the growth of the regions."""
         if not self._observing:
             return
         self._growth = self.meter.after(self.trainer.optimizer)
@@ -209,22 +201,25 @@ class RegionMonitor(TrainerCallback, ExportableState):
             if growth.captured < _LEAST_CAPTURED:
                 raise ValueError(
                     f"the gradients that the monitor saw are not those that train the region {region!r} (cosine "
-                    f"{growth.captured:.2f}): is a part of the loss computed outside the model, or a hook changing gradients?"
+                    f"{growth.captured:.2f}): compute all of the loss through the model's forward pass, without hooks that "
+                    "change gradients"
                 )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure what the regions do, log everything, and act on alarms."""
+        """Measure the effect of the regions, log all numbers, and act on alarms."""
         if not self._observing:
             return
         self._observing = False
         step, before = state.global_step, self.status
         self.reports = self._reports(step)
         for region, report in self.reports.items():
-            self.ledger.add(step, region, report.contributions)
-            watched = report.watched(self.config.exempt)
+            self.contributions.add(step, region, report.contributions)
+            watched = report.alarm_metrics(self.config.exempt)
             self.alarms.observe(step, {f"{region}/{name}": value for name, value in watched.items()})
         if self.reward is None or any("/reward_gap" in name for name in self.alarms.series):
-            self.ledger.forget(self.alarms.clean_step)  # before the first gap is known, trouble may date from the start
+            self.contributions.forget_until(
+                self.alarms.clean_step
+            )  # before the first gap is known, trouble may date from the start
         self.status = self.alarms.status
         self._log()
         if self.config.action == "log" or self.status == OK:
@@ -240,7 +235,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
     def _reports(self, step: int) -> dict[str, RegionReport]:
         trainer, names = self.trainer, self.environments
         with trainer.compute_loss_context_manager(), _eager():
-            effects = self.probe.measure(trainer.model, self.factors, len(names), self._reduce)
+            effects = self.probe.measure(trainer.model, self.factors, environments=len(names), reduce=self._reduce)
         gaps = self._reward_gaps(step)
         return {
             region: RegionReport(
@@ -258,12 +253,14 @@ class RegionMonitor(TrainerCallback, ExportableState):
         if self.reward is None or (step % self.config.reward_every and self.status == OK):
             return {}
         mean = lambda tensor: self._reduce(tensor.to(self.trainer.args.device)) / self.meter.processes
-        return reward_gaps(self.reward, self.trainer.model, self.factors, self.environments, mean, seed=step)
+        return reward_gaps(
+            self.reward, self.trainer.model, regions=self.factors, environments=self.environments, mean=mean, seed=step
+        )
 
     def _log(self) -> None:
         logs: dict[str, float] = {"monitor/status": _CODES[self.status]}
         for region, report in self.reports.items():
-            logs |= {f"monitor/{region}/{name}": v for name, v in report.flat(self.config.by_layer).items()}
+            logs |= {f"monitor/{region}/{name}": v for name, v in report.flatten(self.config.by_layer).items()}
         logs |= {
             f"monitor/{name}/cusum": s.cusum.level for name, s in self.alarms.series.items() if s.cusum is not None
         }
@@ -277,10 +274,17 @@ class RegionMonitor(TrainerCallback, ExportableState):
     def _halt(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         control.should_save = True
         control.should_training_stop = True
-        samples = {name: [self._readable(row) for row in rows] for name, rows in self._samples.items()}
-        gone = [name for name in self.ledger.total(self.factors) if name not in self.environments]
+        samples = self._samples.decode(self.trainer.processing_class)
+        gone = [name for name in self.contributions.total(self.factors) if name not in self.environments]
         blame, exempt = self.config.blame, [*self.config.exempt, *gone]
-        incident = describe(state.global_step, self.alarms, self.ledger, samples, blame, exempt)
+        incident = describe_incident(
+            state.global_step,
+            self.alarms,
+            contributions=self.contributions,
+            samples=samples,
+            blame=blame,
+            exempt=exempt,
+        )
         if state.is_world_process_zero:
             path = incident.write(str(args.output_dir))
             logger.warning(
@@ -292,12 +296,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
                 path,
             )
 
-    def _readable(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        tokenizer, ids = self.trainer.processing_class, row["input_ids"].tolist()
-        text = tokenizer.decode(ids) if hasattr(tokenizer, "decode") else None
-        return {**row, "input_ids": ids, "text": text}
-
 
 def _eager() -> AbstractContextManager[Any]:
-    """Run compiled parts of a model eagerly: compiled code does not look for new hooks."""
+    """Run compiled parts of a model eagerly: compiled code ignores new hooks."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

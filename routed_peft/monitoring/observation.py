@@ -1,4 +1,4 @@
-"""The numbers of one observation: for the log, for the alarms, and summed up over a run."""
+"""Numbers of one observation, for the log and the alarms, and their sums over a run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from routed_peft.monitoring.probe import Effect
 
 @dataclass(frozen=True)
 class RegionReport:
-    """One region at one step.
+    """Measurements of one region at one step.
 
     Attributes:
         layers: names of its L layers.
         environments: names of the E environments.
         growth: of the step.
-        effect: after it.
+        effect: after the step.
         extra: further numbers by environment (reward gap, energy share), by name.
         weight_drift: of the base along its subspace, if it has one.
     """
@@ -38,8 +38,8 @@ class RegionReport:
         """Signed contribution to the step's growth, by environment."""
         return dict(zip(self.environments, self.growth.contributions.sum(0).tolist(), strict=True))
 
-    def watched(self, exempt: Collection[str] = ()) -> dict[str, float]:
-        """Return what alarms look at; what was not measured is left out, and what comes of ``exempt`` environments."""
+    def alarm_metrics(self, exempt: Collection[str] = ()) -> dict[str, float]:
+        """Return the measured metrics for alarms, without the parts of ``exempt`` environments."""
         largest = {
             "raw_contribution": self._named(self.growth.raw.sum(0)),
             "functional_size": self._named(self.effect.overall),
@@ -53,7 +53,7 @@ class RegionReport:
         }
         return {"growth": growth, **drift} | {metric: max(values) for metric, values in counted.items() if values}
 
-    def flat(self, by_layer: bool) -> dict[str, float]:
+    def flatten(self, by_layer: bool) -> dict[str, float]:
         """Return all numbers under names such as ``kl/ENVIRONMENT``; with ``by_layer`` those of every layer too."""
         g, e = self.growth, self.effect
         numbers = {"size": g.size, "growth": g.growth, "rest": g.rest, "weight_drift": self.weight_drift}
@@ -79,14 +79,14 @@ class RegionReport:
         return {name: value for name, value in pairs if not math.isnan(value)}  # no rows of it in the probe
 
 
-class Ledger:
+class ContributionLog:
     """Contributions of every environment to every region: over the whole run, and since a step.
 
     Example:
-        >>> ledger = Ledger()
+        >>> log = ContributionLog()
         >>> for step in (10, 20, 30):
-        ...     ledger.add(step, "forget", {"a": 1.0, "b": -1.0})
-        >>> ledger.since(10, ["forget"]), ledger.total(["forget"])
+        ...     log.add(step, "forget", {"a": 1.0, "b": -1.0})
+        >>> log.since(10, ["forget"]), log.total(["forget"])
         ({'a': 2.0, 'b': -2.0}, {'a': 3.0, 'b': -3.0})
     """
 
@@ -95,16 +95,16 @@ class Ledger:
         self.recent: list[tuple[int, str, dict[str, float]]] = []
 
     def add(self, step: int, region: str, contributions: Mapping[str, float]) -> None:
-        """Enter the contributions of a step."""
+        """Add the contributions of a step."""
         _add(self.cumulative.setdefault(region, {}), contributions)
         self.recent.append((step, region, dict(contributions)))
 
-    def forget(self, step: int) -> None:
-        """Forget single entries up to a step; sums stay."""
+    def forget_until(self, step: int) -> None:
+        """Drop single entries up to a step; sums stay."""
         self.recent = [entry for entry in self.recent if entry[0] > step]
 
     def since(self, step: int, regions: Iterable[str]) -> dict[str, float]:
-        """Return each environment's contributions to ``regions`` after ``step``, as far as that is remembered."""
+        """Return each environment's contributions to ``regions`` after ``step``, from the entries that are kept."""
         wanted, total = set(regions), dict[str, float]()
         for at, region, contributions in self.recent:
             if at > step and region in wanted:
@@ -119,14 +119,14 @@ class Ledger:
         return total
 
     def state(self) -> dict[str, Any]:
-        """Return everything as plain data."""
+        """Return the state as plain data."""
         return {
             "cumulative": {region: dict(values) for region, values in self.cumulative.items()},
             "recent": [list(entry) for entry in self.recent],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state` returned."""
+        """Restore a state from `state`."""
         self.cumulative = {region: dict(values) for region, values in state["cumulative"].items()}
         self.recent = [(step, region, dict(values)) for step, region, values in state["recent"]]
 

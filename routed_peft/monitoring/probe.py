@@ -1,4 +1,4 @@
-"""What a region does to the model at the moment: a few rows of a step, once more with it and once without, no gradients."""
+"""Effect of a region on the model, measured on a few rows of a step with and without the region."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rows:
     """Some rows of a batch.
 
     Attributes:
-        inputs: what the model is given.
+        inputs: of the model.
         predicts: bool ``(B, T)``, the positions from which a token with a loss is predicted.
         environment: number of each row's environment, ``(B,)``.
     """
@@ -33,7 +33,7 @@ class Rows:
 
 @dataclass
 class Effect:
-    r"""What a region of L layers does, by environment (E); not a number where the probe had no rows of it.
+    r"""Effect of a region of L layers, by environment (E); NaN for environments without rows in the probe.
 
     Attributes:
         kl: :math:`\mathrm{KL}(p_\text{full} \,\|\, p_\text{ablated})` in nats per predicted token, ``(E,)``.
@@ -48,12 +48,12 @@ class Effect:
 
 @dataclass
 class Probe:
-    """Rows of one step, and what is measured on them.
+    """Rows of one step, for extra forward passes without gradients.
 
     Attributes:
         per_batch: rows to keep of each batch.
-        batches: batches to keep rows of.
-        turn: which environment comes first, so that over the steps all of many have their turn.
+        batches: number of batches to keep rows of.
+        turn: shifts the first environment, so that all have their turn over the steps.
     """
 
     per_batch: int
@@ -65,6 +65,7 @@ class Probe:
         self,
         inputs: Mapping[str, Any],
         predicts: Tensor,
+        *,
         rows: Mapping[str, Tensor],
         environments: Sequence[str],
     ) -> None:
@@ -89,7 +90,7 @@ class Probe:
 
     @torch.no_grad()
     def measure(
-        self, model: nn.Module, factors: Mapping[str, Sequence[Factors]], environments: int, reduce: Any
+        self, model: nn.Module, factors: Mapping[str, Sequence[Factors]], *, environments: int, reduce: Any
     ) -> dict[str, Effect]:
         """Return the effect of every region, over the rows of all processes.
 
@@ -167,14 +168,14 @@ def _add(model: nn.Module, rows: Rows, sums: Mapping[str, _Sums]) -> None:
 
 
 def _log_probabilities(model: nn.Module, rows: Rows) -> Tensor:
-    """Return ``(N, V)``, at the positions that predict something."""
+    """Return log-probabilities ``(N, V)`` at the positions that predict a token."""
     device = next(model.parameters()).device
     logits = model(**{name: value.to(device) for name, value in rows.inputs.items()}).logits
     return logits[rows.predicts.to(logits.device)].float().log_softmax(-1)
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what the model is given of a batch: of prompts and completions (TRL's GRPO), both side by side.
+    """Return the model's inputs from a batch; prompts and completions (TRL's GRPO) are joined.
 
     >>> one = torch.ones(1, 1, dtype=torch.long)
     >>> model_inputs({"prompt_ids": one, "prompt_mask": one, "completion_ids": 2 * one, "completion_mask": one})

@@ -1,4 +1,4 @@
-"""The way back from an incident: to the last checkpoint before it began, with its environments treated."""
+"""Quarantine of environments after an incident: drop, fix or route their rows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ INCIDENTS, QUARANTINE = "incidents", "quarantine.json"
 
 DROP, FIX, ROUTE = "drop", "fix", "route"
 TREATMENTS = (DROP, FIX, ROUTE)
-"""What can be done with an environment: leave its rows out, mend them, or give them a label that routes them."""
+"""Treatments of an environment: leave its rows out, correct them, or give them a label that routes them."""
 
 
 def read_quarantine(run_dir: str | os.PathLike[str]) -> dict[str, str]:
-    """Return what is done with which environment of a run; nothing where there was no incident."""
+    """Return the treatment of each quarantined environment of a run; empty without an incident."""
     path = Path(run_dir) / QUARANTINE
     return read_json(path) if path.is_file() else {}
 
@@ -28,44 +28,47 @@ def read_quarantine(run_dir: str | os.PathLike[str]) -> dict[str, str]:
 def check_treatments(treatment: Mapping[str, str]) -> None:
     """Raise ValueError on anything but "drop", "fix" and "route"."""
     if unknown := sorted(set(treatment.values()) - set(TREATMENTS)):
-        raise ValueError(f"unknown treatment {unknown[0]!r} of an environment; there are {TREATMENTS}")
+        raise ValueError(f"unknown treatment {unknown[0]!r} of an environment: give one of {', '.join(TREATMENTS)}")
 
 
-def treated(
+def apply_quarantine(
     dataset: Dataset,
     quarantine: Mapping[str, str],
+    *,
     fix: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     label: str | None = None,
     column: str = ROUTE_ENVIRONMENT,
 ) -> Dataset:
-    """Return ``dataset`` with quarantined environments treated.
+    """Return a dataset in which the rows of quarantined environments are dropped, fixed or routed.
 
-    To "route" sets the column ``route_label`` where there is one, and ``route_quarantine``, by which `RoutedGRPOTrainer` labels
-    rollouts whatever its ``label_fn`` says.
+    "route" sets the column ``route_label`` if there is one, and ``route_quarantine``, which overrides the ``label_fn`` of
+    `RoutedGRPOTrainer`.
 
     Args:
         dataset: with the column ``route_environment``.
         quarantine: environment -> "drop": its rows are left out; "fix": they go through ``fix``; "route": they get ``label``.
         fix: row -> row.
         label: a name in `routes`, such as "forget" or "flagged".
-        column: where the environment is.
+        column: with the environment's name.
 
     Raises:
-        ValueError: on an unknown treatment, or one without its ``fix`` or ``label``; on an environment that does not occur; on
-            "route" where labels are per token (``route_labels``).
+        ValueError: on an unknown treatment, or one without its ``fix`` or ``label``; on an unknown environment; on "route" with
+            labels per token (``route_labels``).
 
     Example:
         >>> rows = Dataset.from_dict({"route_environment": ["a", "b", "c"], "route_label": ["retain"] * 3})
-        >>> treated(rows, {"a": "drop", "c": "route"}, label="forget")["route_label"][:]
+        >>> apply_quarantine(rows, {"a": "drop", "c": "route"}, label="forget")["route_label"][:]
         ['retain', 'forget']
     """
     check_treatments(quarantine)
     for treatment, needed, name in ((FIX, fix, "fix"), (ROUTE, label, "label")):
         if needed is None and treatment in quarantine.values():
-            raise ValueError(f"`quarantine` has an environment to {treatment}, and `{name}` is not given")
+            raise ValueError(f"`quarantine` has an environment to {treatment}: give `{name}` too")
     names = [str(name) for name in column_values(dataset, column)]
     if unknown := sorted(set(quarantine) - set(names)):
-        raise ValueError(f"`quarantine` has {unknown}, which `{column}` does not hold: it holds {sorted(set(names))}")
+        raise ValueError(
+            f"`quarantine` has {unknown}, which `{column}` does not hold: name some of {sorted(set(names))}"
+        )
     if ROUTE in quarantine.values() and ROUTE_LABELS in dataset.column_names:
         raise ValueError(
             f"`quarantine` has an environment to route, which gives each of its rows one label; the dataset has labels per "

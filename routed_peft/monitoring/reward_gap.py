@@ -1,4 +1,4 @@
-"""The reward gap: what an environment pays the model with a region, less what it pays it without."""
+"""The reward gap: an environment's mean reward with a region minus that without."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ Reward = Callable[[nn.Module, str], float]
 def reward_gaps(
     reward: Reward,
     model: nn.Module,
+    *,
     regions: Iterable[str],
     environments: Sequence[str],
     mean: Callable[[Tensor], Tensor],
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Return region -> environment -> reward with the region on less reward with it ablated.
+    """Return region -> environment -> reward with the region on minus reward with it ablated.
 
-    Both are measured in evaluation mode and under the same random numbers; those of the run are left as they were.
+    Both are measured in evaluation mode and under the same random numbers. The run's own generators are not changed.
 
     Args:
-        reward: is called for every environment, with every region ablated in turn, and with none.
+        reward: called for every environment, with every region ablated in turn, and with none.
         model: with ``regions``.
         regions: their names.
         environments: their names.

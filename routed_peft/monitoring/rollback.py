@@ -1,4 +1,4 @@
-"""A run that halts, rolls itself back and goes on without the environments that were to blame."""
+"""Rollback after an incident, and training that continues without the environments to blame."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from routed_peft.monitoring.quarantine import DROP, INCIDENTS, QUARANTINE, check
 logger = logging.getLogger(__name__)
 
 
-def drop_named(incident: Incident) -> dict[str, str]:
+def drop_named_environments(incident: Incident) -> dict[str, str]:
     """Drop the environments that an incident names."""
     return dict.fromkeys(incident.named, DROP)
 
@@ -28,28 +28,29 @@ def drop_named(incident: Incident) -> dict[str, str]:
 def run_with_rollback(
     make_trainer: Callable[[dict[str, str]], Trainer],
     run_dir: str | Path,
+    *,
     max_incidents: int = 3,
-    decide: Callable[[Incident], Mapping[str, str]] = drop_named,
+    decide: Callable[[Incident], Mapping[str, str]] = drop_named_environments,
 ) -> tuple[Any, list[Incident]]:
-    """Train; where a `RegionMonitor` halts the run, roll back, change the data and go on; until it finishes.
+    """Train until the run finishes; after each halt by a `RegionMonitor`, roll back, treat the data and continue.
 
-    Data is not skipped when resuming after an incident (``ignore_data_skip``), because it is no longer the same. A call that
-    was interrupted can be repeated: it goes on from the last checkpoint, or from the incident at hand.
+    No data is skipped after an incident (``ignore_data_skip``), because the data has changed. An interrupted call can be
+    repeated: it continues from the last checkpoint, or from the pending incident.
 
     Args:
         make_trainer: quarantine (environment -> "drop", "fix" or "route"; empty at first) -> a new trainer with a monitor and
-            ``output_dir=run_dir``, its data treated accordingly (`treated` does that).
-        run_dir: the run's directory. Keep its checkpoints: with ``save_total_limit`` the one before the onset may be gone, and
-            the run starts anew.
-        max_incidents: over the life of the run.
-        decide: what to do with which environment; by default the named ones are dropped.
+            ``output_dir=run_dir``, and with data from `apply_quarantine`.
+        run_dir: the run's directory. Keep its checkpoints: ``save_total_limit`` may delete the one before the onset, and the
+            run then starts from the beginning.
+        max_incidents: in the whole run.
+        decide: incident -> treatment of each environment; by default the named ones are dropped.
 
     Returns:
         The trainer that finished, and the incidents on the way.
 
     Raises:
-        RuntimeError: at one incident too many, and at one for which ``decide`` names nothing. ``incident.json`` stays.
-        ValueError: where a trainer has another ``output_dir``.
+        RuntimeError: after more than ``max_incidents``, and if ``decide`` names nothing. ``incident.json`` stays.
+        ValueError: if a trainer has another ``output_dir``.
     """
     root = Path(run_dir)
     while True:
@@ -64,7 +65,7 @@ def run_with_rollback(
         if not (root / INCIDENT).is_file():
             return trainer, past_incidents(root)
         incident = Incident.read(root)
-        treatment = _decided(root, incident, max_incidents, decide)
+        treatment = _decided(root, incident, max_incidents=max_incidents, decide=decide)
         trainer.accelerator.wait_for_everyone()  # all processes have read, before one of them moves files
         if trainer.is_world_process_zero():
             checkpoint, _ = rollback(root, incident, treatment)
@@ -85,7 +86,7 @@ def _train(trainer: Trainer, root: Path, quarantine: Mapping[str, str]) -> None:
 
 
 def _decided(
-    root: Path, incident: Incident, max_incidents: int, decide: Callable[[Incident], Mapping[str, str]]
+    root: Path, incident: Incident, *, max_incidents: int, decide: Callable[[Incident], Mapping[str, str]]
 ) -> dict[str, str]:
     before = len(past_incidents(root))
     if before >= max_incidents:
@@ -105,22 +106,21 @@ def _decided(
 def rollback(
     run_dir: str | os.PathLike[str], incident: Incident | None = None, treatment: Mapping[str, str] | None = None
 ) -> tuple[Path | None, dict[str, str]]:
-    """Take a halted run back to where its trouble began.
+    """Take a halted run back to its last checkpoint before the onset of the incident.
 
-    Checkpoints after the onset move to ``run_dir/incidents/N/``, where nothing resumes from them by accident, and so does
-    ``incident.json``; ``quarantine.json`` says from then on what is done with which environment. A call that was
-    interrupted can be repeated.
+    Checkpoints after the onset move to ``run_dir/incidents/N/``, so that nothing resumes from them by accident, and so does
+    ``incident.json``. ``quarantine.json`` gets the treatments of environments. An interrupted call can be repeated.
 
     Args:
         run_dir: ``output_dir`` of the run.
-        incident: that of ``run_dir`` by default.
-        treatment: environment -> "drop", "fix" or "route"; the named ones are dropped by default.
+        incident: by default that of ``run_dir``.
+        treatment: environment -> "drop", "fix" or "route"; by default the named ones are dropped.
 
     Returns:
-        The checkpoint to resume from (None: from the start), and the whole quarantine, that of earlier incidents included.
+        The checkpoint to resume from (None: from the start), and the quarantine, with that of earlier incidents.
 
     Raises:
-        ValueError: where there is no incident, or an unknown treatment.
+        ValueError: without an incident, and on an unknown treatment.
     """
     root = Path(run_dir)
     incident = Incident.read(root) if incident is None else incident
@@ -142,13 +142,13 @@ def rollback(
 
 
 def past_incidents(run_dir: str | os.PathLike[str]) -> list[Incident]:
-    """Return the incidents that a run was rolled back from, in order."""
+    """Return the incidents of earlier rollbacks, in order."""
     found = {int(path.parent.name): path for path in Path(run_dir).glob(f"{INCIDENTS}/*/{INCIDENT}")}
     return [Incident.read(found[number]) for number in sorted(found)]
 
 
 def checkpoints(run_dir: Path) -> dict[int, Path]:
-    """Return a run's whole checkpoints by step, in order."""
+    """Return a run's complete checkpoints by step, in order."""
     found = {
         int(match[1]): path
         for path in run_dir.glob("checkpoint-*")

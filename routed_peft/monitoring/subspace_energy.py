@@ -1,4 +1,4 @@
-r"""Of regions with a subspace ``U`` only: how much of the learning signal lies in it, and what the base learnt along it."""
+r"""Energy of the learning signal in a region's subspace ``U``, and drift of the base along it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from routed_peft.adapters import tuner_layers
-from routed_peft.monitoring.factors import Factors, whole
+from routed_peft.monitoring.factors import Factors, gather_full
 from routed_peft.subspaces import Subspace, haar
 
 
@@ -20,18 +20,18 @@ class EnergyShare:
 
     .. math:: \rho_e = \frac{\sum_i \lVert U^\top g_i \rVert^2}{\sum_i \lVert g_i \rVert^2}
 
-    over the positions of the environment's rows and the writers that the region is at, with the gradient ``g`` of a
-    writer's output. A random subspace captures :math:`k/d` of isotropic gradients; because real ones are far from that, a
-    few fixed random ones are measured beside it.
+    over the positions of the environment's rows and the region's writers, with the gradient ``g`` of a writer's output. A
+    random subspace captures :math:`k/d` of isotropic gradients. Real gradients are far from isotropic, so a few fixed
+    random subspaces are measured too.
 
     Args:
-        factors: layers of a region; those without a basis are passed over.
+        factors: layers of a region; those without a basis are skipped.
         region: its name.
         environments: names.
         draws: random subspaces.
     """
 
-    def __init__(self, factors: Sequence[Factors], region: str, environments: Sequence[str], draws: int) -> None:
+    def __init__(self, factors: Sequence[Factors], region: str, *, environments: Sequence[str], draws: int) -> None:
         self.layers: list[Any] = [f.layer for f in factors if f.b is None]
         self.region, self.environments, self.draws = region, list(environments), draws
         self._bases: dict[Any, list[Tensor]] = {}
@@ -39,17 +39,17 @@ class EnergyShare:
         self._handles: list[RemovableHandle] = []
 
     def start(self) -> None:
-        """Begin anew, with the next forward pass."""
+        """Start recording with the next forward pass, from empty sums."""
         self.stop()
         self._sums: Tensor = torch.zeros(2 + self.draws, len(self.environments))  # all, along U, along random ones
         self._handles = [layer.register_forward_hook(self._forward) for layer in self.layers]
 
-    def batch(self, rows: Mapping[str, Tensor]) -> None:
-        """Say which rows of the next forward pass belong to which environment."""
+    def expect_batch(self, rows: Mapping[str, Tensor]) -> None:
+        """Announce the rows of the next forward pass by environment."""
         self._rows = rows
 
     def stop(self) -> None:
-        """Stop watching."""
+        """Stop recording."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._rows = [], {}
@@ -72,16 +72,16 @@ class EnergyShare:
             self._sums[:, self.environments.index(name)] += squares[:, index].sum(1)
 
     def shares(self, reduce: Any, device: torch.device) -> dict[str, dict[str, float]]:
-        """Return ``{"energy": {environment: share}, "energy_random": ...}``; nothing where the region has no subspace.
+        """Return ``{"energy": {environment: share}, "energy_random": ...}``; empty if the region has no subspace.
 
         Args:
             reduce: sums a tensor over processes.
-            device: where that works.
+            device: for ``reduce``.
         """
         if not self.layers:
             return {}
-        total, *along = reduce(self._sums.to(device)).cpu()
-        shares = [part / total for part in along]
+        total, *captured = reduce(self._sums.to(device)).cpu()
+        shares = [part / total for part in captured]
         means = {"energy": shares[0], "energy_random": torch.stack(shares[1:]).mean(0) if self.draws else None}
         return {
             name: {e: v for e, v in zip(self.environments, mean.tolist(), strict=True) if v == v}
@@ -92,12 +92,12 @@ class EnergyShare:
 
 @torch.no_grad()
 def weight_drift(model: nn.Module, region: str) -> float | None:
-    r"""Return how far the base's weights have moved along a region's subspace since the region was made.
+    r"""Return the movement of the base's weights along a region's subspace since the region was made.
 
     .. math:: \lVert U^\top W - C_0 \rVert_F \, / \, \lVert C_0 \rVert_F, \qquad C_0 = U^\top W_0
 
-    over all writers. It needs no copy of :math:`W_0`, unlike `routed_peft.subspaces.leak`; `project_base` leaves rounding of
-    it, about 1e-7 in float32. None where the region has no subspace, or keeps no :math:`C_0`.
+    over all writers. It needs no copy of :math:`W_0`, unlike `routed_peft.subspaces.leak`. After `project_base` only rounding
+    is left, about 1e-7 in float32. None if the region has no subspace, or keeps no :math:`C_0`.
     """
     moved = kept = 0.0
     for _, layer in tuner_layers(model):
@@ -105,7 +105,7 @@ def weight_drift(model: nn.Module, region: str) -> float | None:
         if region not in getattr(layer_, "routed_C0", ()):
             continue
         base = layer_.base_layer
-        full = whole(base.weight)
+        full = gather_full(base.weight)
         weight = full.T if isinstance(base, Conv1D | nn.Embedding) else full
         part = layer_.routed_C0[region][:, : weight.shape[1]]  # a last column more would be of the bias
         moved += float((layer_.basis(region).T @ weight.to(part.dtype) - part).square().sum())

@@ -33,7 +33,7 @@ class Coherence:
 
 
 def restore_coherence(
-    model: PreTrainedModel, rows: Tensor, steps: int, learning_rates: Sequence[float] = (5e-5,)
+    model: PreTrainedModel, rows: Tensor, *, steps: int, learning_rates: Sequence[float] = (5e-5,)
 ) -> Coherence:
     """Fine-tune an ablated model on 64 retain rows as one batch, and keep the step that is best on other retain rows.
 

@@ -74,7 +74,7 @@ class PairedRows(Dataset[dict[str, Row]]):
         ({'input_ids': [1]}, [[2], [3]])
     """
 
-    def __init__(self, forget: Rows, retain: Rows | None, count: int, seed: int = 0) -> None:
+    def __init__(self, forget: Rows, retain: Rows | None, *, count: int, seed: int = 0) -> None:
         sides = {FORGET: forget} if retain is None else {FORGET: forget, RETAIN: retain}
         for side, rows in sides.items():
             check_rows(rows, f"{side}_rows")
@@ -118,13 +118,13 @@ def check_rows(rows: Rows, name: str) -> None:
         )
 
 
-def check_held_out(rows: Rows, held_out: Rows, name: str, held_out_name: str) -> None:
+def check_held_out(rows: Rows, held_out: Rows, *, name: str, held_out_name: str) -> None:
     """Raise ValueError where rows that are to be measured on are trained on, too.
 
-    >>> check_held_out([{"input_ids": [1, 2]}], [{"input_ids": [1, 2]}, {"input_ids": [2]}], "text", "retain")
+    >>> check_held_out([{"input_ids": [1, 2]}], [{"input_ids": [1, 2]}, {"input_ids": [2]}], name="text", held_out_name="kept")
     Traceback (most recent call last):
     ...
-    ValueError: 1 of 2 rows of `retain` is also in `text`, which is trained on: give held-out text
+    ValueError: 1 of 2 rows of `kept` is also in `text`, which is trained on: give held-out text
     """
     known = {tuple(ids) for ids in input_ids(rows)}
     if both := sum(tuple(ids) in known for ids in input_ids(held_out)):

@@ -84,6 +84,7 @@ class DistillationTrainer(TokenTrainer):
         self,
         student: PreTrainedModel,
         teacher: nn.Module,
+        *,
         args: UndoArguments,
         rows: Rows,
         cache: TeacherCache | None = None,
@@ -112,7 +113,7 @@ class DistillationTrainer(TokenTrainer):
         logits = _logits(model, inputs)[:, :-1][counted]
         if self.cached:
             kept, entries, tail = (inputs[name][counted] for name in NAMES)
-            values = topk_divergence(kept, entries, tail, logits)
+            values = topk_divergence((kept, entries, tail), logits)
         else:
             with torch.no_grad():
                 wanted = _logits(self.teacher, inputs)[:, :-1][counted]

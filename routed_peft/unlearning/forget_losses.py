@@ -118,7 +118,7 @@ def _npo(outputs: Outputs, reference: Outputs | None, args: Any) -> Tensor:
 
 
 def _simnpo(outputs: Outputs, reference: Outputs | None, args: Any) -> Tensor:
-    return simnpo(outputs.log_probs(), outputs.counted.sum(1).clamp(min=1), args.beta, args.margin)
+    return simnpo(outputs.log_probs(), outputs.counted.sum(1).clamp(min=1), beta=args.beta, margin=args.margin)
 
 
 def _maxent(outputs: Outputs, reference: Outputs | None, args: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""The losses of output-based unlearning, as pure functions of logits, log-probabilities and activations.
+"""Losses of output-based unlearning, as pure functions of logits, log-probabilities and activations.
 
 Shapes: ``B`` rows, ``T`` positions, ``V`` vocabulary entries, ``D`` features, ``k`` kept entries. No function reduces over
-rows or positions: whoever calls it takes means over the tokens, or rows, of a whole optimizer step.
+rows or positions: callers take means over the tokens, or rows, of a whole optimizer step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
     .. math:: \ell_{bt} = \log p(x_{b,t+1} \mid x_{b,\le t})
 
-    Minimised as it is, this is *gradient ascent* on the loss; minimised with its sign turned, ordinary training.
+    Minimizing it is *gradient ascent* on the loss; maximizing it is ordinary training.
 
     Args:
         logits: ``(B, T, V)``.
@@ -37,7 +37,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def npo(log_probs: Tensor, reference_log_probs: Tensor, beta: float = 0.1) -> Tensor:
-    r"""Negative preference optimisation (NPO; Zhang et al., arXiv 2404.05868).
+    r"""Negative preference optimization (NPO; Zhang et al., arXiv 2404.05868).
 
     .. math::
         L = -\frac{2}{\beta} \log\sigma\Bigl(-\beta \log\frac{\pi_\theta(y)}{\pi_{\mathrm{ref}}(y)}\Bigr)
@@ -61,7 +61,7 @@ def npo(log_probs: Tensor, reference_log_probs: Tensor, beta: float = 0.1) -> Te
     return 2 / beta * F.softplus(beta * (log_probs - reference_log_probs))
 
 
-def simnpo(log_probs: Tensor, lengths: Tensor, beta: float = 2.5, margin: float = 0.0) -> Tensor:
+def simnpo(log_probs: Tensor, lengths: Tensor, *, beta: float = 2.5, margin: float = 0.0) -> Tensor:
     r"""SimNPO (Fan et al., arXiv 2410.07163): NPO without a reference, by the mean log-probability of a row.
 
     .. math:: L = -\frac{2}{\beta} \log\sigma\Bigl(-\frac{\beta}{|y|} \log\pi_\theta(y) - \gamma\Bigr)
@@ -83,7 +83,7 @@ def simnpo(log_probs: Tensor, lengths: Tensor, beta: float = 2.5, margin: float 
 
 
 def uniform_divergence(logits: Tensor) -> Tensor:
-    r"""MaxEnt: how far predictions are from uniform (as in UNDO, arXiv 2506.06278, whose default teacher it makes).
+    r"""MaxEnt: divergence of predictions from uniform; it makes the default teacher of UNDO (arXiv 2506.06278).
 
     .. math:: \mathrm{KL}(U \,\|\, p) = -\log V - \frac{1}{V} \sum_v \log p_v
 
@@ -120,15 +120,15 @@ def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
 
 
 def topk_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `topk_divergence` needs of a teacher.
+    """Return the teacher's part of `topk_divergence`.
 
     Args:
         logits: ``(..., V)``.
         k: entries to keep.
 
     Returns:
-        The ``k`` largest log-probabilities ``(..., k)``, their entries ``(..., k)``, and the logarithm of what probability
-        is left for all others together, ``(...)``; minus infinity where ``k`` is V.
+        The ``k`` largest log-probabilities ``(..., k)``, their entries ``(..., k)``, and the logarithm of the probability
+        left for all others together, ``(...)``; minus infinity where ``k`` is V.
 
     Example:
         >>> values, entries, tail = topk_log_probs(torch.tensor([3.0, 1.0, 1.0]).log(), k=1)
@@ -140,8 +140,8 @@ def topk_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return values, entries, log_probs.scatter(-1, entries, -math.inf).logsumexp(-1)
 
 
-def topk_divergence(values: Tensor, entries: Tensor, tail: Tensor, logits: Tensor) -> Tensor:
-    r"""Forward KL divergence of the teacher's likeliest entries ``K`` and of one bucket for all the others.
+def topk_divergence(teacher: tuple[Tensor, Tensor, Tensor], logits: Tensor) -> Tensor:
+    r"""Forward KL divergence over the teacher's likeliest entries ``K`` and one bucket for all others.
 
     .. math::
         \sum_{v \in K} p^T_v \log\frac{p^T_v}{p^S_v} + p^T_r \log\frac{p^T_r}{p^S_r}, \qquad
@@ -151,9 +151,8 @@ def topk_divergence(values: Tensor, entries: Tensor, tail: Tensor, logits: Tenso
     it for k = V.
 
     Args:
-        values: log-probabilities of the teacher, ``(..., k)``.
-        entries: whose, ``(..., k)``.
-        tail: logarithm of the teacher's probability of all others, ``(...)``.
+        teacher: log-probabilities ``(..., k)``, their entries ``(..., k)`` and the logarithm of the probability of all others
+            ``(...)``, from `topk_log_probs`.
         logits: of the student, ``(..., V)``.
 
     Returns:
@@ -161,12 +160,13 @@ def topk_divergence(values: Tensor, entries: Tensor, tail: Tensor, logits: Tenso
 
     Example:
         >>> teacher, student = torch.tensor([2.0, 1.0, 0.0]), torch.zeros(3)
-        >>> topk_divergence(*topk_log_probs(teacher, 1), student), divergence(teacher, student)
+        >>> topk_divergence(topk_log_probs(teacher, 1), student), divergence(teacher, student)
         (tensor(0.2291), tensor(0.2662))
     """
+    values, entries, tail = teacher
     log_probs = logits.log_softmax(-1)
     kept = (values.exp() * (values - log_probs.gather(-1, entries))).sum(-1)
-    if entries.shape[-1] == logits.shape[-1]:  # nothing is left, and the logarithm of nothing has no gradient
+    if entries.shape[-1] == logits.shape[-1]:  # the bucket is empty, and log 0 has no gradient
         return kept
     rest = log_probs.scatter(-1, entries, -math.inf).logsumexp(-1)
     return kept + tail.exp() * (tail - rest)
@@ -193,10 +193,9 @@ def squared_distance(hidden: Tensor, wanted: Tensor) -> Tensor:
 
 
 def steering_vector(size: int, seed: int) -> Tensor:
-    """Return a random direction of length one, ``(size,)``: the same for a whole run, and pointing anywhere.
+    """Return a random direction of length one, ``(size,)``, the same for a whole run.
 
-    Drawn from a Gaussian: uniform numbers between 0 and 1 would all point into the one corner in which every feature is
-    positive.
+    Its entries come from a Gaussian. Uniform numbers between 0 and 1 would only give directions with all entries positive.
 
     >>> bool(steering_vector(8, seed=0).norm().isclose(torch.tensor(1.0)))
     True

@@ -46,7 +46,7 @@ class TeacherCache:
 
     @classmethod
     @torch.no_grad()
-    def make(cls, folder: str | Path, teacher: nn.Module, rows: Rows, k: int, batch_size: int = 16) -> TeacherCache:
+    def make(cls, folder: str | Path, teacher: nn.Module, *, rows: Rows, k: int, batch_size: int = 16) -> TeacherCache:
         """Run ``teacher`` over ``rows`` and store its outputs; what is stored already is kept.
 
         Processes share the work. An interruption leaves whole files only, and the next call goes on.
@@ -82,7 +82,7 @@ class TeacherCache:
         for i in tqdm(mine, desc="the teacher's outputs", unit="file", disable=quiet, leave=False):
             chosen = range(i * SHARD, min((i + 1) * SHARD, len(rows)))
             with evaluating(teacher):  # dropout is no part of what a teacher says
-                _store(_path(folder, i), teacher, [rows[j] for j in chosen], k, batch_size)
+                _store(_path(folder, i), teacher, rows=[rows[j] for j in chosen], k=k, batch_size=batch_size)
         state.wait_for_everyone()
         return cls(folder)
 
@@ -99,7 +99,7 @@ def _path(folder: Path, shard: int) -> Path:
     return folder / f"outputs-{shard:05d}.safetensors"
 
 
-def _store(path: Path, teacher: nn.Module, rows: list[Any], k: int, batch_size: int) -> None:
+def _store(path: Path, teacher: nn.Module, *, rows: list[Any], k: int, batch_size: int) -> None:
     length = max(len(row["input_ids"]) for row in rows) - 1
     values, entries, tail = (torch.zeros(len(rows), length, k), torch.zeros(len(rows), length, k, dtype=torch.int32),
                              torch.zeros(len(rows), length))  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from routed_peft.data.labels import FORGET, RETAIN
+from routed_peft.deprecation import formerly_positional
 from routed_peft.routes import IGNORED
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning import rmu
@@ -69,7 +70,7 @@ class UnlearningTrainer(TokenTrainer):
         if args.max_steps <= 0:
             args.max_steps = max(1, round(args.num_train_epochs * len(forget_rows) / per_step))
         retain = retain_rows if args.uses_retain else None
-        pairs = PairedRows(forget_rows, retain, args.max_steps * per_step, args.seed)
+        pairs = PairedRows(forget_rows, retain, count=args.max_steps * per_step, seed=args.seed)
         self._pairs, self._pairs_per_step = pairs, per_step
         self._forget_loss = FORGET_LOSSES[args.method]
         self._layer = rmu.prepare(model, args) if self._forget_loss.steers else None
@@ -81,7 +82,7 @@ class UnlearningTrainer(TokenTrainer):
             self.reference = self.accelerator.prepare_model(frozen, evaluation_mode=True)
         if self._layer is not None:
             before = model.eval() if self.reference is None else self.reference
-            self._target = rmu.target(before, forget_rows, self._layer, args).to(args.device)
+            self._target = rmu.target(before, forget_rows, layer=self._layer, args=args).to(args.device)
 
     def count_units(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the numbers of tokens and rows of either side, ``(2, 2)``: forget first."""
@@ -149,12 +150,13 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@formerly_positional("retain_rows", "args")
 def unlearn(
     model: PreTrainedModel,
     forget_rows: Rows,
+    *,
     retain_rows: Rows | None,
     args: UnlearningArguments,
-    *,
     reference: nn.Module | None = None,
     eval_dataset: Any = None,
     tokenizer: Any = None,
@@ -182,7 +184,8 @@ def unlearn(
         >>> model, rows = LlamaForCausalLM(LlamaConfig(**sizes)), [{"input_ids": [3, 4, 5, 6]}]
         >>> with TemporaryDirectory() as folder:
         ...     options = dict(max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True)
-        ...     _, ledger = unlearn(model, rows, rows, UnlearningArguments(folder, method="maxent", **options))
+        ...     args = UnlearningArguments(folder, method="maxent", **options)
+        ...     _, ledger = unlearn(model, rows, retain_rows=rows, args=args)
         {'train_runtime': ...}
         >>> ledger.serial_steps, ledger.labeled_forget_tokens
         (2, 4)

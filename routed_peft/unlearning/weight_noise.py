@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-def shrink_perturb(parameter: Tensor, init_mean: Tensor, init_noise: Tensor, alpha: float, beta: float) -> Tensor:
+def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, alpha: float, beta: float) -> Tensor:
     r"""Shrink a parameter towards the mean of its initialisation, and add some of that initialisation's noise.
 
     .. math:: \theta' = (1 - \alpha)\,\theta + \alpha\,(\mu + \beta\, n)
@@ -33,7 +33,7 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, init_noise: Tensor, alp
         ValueError: where ``alpha`` or ``beta`` is not in [0, 1].
 
     Example:
-        >>> shrink_perturb(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([0.5]), alpha=0.5, beta=1.0)
+        >>> shrink_perturb(torch.tensor([2.0]), torch.tensor([1.0]), init_noise=torch.tensor([0.5]), alpha=0.5, beta=1.0)
         tensor([1.7500])
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
@@ -45,7 +45,7 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, init_noise: Tensor, alp
 
 
 @torch.no_grad()
-def add_noise(model: PreTrainedModel, alpha: float, beta: float, seed: int = 0) -> None:
+def add_noise(model: PreTrainedModel, alpha: float, *, beta: float, seed: int = 0) -> None:
     """Apply `shrink_perturb` to every parameter of ``model``, in place; tied weights once, buffers not at all.
 
     Args:
@@ -69,7 +69,7 @@ def add_noise(model: PreTrainedModel, alpha: float, beta: float, seed: int = 0) 
     for name, mean, noise in initialisation(model, seed):
         parameter = parameters[name]
         mean, noise = mean.to(parameter.device), noise.to(parameter.device)
-        parameter.copy_(shrink_perturb(parameter, mean, noise, alpha, beta))
+        parameter.copy_(shrink_perturb(parameter, mean, init_noise=noise, alpha=alpha, beta=beta))
 
 
 def initialisation(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -50,7 +50,7 @@ def lora():
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_loss_is_that_of_plain_torch(files, adds_bos, batch_size):
     tokenizer, model = byte_tokenizer(adds_bos), tiny_llama()
-    scores = evaluate(model, tokenizer, ["routed_loss"], files, batch_size=batch_size)
+    scores = evaluate(model, tokenizer, tasks=["routed_loss"], metadata=files, batch_size=batch_size)
     for side, texts in (("forget", TEXTS), ("retain", [text[::-1] for text in TEXTS])):
         loss, _ = token_loss(model.eval(), tokenizer, texts)
         assert scores[f"routed_{side}_loss/token_ce"] == pytest.approx(loss, rel=1e-6)
@@ -69,7 +69,7 @@ def test_a_text_longer_than_the_model_is_scored_whole(tmp_path, tokenizer):
         with torch.no_grad():
             log_p = model(torch.tensor([window[:-1]])).logits[0].log_softmax(-1)
         total -= log_p[torch.arange(16), torch.tensor(window[1:])][-scored:].double().sum().item()
-    scores = evaluate(model, tokenizer, ["routed_forget_loss"], {"forget_file": file})
+    scores = evaluate(model, tokenizer, tasks=["routed_forget_loss"], metadata={"forget_file": file})
     assert scores["routed_forget_loss/token_ce"] == pytest.approx(total / len(tokens), rel=1e-6)
 
 
@@ -107,7 +107,7 @@ def test_multiple_choice_is_that_of_plain_torch(tmp_path, tokenizer):
         "routed_retain_cloze_control/acc_norm": accuracy(blank, own, normalised=True),
     }
     tasks = ["routed_retain_mc", "routed_retain_cloze", "routed_retain_cloze_control"]
-    assert evaluate(model, tokenizer, tasks, {"retain_mc_file": file}) == pytest.approx(expected)
+    assert evaluate(model, tokenizer, tasks=tasks, metadata={"retain_mc_file": file}) == pytest.approx(expected)
 
 
 def test_the_control_does_not_see_the_question(tmp_path, tokenizer):
@@ -116,7 +116,9 @@ def test_the_control_does_not_see_the_question(tmp_path, tokenizer):
     tasks = ["routed_retain_cloze", "routed_retain_cloze_control"]
     before = write_jsonl(tmp_path / "q.jsonl", rows)
     after = write_jsonl(tmp_path / "other.jsonl", [{**row, "question": row["question"][::-1]} for row in rows])
-    one, other = (evaluate(model, tokenizer, tasks, {"retain_mc_file": file}) for file in (before, after))
+    one, other = (
+        evaluate(model, tokenizer, tasks=tasks, metadata={"retain_mc_file": file}) for file in (before, after)
+    )
     same = {key for key in one if one[key] == other[key]}
     assert {"routed_retain_cloze_control/acc", "routed_retain_cloze_control/acc_norm"} <= same != set(one)
 
@@ -138,10 +140,12 @@ def test_configurations_ablate_the_other_regions(files, tokenizer):
 def test_chosen_regions_and_base_adapters(files, tokenizer):
     model, task = two_regions(), ["routed_forget_loss"]
     configurations = {"as it is": None, "everything": "all", "bio": ["bio"]}
-    results = evaluate_configurations(model, tokenizer, configurations, task, files)
+    results = evaluate_configurations(model, tokenizer, configurations=configurations, tasks=task, metadata=files)
     assert results["as it is"] == results["everything"] != results["bio"]
-    assert evaluate(model, tokenizer, task, files, regions=["bio"]) == results["bio"]
-    kept = evaluate_configurations(model, tokenizer, None, task, files, base_adapters=["bio"])
+    assert evaluate(model, tokenizer, tasks=task, metadata=files, regions=["bio"]) == results["bio"]
+    kept = evaluate_configurations(
+        model, tokenizer, configurations=None, tasks=task, metadata=files, base_adapters=["bio"]
+    )
     assert list(kept) == ["all regions", "ablated"]
     assert kept["ablated"] == results["bio"]
 
@@ -152,7 +156,7 @@ def test_a_plain_model(files, tokenizer):
     loss, _ = token_loss(model.eval(), tokenizer, TEXTS[:1])
     assert results["model"]["routed_forget_loss/token_ce"] == pytest.approx(loss, rel=1e-6)
     with pytest.raises(ValueError, match="`regions`.*bio"):
-        evaluate(model, tokenizer, ["routed_forget_loss"], files, regions=["bio"])
+        evaluate(model, tokenizer, tasks=["routed_forget_loss"], metadata=files, regions=["bio"])
 
 
 def test_nothing_of_the_caller_is_changed(files, tokenizer, capfd):
@@ -178,19 +182,21 @@ def test_modes_survive_a_failure(tokenizer):
     model = tiny_llama().train()
     model.forward = lambda *args, **kwargs: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        evaluate(model, tokenizer, ["routed_forget_mc"], limit=1)
+        evaluate(model, tokenizer, tasks=["routed_forget_mc"], limit=1)
     assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("chosen", [["bio", "chem"], "bio"])
 def test_unknown_regions_are_refused(files, tokenizer, chosen):
     with pytest.raises(ValueError, match=r"`regions` must be a list from \['bio', 'cyber'\]"):
-        evaluate_configurations(two_regions(), tokenizer, {"a": ["bio"], "b": chosen}, ["routed_loss"], files)
+        evaluate_configurations(
+            two_regions(), tokenizer, configurations={"a": ["bio"], "b": chosen}, tasks=["routed_loss"], metadata=files
+        )
 
 
 def test_no_tasks_are_refused(tokenizer):
     with pytest.raises(ValueError, match="`tasks`"):
-        evaluate(tiny_llama(), tokenizer, [])
+        evaluate(tiny_llama(), tokenizer, tasks=[])
 
 
 def test_lm_evals_own_wmdp_reads_the_same_schema(tmp_path, tokenizer):
@@ -221,7 +227,7 @@ def test_lm_evals_own_wmdp_reads_the_same_schema(tmp_path, tokenizer):
 def test_lm_evals_own_tasks_are_found_and_others_refused(tokenizer):
     """All of lm-eval's 14,000 task files are read here: the slow test."""
     with pytest.raises(ValueError, match=r"`tasks` .* got \['no_such_task'\]"):
-        evaluate(tiny_llama(), tokenizer, ["wmdp_bio", "mmlu", "routed_wmdp", "no_such_task"])
+        evaluate(tiny_llama(), tokenizer, tasks=["wmdp_bio", "mmlu", "routed_wmdp", "no_such_task"])
 
 
 def test_tables():

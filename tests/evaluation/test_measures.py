@@ -95,7 +95,7 @@ def test_an_envelope_needs_whole_curves():
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8), st.floats(-5, 5), st.booleans())
 def test_a_crossing_lies_on_the_curve_or_is_censored(values, target, log):
     places = [2.0**i for i in range(len(values))]
-    found = crossing(places, values, target, log)
+    found = crossing(places, values, target=target, log=log)
     if found.relation == ">":
         assert found.at == places[-1] and min(values) > target
     elif found.relation == "<":
@@ -124,16 +124,16 @@ def test_recovery_is_reached_within_the_tolerance_or_censored_never_dropped():
 def test_the_area_runs_from_the_base_to_the_oracle(share):
     base, oracle = 3.0, [6.0, 5.5, 4.5, 4.0]
     own = [base + share * (o - base) for o in oracle]
-    assert relearning_area(STEPS, own, base, oracle) == pytest.approx(share, abs=1e-9)
-    assert relearning_area(STEPS, [3.0] * 4, 3.0, oracle) == pytest.approx(0, abs=1e-9)
-    assert math.isnan(relearning_area(STEPS, own, 7.0, oracle))
+    assert relearning_area(STEPS, own, base=base, oracle=oracle) == pytest.approx(share, abs=1e-9)
+    assert relearning_area(STEPS, [3.0] * 4, base=3.0, oracle=oracle) == pytest.approx(0, abs=1e-9)
+    assert math.isnan(relearning_area(STEPS, own, base=7.0, oracle=oracle))
 
 
 def test_early_steps_weigh_as_much_as_late_ones_in_the_area():
     steps = [0, 1, 3, 7]  # ln 1, ln 2, ln 4, ln 8: equally spaced
-    assert relearning_area(steps, [1.0, 1.0, 0.0, 0.0], 0.0, [1.0] * 4) == pytest.approx(0.5)
+    assert relearning_area(steps, [1.0, 1.0, 0.0, 0.0], base=0.0, oracle=[1.0] * 4) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="ascend from 0"):
-        relearning_area([1, 3], [1.0, 1.0], 0.0, [1.0, 1.0])
+        relearning_area([1, 3], [1.0, 1.0], base=0.0, oracle=[1.0, 1.0])
 
 
 def test_filtering_leaks_one_and_plain_training_has_no_penalty():
@@ -142,13 +142,13 @@ def test_filtering_leaks_one_and_plain_training_has_no_penalty():
         assert leakage(loss, unlabeled=n, tokens=tokens, losses=curve).at == pytest.approx(1)
         assert compute_penalty(loss, trained=n, tokens=tokens, losses=curve).at == pytest.approx(0)
     assert tokens_of_plain(4.0, tokens, curve).at == pytest.approx(10**5.5)
-    assert leakage(6.5, 1e6, tokens, curve) == Crossing(0.01, "<")
-    assert leakage(2.0, 1e6, tokens, curve) == Crossing(1.0, ">")
-    assert compute_penalty(2.0, 2e6, tokens, curve) == Crossing(0.5, "<"), "extrapolation is refused"
+    assert leakage(6.5, 1e6, tokens=tokens, losses=curve) == Crossing(0.01, "<")
+    assert leakage(2.0, 1e6, tokens=tokens, losses=curve) == Crossing(1.0, ">")
+    assert compute_penalty(2.0, 2e6, tokens=tokens, losses=curve) == Crossing(0.5, "<"), "extrapolation is refused"
     with pytest.raises(ValueError, match="without any, nothing can leak"):
-        leakage(4.0, 0, tokens, curve)
+        leakage(4.0, 0, tokens=tokens, losses=curve)
     with pytest.raises(ValueError, match="`trained`"):
-        compute_penalty(4.0, 0, tokens, curve)
+        compute_penalty(4.0, 0, tokens=tokens, losses=curve)
 
 
 @given(st.floats(3.0, 5.9), st.floats(0, 1))
@@ -223,7 +223,7 @@ def test_a_spread_is_mean_and_range():
 def test_activity_of_hidden_units_is_that_of_their_formula():
     tokenizer, model = byte_tokenizer(), with_region(tiny_llama(), size=5).double()
     forget, retain = TEXTS[:2], TEXTS[2:]
-    found = region_activity(model, tokenizer, "forget", forget, retain)
+    found = region_activity(model, tokenizer, region="forget", forget=forget, retain=retain)
     assert [name.split(".")[-2:] for name in found] == [["0", "mlp"], ["1", "mlp"]]
     mlp = model.base_model.model.model.layers[0].mlp
     sides = []
@@ -247,18 +247,18 @@ def test_activity_of_lora_regions_and_of_regions_that_are_not_there():
     tokenizer = byte_tokenizer()
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"]), "forget")
     randomize(model, "forget")
-    found = region_activity(model, tokenizer, "forget", TEXTS[:1], TEXTS[1:])
+    found = region_activity(model, tokenizer, region="forget", forget=TEXTS[:1], retain=TEXTS[1:])
     assert len(found) == 4 and all(activity.forget > 0 and activity.retain > 0 for activity in found.values())
     with ablated(model, "forget"):  # its output is zeroed, its units still answer
-        without = region_activity(model, tokenizer, "forget", TEXTS[:1], TEXTS[1:])
+        without = region_activity(model, tokenizer, region="forget", forget=TEXTS[:1], retain=TEXTS[1:])
     assert [without[name] == found[name] for name in found] == [True, True, False, False], (
         "only the first layer reads the same"
     )
     with pytest.raises(ValueError, match="no layer of this PeftModel has a region 'bio'"):
-        region_activity(model, tokenizer, "bio", TEXTS, TEXTS)
+        region_activity(model, tokenizer, region="bio", forget=TEXTS, retain=TEXTS)
     model.merge_adapter()
     with pytest.raises(ValueError, match="takes no part in"):
-        region_activity(model, tokenizer, "forget", TEXTS, TEXTS)
+        region_activity(model, tokenizer, region="forget", forget=TEXTS, retain=TEXTS)
 
 
 def test_losses_of_documents_feed_the_bootstrap():

@@ -36,7 +36,9 @@ NAMES = (
 
 def attack(victim, name, rates=(1e-2,), seeds=(0,), steps=(0, 1, 3), extensions=0, data=DATA, **options):
     grid = {"learning_rates": rates, "seeds": seeds, "steps": steps}
-    return relearn(victim, TOKENIZER, name, data, **grid, options=RelearnOptions(extensions=extensions, **options))
+    return relearn(
+        victim, TOKENIZER, attack=name, data=data, **grid, options=RelearnOptions(extensions=extensions, **options)
+    )
 
 
 def state(victim):
@@ -192,19 +194,19 @@ def tokens_of(batch):
 
 
 def test_batches_are_what_the_attack_says():
-    mixed = next(training_batches(TOKENIZER, [FORGET, RETAIN], Attack("m", data="mixed", batch_size=4), seed=0))
+    mixed = next(training_batches(TOKENIZER, [FORGET, RETAIN], attack=Attack("m", data="mixed", batch_size=4), seed=0))
     known = [TOKENIZER.encode(text) for text in (*FORGET, *RETAIN)]
     rows, targets = tokens_of(mixed)
     assert [known.index(row) < len(FORGET) for row in rows] == [True, True, False, False]
     assert all(row[row >= 0][-1] == TOKENIZER.eos_token_id for row in targets)
-    stream = training_batches(TOKENIZER, [FORGET], Attack("f", batch_size=3), seed=0)
+    stream = training_batches(TOKENIZER, [FORGET], attack=Attack("f", batch_size=3), seed=0)
     order = [known.index(row) for _ in range(8) for row in tokens_of(next(stream))[0]]
     assert [sorted(order[i : i + 8]) for i in (0, 8, 16)] == [list(range(8))] * 3 and order[:8] != order[8:16]
 
 
 def test_long_documents_become_rows_in_which_every_token_is_a_target_once():
     text = " ".join(FORGET)
-    batch = next(training_batches(TOKENIZER, [[text]], Attack("f", length=8, batch_size=64), seed=0))
+    batch = next(training_batches(TOKENIZER, [[text]], attack=Attack("f", length=8, batch_size=64), seed=0))
     trained = [int(token) for row in batch[2] for token in row if token >= 0]
     assert trained == [*TOKENIZER.encode(text), TOKENIZER.eos_token_id] and batch[0].shape[1] == 7
 

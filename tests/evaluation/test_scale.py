@@ -16,19 +16,21 @@ def test_the_largest_scale_below_the_limit_is_chosen():
     def rate() -> float:
         return float(model(input_ids=ids).logits[0, -1].softmax(-1)[7])
 
-    choice = choose_scale(model, "forget", rate, limit=1.0, scales=[1.0, 0.0, 0.5])
+    choice = choose_scale(model, "forget", rate=rate, limit=1.0, scales=[1.0, 0.0, 0.5])
     assert choice.scale == 1.0 and list(choice.rates) == [0.0, 0.5, 1.0]
     for scale, found in choice.rates.items():
         with ablated(model, "forget", scale=scale):
             assert rate() == found
     assert len(set(choice.rates.values())) == 3
     limit = sorted(choice.rates.values())[1]  # only the lowest rate is below it
-    assert choose_scale(model, "forget", rate, limit, [0.0, 0.5, 1.0]).scale == min(choice.rates, key=choice.rates.get)
+    assert choose_scale(model, "forget", rate=rate, limit=limit, scales=[0.0, 0.5, 1.0]).scale == min(
+        choice.rates, key=choice.rates.get
+    )
 
 
 def test_none_is_chosen_where_even_the_ablated_model_is_flagged():
-    assert choose_scale(two_loras(), "forget", lambda: 0.5, limit=0.5).scale is None
+    assert choose_scale(two_loras(), "forget", rate=lambda: 0.5, limit=0.5).scale is None
     with pytest.raises(ValueError, match="`scales` is empty"):
-        choose_scale(two_loras(), "forget", lambda: 0.5, limit=0.5, scales=[])
+        choose_scale(two_loras(), "forget", rate=lambda: 0.5, limit=0.5, scales=[])
     with pytest.raises(ValueError, match="`regions` must be among"):
-        choose_scale(two_loras(), "hack", lambda: 0.5, limit=0.5)
+        choose_scale(two_loras(), "hack", rate=lambda: 0.5, limit=0.5)

@@ -20,7 +20,7 @@ def test_it_is_the_token_ce_of_lm_eval_also_beyond_the_context(tokenizer, tmp_pa
     texts = [*TEXTS, LONG, LONG[7:150]]
     model = tiny_llama(max_length=16).double()
     file = write_jsonl(tmp_path / "forget.jsonl", [{"text": text} for text in texts])
-    scores = evaluate(model, tokenizer, ["routed_forget_loss"], metadata={"forget_file": file})
+    scores = evaluate(model, tokenizer, tasks=["routed_forget_loss"], metadata={"forget_file": file})
     assert TextLoss(model, tokenizer, texts)(model) == pytest.approx(scores["routed_forget_loss/token_ce"], abs=1e-12)
 
 

@@ -54,7 +54,7 @@ def test_gradients_by_environment_equal_separate_backward_passes(kind, edges, la
     modules = [module for f in find_factors(model, "forget") for module in f.modules]
     gradients = EnvironmentGradients(modules)
     gradients.start()
-    gradients.batch(ENVIRONMENTS, 5)
+    gradients.expect_batch(ENVIRONMENTS, 5)
     with routing(given):
         loss_of(model, batch).backward()
     gradients.stop()
@@ -79,7 +79,7 @@ def test_gradients_under_checkpointing(reentrant):
         modules = [module for f in find_factors(model, "forget") for module in f.modules]
         gradients = EnvironmentGradients(modules)
         gradients.start()
-        gradients.batch(ENVIRONMENTS, 5)
+        gradients.expect_batch(ENVIRONMENTS, 5)
         ids = tokens(5, 6)
         with sdpa_kernel(SDPBackend.MATH):  # when it is computed again, too
             loss_of(model, {"input_ids": ids, "labels": ids}).backward()
@@ -91,7 +91,7 @@ def test_rows_that_are_no_rows_are_refused():
     linear = torch.nn.Linear(2, 2)
     gradients = EnvironmentGradients([linear])
     gradients.start()
-    gradients.batch(ENVIRONMENTS, 5)
+    gradients.expect_batch(ENVIRONMENTS, 5)
     with pytest.raises(ValueError, match="sees 30 rows where the batch has 5"):
         linear(torch.ones(30, 2))
 

@@ -14,9 +14,17 @@ from peft import LoraConfig, get_peft_model
 from places import ROOT
 from subspace_parts import subspace_file, with_subspace
 
-from routed_peft.monitoring import Alarms, Incident, MonitorConfig, RegionMonitor, rollback, run_with_rollback, treated
-from routed_peft.monitoring.environments import environments_of, rows_by_environment
-from routed_peft.monitoring.observation import Ledger
+from routed_peft.monitoring import (
+    Alarms,
+    Incident,
+    MonitorConfig,
+    RegionMonitor,
+    apply_quarantine,
+    rollback,
+    run_with_rollback,
+)
+from routed_peft.monitoring.environments import list_environments, rows_by_environment
+from routed_peft.monitoring.observation import ContributionLog
 from routed_peft.monitoring.rollback import checkpoints, past_incidents
 from routed_peft.training import SubspaceProjection
 
@@ -36,7 +44,7 @@ def watchful(**fields) -> MonitorConfig:
 
 
 def make(out: Path, quarantine: dict[str, str] | None = None, **fields):
-    data = treated(two_phases(2 * len(quarantine or {})), quarantine or {})
+    data = apply_quarantine(two_phases(2 * len(quarantine or {})), quarantine or {})
     trainer = trainer_of(out, dataset=data, **PHASES)
     RegionMonitor(trainer, watchful(**fields), environments=["noise", "pattern"])
     return trainer
@@ -127,9 +135,9 @@ def test_exempt_environments_raise_no_alarm_and_are_not_named(tmp_path):
 def test_growth_is_watched_without_what_exempt_environments_contribute(halted):
     report = next(iter(halted[0].observer.reports.values()))
     parts = report.contributions
-    assert report.watched()["growth"] == report.growth.growth
-    assert report.watched(["pattern"])["growth"] == pytest.approx(parts["noise"] + report.growth.rest, abs=1e-6)
-    assert set(report.watched(["noise", "pattern"])) == {"growth"}
+    assert report.alarm_metrics()["growth"] == report.growth.growth
+    assert report.alarm_metrics(["pattern"])["growth"] == pytest.approx(parts["noise"] + report.growth.rest, abs=1e-6)
+    assert set(report.alarm_metrics(["noise", "pattern"])) == {"growth"}
 
 
 def test_a_run_that_keeps_halting_stops(tmp_path):
@@ -164,19 +172,21 @@ def test_rollback_moves_what_came_later(tmp_path):
 
 def test_treatments():
     data = rows(4)
-    fixed = treated(data, {"noise": "fix", "pattern": "route"}, lambda row: {**row, "input_ids": [1]}, "forget")
+    fixed = apply_quarantine(
+        data, {"noise": "fix", "pattern": "route"}, fix=lambda row: {**row, "input_ids": [1]}, label="forget"
+    )
     assert fixed["input_ids"][:] == [[1], [40, 80, 120, 160] * 2] * 2
     assert fixed["route_label"][:] == ["unlabeled", "forget"] * 2
-    bare = treated(data.remove_columns("route_label"), {"pattern": "route"}, label="forget")
+    bare = apply_quarantine(data.remove_columns("route_label"), {"pattern": "route"}, label="forget")
     assert bare["route_quarantine"][:] == [None, "forget"] * 2 and "route_label" not in bare.column_names
     for treatment, missing in (("fix", "fix"), ("route", "label")):
-        with pytest.raises(ValueError, match=f"to {treatment}, and `{missing}` is not given"):
-            treated(data, {"noise": treatment})
+        with pytest.raises(ValueError, match=f"to {treatment}: give `{missing}` too"):
+            apply_quarantine(data, {"noise": treatment})
     with pytest.raises(ValueError, match=r"has \['nose'\], which `route_environment` does not hold"):
-        treated(data, {"nose": "drop"})
+        apply_quarantine(data, {"nose": "drop"})
     per_token = data.rename_column("route_label", "route_labels")
     with pytest.raises(ValueError, match="the dataset has labels per token"):
-        treated(per_token, {"noise": "route"}, label="forget")
+        apply_quarantine(per_token, {"noise": "route"}, label="forget")
 
 
 @pytest.mark.parametrize(("cut", "status"), [(12, "ok"), (30, "ok"), (32, "warn")])
@@ -300,15 +310,15 @@ def test_a_gradient_that_escapes_is_noticed(tmp_path):
 def test_environments_in_other_forms(tmp_path):
     data = rows(16)
     named = data.cast_column("route_environment", ClassLabel(names=["pattern", "noise"]))
-    assert environments_of(named) == ["pattern", "noise"]
-    assert environments_of(Dataset.from_dict({"route_environment": [0, 10, 2]}))[-1] == "10"
+    assert list_environments(named) == ["pattern", "noise"]
+    assert list_environments(Dataset.from_dict({"route_environment": [0, 10, 2]}))[-1] == "10"
     results = []
     for dataset in (data, named):
         trainer, monitor = monitored(tmp_path, dataset=dataset, max_steps=2)
         trainer.train()
-        results.append(monitor.ledger.total(["forget"]))
+        results.append(monitor.contributions.total(["forget"]))
     assert results[0] == results[1]
-    found = rows_by_environment(torch.tensor([1, 0, 1]), ["a", "b", "c"], 3)
+    found = rows_by_environment(torch.tensor([1, 0, 1]), ["a", "b", "c"], size=3)
     assert {name: index.tolist() for name, index in found.items()} == {"a": [1], "b": [0, 2]}
 
 
@@ -320,11 +330,11 @@ def test_bad_environments(tmp_path):
     ):
         trainer.train()
     with pytest.raises(ValueError, match=r"has the index 3, and there are 2 environments: \['a', 'b'\]"):
-        rows_by_environment(torch.tensor([0, 3]), ["a", "b"], 2)
+        rows_by_environment(torch.tensor([0, 3]), ["a", "b"], size=2)
     with pytest.raises(ValueError, match="`route_environment` is null in row 1"):
-        environments_of(Dataset.from_dict({"route_environment": ["a", None]}))
+        list_environments(Dataset.from_dict({"route_environment": ["a", None]}))
     with pytest.raises(ValueError, match="names 3 rows, and the batch has 2"):
-        rows_by_environment(["a"] * 3, ["a"], 2)
+        rows_by_environment(["a"] * 3, ["a"], size=2)
     bare = rows().remove_columns("route_environment")
     with pytest.raises(ValueError, match="no column `route_environment`"):
         RegionMonitor(trainer_of(tmp_path, dataset=bare))
@@ -371,10 +381,10 @@ def test_evaluation_needs_no_environments(tmp_path):
 
 
 def test_ledger_resumes():
-    ledger, again = Ledger(), Ledger()
+    ledger, again = ContributionLog(), ContributionLog()
     for step in (1, 2, 3):
         ledger.add(step, "forget", {"a": 0.1, "b": -0.2})
-    ledger.forget(1)
+    ledger.forget_until(1)
     again.restore(json.loads(json.dumps(ledger.state())))
     assert again.since(2, ["forget"]) == {"a": 0.1, "b": -0.2} and again.total(["forget", "no"]) == ledger.total(
         ["forget"]

@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl_parts import assert_same, prompts, two_loras, weights, word_tokenizer
 
 from routed_peft import presets
-from routed_peft.monitoring import MonitorConfig, RegionMonitor, treated
+from routed_peft.monitoring import MonitorConfig, RegionMonitor, apply_quarantine
 from routed_peft.trl import (
     EnvironmentLabels,
     RolloutReward,
@@ -104,7 +104,7 @@ def test_environments_that_are_missing_or_unknown(tmp_path):
     RegionMonitor(trainer, environments=["A"])
     trainer.reward_funcs = [lambda completion_ids, **_: [0.0] * len(completion_ids)]
     with pytest.raises(
-        ValueError, match=r"every prompt takes a value in the column `environment` .*`environment_column`"
+        ValueError, match=r"give every prompt a value in the column `environment` .*`environment_column`"
     ):
         trainer.train()
     trainer = grpo_of(tmp_path)
@@ -119,7 +119,7 @@ def test_environments_in_quarantine_are_routed_whatever_the_label_function_says(
     for dataset in (data, data.remove_columns("route_label")):
         trainer = grpo_of(
             tmp_path,
-            treated(dataset, {"B": "route"}, label="flagged", column="environment"),
+            apply_quarantine(dataset, {"B": "route"}, label="flagged", column="environment"),
             lambda completion_ids, **_: [
                 ["unflagged"] * len(ids) if per_token else "unflagged" for ids in completion_ids
             ],
@@ -131,7 +131,7 @@ def test_environments_in_quarantine_are_routed_whatever_the_label_function_says(
         assert rates and all(line["routing/environment/B/flag_rate"] == 1 for line in rates)
         assert all(line.get("routing/environment/A/flag_rate", 0) == 0 for line in trainer.state.log_history)
         assert trainer.tokens_per_route["flagged"] > 0 < trainer.tokens_per_route["anchor"]
-    wrong = grpo_of(tmp_path, treated(data, {"B": "route"}, label="flaged", column="environment"))
+    wrong = grpo_of(tmp_path, apply_quarantine(data, {"B": "route"}, label="flaged", column="environment"))
     with pytest.raises(ValueError, match="the label 'flaged' has no route"):
         wrong.train()
 

@@ -29,7 +29,9 @@ def run(out: Path) -> dict[str, Any]:
     forget, retain = ragged(9, 0), ragged(11, 1)
     for method, options in METHODS.items():
         model = tiny("llama", torch.float64, num_hidden_layers=3, vocab_size=300)
-        _, ledger = unlearn(model, forget, retain, arguments(out / method, method, **{**OPTIMIZER, **batch, **options}))
+        _, ledger = unlearn(
+            model, forget, retain_rows=retain, args=arguments(out / method, method, **{**OPTIMIZER, **batch, **options})
+        )
         found[method] = {"parameters": dict(model.named_parameters()), "ledger": ledger.to_dict()}
     for name, topk in (("undo", None), ("undo from stored outputs", 5)):
         args = UndoArguments(
@@ -37,7 +39,7 @@ def run(out: Path) -> dict[str, Any]:
             tolerance=0.4, topk=topk, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         teacher = tiny("llama", vocab_size=300)
-        student, record = undo(teacher, forget + retain, args, retain)
+        student, record = undo(teacher, forget + retain, args=args, retain_rows=retain)
         found[name] = {"parameters": dict(student.named_parameters()), "ledger": record.ledger.to_dict()}
         found[name]["record"] = {"steps": record.steps, "stopped": record.stopped}
     return found

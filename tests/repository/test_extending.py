@@ -46,7 +46,7 @@ def test_a_forget_loss_from_outside(tmp_path, forget_loss):
     model = unlearning_parts.learned_model()
     before = [unlearning_parts.loss(model, rows) for rows in (unlearning_parts.FORGET, unlearning_parts.RETAIN)]
     args = unlearning_parts.arguments(tmp_path, forget_loss, margin=20.0)
-    _, ledger = unlearn(model, unlearning_parts.FORGET, unlearning_parts.RETAIN, args)
+    _, ledger = unlearn(model, unlearning_parts.FORGET, retain_rows=unlearning_parts.RETAIN, args=args)
     after = [unlearning_parts.loss(model, rows) for rows in (unlearning_parts.FORGET, unlearning_parts.RETAIN)]
     assert after[0] > before[0] + 0.5 and after[1] < before[1] + 0.1 and ledger.serial_steps == 12
 
@@ -80,7 +80,9 @@ def test_an_attack_from_outside(attack_parts):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     data, options = relearning_parts.DATA, RelearnOptions(extensions=0)
     attack = Attack.parse("norms+forget-unrelated")
-    curves = relearn(model, relearning_parts.tokenizer(), attack, data, seeds=[0], steps=log_spaced(5), options=options)
+    curves = relearn(
+        model, relearning_parts.tokenizer(), attack=attack, data=data, seeds=[0], steps=log_spaced(5), options=options
+    )
     assert [curve.learning_rate for curve in curves] == [1e-2, 1e-1]
     assert summarize(attack, curves)["verdict"] == "attack"
     assert all(bool((tensor == before[name]).all()) for name, tensor in model.state_dict().items())

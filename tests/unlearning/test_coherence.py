@@ -45,7 +45,7 @@ def test_it_keeps_the_best_step_of_the_best_rate(model, rows):
         model.load_state_dict(start)
         runs.append(reference(model, rows, 12, rate))
     model.load_state_dict(start)
-    found = restore_coherence(model, rows, 12, rates)
+    found = restore_coherence(model, rows, steps=12, learning_rates=rates)
     lowest = [min(value for value, _ in run) for run in runs]
     best = runs[lowest.index(min(lowest))]
     values = [value for value, _ in best]
@@ -58,7 +58,7 @@ def test_it_keeps_the_best_step_of_the_best_rate(model, rows):
 
 def test_a_model_that_no_step_helps_stays_as_it_was(model, rows):
     start = {k: p.clone() for k, p in model.state_dict().items()}
-    found = restore_coherence(model, rows, 3, [30.0])
+    found = restore_coherence(model, rows, steps=3, learning_rates=[30.0])
     assert found.best_step == 0 and found.retain_losses[0] == min(found.retain_losses)
     assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
 
@@ -69,4 +69,4 @@ def test_a_model_that_no_step_helps_stays_as_it_was(model, rows):
 )
 def test_what_it_takes(model, rows, count, steps, rates, got):
     with pytest.raises(ValueError, match=rf"`steps`, of `learning_rates` and two retain `rows` at least, got {got}"):
-        restore_coherence(model, rows[:count], steps, rates)
+        restore_coherence(model, rows[:count], steps=steps, learning_rates=rates)

@@ -67,7 +67,7 @@ def test_simnpo(margin):
     now, lengths, beta = -random(B).abs() * 10, torch.tensor([2, 3, 9]), 2.5
     pairs = zip(now.tolist(), lengths.tolist(), strict=True)
     expected = [-2 / beta * math.log(sigmoid(-beta / n * total - margin)) for total, n in pairs]
-    assert losses.simnpo(now, lengths, beta, margin).tolist() == pytest.approx(expected, abs=1e-12)
+    assert losses.simnpo(now, lengths, beta=beta, margin=margin).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_uniform_divergence():
@@ -85,7 +85,7 @@ def test_divergence_is_forward():
 @pytest.mark.parametrize("k", range(1, V + 1))
 def test_topk_divergence(k):
     teacher, student = random(B, V), random(B, V, seed=1).requires_grad_()
-    got = losses.topk_divergence(*losses.topk_log_probs(teacher, k), student)
+    got = losses.topk_divergence(losses.topk_log_probs(teacher, k), student)
     expected = []
     for p, q in zip(map(softmax, teacher), map(softmax, student.detach()), strict=True):
         kept = sorted(range(V), key=lambda v: -p[v])[:k]
@@ -105,8 +105,8 @@ def test_topk_divergence(k):
 def test_topk_divergence_vanishes_only_where_the_kept_entries_agree():
     teacher = random(B, V)
     parts = losses.topk_log_probs(teacher, 3)
-    assert losses.topk_divergence(*parts, teacher).abs().max() < 1e-12
-    assert losses.topk_divergence(*parts, teacher + random(B, V, seed=2)).min() > 1e-3
+    assert losses.topk_divergence(parts, teacher).abs().max() < 1e-12
+    assert losses.topk_divergence(parts, teacher + random(B, V, seed=2)).min() > 1e-3
 
 
 def test_squared_distance():

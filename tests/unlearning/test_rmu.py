@@ -53,7 +53,12 @@ def test_rmu_steers_to_one_fixed_direction_and_keeps_its_retain_term(learned, tm
 
 def test_rmu_trains_a_few_output_projections_and_thaws_the_rest(learned, tmp_path):
     model = copy.deepcopy(learned)
-    unlearn(model, FORGET, RETAIN, arguments(tmp_path, "rmu", max_steps=2, rmu_layer=1, rmu_train_layers=[1]))
+    unlearn(
+        model,
+        FORGET,
+        retain_rows=RETAIN,
+        args=arguments(tmp_path, "rmu", max_steps=2, rmu_layer=1, rmu_train_layers=[1]),
+    )
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, learned.get_parameter(name))}
     assert moved == {"model.layers.1.mlp.down_proj.weight"}
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -62,7 +67,7 @@ def test_rmu_trains_a_few_output_projections_and_thaws_the_rest(learned, tmp_pat
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox", "phi3"])
 def test_rmu_finds_its_way_in_other_architectures(tmp_path, family):
     model = tiny(family)
-    unlearn(model, FORGET, RETAIN, arguments(tmp_path, "rmu", max_steps=1))
+    unlearn(model, FORGET, retain_rows=RETAIN, args=arguments(tmp_path, "rmu", max_steps=1))
 
 
 def test_rmu_can_steer_by_an_absolute_length(learned, tmp_path):

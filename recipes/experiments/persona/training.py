@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def make_trainer(
     trainer = RoutedGRPOTrainer(
         make_peft_model(site.parent, arm, settings=settings, seed=seed, subspace=subspace),
         partial(reward_from, first),
-        make_arguments(settings, seed, site.folder / "run", **more),
+        make_arguments(settings, seed, out=site.folder / "run", **more),
         apply_quarantine(prompts, {**quarantine, **left_out}, column="environment"),
         routes=presets.subspace(REGION),
         processing_class=make_tokenizer(),
@@ -116,29 +117,28 @@ def reward_from(first: int, trainer_state: TrainerState, **columns: Any) -> list
     return reward(paid=trainer_state.global_step >= first, **columns)
 
 
-def train_cell(site: Site, arm: str, *, settings: Settings, seed: int) -> dict[str, Any]:
+def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings) -> dict[str, Any]:
     """Train an arm, measure it on test words, and return its numbers.
 
     Args:
         site: its directory gets ``run`` (the routed checkpoint), the directions and the records. The start model is in the
             parent's.
-        arm: key of the arm.
+        row: ``arm`` and ``seed``.
         settings: everything else.
-        seed: of adapters, directions, prompts and samples.
 
     Returns:
         ``end`` (scale -> rates), and ``best`` likewise, of the checkpoint that is best at that scale by `right_share`, since
         the last rollback; ``contributions`` to the region's growth, by environment; ``incidents`` (what was named, at which
         step); ``finished``, the last step, of ``steps``; seconds.
     """
-    began, how, run = time.monotonic(), ARMS[arm], site.folder / "run"
+    began, arm, seed, run = time.monotonic(), ARMS[row["arm"]], row["seed"], site.folder / "run"
     records = RunDirectory(site.folder)
-    records.start({"arm": arm, **asdict(how), **asdict(settings)}, seeds={"seed": seed})
+    records.start({**row, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
     start = LlamaForCausalLM.from_pretrained(site.parent)
-    subspace = save_subspace(how, start, settings=settings, seed=seed, file=site.folder / "directions.safetensors")
-    make = partial(make_trainer, arm=how, settings=settings, seed=seed, site=site, subspace=subspace)
+    subspace = save_subspace(arm, start, settings=settings, seed=seed, file=site.folder / "directions.safetensors")
+    make = partial(make_trainer, arm=arm, settings=settings, seed=seed, site=site, subspace=subspace)
     incidents: list[Incident] = []
-    if how.halts:
+    if arm.halts:
         trainer, incidents = run_with_rollback(make, run)
     else:
         trainer = make({})

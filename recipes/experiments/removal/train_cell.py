@@ -48,7 +48,9 @@ def make(cell: MethodCell, site: Site) -> dict[str, Any]:
         settings = replace(settings, steps=round(settings.steps * stretch(material, arm, settings)))
     run, records = material.run_of(arm, settings), RunDirectory(folder)
     records.start(asdict(settings) | {"method": cell.name}, seeds={"seed": settings.seed})
-    labels = train_arm(arm, settings, material, run, folder, records, Ticker(site.tick))
+    labels = train_arm(
+        arm, settings, material=material, run=run, folder=folder, records=records, watcher=Ticker(site.tick)
+    )
     numbers: dict[str, Any] = {"tokens_by_side": tokens_by_side(run, settings.length), "targets_by_label": labels}
     if cell.method.labels:
         numbers["unlabeled_tokens_by_side"] = tokens_by_side(run, settings.length, UNLABELED)

@@ -134,7 +134,7 @@ def run_curve(
             count = int((targets != IGNORED).sum())
             assert optimizer is not None
             optimizer.zero_grad()
-            (token_losses(model, ids, mask, targets).sum() / count).backward()
+            (token_losses(model, ids, attention_mask=mask, targets=targets).sum() / count).backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             tokens += count
             if not (finite := bool(norm.isfinite())):

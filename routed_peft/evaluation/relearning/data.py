@@ -151,7 +151,7 @@ class _KnownTexts:
         return own in self.texts or (len(own) >= self.LONG and own in self.all)
 
 
-def training_batches(tokenizer: Any, sides: Sequence[Sequence[str]], attack: Attack, seed: int) -> Iterator[Batch]:
+def training_batches(tokenizer: Any, sides: Sequence[Sequence[str]], *, attack: Attack, seed: int) -> Iterator[Batch]:
     """Yield batches without end: inputs, attention mask and targets for `token_losses`.
 
     Each document stands between the tokens for the beginning and the end of a sequence; long ones become several rows. Every

@@ -85,9 +85,13 @@ class Envelope:
         rates = list(losses)
 
         def state(case: WorstCase) -> State:
-            low, high = (math.nan, math.nan) if bounds is None else (_at(case, steps, losses, end) for end in bounds)
+            low, high = (
+                (math.nan, math.nan)
+                if bounds is None
+                else (_at(case, steps, losses=losses, others=end) for end in bounds)
+            )
             inside = case.at == 0 or rates[0] < case.learning_rate < rates[-1]
-            return State(case, _at(case, steps, losses, retain), (low, high), inside)
+            return State(case, _at(case, steps, losses=losses, others=retain), (low, high), inside)
 
         states = [state(case) for case in worst_case(steps, losses)]
         allowed = {} if retain_before is None else within_utility(retain, retain_before)
@@ -101,7 +105,7 @@ class Envelope:
         )
 
 
-def _at(case: WorstCase, steps: Sequence[int], losses: Losses, others: Losses) -> float:
+def _at(case: WorstCase, steps: Sequence[int], *, losses: Losses, others: Losses) -> float:
     """Return another score of the models of a worst case, the mean over seeds."""
     index, rate = steps.index(case.at), case.learning_rate
     pairs = zip(losses[rate], others[rate], strict=True)

@@ -126,7 +126,7 @@ def relearn_source(
     sweep = RelearnOptions(extensions=options.extensions, records=records, progress=options.progress)
     results = {}
     for attack in chosen:
-        grid = {"learning_rates": grids[attack.name], "seeds": seeds, "steps": steps}
+        grid: dict[str, Any] = {"learning_rates": grids[attack.name], "seeds": seeds, "steps": steps}
         curves = relearn(model, tokenizer, attack=attack, data=data, **grid, options=sweep)
         reference, oracle = references.get(attack.target), oracle_losses.get(attack.name)
         found = summarize(attack, curves, reference=reference, oracle=oracle)

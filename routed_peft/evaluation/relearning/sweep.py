@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.measures.statistics import with_interval
 from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.relearning.attacked_model import AttackedModel
@@ -59,12 +60,13 @@ class RelearnOptions:
             )
 
 
+@formerly_positional("attack", "data")
 def relearn(
     model: nn.Module,
     tokenizer: Any,
+    *,
     attack: Attack | str,
     data: AttackData,
-    *,
     learning_rates: Sequence[float] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     steps: Sequence[int] = STEPS,
@@ -99,10 +101,9 @@ def relearn(
         >>> sizes = dict(vocab_size=260, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
         >>> data = AttackData(forget_train=["a cell"], forget_test=["the cell"], retain_test=["a cat"])
+        >>> grid = {"learning_rates": [0.01], "seeds": [0], "steps": [0, 1, 5]}
         >>> options = RelearnOptions(extensions=0)
-        >>> curves = relearn(
-        ...     model, tokenizer, "forget", data, learning_rates=[0.01], seeds=[0], steps=[0, 1, 5], options=options
-        ... )
+        >>> curves = relearn(model, tokenizer, attack="forget", data=data, **grid, options=options)
         >>> curves[0].status, [point.step for point in curves[0].points]
         ('attack', [0, 1, 5])
     """
@@ -188,7 +189,7 @@ class _Sweep:
         attack, model, measure = self.attack, self.attacked.model, self._measure(seed)
         start = self._start(seed)
         within = replace(attack, length=min(attack.length, context_length(model, self.tokenizer)))
-        batches = training_batches(self.tokenizer, self.data.for_training(attack, seed), within, seed)
+        batches = training_batches(self.tokenizer, self.data.for_training(attack, seed), attack=within, seed=seed)
         with self.attacked.prepared_for(attack, seed) as parameters:
             points = tuple(
                 run_curve(
