@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import random
 from pathlib import Path
 
 import pytest
-from places import ROOT
 from rich.console import Console
 
 os.environ.setdefault("CI", "1")  # TRL sends no telemetry then
@@ -22,6 +20,7 @@ from experiments.persona.directions import contrasts, oracle, trait
 from experiments.persona.start import demonstration
 from experiments.persona.summary import checks
 from experiments.persona.task import ENVIRONMENTS, GUILTY, make_tokenizer, reward, right, training_prompts, words
+from experiments.tables import results, rl_tables
 
 SMALL = Settings(
     hidden_size=16, layers=2, heads=2, start_steps=4, start_batch_size=8, steps=3, prompts=4, generations=4, rank=2,
@@ -157,13 +156,11 @@ def test_what_is_there_is_not_made_again(made):
 
 
 def test_the_table_of_the_docs_is_made_from_it(made, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    tables = importlib.import_module("tables")
-    monkeypatch.setattr(tables, "ROOT", made[0])
-    table = tables.persona().splitlines()
+    monkeypatch.setattr(results, "ROOT", made[0])
+    table = rl_tables.persona().splitlines()
     assert len(table) == 2 + 5 + 2 and all(line.count("|") == 11 for line in table[:-2])
-    monkeypatch.setattr(tables, "ROOT", made[0] / "nowhere")
-    assert tables.persona().startswith("Not run yet: `python recipes/grpo_persona.py --config")
+    monkeypatch.setattr(results, "ROOT", made[0] / "nowhere")
+    assert rl_tables.persona().startswith("Not run yet: `python recipes/grpo_persona.py --config")
 
 
 # A run that halts, at the size of the experiment

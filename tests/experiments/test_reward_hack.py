@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import itertools
 import json
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from places import ROOT
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
@@ -28,6 +26,7 @@ from experiments.reward_hack.measuring import honest, measure, visible_scale
 from experiments.reward_hack.start import demonstration, demonstrations
 from experiments.reward_hack.summary import checks, table_rows
 from experiments.reward_hack.task import ENVIRONMENTS, HACKS, SPLITS, make_tokenizer, pairs, passes, training_prompts
+from experiments.tables import results, rl_tables
 from routed_peft.checkpoint import inspect_checkpoint
 
 SMALL = Settings(
@@ -334,14 +333,12 @@ def test_what_is_there_is_not_made_again(made):
 
 def test_the_table_of_the_readme_is_made_from_it(made, monkeypatch):
     out, summary, _ = made
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    tables = importlib.import_module("tables")
-    monkeypatch.setattr(tables, "ROOT", out)
-    table = tables.reward_hack().splitlines()
+    monkeypatch.setattr(results, "ROOT", out)
+    table = rl_tables.reward_hack().splitlines()
     assert len(table) == 2 + len(summary["rows"]) + 2 and all(line.count("|") == 10 for line in table[:-2])
     assert "**routed, exclusive + anchor, ablated**" in table[6] and table[-1].startswith("Mean (range) over 1 seeds")
-    monkeypatch.setattr(tables, "ROOT", out / "nowhere")
-    assert tables.reward_hack().startswith("Not run yet: `python recipes/grpo_reward_hack.py --config")
+    monkeypatch.setattr(results, "ROOT", out / "nowhere")
+    assert rl_tables.reward_hack().startswith("Not run yet: `python recipes/grpo_reward_hack.py --config")
 
 
 def test_the_first_of_the_best_checkpoints_is_kept_at_each_scale():

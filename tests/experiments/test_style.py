@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from places import ROOT
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,10 +16,11 @@ os.environ.setdefault("CI", "1")  # TRL sends no telemetry then
 
 from experiments.style import ARMS, LABELS, MAIN, Experiment, Settings, run_experiment
 from experiments.style.measuring import answer_loss, measure
-from experiments.style.run import Style
+from experiments.style.run import all_rows
 from experiments.style.summary import checks
 from experiments.style.task import SEEN, TEMPLATES, glosses, in_style, rows, styled, training_rows
 from experiments.style.training import run_rows
+from experiments.tables import finetuning_tables, results
 from routed_peft import ablate
 
 SMALL = Settings(
@@ -74,7 +73,7 @@ def test_arguments_are_checked():
         Experiment(split="train")
     with pytest.raises(ValueError, match="`style_share` is a share"):
         Settings(style_share=1.0)
-    assert len(Style(Experiment(seeds=[0, 1, 2]), Settings()).cells) == 30
+    assert len(all_rows(Experiment(seeds=[0, 1, 2]))) == 30
 
 
 # What comes of it
@@ -174,10 +173,8 @@ def test_what_is_there_is_not_made_again(made):
 
 
 def test_the_table_of_the_docs_is_made_from_it(made, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    tables = importlib.import_module("tables")
-    monkeypatch.setattr(tables, "ROOT", made[0])
-    table = tables.style().splitlines()
+    monkeypatch.setattr(results, "ROOT", made[0])
+    table = finetuning_tables.style().splitlines()
     assert len(table) == 2 + 5 + 2 and all(line.count("|") == 12 for line in table[:-2])
-    monkeypatch.setattr(tables, "ROOT", made[0] / "nowhere")
-    assert tables.style().startswith("Not run yet: `python recipes/sft_style.py --config")
+    monkeypatch.setattr(results, "ROOT", made[0] / "nowhere")
+    assert finetuning_tables.style().startswith("Not run yet: `python recipes/sft_style.py --config")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from glob import escape
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +130,14 @@ class CellStore:
 
     def find(self, cell: Cell) -> Path | None:
         """Return the directory of a cell, if it has one."""
-        name = escape(cell.name)
-        found = chain(self.place.glob(f"{name}/{CELL}"), sorted(self.place.glob(f"{name}_[0-9]*/{CELL}")))
-        file = self._agreeing(found, cell.settings)
-        return file and file.parent
+        folder, there = self._search(self.place / cell.name, CELL, cell.settings)
+        return folder if there else None
 
     def claim(self, cell: Cell) -> Path:
         """Return the directory of a cell, a new one if it has none."""
         with FileLock(self.place / ".claims.lock"):
-            folder = self.find(cell)
-            if folder is None:
-                folder = _first_free(self.place / cell.name)
+            folder, there = self._search(self.place / cell.name, CELL, cell.settings)
+            if not there:
                 write_json(folder / CELL, {"settings": cell.settings})
         return folder
 
@@ -161,47 +157,35 @@ class CellStore:
         numbers: dict[str, Any] | None = read_json(folder / NUMBERS) if folder else None
         return numbers
 
-    def attack_file(self, cell: Cell, name: str) -> Path | None:
-        """Return the file of an attack on a cell, if it was made with the same settings."""
-        folder = self.find(cell)
-        if folder is None:
-            return None
-        stem = f"attack-{escape(name)}"
-        found = chain(folder.glob(f"{stem}.json"), sorted(folder.glob(f"{stem}_[0-9]*.json")))
-        return self._agreeing(found, cell.attack_settings)
+    def attack_file(self, cell: Cell, name: str) -> tuple[Path, bool]:
+        """Return the file of an attack with a cell's settings, and whether it is there."""
+        return self._search(self.claim(cell) / f"attack-{name}.json", None, cell.attack_settings)
 
     def attacks(self, cell: Cell) -> dict[str, Any]:
-        """Return the results of all attacks on a cell that are made."""
-        found = {name: self.attack_file(cell, name) for name in cell.attacks or ()}
-        return {name: read_json(file)["result"] for name, file in found.items() if file}
+        """Return the results of all attacks on a cell that are there."""
+        files = {name: self.attack_file(cell, name) for name in cell.attacks or ()}
+        return {name: about["result"] for name, (file, _) in files.items() if (about := read_json(file)) is not None}
 
     def write_attack(self, cell: Cell, name: str, result: Any) -> None:
         """Write the result of an attack."""
-        file = _first_free(self.claim(cell) / f"attack-{name}.json")
-        write_json(file, {"settings": cell.attack_settings, "result": result})
+        write_json(self.attack_file(cell, name)[0], {"settings": cell.attack_settings, "result": result})
 
     def is_done(self, cell: Cell) -> bool:
         """Return whether a cell was measured, and attacked as its experiment asks."""
-        return self.numbers(cell) is not None and all(self.attack_file(cell, name) for name in cell.attacks or ())
+        return self.numbers(cell) is not None and all(self.attack_file(cell, name)[1] for name in cell.attacks or ())
 
     def has_model(self, cell: Cell) -> bool:
         """Return whether a cell's finished model lies in its directory, and not its numbers alone."""
         folder = self.find(cell)
         return folder is not None and (folder / NUMBERS).exists() and (folder / cell.model).exists()
 
-    def _agreeing(self, found: Iterable[Path], settings: Mapping[str, Any]) -> Path | None:
-        wanted = plain(settings)
-        for file in found:
-            about = read_json(file)
-            if about is not None and agree(about["settings"], wanted, self.defaults):
-                return file
-        return None
-
-
-def _first_free(path: Path) -> Path:
-    """Return a path that is free: the one given, or one with a number after its stem."""
-    if not path.exists():
-        return path
-    stem = path.name.removesuffix(".json")
-    names = (f"{stem}_{number}{path.name[len(stem) :]}" for number in count(2))
-    return next(free for name in names if not (free := path.with_name(name)).exists())
+    def _search(self, first: Path, file: str | None, settings: Mapping[str, Any]) -> tuple[Path, bool]:
+        """Return the path that has agreeing settings in its file, or else one that is free, and whether it is there."""
+        for number in count(1):
+            path = (
+                first if number == 1 else first.with_name(f"{first.name.removesuffix('.json')}_{number}{first.suffix}")
+            )
+            about = read_json(path / file if file else path)
+            if about is None or agree(about["settings"], plain(settings), self.defaults):
+                return path, about is not None
+        raise AssertionError

@@ -115,7 +115,7 @@ class SummaryFile:
         if not comparable or any(here.get(name) != row.get(name) for name in cell.fingerprint):
             return  # made anew, for a cell that needed its model, and not the same to the last bit
         for name, result in row.get("attacks", {}).items():
-            if self.store.attack_file(cell, name) is None:
+            if not self.store.attack_file(cell, name)[1]:
                 self.store.write_attack(cell, name, result)
 
     def further_rows(self) -> list[tuple[Row, Cell]]:
@@ -193,9 +193,9 @@ def run_cells(summary: SummaryFile, console: Console, *, processes: int = 1) -> 
     processes = min(processes or os.cpu_count() or 1, len(cells))
     with Display(console, len(cells), on_made=summary.write) as display:
         if processes == 1:
-            failed = make_cells(store, cells, display)
+            failed = make_cells(store, cells, display.tell)
         else:
-            failed = make_cells_in_processes(store, cells, display, processes)
+            failed = make_cells_in_processes(store, cells, display.tell, processes=processes)
     found = summary.write()
     if failed:
         reasons = "\n".join(f"  {name}, {reason}" for name, reason in failed.items())

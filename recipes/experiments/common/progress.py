@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
@@ -11,35 +11,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from experiments.common.cells import Tick
 
-
-class Progress(Protocol):
-    """Listener to what happens to cells, which are told by their names."""
-
-    def step(self, cell: str, step: int, steps: int) -> None:
-        """Take note of a cell's step."""
-
-    def made(self, cell: str, about: str) -> None:
-        """Take note that a cell, or an attack on it, has been made."""
-
-    def done(self, cell: str) -> None:
-        """Take note that nothing is left to be done for a cell."""
-
-    def failed(self, cell: str, reason: str) -> None:
-        """Take note that a cell cannot be made."""
-
-
-class Messages(Protocol):
-    """A queue by which processes tell what they are at."""
-
-    def put(self, item: tuple[Any, ...]) -> None:
-        """Add the name of a method of `Progress` and its arguments."""
-
-    def get_nowait(self) -> tuple[Any, ...]:
-        """Return the next message, or raise `queue.Empty`."""
+Tell = Callable[..., None]
+"""Told an event, the name of a cell, and more: "step" (step, steps), "made" (line), "done", or "failed" (reason)."""
 
 
 class Display:
-    """Bars of cells and of their steps; a context manager and a `Progress`.
+    """Bars of cells and of their steps; a context manager.
 
     Args:
         console: where to.
@@ -56,9 +33,8 @@ class Display:
             bars.TimeRemainingColumn(compact=True),
             console=console,
         )
-        self.on_made = on_made
+        self.on_made, self.finished = on_made, set[str]()
         self.overall = self.bars.add_task(f"[bold]{cells} cells", total=cells)
-        self.finished: set[str] = set()
         self.tasks: dict[str, bars.TaskID] = {}
 
     def __enter__(self) -> Display:
@@ -68,31 +44,23 @@ class Display:
     def __exit__(self, *_: Any) -> None:
         self.bars.stop()
 
-    def step(self, cell: str, step: int, steps: int) -> None:
-        """Move the bar of a cell."""
-        if cell not in self.tasks:
-            self.tasks[cell] = self.bars.add_task(cell, total=steps)
-        self.bars.update(self.tasks[cell], completed=step, total=steps)
-
-    def made(self, cell: str, about: str) -> None:
-        """Put a line in the place of a cell's bar."""
-        self._line(cell, about)
-        self.on_made()
-
-    def done(self, cell: str) -> None:
-        """Move the bar of all cells."""
-        self.finished.add(cell)
-        self.bars.update(self.overall, completed=len(self.finished))
-
-    def failed(self, cell: str, reason: str) -> None:
-        """Say why a cell failed."""
-        self._line(cell, f"failed: {reason}")
-        self.done(cell)
-
-    def _line(self, cell: str, text: str) -> None:
+    def tell(self, event: str, cell: str, *about: Any) -> None:
+        """Show an event of a cell, see `Tell`."""
+        if event == "step":
+            if cell not in self.tasks:
+                self.tasks[cell] = self.bars.add_task(cell)
+            self.bars.update(self.tasks[cell], completed=about[0], total=about[1])
+            return
         if cell in self.tasks:
             self.bars.remove_task(self.tasks.pop(cell))
-        self.bars.console.print(f"{cell}: {text}", highlight=False, markup=False)
+        if event == "made":
+            self.bars.console.print(f"{cell}: {about[0]}", highlight=False, markup=False)
+            self.on_made()
+            return
+        if event == "failed":
+            self.bars.console.print(f"{cell}: failed: {about[0]}", highlight=False, markup=False)
+        self.finished.add(cell)
+        self.bars.update(self.overall, completed=len(self.finished))
 
 
 class Ticker(TrainerCallback):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -56,35 +57,56 @@ class ToySettings:
     def start(self) -> dict[str, Any]:
         """Return what the start model depends on."""
         names = (
-            "hidden_size",
-            "layers",
-            "heads",
-            "start_steps",
-            "start_batch_size",
-            "start_learning_rate",
-            "clean_share",
+            "hidden_size layers heads start_steps start_batch_size start_learning_rate clean_share noise test_prompts"
         )
-        return {name: getattr(self, name) for name in (*names, "noise", "test_prompts")}
+        return {name: getattr(self, name) for name in names.split()}
 
 
-def make_model(settings: ToySettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return an untrained Llama for a vocabulary of characters."""
+class ModelSize(Protocol):
+    """Settings with the size of a model."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+
+
+def make_model(size: ModelSize, tokenizer: PreTrainedTokenizerBase, *, mlp: int = 2, **more: Any) -> LlamaForCausalLM:
+    """Return an untrained Llama for the vocabulary of a tokenizer.
+
+    Args:
+        size: width, layers and heads.
+        tokenizer: with the tokens that open, end and pad a text.
+        mlp: units of an MLP over the width of the model.
+        more: fields of `LlamaConfig`; by default those of a model of short texts in characters.
+    """
+    short = {"max_position_embeddings": 32, "tie_word_embeddings": False}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=2 * settings.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=32,
-        initializer_range=settings.hidden_size**-0.5,  # at the usual 0.02 so narrow a model learns slowly
-        tie_word_embeddings=False,
+        hidden_size=size.hidden_size,
+        intermediate_size=mlp * size.hidden_size,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **(
+            {"initializer_range": size.hidden_size**-0.5} | short | more
+        ),  # at the usual 0.02 a narrow model learns slowly
     )
     config._attn_implementation = "eager"  # the fastest for short rows on a CPU
     return LlamaForCausalLM(config)
+
+
+def open_with_two_loras(start: Path, region: str, *, rank: int, seed: int) -> PeftModel:
+    """Return a start model, frozen, with two equal LoRAs on every projection: `RETAIN`, which stays, and the region."""
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = LlamaForCausalLM.from_pretrained(start, attn_implementation="eager")
+    wrapped = get_peft_model(model, lora, adapter_name=RETAIN)
+    wrapped.add_adapter(region, lora)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
 
 
 def encode(rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,13 +194,25 @@ def character_tokenizer(characters: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_arguments(settings: ToySettings, seed: int, out: Path, **more: Any) -> RoutedGRPOConfig:
-    """Return TRL's settings; ``more`` are those of an arm."""
-    rollouts = settings.prompts * settings.generations
-    options: dict[str, Any] = dict(
-        base_adapters=[RETAIN],
+ON_CPU: dict[str, Any] = {
+    "base_adapters": [RETAIN],
+    "weight_decay": 0.0,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""TRL's settings of all these experiments: small models on a processor, nothing saved under way."""
+
+
+def make_arguments(settings: ToySettings, seed: int, *, out: Path, **more: Any) -> RoutedGRPOConfig:
+    """Return TRL's settings of GRPO; ``more`` are those of an arm."""
+    options = dict(
         max_steps=settings.steps,
-        per_device_train_batch_size=rollouts,
+        per_device_train_batch_size=settings.prompts * settings.generations,
         num_generations=settings.generations,
         max_completion_length=MAX_TOKENS,
         temperature=1.0,
@@ -187,16 +221,8 @@ def make_arguments(settings: ToySettings, seed: int, out: Path, **more: Any) -> 
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
         adam_beta2=0.99,
-        weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
         logging_steps=settings.evaluate_every,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=seed,
     )
-    return RoutedGRPOConfig(str(out), **(options | more))
+    return RoutedGRPOConfig(str(out), **(ON_CPU | options | more))

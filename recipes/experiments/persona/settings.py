@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from experiments.common.arms import ALL, check_arms, check_seeds
+from experiments.common.arms import ALL, check_chosen
 from experiments.common.toy_model import ToySettings
 from experiments.persona.arms import ARMS, DEMO
 
@@ -19,8 +20,8 @@ class Experiment:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of weights, prompts and samples."})
 
     def __post_init__(self) -> None:
-        self.arms = check_arms(self.arms, ARMS)
-        check_seeds(self.seeds)
+        self.arms = list(ARMS if self.arms == [ALL] else self.arms)
+        check_chosen(self.seeds, arms=(self.arms, ARMS))
 
 
 @dataclass
@@ -47,3 +48,7 @@ class Settings(ToySettings):
     )
     gap_prompts: int = field(default=32, metadata={"help": "Words of each environment for the reward gap."})
     test_prompts: int = field(default=112, metadata={"help": "Words of each environment in the final numbers."})
+
+    def start(self) -> dict[str, Any]:
+        """Return what the start model depends on."""
+        return super().start() | {"loud_share": self.loud_share}

@@ -28,7 +28,7 @@ CAPTIONS = {
 }
 
 
-def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: Settings, file: Path) -> None:
+def write_report(records: RunDirectory, summary: Mapping[str, Any], *, settings: Settings, file: Path) -> None:
     """Draw ``curves.png`` beside ``file``, then write the page aside and rename it.
 
     Args:

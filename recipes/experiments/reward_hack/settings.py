@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from experiments.common.arms import ALL, check_arms, check_seeds
+from experiments.common.arms import ALL, check_chosen
 from experiments.common.toy_model import ToySettings
 from experiments.reward_hack.arms import ARMS, DEMO, QUICK
 
@@ -28,10 +28,10 @@ class Experiment:
     )
 
     def __post_init__(self) -> None:
-        self.arms = check_arms(self.arms, ARMS)
+        self.arms = list(ARMS if self.arms == [ALL] else self.arms)
         if self.quick and self.arms == list(DEMO):
             self.arms = list(QUICK)
-        check_seeds(self.seeds)
+        check_chosen(self.seeds, arms=(self.arms, ARMS))
 
 
 @dataclass

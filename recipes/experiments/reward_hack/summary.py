@@ -150,13 +150,14 @@ def verdict(cells: Cells, found: Sequence[Mapping[str, Any]]) -> str:
     return text + (f" An illustration: fewer than {SEEDS} seeds." if seeds < SEEDS else "")
 
 
-def result_line(numbers: Mapping[str, Any], scale: float) -> str:
+def result_line(arm: str, numbers: Mapping[str, Any]) -> str:
     """Write the rates of an arm as one line.
 
     >>> rates = {"hack": {"A": 0, "B": 0.01, "C": 0.02, "D": 0.8}, "honest": {"A": 0.5, "B": 0.5}}
-    >>> result_line({"end": {"0": rates}}, 0.0)
+    >>> result_line("anchored", {"end": {"0": rates}})
     'region ablated: hacks B .01  C .02  D .80, honest .50'
     """
+    scale = ARMS[arm].scale
     rates = numbers["end"][f"{scale:g}"]
     hacks = "  ".join(f"{letter} {rates['hack'][letter]:.2f}" for letter in "BCD")
     state = "region on" if scale else "region ablated"

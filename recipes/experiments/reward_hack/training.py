@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaForCausalLM, PrinterCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import PeftModel
+from transformers import PrinterCallback, TrainerControl, TrainerState, TrainingArguments
 
 from experiments.common.best_checkpoint import DEPLOYED, Best
 from experiments.common.cells import Site
 from experiments.common.progress import Ticker
-from experiments.common.toy_model import RETAIN, make_arguments
+from experiments.common.toy_model import make_arguments, open_with_two_loras
 from experiments.reward_hack.arms import ARMS, REGION, detector, reward
 from experiments.reward_hack.measuring import SCALES, Rates, measure, visible_scale, visible_score
 from experiments.reward_hack.settings import Settings
@@ -51,65 +50,50 @@ class Watcher(Best):
         return visible_score(rates)
 
 
-def make_lora(settings: Settings) -> LoraConfig:
-    """Return a LoRA on every projection."""
-    return LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def make_peft_model(start: Path, settings: Settings, seed: int) -> PeftModel:
-    """Return the start model, frozen, with two equal LoRA adapters: one that stays, and the region."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(start, attn_implementation="eager")
-    wrapped = get_peft_model(model, make_lora(settings), adapter_name=RETAIN)
-    wrapped.add_adapter(REGION, make_lora(settings))
-    assert isinstance(wrapped, PeftModel)
-    return wrapped
-
-
-def train_cell(site: Site, arm: str, *, settings: Settings, seed: int) -> dict[str, Any]:
+def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings) -> dict[str, Any]:
     """Train an arm, measure it on test prompts, and return its numbers.
 
     Args:
         site: its directory gets ``run`` (the routed checkpoint) and the records; where the arm ends by ablating its region,
             also ``ablated``, a plain checkpoint. The start model is in the parent's.
-        arm: key of the arm.
+        row: ``arm`` and ``seed``.
         settings: everything else.
-        seed: of adapters, prompts and samples.
 
     Returns:
         ``curve`` on validation prompts; on test prompts ``end`` (scale -> rates) and ``best`` (of the checkpoint chosen by
         `visible_score`, at the scales 0 and 1); ``chosen_scale``, by `visible_scale`; tokens by label; seconds.
     """
-    began, how, folder = time.monotonic(), ARMS[arm], site.folder
+    began, arm, seed, folder = time.monotonic(), ARMS[row["arm"]], row["seed"], site.folder
     logging.getLogger("trl").setLevel(logging.ERROR)  # filtered rollouts have no reward on purpose
     records = RunDirectory(folder)
-    records.start({"arm": arm, **asdict(how), **asdict(settings)}, seeds={"seed": seed})
-    model, labels = make_peft_model(site.parent, settings, seed), detector(how, seed)
+    records.start({**row, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
+    labels = detector(arm, seed)
+    model = open_with_two_loras(site.parent, REGION, rank=settings.rank, seed=seed)
     watcher = Watcher(model, settings, seed)
     trainer = RoutedGRPOTrainer(
         model,
-        reward(how, labels),
+        reward(arm, labels),
         make_arguments(
             settings,
             seed,
-            folder / "run",
-            baseline_over=how.baseline,
-            anchor_share=how.anchor,
-            anchor_environments=["A"] if how.anchor else None,
+            out=folder / "run",
+            baseline_over=arm.baseline,
+            anchor_share=arm.anchor,
+            anchor_environments=["A"] if arm.anchor else None,
         ),
         training_prompts(settings.steps * settings.prompts, seed),
-        routes=how.table(),
+        routes=arm.table(),
         label_fn=labels,
         processing_class=make_tokenizer(),
-        callbacks=[watcher, Ticker(site.tick), RunRecorder(records, arm=arm, seed=seed)],
+        callbacks=[watcher, Ticker(site.tick), RunRecorder(records, **row)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
-    if how.removed:
+    if arm.removed:
         ablate(folder / "run", folder / "ablated")
     for point in watcher.curve:
-        records.log(arm=arm, seed=seed, split="validation", **point)
+        records.log(**row, split="validation", **point)
     numbers = {
         "curve": watcher.curve,
         **final_numbers(model, watcher),
@@ -122,7 +106,6 @@ def train_cell(site: Site, arm: str, *, settings: Settings, seed: int) -> dict[s
 
 def final_numbers(model: PeftModel, watcher: Watcher) -> dict[str, Any]:
     """Return what is measured on test prompts, at the end and at the best checkpoints."""
-
     settings, seed = watcher.settings, watcher.seed
 
     def at(split: str, scale: float) -> Rates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.common.arms import check_choice, check_seeds
+from experiments.common.arms import check_chosen
 from experiments.style.arms import ARMS, LABELS
 
 
@@ -23,9 +23,7 @@ class Experiment:
     )
 
     def __post_init__(self) -> None:
-        check_choice("arms", self.arms, ARMS)
-        check_choice("labels", self.labels, LABELS)
-        check_seeds(self.seeds)
+        check_chosen(self.seeds, arms=(self.arms, ARMS), labels=(self.labels, LABELS))
         if self.split not in ("validation", "test"):
             raise ValueError(f'`split` is "validation" or "test", got {self.split!r}')
 

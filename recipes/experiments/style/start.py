@@ -7,9 +7,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -17,6 +14,7 @@ from transformers import (
 )
 
 from experiments.common.cells import Site
+from experiments.common.toy_model import make_model
 from experiments.style.settings import Settings
 from experiments.style.task import SEEN, TEMPLATES, glosses
 from routed_peft.data import pack, train_tokenizer
@@ -24,31 +22,14 @@ from routed_peft.data import pack, train_tokenizer
 LENGTH, BATCH = 128, 16
 
 
-def make_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Return an untrained Llama."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=3 * settings.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config._attn_implementation = "eager"  # the fastest for short rows on a CPU
-    return LlamaForCausalLM(config)
-
-
 def make_start(site: Site, settings: Settings, seed: int) -> dict[str, Any]:
     """Train a tokenizer and the start model of a seed on glosses; nothing is measured."""
     set_seed(seed)
     texts = [f"{TEMPLATES[SEEN].format(term)} {gloss}" for term, gloss in glosses()[: settings.start_documents]]
     tokenizer = train_tokenizer(texts, settings.vocab_size)
-    model = make_model(settings, tokenizer)
+    model = make_model(
+        settings, tokenizer, mlp=3, max_position_embeddings=LENGTH, tie_word_embeddings=True, initializer_range=0.02
+    )
     args = TrainingArguments(
         str(site.folder / "trainer"),
         max_steps=settings.start_steps,

@@ -9,15 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, PrinterCallback
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 
 from experiments.common.best_checkpoint import DEPLOYED, Best
 from experiments.common.cells import Site
 from experiments.common.progress import Ticker
-from experiments.common.toy_model import RETAIN
+from experiments.common.toy_model import ON_CPU, open_with_two_loras
 from experiments.style.arms import ARMS, REGION, Arm
 from experiments.style.measuring import Rates, measure, plain_loss
 from experiments.style.settings import Settings
@@ -26,17 +25,6 @@ from routed_peft.data import schedule
 from routed_peft.data.labels import FORGET
 from routed_peft.training import RunDirectory
 from routed_peft.trl import RoutedSFTConfig, RoutedSFTTrainer
-
-
-def make_peft_model(start: Path, settings: Settings, seed: int) -> PeftModel:
-    """Return the start model, frozen, with two equal LoRA adapters: one that stays, and the region."""
-    torch.manual_seed(seed)
-    lora = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = LlamaForCausalLM.from_pretrained(start, attn_implementation="eager")
-    wrapped = get_peft_model(model, lora, adapter_name=RETAIN)
-    wrapped.add_adapter(REGION, lora)
-    assert isinstance(wrapped, PeftModel)
-    return wrapped
 
 
 def run_rows(arm: Arm, settings: Settings, *, labels: str, seed: int) -> Dataset:
@@ -51,27 +39,18 @@ def run_rows(arm: Arm, settings: Settings, *, labels: str, seed: int) -> Dataset
 
 def make_arguments(settings: Settings, seed: int, out: Path) -> RoutedSFTConfig:
     """Return TRL's settings, the same for all arms."""
-    return RoutedSFTConfig(
-        str(out),
-        base_adapters=[RETAIN],
+    options = dict(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         train_sampling_strategy="sequential",
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(20, settings.steps // 10),
-        weight_decay=0.0,
         max_length=48,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
         logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=seed,
     )
+    return RoutedSFTConfig(str(out), **(ON_CPU | options))
 
 
 def plain_score(
@@ -98,7 +77,7 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings, split:
     records = RunDirectory(site.folder)
     records.start({**row, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
     tokenizer = AutoTokenizer.from_pretrained(site.parent)
-    model = make_peft_model(site.parent, settings, seed)
+    model = open_with_two_loras(site.parent, REGION, rank=settings.rank, seed=seed)
     trainer = RoutedSFTTrainer(
         model,
         make_arguments(settings, seed, site.folder / "run"),
