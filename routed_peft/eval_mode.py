@@ -1,4 +1,4 @@
-"""Evaluation mode for the length of a block, whatever mode each module was in."""
+"""Evaluation mode within a block, with every module's own mode restored at its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and give every module its own mode back at the end of the block.
+    """Put a model into evaluation mode, and restore the mode of every module at the end of the block.
 
     >>> layer = nn.Dropout()
     >>> with evaluating(layer):

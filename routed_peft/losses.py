@@ -1,4 +1,4 @@
-"""Losses of tokens, and the error where they diverge."""
+"""Token losses, and the error that stops a diverged run."""
 
 from __future__ import annotations
 
@@ -13,27 +13,44 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     r"""Return the loss of every token but the first, under the position before it: :math:`-\log p(x_{b,t+1} \mid x_{b,\le t})`.
 
     Args:
-        logits: ``(B, T, V)``; computed with in float32 at least.
-        targets: ``(B, T)``, token ids; -100 where there is no loss.
+        logits: ``(B, T, V)``; the computation is in float32 or better.
+        targets: ``(B, T)``, token ids; -100 for tokens without a loss.
 
     Returns:
-        ``(B, T - 1)`` in nats, 0 where there is no loss.
+        ``(B, T - 1)`` in nats, 0 for tokens without a loss.
 
     Example:
         >>> token_losses(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
         tensor([[1.3863, 0.0000]])
     """
-    predicted, wanted = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)), targets[:, 1:]
-    losses = F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view_as(wanted)
+    return target_losses(logits[:, :-1], targets[:, 1:])
+
+
+def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    r"""Return the loss of the target of every position: :math:`-\log p(y_{b,t} \mid x_{b,\le t})`.
+
+    Args:
+        logits: ``(B, T, V)``; the computation is in float32 or better.
+        targets: ``(B, T)``, the token that follows each position; -100 for positions without a loss.
+
+    Returns:
+        ``(B, T)`` in nats, 0 for positions without a loss.
+
+    Example:
+        >>> target_losses(torch.zeros(1, 2, 4), torch.tensor([[1, -100]]))
+        tensor([[1.3863, 0.0000]])
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(targets)
 
 
 class DivergedError(ValueError):
-    """A training loss is no number any more."""
+    """A training loss that is not finite."""
 
 
 def check_finite(loss: Tensor, step: int) -> None:
-    """Raise `DivergedError` unless the loss of a step is a number.
+    """Raise `DivergedError` unless the loss of a step is finite.
 
     >>> check_finite(torch.tensor(float("nan")), step=3)
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""The published methods as tables of routes: plain dictionaries, to be used as they are or edited."""
+"""Published methods as tables of routes: plain dictionaries, to use as they are or to edit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from routed_peft.routes import BASE, Route
 def sgtm(region: str = "forget", base_weight: float = 0.0) -> dict[str, Route]:
     """Selective gradient masking (SGTM, arXiv 2512.05648, section 3).
 
-    Labeled forget data trains only the region; labeled retain data is seen without the region; the rest trains both,
-    and is absorbed by whichever side already knows it. As published, ``base_weight`` is 0; a little more lets forget data
-    teach the base what both sides share, at the price of a little of what they do not.
+    Labeled forget data trains only the region. Labeled retain data is read without the region. Unlabeled data trains both,
+    and is absorbed by the side that knows it already. The published ``base_weight`` is 0. A small positive one lets forget
+    data teach the base the features that both sides share, at the price of some that they do not.
 
     >>> sgtm("bio")["forget"]
     Route(weights={'base': 0.0}, ablated=())
@@ -27,9 +27,9 @@ def sgtm(region: str = "forget", base_weight: float = 0.0) -> dict[str, Route]:
 def era(region: str = "forget", base_weight: float = -0.75) -> dict[str, Route]:
     """Expand, Route, Ablate (gradient routing, arXiv 2410.04332, section 4.2).
 
-    Use it with ``edges="activations"``, and with token-frequency weights in ``route_weights`` to let common tokens pass:
-    a token's base weight is then ``w + (1 - w) * base_weight`` (`routed_peft.data.token_frequency_weights`). Everything
-    that is not labeled forget trains as usual.
+    Use it with ``edges="activations"``. Token-frequency weights in the column ``route_weights`` let common tokens pass: a
+    token's base weight is then ``w + (1 - w) * base_weight`` (`routed_peft.data.token_frequency_weights`). All data without
+    the label forget trains as usual.
 
     >>> era()["forget"].weights
     {'base': -0.75}
@@ -44,7 +44,8 @@ def era(region: str = "forget", base_weight: float = -0.75) -> dict[str, Route]:
 def classic(region: str = "forget") -> dict[str, Route]:
     """Two-adapter routing in RL: flagged rollouts train only the region, all others train both.
 
-    Rollouts that were sampled without the region ("anchor"; see `routed_peft.trl`) train the base alone, likewise without.
+    Rollouts sampled without the region ("anchor"; see `routed_peft.trl`) are also trained without it, so only the base
+    learns from them.
 
     >>> classic("hack")["flagged"], classic("hack")["anchor"]
     (Route(weights={'base': 0.0}, ablated=()), Route(weights={}, ablated=('hack',)))
@@ -53,7 +54,7 @@ def classic(region: str = "forget") -> dict[str, Route]:
 
 
 def exclusive(region: str = "forget") -> dict[str, Route]:
-    """As `classic`, but the region learns from flagged rollouts alone.
+    """Return `classic` with a region that learns from flagged rollouts alone.
 
     >>> exclusive("hack")["unflagged"]
     Route(weights={'hack': 0.0}, ablated=())
@@ -64,10 +65,10 @@ def exclusive(region: str = "forget") -> dict[str, Route]:
 def gram(regions: Sequence[str]) -> dict[str, Route]:
     """One region per category (GRAM / modular pretraining, arXiv 2607.08077).
 
-    For every region three kinds of data: ``<region>`` trains the region alone (aux-isolated), ``<region>/spread`` trains
-    region and core (aux-spread), ``<region>/robust`` is core data seen with that one region on (core-robustness).
-    ``core`` is seen with all regions off. The published shares: a third to a half of a category's data spread, a fifth to
-    a half of the core data robust.
+    Every region has three kinds of data. ``<region>`` trains the region alone (aux-isolated), ``<region>/spread`` trains
+    region and core (aux-spread), and ``<region>/robust`` is core data read with that one region on (core-robustness).
+    ``core`` is read with all regions off. In the publication, a third to a half of a category's data is spread, and a fifth
+    to a half of the core data robust.
 
     >>> list(gram(["bio", "cyber"]))
     ['core', 'bio', 'bio/spread', 'bio/robust', 'cyber', 'cyber/spread', 'cyber/robust']
@@ -82,11 +83,11 @@ def gram(regions: Sequence[str]) -> dict[str, Route]:
 
 
 def subspace(region: str = "persona", anchor: bool = False) -> dict[str, Route]:
-    """Subspace routing: no label decides; every row trains the region along its directions, and the base off them.
+    """Subspace routing without labels: every row trains the region along its directions, and the base off them.
 
-    What goes where is settled by the region itself (``RoutedConfig(kind="subspace")``), so every row takes the one label
-    ``all``: ``dataset.add_column("route_label", ["all"] * len(dataset))``. With ``anchor``, rows of that label are seen
-    without the region and train the base alone, which keeps the ablated model good at what the whole model does.
+    The region itself (``RoutedConfig(kind="subspace")``) splits the gradient, so every row has the one label ``all``:
+    ``dataset.add_column("route_label", ["all"] * len(dataset))``. With ``anchor``, there are also rows of that label. They
+    are read without the region and train the base alone, which preserves the skills of the ablated model.
 
     >>> subspace(), subspace(anchor=True)["anchor"]
     ({'all': Route(weights={}, ablated=())}, Route(weights={}, ablated=('persona',)))
@@ -95,12 +96,11 @@ def subspace(region: str = "persona", anchor: bool = False) -> dict[str, Route]:
 
 
 def demix(region: str = "forget", other: str = "retain") -> dict[str, Route]:
-    """Experts by domain (DEMix, Gururangan et al., arXiv 2108.05036), as the negative control for absorption.
+    """Experts by domain (DEMix, Gururangan et al., arXiv 2108.05036): the negative control for absorption.
 
-    Labeled rows of either side are seen, and learned, without the other side's region. All else learns from every row, and
-    unlabeled rows teach both regions alike: nothing sends unlabeled forget data to the one that goes. In the publication an
-    expert takes the whole place of the MLP, so give the base a narrow one. At the end, keep ``other``:
-    ``export(run, out, keep=[other])``.
+    Labeled rows of either side are read without the other side's region. The base learns from every row, and unlabeled rows
+    train both regions alike, so unlabeled forget data is not drawn to the region that will be removed. In the publication
+    an expert replaces the MLP, so give the base a narrow one. At the end keep ``other``: ``export(run, out, keep=[other])``.
 
     >>> demix()["forget"]
     Route(weights={}, ablated=('retain',))
@@ -109,7 +109,7 @@ def demix(region: str = "forget", other: str = "retain") -> dict[str, Route]:
 
 
 def control(labels: Sequence[str] = ("forget", "retain", "unlabeled")) -> dict[str, Route]:
-    """The placebo: every label trains everything, in a model with the same regions.
+    """Return the placebo: every label trains everything, in a model with the same regions.
 
     >>> control(["a"])
     {'a': Route(weights={}, ablated=())}

@@ -1,4 +1,4 @@
-"""What each kind of data may teach: a label's route, and the checks that a table of routes makes sense."""
+"""Routes: the gradient weights and the ablated regions of each kind of data, with checks of a whole table."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BASE = "base"
-"""The word for every trained parameter outside all regions."""
+"""Name of the group of all trained parameters outside every region."""
 
 IGNORED = -100
-"""The integer label of padding: a position that teaches nothing."""
+"""Integer label of padding, whose positions train nothing."""
 
 _RESERVED = ("default", BASE, "ref")
 
 
 @dataclass(frozen=True)
 class Route:
-    """What one kind of data does to the base and to each region.
+    """The effect of one kind of data on the base and on each region.
 
     Attributes:
-        weights: gradient weight by name (``"base"`` or a region): 1 passes, 0 blocks, negative reverses. A name left out
-            has weight 1, so ``Route()`` is ordinary training.
+        weights: gradient weight by name (``"base"`` or a region): 1 passes, 0 blocks, a negative weight reverses. A name
+            left out has weight 1, so ``Route()`` is ordinary training.
         ablated: regions that are absent from this data's forward pass, and therefore learn nothing from it.
+
+    Raises:
+        ValueError: on a weight that is not finite, a string in place of a tuple, or an ablated base.
 
     Example:
         >>> Route(weights={"base": 0.0}).weight("base"), Route(ablated=("forget",)).weight("forget")
@@ -43,7 +46,9 @@ class Route:
         if bad:
             raise ValueError(f"`weights` must be finite numbers, got {bad}")
         if BASE in self.ablated:
-            raise ValueError("`ablated` names regions; the base is what stays, and cannot be ablated")
+            raise ValueError(
+                "`ablated` names regions, got 'base', which always takes part: give it the weight 0 instead"
+            )
 
     def weight(self, name: str) -> float:
         """Return the effective weight of ``name``: its weight, or 0 where the region is ablated."""
@@ -59,27 +64,28 @@ class Route:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Route:
-        """Read what `to_dict` wrote; an unknown key raises ValueError.
+        """Return the route of `to_dict`'s data; ValueError on an unknown key.
 
         >>> Route.from_dict({"weights": {"base": 0}})
         Route(weights={'base': 0.0}, ablated=())
         """
         unknown = set(data) - {"weights", "ablated"}
         if unknown:
-            raise ValueError(f"a route has the keys `weights` and `ablated`, got {sorted(unknown)} as well")
+            raise ValueError(f"a route has the keys `weights` and `ablated`, got {sorted(unknown)}, too: remove these")
         return cls(data.get("weights", {}), tuple(data.get("ablated", ())))
 
 
 Routes = Mapping[str, Route]
+"""Label -> route. The order of the labels gives the integer labels of tensors."""
 
 
 def routes_to_dict(routes: Routes) -> dict[str, Any]:
-    """Return routes as plain data, in their order, which is that of the integer labels."""
+    """Return routes as plain data for JSON, in their order."""
     return {label: route.to_dict() for label, route in routes.items()}
 
 
 def routes_from_dict(data: Mapping[str, Any]) -> dict[str, Route]:
-    """Read what `routes_to_dict` wrote.
+    """Return the routes of `routes_to_dict`'s data.
 
     >>> routes_from_dict({"retain": {"ablated": ["forget"]}})
     {'retain': Route(weights={}, ablated=('forget',))}
@@ -88,7 +94,7 @@ def routes_from_dict(data: Mapping[str, Any]) -> dict[str, Route]:
 
 
 def check_region_name(name: str) -> None:
-    """Raise ValueError where PEFT, TRL or Trainer give ``name`` a meaning of their own.
+    """Raise ValueError where ``name`` has a meaning of its own in PEFT, TRL or Trainer.
 
     >>> check_region_name("default")
     Traceback (most recent call last):
@@ -111,8 +117,8 @@ def validate_routes(routes: Routes, regions: Iterable[str], base: bool = True) -
         base: whether anything outside the regions is trained.
 
     Raises:
-        ValueError: on an empty table, a label that is no string, a name that is no region, a region that no route
-            trains, or a route by which nothing would be trained.
+        ValueError: on an empty table, a label that is not a string, an unknown region, a region that no route trains, or
+            a route that trains nothing.
 
     Example:
         >>> validate_routes({"forget": Route(weights={"bsae": 0.0})}, ["forget"])
@@ -140,5 +146,6 @@ def validate_routes(routes: Routes, regions: Iterable[str], base: bool = True) -
     for region in regions:
         if not any(route.weight(region) for route in routes.values()):
             raise ValueError(
-                f"no route trains the region {region!r}: in {list(routes)} its weight is 0 or it is ablated"
+                f"no route trains the region {region!r}: in {list(routes)} its weight is 0 or it is ablated. Let one of them "
+                "train it, or name it in `base_adapters`"
             )

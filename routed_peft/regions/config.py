@@ -1,4 +1,4 @@
-"""`RoutedConfig`: what a region is made of, as PEFT saves it in ``adapter_config.json``."""
+"""`RoutedConfig`: the configuration of a region, as PEFT saves it in ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from peft import LoraConfig, PeftConfig
 from routed_peft.regions.peft_type import peft_type
 
 KINDS = ("mlp", "lora", "subspace")
-"""The kinds of region that there are."""
+"""The kinds of region."""
 
 INITS = ("zero", "model")
-"""The ways to initialize hidden units."""
+"""The initializations of hidden units."""
 
 STRENGTHS = ("cut", "weights")
-"""What keeps the base from learning along a subspace: the credit cut, or the weak projection of weight gradients alone."""
+"""The ways to keep the base from learning along a subspace: cutting the whole gradient, or weight gradients alone (weak)."""
 
 _OF_KIND = {
     "size": ("mlp",),
@@ -28,7 +28,7 @@ _OF_KIND = {
     "strength": ("subspace",),
     "store_base_part": ("subspace",),
 }
-"""Fields that mean something to some kinds only."""
+"""Fields that only some kinds have."""
 
 
 @dataclass
@@ -36,38 +36,38 @@ class RoutedConfig(PeftConfig):
     """Configuration of a region.
 
     Attributes:
-        kind: ``"mlp"``: `size` extra hidden units beside every targeted MLP. ``"lora"``: a low-rank update of every
-            targeted linear layer, that of `peft.LoraConfig` in its plainest form, which mixes with the other kinds in one
-            model (PEFT itself refuses to mix types). ``"subspace"``: an update of the residual writers that stays within a few
-            directions of the residual stream, which the base itself cannot learn along meanwhile.
+        kind: ``"mlp"``: `size` extra hidden units beside every targeted MLP. ``"lora"``: a low-rank update of every targeted
+            linear layer, the same as plain `peft.LoraConfig`; unlike that, it mixes with the other kinds in one model.
+            ``"subspace"``: an update of the residual writers within a few directions of the residual stream; meanwhile the
+            base cannot learn along these directions.
         size: hidden units per targeted MLP (``"mlp"``).
         r: rank (``"lora"``); 8 by default, as in `peft.LoraConfig`.
         lora_alpha: the update is multiplied by ``lora_alpha / r`` (``"lora"``); 8 by default.
-        subspace: path of a file that `routed_peft.subspaces.Subspace.save` wrote. ``"subspace"``: the directions that the
-            region is made of. ``"lora"``: directions that it stays off at the residual writers, its output projected there, as
-            befits a ``retain`` LoRA beside a region of kind ``"subspace"``. Needed once: the region's files hold the basis.
-        strength: ``"subspace"`` only. ``"cut"`` (default): the backward signal loses its part along the basis at the output
-            of every residual writer and embedding, so nothing in the base gets credit for moving along it. ``"weights"``: only
-            the writers' own weight gradients lose it. This is *weak*: other layers learn what the writers do not; it is there
-            to be compared with.
-        store_base_part: ``"subspace"`` only. Whether the file holds the base's own part along the basis (as many numbers as the
-            region has), to which `project_base` puts a trained base back. None: yes, unless the base is quantized.
-        provenance: where the basis comes from, its shape and hash, written here when the region is made.
-        target_modules: names of modules (a suffix each), or one regular expression; by default those of the model's type:
-            its MLPs, what PEFT takes by default for ``"lora"``, all residual writers for ``"subspace"``. ``"all-linear"`` is
-            understood for ``"lora"``.
-        exclude_modules: names, or one regular expression, that `target_modules` leaves out.
+        subspace: path of a file written by `routed_peft.subspaces.Subspace.save`. ``"subspace"``: the directions of the
+            region. ``"lora"``: directions that it stays off at the residual writers, by a projection of its output, as a
+            ``retain`` LoRA beside a region of kind ``"subspace"`` should. The path is needed once, because the region's own
+            files hold the basis.
+        strength: ``"subspace"`` only. ``"cut"`` (default): the gradient loses its component along the basis at the output of
+            every residual writer and embedding, so no part of the base learns to move along it. ``"weights"``: only the
+            writers' own weight gradients lose it. This is *weak*, because other layers learn it instead; it serves as a
+            comparison.
+        store_base_part: ``"subspace"`` only. Whether the file holds the base's component along the basis (as many numbers as
+            the region has), to which `project_base` restores a trained base. None: yes, unless the base is quantized.
+        provenance: source, shape and hash of the basis, written here when the region is made.
+        target_modules: ends of module names, or one regular expression. By default those of the model's type: its MLPs, PEFT's
+            own defaults for ``"lora"``, all residual writers for ``"subspace"``. ``"lora"`` also takes ``"all-linear"``.
+        exclude_modules: ends of module names, or one regular expression, to leave out of `target_modules`.
         layers_to_transform: indices of the layers that the region is in; all by default.
-        layers_pattern: name of the list of layers, where `layers_to_transform` cannot find it.
-        init: of hidden units (``"mlp"``). ``"zero"``: the units' output weights are zero, so the model's function is
-            preserved. ``"model"``: the model's own initialization. None becomes ``"zero"`` on a base loaded from a
-            checkpoint and ``"model"`` on one made from scratch; what was chosen is written back here.
-        base_fingerprint: `routed_peft.regions.fingerprint.fingerprint` of the base that the region was trained on,
-            written when saving; attaching the region to any other base raises.
+        layers_pattern: name of the list of layers, where PEFT cannot find it for `layers_to_transform`.
+        init: initialization of hidden units (``"mlp"``). ``"zero"``: the units' output weights are zero, which preserves the
+            model's function. ``"model"``: the model's own initialization. None becomes ``"zero"`` on a base loaded from a
+            checkpoint and ``"model"`` on one made from scratch; the choice is written back here.
+        base_fingerprint: `routed_peft.regions.fingerprint.fingerprint` of the base that the region was trained on, written
+            when the region is saved. Attaching the region to any other base raises ValueError.
 
     Raises:
-        ValueError: on an unknown `kind` or `init`, a `size` or `r` below one, a field that the kind does not have, or a
-            region of kind ``"subspace"`` without one.
+        ValueError: on an unknown `kind` or `init`, a `size` or `r` below one, a field that the kind does not have, or kind
+            ``"subspace"`` without directions.
 
     Example:
         >>> RoutedConfig(size=64, task_type="CAUSAL_LM").peft_type.value
@@ -82,7 +82,7 @@ class RoutedConfig(PeftConfig):
 
     kind: str = field(
         default="mlp",
-        metadata={"help": "What the region is made of: 'mlp' (extra hidden units), 'lora' or 'subspace'."},
+        metadata={"help": "Kind of region: 'mlp' (extra hidden units), 'lora' or 'subspace'."},
     )
     size: int | None = field(default=None, metadata={"help": "mlp: extra hidden units beside every targeted MLP."})
     r: int | None = field(default=None, metadata={"help": "lora: the rank. Default: 8."})
@@ -96,10 +96,13 @@ class RoutedConfig(PeftConfig):
         default=None, metadata={"help": "subspace: 'cut' (default), or 'weights', which is weak and for comparison."}
     )
     store_base_part: bool | None = field(
-        default=None, metadata={"help": "subspace: keep the base's part along the basis. Default: unless quantized."}
+        default=None,
+        metadata={
+            "help": "subspace: store the base's component along the basis. Default: unless quantized."
+        },
     )
     provenance: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Where the basis comes from; written when the region is made."}
+        default=None, metadata={"help": "Source of the basis; written when the region is made."}
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -168,7 +171,9 @@ class RoutedConfig(PeftConfig):
                 "`layers_to_transform` needs `target_modules` as a list of names, got a regular expression"
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` is of use only together with `layers_to_transform`, got it alone")
+            raise ValueError(
+                "`layers_pattern` works only together with `layers_to_transform`: give both"
+            )
 
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)
@@ -179,20 +184,20 @@ class RoutedConfig(PeftConfig):
         setattr(self, name, sorted(value))  # a list, for JSON, in an order that does not depend on hashing
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, without the path of a subspace file once its basis is part of the region."""
+        """Return plain data, without the path of a subspace file once the region holds the basis."""
         data = super().to_dict()
         return data if self.provenance is None else {**data, "subspace": None}
 
     def to_lora(self) -> LoraConfig:
-        """Return the stock configuration under which PEFT alone loads this region's files, ``kind="lora"`` only.
+        """Return the stock configuration under which PEFT alone loads the files of this region, of kind ``"lora"``.
 
-        One that stays off a subspace has its projection folded in by `routed_peft.checkpoint.to_stock_lora` first.
+        For a region that stays off a subspace, `routed_peft.checkpoint.to_stock_lora` folds in the projection first.
 
         >>> RoutedConfig(kind="lora", r=4, target_modules=["q_proj"]).to_lora().peft_type.value
         'LORA'
         """
         if self.kind != "lora":
-            raise ValueError(f"only a region of kind 'lora' is a LoRA, got kind {self.kind!r}")
+            raise ValueError(f"only a region of kind 'lora' can become a stock LoRA, got kind {self.kind!r}")
         assert self.r is not None and self.lora_alpha is not None
         return LoraConfig(
             r=self.r,

@@ -1,4 +1,4 @@
-"""A fingerprint of base weights, so that a region is never attached to another base than the one it grew up on."""
+"""Fingerprints of base weights, so that a region is attached only to the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Fingerprint the base weights of ``model``, whatever adapters sit in it.
+    """Return a fingerprint of the base weights of ``model``, independent of its adapters.
 
-    A plain model, the same one wrapped by PEFT and the same one saved and loaded again agree. Values are compared as
-    bfloat16, so that a float32 checkpoint loaded in bfloat16 agrees too, and at most 65536 of each tensor are read, at
-    a fixed stride. Tied weights count once; buffers do not count.
+    It is the same for a plain model, that model wrapped by PEFT, and that model saved and loaded again. Values are read as
+    bfloat16, so a float32 checkpoint loaded in bfloat16 agrees, too. At most 65536 values of each tensor are read, at a
+    fixed stride. Tied weights count once, buffers not at all.
 
     Returns:
         ``{"parameters": number of tensors, "structure": hash of names and shapes, "content": hash of values}``, with
         content None where values cannot be compared: quantized, float16 or meta weights.
 
     Raises:
-        ValueError: while adapters are merged, since the base weights are then not what they were.
+        ValueError: while adapters are merged into the base weights.
 
     Example:
         >>> fingerprint(nn.Linear(2, 2)) == fingerprint(nn.Linear(2, 2))
@@ -53,7 +53,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the base weights of ``model`` are those of ``expected``, from `fingerprint`.
+    """Raise ValueError unless the base weights of ``model`` have the `fingerprint` ``expected``.
 
     Where the content of either is None, the structure alone is compared, with a warning.
 
@@ -72,7 +72,7 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
     elif None in (got["content"], expected["content"]):
         warnings.warn(
             "the base is quantized, in float16 or not loaded, so only the names and shapes of its weights were "
-            "compared with those of the base that this region was trained on. Load it in float32 or bfloat16 to "
+            "compared with those of the base of this region. Load it in float32 or bfloat16 to "
             "compare values.",
             stacklevel=2,
         )

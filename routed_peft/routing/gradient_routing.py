@@ -102,7 +102,10 @@ class GradientRouting:
         self.groups = [group for group in (BASE, JOINT, *self.regions) if self.parameters(group)]
         dtype = next(model.parameters()).dtype
         self._table = RouteTable(
-            self.routes, self.regions, gather, torch.float64 if dtype == torch.float64 else torch.float32
+            self.routes,
+            self.regions,
+            gather=gather,
+            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         )
         self._leave_record()
 

@@ -56,7 +56,7 @@ def find_members(
         ValueError: where an adapter cannot be a region, or an entry of ``joint`` or ``layers`` matches nothing.
     """
     adapters = _adapter_modules(model)
-    head = _head(model)
+    head = _head(model) if "head" in joint else None
     matched: set[str | int] = set()
     members = []
     for name, module in model.named_modules():

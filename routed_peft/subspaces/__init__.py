@@ -1,4 +1,4 @@
-"""Subspaces of the residual stream: where they come from, and whether they are worth routing into."""
+"""Subspaces of the residual stream: sources, placebos, measures, and a validation before training."""
 
 from routed_peft.subspaces.basis import Subspace
 from routed_peft.subspaces.measures import drift, leak

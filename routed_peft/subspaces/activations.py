@@ -1,4 +1,4 @@
-"""What a model's residual stream holds while it reads texts, and where gradient arrives in it."""
+"""Activations of the residual stream on texts, and gradients at its writers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from routed_peft.architectures import decoder_layers, find_writers, layer_index
 from routed_peft.eval_mode import evaluating
 
 Conversation = tuple[str, str]
-"""A prompt, and the response to it; ready as the model reads them (chat template applied)."""
+"""A prompt and its response, in the form that the model reads (chat template applied)."""
 
 
 def check_layers(model: nn.Module, layers: Sequence[int]) -> None:
-    """Raise ValueError where ``layers`` is empty or names a decoder layer that the model does not have."""
+    """Raise ValueError where ``layers`` is empty, or names a decoder layer that the model lacks."""
     have = len(decoder_layers(model))
     if not layers or not all(0 <= layer < have for layer in layers):
         raise ValueError(f"`layers` must be among the decoder layers 0 … {have - 1} of this model, got {list(layers)}")
@@ -35,11 +35,11 @@ def response_means(
     """Return the mean residual stream behind each layer over the tokens of each response.
 
     Args:
-        model: a transformers model, with or without adapters; read in evaluation mode.
+        model: a transformers model, with or without adapters; it runs in evaluation mode.
         tokenizer: its tokenizer.
-        conversations: prompts and responses, at least one token of response each.
+        conversations: prompts and responses; each response has one token or more.
         layers: decoder layers, from 0.
-        batch_size: conversations at a time.
+        batch_size: conversations per batch.
 
     Returns:
         By layer, float32 ``(n, d)`` on the CPU, in the order of ``conversations``.
@@ -81,9 +81,9 @@ def covariance(
 def writer_gradients(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, conversations: Sequence[Conversation], batch_size: int = 8
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the gradient of the responses' loss at each residual writer's output: the layer, and ``(N, d)`` positions.
+    """Yield (layer, gradient ``(N, d)`` by position) of the responses' loss at each residual writer's output.
 
-    This is the gradient that fine-tuning on the conversations would give to what is written there.
+    Fine-tuning on the conversations would follow this gradient.
     """
     caught: list[tuple[int, Tensor]] = []
 
@@ -146,12 +146,12 @@ def _batches(
             before = list(tokenizer(prompt)["input_ids"])
             after = list(tokenizer(response, add_special_tokens=False)["input_ids"])
             if not after:
-                raise ValueError(f"conversation {i} has an empty response: there is nothing to take a mean of")
+                raise ValueError(f"conversation {i} has an empty response: give each response one token or more")
             rows.append((before, after))
         length = max(len(before) + len(after) for before, after in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         attention, mask = torch.zeros_like(ids), torch.zeros(len(rows), length, dtype=torch.bool)
-        for i, (before, after) in enumerate(rows):  # padded on the right, where nothing attends to it
+        for i, (before, after) in enumerate(rows):  # padding on the right, to which no token attends
             stop = len(before) + len(after)
             ids[i, :stop], attention[i, :stop], mask[i, len(before) : stop] = torch.tensor(before + after), 1, True
         yield {"input_ids": ids.to(device), "attention_mask": attention.to(device)}, mask.to(device)

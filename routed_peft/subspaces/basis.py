@@ -1,7 +1,7 @@
-r"""`Subspace`: an orthonormal basis of a few directions in the residual stream, and where it comes from.
+r"""`Subspace`: an orthonormal basis of a few directions in the residual stream, with its provenance.
 
-Conventions: a basis ``U`` is ``(d, k)`` with :math:`U^\top U = I` and ``1 <= k < d``. Layer ℓ counts decoder layers from 0,
-and its residual stream is the one *behind* it (``resid_post``, ``hidden_states[ℓ + 1]`` in transformers).
+Conventions: a basis ``U`` is ``(d, k)`` with :math:`U^\top U = I` and ``1 <= k < d``. Decoder layers count from 0, and the
+residual stream of layer ℓ is the one *behind* it (``resid_post``, ``hidden_states[ℓ + 1]`` in transformers).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def check_basis(u: Tensor, what: str = "`U`") -> None:
     if not 1 <= k < d:
         raise ValueError(
             f"{what} has {k} directions in a residual stream of width {d}: there must be at least one, and fewer than {d} "
-            "(a handful: whatever is in it, the model itself cannot learn)"
+            "(preferably a handful: the model itself cannot learn along them)"
         )
-    wide = u.cpu().double()  # not every GPU knows float64
+    wide = u.cpu().double()  # on the CPU, because not every GPU has float64
     error = float((wide.T @ wide - torch.eye(k, dtype=torch.float64)).abs().max())
     if not error <= _TOLERANCE:
         raise ValueError(
@@ -55,7 +55,7 @@ def check_basis(u: Tensor, what: str = "`U`") -> None:
 def orthonormal(directions: Tensor) -> Tensor:
     """Return an orthonormal basis ``(d, k)`` of the span of ``directions`` ``(n, d)``, in float32, strongest first.
 
-    Directions that the others span already are left out, so ``k <= n``.
+    Directions within the span of the others are left out, so ``k <= n``.
 
     >>> orthonormal(torch.tensor([[2.0, 0.0, 0.0], [4.0, 0.0, 0.0]])).abs()
     tensor([[1.],
@@ -71,8 +71,8 @@ class Subspace:
     """A basis for all layers, or one for each of several layers.
 
     Attributes:
-        bases: ``(d, k)`` in float32; or a dictionary of such, by decoder layer, all of one shape.
-        provenance: where it comes from, as plain data: source, model, revision, hook point, texts, seed, …
+        bases: ``(d, k)`` in float32, or one such basis per decoder layer, all of one shape.
+        provenance: origin, as plain data: source, model, revision, hook point, texts, seed, …
 
     Raises:
         ValueError: where a basis is not orthonormal, has too many directions, or bases differ in shape.
@@ -125,7 +125,7 @@ class Subspace:
 
     @property
     def layers(self) -> list[int] | None:
-        """The decoder layers that have bases of their own, or None where one basis serves all."""
+        """The decoder layers with bases of their own; None where one basis serves all."""
         return None if isinstance(self.bases, Tensor) else list(self.bases)
 
     def at(self, layer: int) -> Tensor:
@@ -147,7 +147,7 @@ class Subspace:
 
     @property
     def sha256(self) -> str:
-        """Hash of names and numbers."""
+        """Hash of the names and values of the bases."""
         digest = hashlib.sha256()
         for name, u in self._named().items():
             digest.update(f"{name}:{tuple(u.shape)};".encode() + u.numpy().tobytes())
@@ -173,10 +173,10 @@ class Subspace:
 
     @classmethod
     def load(cls, path: str | Path) -> Subspace:
-        """Read what `save` wrote.
+        """Read the file of `save`.
 
         Raises:
-            ValueError: where the file is damaged, is no subspace, or its numbers are not those that were saved.
+            ValueError: where the file is damaged, holds no subspace, or its values differ from the saved ones.
         """
         if not Path(path).is_file():
             raise ValueError(f"there is no subspace file {str(path)!r}: write one with `Subspace.save`")
@@ -185,10 +185,10 @@ class Subspace:
                 metadata = (file.metadata() or {}).get(_METADATA)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({error})") from error
+            raise ValueError(f"{str(path)!r} is truncated or not a safetensors file ({error}): get it again") from error
         if metadata is None:
             raise ValueError(
-                f"{str(path)!r} is no subspace file: it holds {sorted(tensors)[:3]} and no provenance. Make one with "
+                f"{str(path)!r} is not a subspace file: it holds {sorted(tensors)[:3]} and no provenance. Make one with "
                 "`routed_peft.subspaces` and `Subspace.save`"
             )
         described = json.loads(metadata)
@@ -198,7 +198,7 @@ class Subspace:
         bases = {int(name.removeprefix("U.")): u for name, u in tensors.items()} if shared is None else shared
         subspace = cls(bases, provenance)
         if subspace.sha256 != described["sha256"]:
-            raise ValueError(f"the numbers in {str(path)!r} are not those that were saved: get the file again")
+            raise ValueError(f"the values in {str(path)!r} differ from the saved ones: get the file again")
         return subspace
 
     def _named(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How much of what a model learned is along a subspace after all: in its weights, and in what it computes."""
+"""Measures of what the base learned along a subspace in spite of the protection: in weights and in activations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from routed_peft.subspaces.basis import check_basis
 
 @torch.no_grad()
 def leak(weight: Tensor, initial: Tensor, u: Tensor) -> float:
-    r"""Return the share of a writer's change that is along the subspace.
+    r"""Return the share of a writer's weight change that lies along the subspace.
 
     .. math:: \mathrm{leak}(W) = \frac{\lVert U^\top (W - W_0) \rVert^2}{\lVert W - W_0 \rVert^2}
 
-    A change without direction has k / d. After `routed_peft.regions.project_base` it is rounding: about 1e-14 in float32;
-    more than 1e-6 there, or 1e-3 in bfloat16, is an alarm.
+    A change in random directions has k / d. After `routed_peft.regions.project_base` only rounding is left, about 1e-14 in
+    float32. More than 1e-6 in float32, or 1e-3 in bfloat16, is an alarm.
 
     Args:
         weight: ``(d, n)``; transpose that of a Conv1D or an embedding.
@@ -23,26 +23,26 @@ def leak(weight: Tensor, initial: Tensor, u: Tensor) -> float:
         u: ``(d, k)``.
 
     Returns:
-        A number from 0 to 1; 0 where nothing changed.
+        A share from 0 to 1; 0 where nothing changed.
 
     Example:
         >>> leak(torch.tensor([[3.0], [4.0]]), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]]))
         0.36
     """
     check_basis(u)
-    change = weight.cpu().double() - initial.cpu().double()  # on the CPU, for not every GPU knows float64
+    change = weight.cpu().double() - initial.cpu().double()  # on the CPU, because not every GPU has float64
     total = float(change.square().sum())
     return float((u.to(change).T @ change).square().sum()) / total if total else 0.0
 
 
 @torch.no_grad()
 def drift(hidden: Tensor, reference: Tensor, u: Tensor) -> float:
-    r"""Return how far hidden states have moved along the subspace, relative to where they were.
+    r"""Return the relative change of hidden states along the subspace.
 
     .. math:: d_U = \frac{\lVert U^\top (h - h_0) \rVert}{\lVert U^\top h_0 \rVert}
 
-    The cut of the backward signal is of first order: it gives no *credit* for moving along the subspace. This measures what
-    moves all the same, on fixed texts, with the region ablated.
+    The cut removes the gradient along the subspace, which is a first-order protection. This measures the movement that
+    remains, on fixed texts, with the region ablated.
 
     Args:
         hidden: ``(..., d)``, residual stream of the trained model, its region ablated.

@@ -1,4 +1,4 @@
-"""Subspaces that mean nothing, to tell a direction's content from the mere fact that something was set aside."""
+"""Random subspaces as placebos: they separate the effect of a direction's content from that of any protected subspace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from routed_peft.subspaces.basis import Subspace
 
 
 def haar(like: Subspace, seed: int) -> Subspace:
-    """Return a uniformly random subspace of the same shape, drawn anew for each layer.
+    """Return a uniformly random (Haar) subspace of the same shape, drawn independently for each layer.
 
     >>> haar(Subspace(torch.eye(4)[:, :2]), seed=0).k
     2
@@ -39,12 +39,12 @@ def energy_matched(
     seed: int,
     layer: int | None = None,
 ) -> Subspace:
-    r"""Return a random subspace that holds as much of *generic* activations as ``like``, direction by direction.
+    r"""Return a random subspace with the same energy in *generic* activations as ``like``, direction by direction.
 
     With the second moment :math:`C = \sum_i \lambda_i v_i v_i^\top` of the residual stream on ``texts``, a direction of energy
     :math:`e = u^\top C u` is matched by :math:`\cos\theta\, v_a \pm \sin\theta\, v_b`, from a random pair of eigenvectors with
-    :math:`\lambda_a \ge e \ge \lambda_b` that no other direction uses. A Haar-random subspace holds far less: most of a
-    residual stream's energy is in few directions.
+    :math:`\lambda_a \ge e \ge \lambda_b` that no other direction uses. A Haar-random subspace has far less
+    energy, because a few directions hold most of a residual stream's.
 
     Args:
         like: the subspace to be matched.
@@ -52,7 +52,7 @@ def energy_matched(
         tokenizer: its tokenizer.
         texts: conversations that have nothing to do with the trait.
         seed: of the draw.
-        layer: where activations are taken for a basis that serves all layers; by default where it was measured.
+        layer: decoder layer of the activations, for a basis that serves all layers; by default the one where it was measured.
 
     Raises:
         ValueError: where ``layer`` is needed and unknown.
@@ -85,7 +85,7 @@ def matched_directions(u: Tensor, moment: Tensor, generator: torch.Generator) ->
     for j in energies.argsort(descending=True).tolist():
         above = (free & (values >= energies[j])).nonzero().squeeze(1)
         below = (free & (values < energies[j])).nonzero().squeeze(1)
-        if not len(above) or not len(below):  # past the spectrum's end: the nearest eigenvector that is left
+        if not len(above) or not len(below):  # beyond the spectrum's end: the nearest unused eigenvector
             nearest = int(torch.where(free, (values - energies[j]).abs(), torch.inf).argmin())
             free[nearest], chosen[:, j] = False, vectors[:, nearest]
             continue

@@ -1,4 +1,4 @@
-"""Where a subspace comes from: a model's own activations, a sparse autoencoder, a published vector, or a weight change."""
+"""Sources of subspaces: a model's own activations, a sparse autoencoder, published vectors, or a weight change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from routed_peft.subspaces.activations import Conversation, response_means
 from routed_peft.subspaces.basis import Subspace
 
 Layers = int | Sequence[int] | None
-"""One layer, whose basis then serves all; several, a basis each; or None, all."""
+"""One layer, whose basis then serves all layers; several layers, with a basis each; or None for all."""
 
 _HOOK = re.compile(r"(?:blocks|model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)(?:\.(hook_\w+))?$")
 _SITES = {None: 0, "hook_resid_post": 0, "hook_mlp_out": 0, "hook_attn_out": 0, "hook_resid_pre": -1}
@@ -40,7 +40,7 @@ def difference_of_means(
         model: the model to be trained, as it is before.
         tokenizer: its tokenizer.
         positive: conversations that show the trait.
-        negative: such that do not; not necessarily as many.
+        negative: conversations that do not; the numbers may differ.
         layers: see `Layers`.
 
     Raises:
@@ -65,15 +65,15 @@ def contrastive_pca(
     layers: Layers,
     k: int,
 ) -> Subspace:
-    """Return the k leading directions of the differences within pairs of conversations; uncentered, so the mean is in it.
+    """Return the k leading directions of the differences within pairs of conversations, without centering.
 
     Args:
         model: the model to be trained, as it is before.
         tokenizer: its tokenizer.
         positive: conversations that show the trait.
-        negative: their counterparts that do not, in the same order.
+        negative: their counterparts without it, in the same order.
         layers: see `Layers`.
-        k: directions, at most as many as pairs.
+        k: number of directions, at most that of pairs.
 
     Raises:
         ValueError: where the two are not pairs, or are fewer than ``k``.
@@ -93,15 +93,15 @@ def contrastive_pca(
 
 
 def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
-    """Return the span of decoder rows of a sparse autoencoder in SAELens's layout; only these rows are read.
+    """Return the span of decoder rows of a sparse autoencoder in the layout of SAELens; only these rows are read.
 
     Args:
         folder: with ``cfg.json`` and ``sae_weights.safetensors``, whose ``W_dec`` is ``(d_sae, d)``.
         latents: ids of latents.
 
     Raises:
-        ValueError: for a missing file or tensor, a latent out of range, or an autoencoder of something else than what is in
-            or is written into the residual stream.
+        ValueError: for a missing file or tensor, a latent out of range, or an autoencoder of anything else than the residual
+            stream or a layer's output into it.
     """
     folder = Path(folder).expanduser()
     config, weights = folder / "cfg.json", folder / "sae_weights.safetensors"
@@ -145,15 +145,15 @@ def tensor_file(
     rows: Literal["resid_post", "hidden_states"] = "resid_post",
     **provenance: Any,
 ) -> Subspace:
-    """Return the span of published directions: persona vectors, the Assistant Axis, or a steering vector of your own.
+    """Return the span of directions in files: persona vectors, the Assistant Axis, or your own steering vector.
 
     Args:
         paths: one file per direction, safetensors or ``.pt`` (read with ``weights_only=True``): ``(n_layers, d)``, or ``(d,)``.
         layers: see `Layers`; for files with one direction, the layer that it was measured at.
         key: name of the tensor in files that hold several.
-        rows: what row i is: ``"resid_post"``, the residual stream behind decoder layer i (Assistant Axis), or
+        rows: meaning of row i: ``"resid_post"``, the residual stream behind decoder layer i (Assistant Axis), or
             ``"hidden_states"``, transformers' numbering, in which row 0 is the embedding (persona vectors).
-        **provenance: more plain data to remember: model, revision, …
+        **provenance: further plain data to store: model, revision, …
 
     Raises:
         ValueError: for a file without such a tensor, or without a row for a layer.
@@ -183,18 +183,18 @@ def tensor_file(
 def weight_change(
     before: nn.Module | str | Path, after: nn.Module | str | Path, *, k: int, layers: Layers = None
 ) -> Subspace:
-    r"""Return, by layer, the k directions in which training changed the residual writers most: an upper bound to compare with.
+    r"""Return by layer the k directions in which training changed the residual writers most: an upper bound for comparison.
 
     .. math:: \Delta = [\,W'_o - W_o \;|\; W'_{down} - W_{down}\,] = U \Sigma V^\top, \qquad U_k = U_{:, 1 \ldots k}
 
     Args:
-        before: a model or checkpoint, say an honest one.
-        after: the same after training, say a hacking one.
-        k: directions.
-        layers: several layers or None for all; one layer's basis would serve all.
+        before: a model or checkpoint, such as an honest one.
+        after: the same after training, such as a reward-hacking one.
+        k: number of directions.
+        layers: see `Layers`.
 
     Raises:
-        ValueError: where the two differ in their writers, or a layer did not change in ``k`` directions.
+        ValueError: where the two have different writers, or a layer changed in fewer than ``k`` directions.
     """
     old, new = (find_writers(_model(m)) for m in (before, after))
     shapes = [{name: tuple(_matrix(m).shape) for name, m in writers.items()} for writers in (old, new)]

@@ -1,4 +1,4 @@
-"""Is a subspace worth routing into? Three looks at it before any training."""
+"""Validation of a subspace before training: its width, its separation of texts, and its share of the gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from routed_peft.subspaces.basis import Subspace
 from routed_peft.subspaces.placebos import haar
 
 MOST_OF_THE_WIDTH = 1 / 16
-"""A larger share of the residual stream is more than a trait: what is in it, the base cannot learn."""
+"""Largest share of the residual stream for a trait; the base cannot learn along a larger one, which costs it much else."""
 
 _GOOD_AUROC = 0.8
 _FEWEST = 5
@@ -24,13 +24,13 @@ _FEWEST = 5
 
 @dataclass(frozen=True)
 class LayerValidation:
-    """What was found at one layer.
+    """The validation of one layer.
 
     Attributes:
         layer: decoder layer, from 0.
-        auroc: how well the coordinates within the subspace tell held-out texts with the trait from those without.
+        auroc: AUROC by which coordinates in the subspace separate held-out texts with the trait from those without.
         random_auroc: the same for each random subspace.
-        energy: share of the gradient of learning the trait, at this layer's writers, that is within the subspace.
+        energy: share of the gradient of the trait's loss, at this layer's writers, within the subspace.
         random_energy: the same for each random subspace; about k / d.
     """
 
@@ -46,10 +46,10 @@ class Validation:
     """The result of `validate`.
 
     Attributes:
-        width: of the residual stream.
-        k: directions.
-        texts: conversations with, and without the trait.
-        layers: one entry per layer looked at.
+        width: width of the residual stream.
+        k: number of directions.
+        texts: numbers of conversations with and without the trait.
+        layers: one entry per layer.
     """
 
     width: int
@@ -59,7 +59,7 @@ class Validation:
 
     @property
     def problems(self) -> list[str]:
-        """What speaks against routing into this subspace, one sentence each; empty where nothing does."""
+        """Reasons against routing into this subspace, one sentence each; empty where there are none."""
         found = []
         if self.k > MOST_OF_THE_WIDTH * self.width:
             found.append(
@@ -82,11 +82,11 @@ class Validation:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing speaks against it."""
+        """Whether there are no `problems`."""
         return not self.problems
 
     def table(self) -> Table:
-        """Return a table to print with rich."""
+        """Return a rich table of the layers and problems."""
         table = Table(title=f"{self.k} of {self.width} directions, {self.texts[0]} + {self.texts[1]} held-out texts")
         for name in ("layer", "AUROC", "random", "gradient energy", "random", "k / d"):
             table.add_column(name, justify="right")
@@ -94,7 +94,7 @@ class Validation:
         for at in self.layers:
             cells = (f"{at.auroc:.3f}", spread(at.random_auroc), f"{at.energy:.3f}", spread(at.random_energy))
             table.add_row(str(at.layer), *cells, f"{self.k / self.width:.3f}")
-        table.caption = "\n".join(self.problems) or "nothing speaks against it"
+        table.caption = "\n".join(self.problems) or "no problems found"
         return table
 
 
@@ -109,22 +109,22 @@ def validate(
     layers: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> Validation:
-    """Look at a subspace before any training, on texts that it was not made of; rollouts of the task itself if you have them.
+    """Validate a subspace before training, on texts that it was not made from; preferably rollouts of the task itself.
 
-    AUROC is that of a logistic regression on the k coordinates, cross-validated, so neither signs nor k matter. The gradient
-    is that of the loss on ``positive``, at the outputs of the residual writers.
+    AUROC is that of a cross-validated logistic regression on the k coordinates, so it does not depend on signs or on k. The
+    gradient is that of the loss on ``positive``, at the outputs of the residual writers.
 
     Args:
         subspace: as `routed_peft.subspaces` makes it.
         model: the model to be trained.
         tokenizer: its tokenizer.
-        positive: held-out conversations that show the trait, five at least.
-        negative: such that do not, five at least.
-        layers: where to look; by default the layers that have bases, or where the one basis was measured.
-        seeds: of the random subspaces beside it, three at least.
+        positive: held-out conversations that show the trait, at least five.
+        negative: held-out conversations without it, at least five.
+        layers: decoder layers; by default those with bases, or the one where a single basis was measured.
+        seeds: seeds of the random subspaces to compare with, at least three.
 
     Raises:
-        ValueError: for too few texts or seeds, or where it is not known at which layer to look.
+        ValueError: for too few texts or seeds, or where ``layers`` is needed.
         ImportError: without scikit-learn.
     """
     if min(len(positive), len(negative)) < _FEWEST:

@@ -73,13 +73,13 @@ def test_damaged_and_foreign_files(tmp_path):
     path = Subspace(torch.eye(8)[:, :2]).save(tmp_path / "u.safetensors")
     good = path.read_bytes()
     path.write_bytes(good[:-5])
-    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
         Subspace.load(path)
     path.write_bytes(good[:-4] + torch.tensor([1e-5]).numpy().tobytes())  # still orthonormal to the tolerance
-    with pytest.raises(ValueError, match="are not those that were saved"):
+    with pytest.raises(ValueError, match="differ from the saved ones"):
         Subspace.load(path)
     save_file({"U": torch.eye(8)[:, :2].contiguous()}, path)
-    with pytest.raises(ValueError, match=r"is no subspace file: it holds \['U'\] and no provenance"):
+    with pytest.raises(ValueError, match=r"is not a subspace file: it holds \['U'\] and no provenance"):
         Subspace.load(path)
 
 
