@@ -105,7 +105,14 @@ class Material:
             )
         first, share, seed = settings.labeled_first, settings.forget_share, settings.seed
         if not settings.self_labels:
-            return schedule(rows, count, labeled_first=first, forget_share=share, seed=seed, first_forget_share=settings.first_forget_share)
+            return schedule(
+                rows,
+                count,
+                labeled_first=first,
+                forget_share=share,
+                seed=seed,
+                first_forget_share=settings.first_forget_share,
+            )
         weights = self._frequency_weights() if settings.frequency_weights else None
         if weights is not None:
             weights = weights + (1 - weights) * settings.base_weight

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from rich.table import Table
 
 from routed_peft.demo.measuring import CHANCE
 from routed_peft.demo.settings import ARMS, DemoSettings
 from routed_peft.evaluation.measures import removed, retain_tax
 from routed_peft.files import write_bytes
-from routed_peft.report.drawing import LIGHT, Draw, Line, Style, Theme, draw_lines, render
+from routed_peft.report.drawing import LIGHT, Axes, Draw, Line, Style, Theme, draw_lines, render
 from routed_peft.report.page import environment, picture
 from routed_peft.training import RunDirectory
 
@@ -38,7 +38,8 @@ STYLES = {
     "perfect_filter": Style("green"),
 }
 NAMES = {**ROWS, "routed": "routed, ablated"}
-Panel = Callable[[Axes, Theme, Sequence[Point], Mapping[str, Any]], None]
+Panel = Callable[[Sequence[Point], Mapping[str, Any]], Draw]
+"""Makes a drawing of the points and the summary of a run."""
 
 TEMPLATE = "demo.html.jinja"
 CAPTIONS = {
@@ -50,20 +51,19 @@ CAPTIONS = {
 }
 
 
-def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: DemoSettings, file: Path) -> None:
+def write_report(records: RunDirectory, summary: Mapping[str, Any], *, settings: DemoSettings, file: Path) -> None:
     """Draw ``curves.png`` beside ``file``, then write the page aside and rename it.
 
     Args:
         records: with the points of the run.
-        summary: what `routed_peft.demo.run_demo` returns.
+        summary: as `routed_peft.demo.run_demo` returns it.
         settings: of the run.
-        file: where to; written last.
+        file: of the page; written last.
     """
     points = records.points()
-    write_bytes(
-        file.with_name("curves.png"), render([panel(name, points, summary) for name in PANELS], LIGHT, format="png")
-    )
-    images = {name: picture([panel(name, points, summary)], CAPTIONS[name]) for name in PANELS}
+    drawn = {name: panel(points, summary) for name, panel in PANELS.items()}
+    write_bytes(file.with_name("curves.png"), render(list(drawn.values()), LIGHT, format="png"))
+    images = {name: picture([draw], CAPTIONS[name]) for name, draw in drawn.items()}
     page = environment().get_template(TEMPLATE)
     content = page.render(
         summary=summary,
@@ -83,35 +83,45 @@ def write_report(records: RunDirectory, summary: Mapping[str, Any], settings: De
 def training_curves(split: str, title: str) -> Panel:
     """Return the panel of validation losses of one side during training."""
 
-    def draw(axes: Axes, theme: Theme, points: Sequence[Point], summary: Mapping[str, Any]) -> None:
+    def panel(points: Sequence[Point], summary: Mapping[str, Any]) -> Draw:
         lines = {}
         for key in STYLES:
             arm, ablated = ("routed", False) if key == "routed_on" else (key, key == "routed")
-            found = [
+            lines[key] = [
                 (point["tokens"] / 1e6, point["loss"])
                 for point in points
                 if (point["phase"], point["split"], point["arm"], point.get("ablated"))
                 == ("training", split, arm, ablated)
             ]
-            lines[key] = found
+
+        def draw(axes: Axes, theme: Theme) -> None:
+            _lines(axes, theme, lines)
+            axes.set(title=title, xlabel="training tokens (millions)", ylabel="loss (nats per token)")
+
+        return draw
+
+    return panel
+
+
+def relearning_curves(points: Sequence[Point], summary: Mapping[str, Any]) -> Draw:
+    """Return the panel of the forget loss under attack, in the worst case over learning rates."""
+    curves = {key: summary["models"][key].get("relearned") for key in STYLES}
+    lines = {key: sorted((int(step), loss) for step, loss in curve.items()) for key, curve in curves.items() if curve}
+
+    def draw(axes: Axes, theme: Theme) -> None:
         _lines(axes, theme, lines)
-        axes.set(title=title, xlabel="training tokens (millions)", ylabel="loss (nats per token)")
+        title = "Biology, relearned from a few documents"
+        axes.set(title=title, xlabel="steps of the attack", ylabel="loss (nats per token)")
 
     return draw
 
 
-def relearning_curves(axes: Axes, theme: Theme, points: Sequence[Point], summary: Mapping[str, Any]) -> None:
-    """Draw the forget loss under attack, in the worst case over learning rates."""
-    curves = {key: summary["models"][key].get("relearned") for key in STYLES}
-    _lines(axes, theme, {key: sorted((int(s), loss) for s, loss in c.items()) for key, c in curves.items() if c})
-    axes.set(
-        title="Biology, relearned from a few documents", xlabel="steps of the attack", ylabel="loss (nats per token)"
-    )
+def before_and_after(points: Sequence[Point], summary: Mapping[str, Any]) -> Draw:
+    """Return the panel of the routed model with its region and without, between no routing and the perfect filter."""
+    return partial(_draw_before_and_after, summary["models"])
 
 
-def before_and_after(axes: Axes, theme: Theme, points: Sequence[Point], summary: Mapping[str, Any]) -> None:
-    """Draw the routed model with its region and without, between the model that knows and the one that never saw."""
-    models = summary["models"]
+def _draw_before_and_after(models: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
     sides = {"forget": "biology", "retain": "other text"}
     for y, (key, place) in enumerate((key, row) for row, _ in enumerate(sides) for key in ("routed_on", "routed")):
         side = list(sides)[place]
@@ -142,11 +152,6 @@ PANELS: dict[str, Panel] = {
     "relearning": relearning_curves,
     "ablation": before_and_after,
 }
-
-
-def panel(name: str, points: Sequence[Point], summary: Mapping[str, Any]) -> Draw:
-    """Return the function that draws the panel of the name."""
-    return lambda axes, theme: PANELS[name](axes, theme, points, summary)
 
 
 def _lines(axes: Axes, theme: Theme, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:

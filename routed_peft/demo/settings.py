@@ -15,15 +15,15 @@ class DemoSettings(SelfLabelConfig):
         pair: which texts, a key of `routed_peft.corpora.PAIRS`.
         documents: how many of each side are trained on; None for all.
         labeled: share of the documents of each side that carry a label.
-        recall: share of the labelled forget documents that are labelled forget (`routed_peft.data.simulate_labels`).
-        precision: share of the documents labelled forget that are.
-        self_labels: whether the region then labels the unlabelled rows, in the routed arm (`SelfLabeledRows`).
+        recall: share of the labeled forget documents that are labeled forget (`routed_peft.data.simulate_labels`).
+        precision: share of the documents labeled forget that are.
+        self_labels: whether the region then labels the unlabeled rows, in the routed arm (`SelfLabeledRows`).
         base_weight: gradient weight of forget rows on the base, in the routed arm. A little above 0 lets them teach it what
             both sides share, at the price of a little of what they do not.
         frequency_weights: whether forget rows teach the base, in the routed arm, as far as their tokens are as common in retain
             text (`routed_peft.data.token_frequency_weights`), and at ``base_weight`` otherwise; with self-labels only.
         mixed_rows: whether rows mix the sides of documents that have the same label, or none. By default they do not, as a page
-            of a longer text does not: then the truth has sorted unlabelled text into rows.
+            of a longer text does not: then the truth has sorted unlabeled text into rows.
         by_document: whether the region is asked about documents and not about rows, in the routed arm; with ``mixed_rows``.
         region_learning_rate: peak learning rate of the region, in the routed arm; None for ``learning_rate``.
         evaluations: how often the validation losses are taken during training.
@@ -128,8 +128,8 @@ class Arm:
 
 ARMS = (
     Arm("no_routing", "no routing", "trains on everything, and removes nothing"),
-    Arm("filter", "filter, same labels", "leaves out what is labelled forget", drop="route_label"),
-    Arm("routed", "routed", "sends what is labelled forget to the region, then ablates the region", routed=True),
+    Arm("filter", "filter, same labels", "leaves out what is labeled forget", drop="route_label"),
+    Arm("routed", "routed", "sends what is labeled forget to the region, then ablates the region", routed=True),
     Arm("perfect_filter", "perfect filter", "leaves out all true forget data: the ideal, out of reach", drop="side"),
 )
 """The arms, in the order in which they are trained and shown."""

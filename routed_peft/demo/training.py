@@ -129,6 +129,7 @@ def routes_of(arm: Arm, settings: DemoSettings) -> dict[str, Route]:
 def train_arm(
     arm: Arm,
     settings: DemoSettings,
+    *,
     material: Material,
     run: Dataset | SelfLabeledRows,
     folder: Path,

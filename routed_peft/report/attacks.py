@@ -88,7 +88,7 @@ def from_summary(result: Mapping[str, Any]) -> Relearning:
     """Return one attack of a summary that ``routed-peft relearn`` wrote.
 
     Args:
-        result: as `routed_peft.evaluation.relearning.summarise` returns it.
+        result: as `routed_peft.evaluation.relearning.summarize` returns it.
     """
     envelope = result["envelope"]
     count = len({curve["seed"] for curve in result["curves"]})

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from matplotlib.axes import Axes
-
 from routed_peft.evaluation.measures import Spread
 from routed_peft.report.attacks import Relearning
-from routed_peft.report.drawing import Draw, Line, Style, Theme, draw_lines
+from routed_peft.report.drawing import Axes, Draw, Line, Style, Theme, draw_lines
 
 LOSS = "loss (nats per token)"
 OTHERS = tuple(

@@ -190,7 +190,7 @@ def test_runs_of_all_arms_are_equally_long_and_drop_what_they_should(material):
     assert {len(run) for run in runs.values()} == {80}
     assert "forget" not in runs["filter"]["route_label"] and "forget" in runs["filter"]["side"]
     assert "forget" not in runs["perfect_filter"]["side"]
-    assert {runs["routed"][i]["route_label"] for i in range(24)} == {"forget", "retain"}  # labelled rows come first
+    assert {runs["routed"][i]["route_label"] for i in range(24)} == {"forget", "retain"}  # labeled rows come first
     assert tokens_by_side(runs["perfect_filter"], 32) == {"forget": 0, "retain": 80 * 32}
 
 

@@ -158,7 +158,7 @@ CARDS: dict[str, Card] = {
     "demix": Card(
         "DEMix, forget expert dropped",
         "routing",
-        "Either side has an expert in place of most of the MLP. Labelled rows are seen without the other side's, unlabeled "
+        "Either side has an expert in place of most of the MLP. Labeled rows are seen without the other side's, unlabeled "
         "rows teach both, and the forget expert is dropped. The negative control for absorption: nothing sends unlabeled "
         "forget data to it.",
         "arXiv 2108.05036",

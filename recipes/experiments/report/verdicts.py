@@ -58,6 +58,7 @@ def _sentence(found: Comparison, labeled: float) -> str:
         f"{name}: {ranged(r.removed, True)}" for name, r in beside.items() if r is not None and r.removed
     )
     text = f"With {share(labeled)} of the labels, routing and ablating removed {ranged(routed.removed, True)}"
+    text += " of the forget knowledge"
     text += (f" ({others})." if others else ".") + _prices(routed, rival)
     worst = routed.worst
     if worst is not None and worst.attacked:
