@@ -63,13 +63,14 @@ def here(command: list[str]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def launched(task, tmp_path_factory) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A run by `accelerate launch`, going on beside the other tests."""
+    """A run by `accelerate launch` from a directory of its own, going on beside the other tests."""
     out = tmp_path_factory.mktemp("launched") / "grpo"
     accelerate = str(Path(sys.executable).with_name("accelerate"))
-    command = [accelerate, "launch", "--cpu", "--num_processes", "1", *arguments("grpo", task, out)]
+    script, *options = arguments("grpo", task, out)
+    command = [accelerate, "launch", "--cpu", "--num_processes", "1", str(ROOT / script), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+    with subprocess.Popen(command, cwd=task, env=environment, **pipes) as process:
         yield process, out
         process.kill()
 
@@ -96,7 +97,7 @@ def test_mistakes_are_explained_before_anything_is_loaded(task, tmp_path):
         place = command.index(flag)
         with pytest.raises(ValueError, match=f"`{flag[2:]}` is not set"):
             here([*command[:place], *command[place + 2 :]])
-    with pytest.raises(ValueError, match="both say where labels come from"):
+    with pytest.raises(ValueError, match="are both set: leave one of them out"):
         here([*command, "--environment_labels", '{"B": "flagged"}'])
     with pytest.raises(FileNotFoundError, match="there is no file 'nothing.py'"):
         here([*command, "--reward_funcs", "nothing.py:grade"])
