@@ -39,7 +39,12 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def lora(**options: Any) -> LoraConfig:
-    defaults = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    defaults: dict[str, Any] = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "up_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     return LoraConfig(**(defaults | options))
 
 
@@ -135,3 +140,7 @@ def plain_logps(model, batch: dict[str, torch.Tensor], row: int) -> torch.Tensor
     completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
     logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
+
+
+def answering(answer):
+    return lambda completion_ids, **_: answer(completion_ids)
