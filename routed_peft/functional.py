@@ -198,7 +198,12 @@ class _RoutedLinear(torch.autograd.Function):
 
 
 def routed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, m: Tensor | PositionWeights, *, cache: RowCache | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    m: Tensor | PositionWeights,
+    bias: Tensor | None = None,
+    cache: RowCache | None = None,
 ) -> Tensor:
     r"""Parameter-edge routing of a linear layer: ``F.linear`` whose parameter gradients weigh each position by ``m``.
 
@@ -214,8 +219,8 @@ def routed_linear(
     Args:
         x: ``(B, D)`` or ``(B, T, D)``.
         weight: ``(O, D)``.
-        bias: ``(O,)`` or None.
         m: ``(B,)`` or ``(B, T)``; where several layers share it, prepare it once by `PositionWeights.from_weights`.
+        bias: ``(O,)`` or None.
         cache: shared by the layers that share ``m`` within one step; it saves copies where they read the same input.
 
     Returns:
@@ -223,7 +228,7 @@ def routed_linear(
 
     Example:
         >>> x, w = torch.eye(2), torch.zeros(1, 2, requires_grad=True)
-        >>> routed_linear(x, w, None, torch.tensor([1.0, 0.0])).sum().backward()
+        >>> routed_linear(x, w, m=torch.tensor([1.0, 0.0])).sum().backward()
         >>> w.grad
         tensor([[1., 0.]])
     """

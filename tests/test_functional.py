@@ -24,7 +24,7 @@ def test_parameter_gradients_weigh_positions(weights, per_token, gather, bias, o
     w = torch.randn(outputs, 5, dtype=torch.float64, generator=generator, requires_grad=True)
     b = torch.randn(outputs, dtype=torch.float64, generator=generator, requires_grad=True) if bias else None
     g = torch.randn(4, 6, outputs, dtype=torch.float64, generator=generator)
-    routed_linear(x, w, b, PositionWeights.from_weights(m, gather)).backward(g)
+    routed_linear(x, w, m=PositionWeights.from_weights(m, gather), bias=b).backward(g)
     weighed = g * (m.unsqueeze(-1) if per_token else m[:, None, None])
     assert torch.allclose(w.grad, torch.einsum("bto,btd->od", weighed, x), atol=1e-12)
     assert torch.allclose(x.grad, g @ w, atol=1e-12)
@@ -57,7 +57,7 @@ def test_layers_that_read_the_same_input_take_its_rows_once_and_others_do_not_ge
     turned = x.t()  # the same memory and shape in another order
     inputs = [x, x, turned, x.clone(), x]
     layers = [torch.randn(30 + i, 20, dtype=torch.float64, requires_grad=True) for i in range(len(inputs))]
-    sum(routed_linear(i, w, None, weights, cache=cache).sum() for i, w in zip(inputs, layers, strict=True)).backward()
+    sum(routed_linear(i, w, m=weights, cache=cache).sum() for i, w in zip(inputs, layers, strict=True)).backward()
     for i, w in zip(inputs, layers, strict=True):
         torch.testing.assert_close(w.grad, (m[:, None] * i).sum(0).expand_as(w))
     assert taken.count(x.shape) == 4, "the two neighbors share one copy"
@@ -70,5 +70,5 @@ def test_an_input_that_was_changed_in_place_is_taken_anew():
     for value in (1.0, 5.0):
         x.fill_(value)
         w.grad = None
-        routed_linear(x, w, None, weights, cache=cache).sum().backward()
+        routed_linear(x, w, m=weights, cache=cache).sum().backward()
         assert torch.equal(w.grad, torch.full((3, 2), 27 * value))

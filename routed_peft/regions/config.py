@@ -97,9 +97,7 @@ class RoutedConfig(PeftConfig):
     )
     store_base_part: bool | None = field(
         default=None,
-        metadata={
-            "help": "subspace: store the base's component along the basis. Default: unless quantized."
-        },
+        metadata={"help": "subspace: store the base's component along the basis. Default: unless quantized."},
     )
     provenance: dict[str, Any] | None = field(
         default=None, metadata={"help": "Source of the basis; written when the region is made."}
@@ -171,9 +169,7 @@ class RoutedConfig(PeftConfig):
                 "`layers_to_transform` needs `target_modules` as a list of names, got a regular expression"
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                "`layers_pattern` works only together with `layers_to_transform`: give both"
-            )
+            raise ValueError("`layers_pattern` works only together with `layers_to_transform`: give both")
 
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)

@@ -75,7 +75,9 @@ class _RoutedLinearBase(Routed):
         step = self._attachment.read(x)
         if step is None or step.weights is None:
             return self._gated(super().forward(x), step)  # type: ignore[misc]
-        return self._gated(routed_linear(x, self._weight(), self.bias, step.weights, cache=step.cache), step)  # type: ignore[attr-defined]
+        bias: Tensor | None = self.bias  # type: ignore[attr-defined]
+        y = routed_linear(x, self._weight(), m=step.weights, bias=bias, cache=step.cache)
+        return self._gated(y, step)
 
 
 class RoutedLinear(_RoutedLinearBase, nn.Linear):
