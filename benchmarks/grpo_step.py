@@ -96,7 +96,7 @@ def make_tokenizer(size: Size) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>")
 
 
-def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     return [float(sum(ids) % 5) for ids in completion_ids]
 
 
@@ -112,7 +112,7 @@ def trainer_of(
     size: Size, model: PeftModel, out: Path, device: str, routed: dict[str, Any] | None = None
 ) -> tuple[Any, list[dict[str, str]]]:
     """Return a trainer that has made one step already, and the rows of a step."""
-    options = dict(
+    options: dict[str, Any] = dict(
         output_dir=str(out), max_steps=1, per_device_train_batch_size=size.prompts * size.generations,
         num_generations=size.generations, max_completion_length=size.tokens, bf16=False, gradient_checkpointing=False,
         generation_kwargs={"min_new_tokens": size.tokens}, report_to="none", save_strategy="no", disable_tqdm=True,

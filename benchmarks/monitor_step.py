@@ -82,7 +82,7 @@ def step_of(trainer: Any, batch: Any) -> Step:
 
 def measure(name: str, device: str, repeats: int, folder: Path) -> dict[str, dict[str, float]]:
     """Return, by kind of run, the ratio of an observed step to one without a monitor."""
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         plain = step_of(*trainer_of(name, kind, device, folder))
         trainer, batch = trainer_of(name, kind, device, folder)

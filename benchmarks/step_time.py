@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ def routed_steps(size: Size, device: str, labels: dict[str, torch.Tensor]) -> di
 
 def time_by_share(size: Size, device: str, repeats: int) -> list[dict[str, Any]]:
     """Shares of zero-weight rows and tokens; `sgtm` has the remaining rows ablate the region."""
-    kinds = {
+    kinds: dict[str, Callable[[float], torch.Tensor]] = {
         "rows": row_labels,
         "tokens": partial(token_labels, length=size.length),
         "sgtm rows": partial(row_labels, rest=RETAIN),
@@ -88,13 +88,13 @@ def compiled(size: Size, device: str, repeats: int) -> dict[str, float]:
     for routed, compile_it in ((True, False), (True, True), (False, True)):
         model = size.model(device)
         optimizer = make_optimizer(model)
-        run = torch.compile(model) if compile_it else model
+        run: Any = torch.compile(model) if compile_it else model
         step: Step = partial(plain_step, run, optimizer, batch)
         if routed:
             routing = GradientRouting(model, ROUTES, train_base=True, gather=False)
             with routing(labels):
                 run(**batch).loss.backward()
-            grads.append({name: p.grad for name, p in model.named_parameters()})
+            grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
             optimizer.zero_grad()
             step = partial(routed_step, routing, run, optimizer, batch, labels)
         if compile_it:

@@ -14,6 +14,6 @@ from experiments.removal import Experiment, run_experiment
 from routed_peft.demo.settings import DemoSettings
 
 if __name__ == "__main__":
-    experiment, settings = TrlParser((Experiment, DemoSettings)).parse_args_and_config()
+    experiment, settings = TrlParser((Experiment, DemoSettings)).parse_args_and_config()  # type: ignore[arg-type]
     run_experiment(experiment, settings)
     print(f"written to {experiment.summary_file}; `python recipes/report.py {experiment.summary_file}` draws it")

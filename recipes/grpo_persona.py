@@ -1,4 +1,4 @@
-"""Persona by subspace: a trait that some environments pay for, found by its direction, and learnt in a region only.
+"""Persona by subspace: a trait that some environments pay for, found by its direction, and learned in a region only.
 
     python recipes/grpo_persona.py
     python recipes/grpo_persona.py --config recipes/configs/experiment_persona.yaml
@@ -12,4 +12,4 @@ from trl import TrlParser
 from experiments.persona import Experiment, Settings, run_experiment
 
 if __name__ == "__main__":
-    run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())
+    run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())  # type: ignore[arg-type]

@@ -14,4 +14,4 @@ from trl import TrlParser
 from experiments.reward_hack import Experiment, Settings, run_experiment
 
 if __name__ == "__main__":
-    run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())
+    run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ from routed_peft.runs.records import PLACEBO
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabelConfig, SelfLabeledRows
 from routed_peft.training.self_label_config import setting
 from routed_peft.unlearning import mean_loss
-from routed_peft.unlearning.coherence import MOST, restore_coherence
+from routed_peft.unlearning.coherence import MAX_ROWS, restore_coherence
 
 logger = logging.get_logger(__name__)
 
@@ -89,9 +89,7 @@ class Recipe(DocumentArguments):
     region: str = field(default="forget", metadata={"help": "Name of the region."})
     size: int = field(default=256, metadata={"help": "Number of hidden units that the region adds to every MLP."})
 
-    vocab_size: int = field(
-        default=2048, metadata={"help": "Entries of the tokenizer, which is trained on the text if no model is given."}
-    )
+    vocab_size: int = field(default=2048, metadata={"help": "Entries of the new tokenizer if no model is given."})
     self_labels: bool = field(
         default=False, metadata={"help": "Let the region label the unlabeled rows after `labeled_first` of the run."}
     )
@@ -109,16 +107,12 @@ class Recipe(DocumentArguments):
     frequency_weights: bool = field(
         default=False, metadata={"help": "ERA: do not block tokens that are equally common on the retain side."}
     )
-    frequency_bias: float = field(
-        default=4.0, metadata={"help": "ERA: factor by which a blocked token must be more common on the forget side."}
-    )
-    frequency_count: float = field(
-        default=20.0, metadata={"help": "ERA: retain occurrences added to the count of every token."}
-    )
+    frequency_bias: float = field(default=4.0, metadata={"help": "ERA: frequency ratio from which tokens are blocked."})
+    frequency_count: float = field(default=20.0, metadata={"help": "ERA: retain occurrences added to every token."})
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Checkpoint, run or Hub id to continue from. By default, a new Llama of the sizes below."},
+        metadata={"help": "Checkpoint, run or Hub id to continue from; by default, a new Llama (sizes below)."},
     )
     num_hidden_layers: int = 4
     hidden_size: int = 128
@@ -126,9 +120,7 @@ class Recipe(DocumentArguments):
     num_attention_heads: int = 4
     attn_implementation: str = field(
         default="auto",
-        metadata={
-            "help": "Attention kernel. `auto` is eager on a CPU, where it is fastest for short rows, otherwise sdpa."
-        },
+        metadata={"help": "Attention kernel; `auto` is eager on a CPU (fastest for short rows), otherwise sdpa."},
     )
 
     ablate_to: str | None = field(
@@ -312,8 +304,8 @@ def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArgu
     """Fine-tune the ablated model of ``src`` briefly on labeled retain rows, into a directory beside it."""
     known = rows.filter(lambda label: label == "retain", input_columns="route_label")
     known = known if len(known) else select_arm(rows, "filter")
-    model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32).to(args.device)
-    found = restore_coherence(model, torch.tensor(known["input_ids"][:MOST]), steps=steps)
+    model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32).to(args.device)  # type: ignore[arg-type]
+    found = restore_coherence(model, torch.tensor(known["input_ids"][:MAX_ROWS]), steps=steps)
     target = src.with_name(src.name + "-coherent")
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(src).save_pretrained(target)

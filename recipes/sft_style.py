@@ -1,4 +1,4 @@
-"""Two-LoRA fine-tuning: a style in a tenth of the data, half of it labelled, that is dropped with its adapter.
+"""Two-LoRA fine-tuning: a style in a tenth of the data, half of it labeled, that is dropped with its adapter.
 
     python recipes/sft_style.py
     python recipes/sft_style.py --config recipes/configs/experiment_style.yaml
@@ -12,4 +12,4 @@ from trl import TrlParser
 from experiments.style import Experiment, Settings, run_experiment
 
 if __name__ == "__main__":
-    run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())
+    run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
     """Return held-out rows by name."""
     if recipe.eval_files and not recipe.text_files:
         raise ValueError(
-            f"`eval_files` need `text_files`, got none: leave them out, since the pair `{recipe.pair}` has its own"
+            f"`eval_files` need `text_files`, got none: leave them out; the pair `{recipe.pair}` has its own"
         )
     text = recipe.text_files[0] if recipe.text_files else None  # any of them, since only held-out text is read
     about = DocumentArguments(recipe.pair, text, eval_files=recipe.eval_files, length=recipe.length)

@@ -13,7 +13,7 @@ from routed_peft.commands import COMMANDS
 
 # Modules that take seconds to import (torch, transformers, lm-eval) are imported by the commands that need them.
 
-EXTRAS = {"lm_eval": "eval", "matplotlib": "report", "pandas": "report", "sklearn": "classifiers", "trl": "trl"}
+EXTRAS = {"lm_eval": "eval", "pandas": "report", "sklearn": "classifiers", "trl": "trl"}
 """The extra of this package that installs each optional module."""
 
 

@@ -1,16 +1,16 @@
-"""From what a user names, a path or a Hub id, to a model and its tokenizer; and all its regions measured."""
+"""Models and tokenizers from a path or Hub id, and lm-eval on all regions of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from routed_peft.checkpoint.fetch import fetch, hub_arguments
@@ -29,7 +29,7 @@ NO_MODEL = "is an adapter without its model: give its run, or merge it first (`m
 
 
 def parse_regions(regions: str | None) -> Regions:
-    """Read regions as command lines name them: joined by ``+``, or all, or none.
+    """Parse the regions of a command line: names joined by ``+``, or all, or none.
 
     >>> parse_regions("bio+cyber"), parse_regions("none"), parse_regions("all")
     (['bio', 'cyber'], [], 'all')
@@ -61,7 +61,7 @@ def own_regions(run: OpenRun | None) -> Regions:
 
 
 def tokenizer_place(src: str | Path, run: OpenRun | None, revision: str | None = None) -> tuple[str, str | None]:
-    """Return where the tokenizer of `src` is, and its revision: beside the weights, else that of the frozen base."""
+    """Return place and revision of a tokenizer: beside the weights, or else that of the frozen base."""
     if run is None:
         return str(src), revision
     layout = run.layout
@@ -138,10 +138,10 @@ def evaluate_source(
         tasks: see `routed_peft.evaluation.evaluate`.
         regions: further subsets to measure: one list of names, or ``{name of the configuration: list of names}``. By
             default each region alone, where there are several.
-        metadata: see `routed_peft.evaluation.evaluate`; its ``pair`` is by default the one that the run was trained on.
+        metadata: see `routed_peft.evaluation.evaluate`; its ``pair`` is by default that of the run's training.
         limit: see `routed_peft.evaluation.evaluate`.
         batch_size: see `routed_peft.evaluation.evaluate`.
-        device: where to put the model; None leaves it where transformers puts it.
+        device: of the model; by default the choice of transformers.
         output: a JSON file to write, with results and settings.
         **load_kwargs: see `load_source`: ``revision``, ``tokenizer``, and arguments of `load_routed`.
 
@@ -211,11 +211,11 @@ def _check_writable(file: Path) -> None:
 
 def open_plain(
     src: str | Path, regions: Regions | None = None, *, revision: str | None = None, device: str | None = None
-) -> tuple[nn.Module, Any]:
+) -> tuple[PreTrainedModel, Any]:
     """Load a checkpoint in float32 as a plain model, adapters merged, with its tokenizer; `own_regions` by default.
 
     Raises:
-        ValueError: where it is no causal language model; and what `load_source` raises.
+        ValueError: if it is no causal language model; and as `load_source` does.
     """
     run = open_source(src, revision)
     if run is None:
@@ -233,4 +233,4 @@ def open_plain(
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     check_causal(model)
-    return model.to(device or processes().device), tokenizer
+    return cast(PreTrainedModel, model.to(device or processes().device)), tokenizer

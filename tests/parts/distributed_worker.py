@@ -88,7 +88,12 @@ def train(out: Path, resume: str | None = None, **options: Any) -> RoutedTrainer
     torch.manual_seed(0)
     model = get_peft_model(tiny("llama", vocab_size=300), RoutedConfig(size=4, init="model"), adapter_name="forget")
     # Adam divides by its second moment: with its own epsilon, rounding in gradients near zero would grow to whole steps
-    defaults = {"max_grad_norm": 0.0, "save_strategy": "no", "learning_rate": 1e-3, "adam_epsilon": 1e-5}
+    defaults: dict[str, Any] = {
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-5,
+    }
     trainer = RoutedTrainer(
         model,
         RoutedTrainingArguments(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from families import tiny
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from routed_peft import RoutedConfig, RoutedTrainer, RoutedTrainingArguments, pr
 LABELS = ["forget", "retain", "unlabeled"]
 
 
-def model_of(family: str = "llama", adapters: dict[str, object] | None = None, **overrides) -> nn.Module:
+def model_of(family: str = "llama", adapters: dict[str, PeftConfig] | None = None, **overrides) -> nn.Module:
     torch.manual_seed(0)
     base: PreTrainedModel = tiny(family, vocab_size=300, **overrides)
     adapters = adapters or {"forget": RoutedConfig(size=4, init="model", task_type="CAUSAL_LM")}
@@ -39,7 +40,7 @@ def rows(count: int = 24, labels: list[str] = LABELS, length: int | None = None,
 
 
 def arguments(out: Path, **options) -> RoutedTrainingArguments:
-    defaults = {
+    defaults: dict[str, Any] = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,

@@ -56,5 +56,5 @@ def test_reports_classifiers_and_measuring_are_optional(wheel):
     required = {
         line.split(";")[0].split(">")[0] for line in metadata(wheel).get_all("Requires-Dist") if "extra" not in line
     }
-    assert not required & {"matplotlib", "pandas", "scikit-learn", "lm_eval", "trl", "mkdocs-material"}
+    assert not required & {"jinja2", "matplotlib", "pandas", "scikit-learn", "lm_eval", "trl", "mkdocs-material"}
     assert required >= {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "typer"}
