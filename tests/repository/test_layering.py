@@ -22,11 +22,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval_mode": set(),
     "functional": set(),
     "routes": set(),
-    "adapters": set(),
     "corpora": set(),
     "tasks": {"corpora"},
     "presets": {"routes"},
     "losses": {"routes"},
+    "adapters": {"routes"},
     "runs": {"files"},
     "architectures": {"eval_mode"},
     "subspaces": {"architectures", "eval_mode", "files"},
@@ -87,7 +87,7 @@ MAY_IMPORT["experiments.tables"] = {*LIBRARY, "experiments.common", "experiments
 EXPERIMENTS = {path.parent.name for path in (ROOT / "recipes/experiments").glob("*/__init__.py")} - SHARED
 for experiment in EXPERIMENTS:
     MAY_IMPORT[f"experiments.{experiment}"] = {*LIBRARY, "experiments.common", "experiments.report"}
-MAY_IMPORT["recipes"] = {*LIBRARY, "face", "experiments.common", *(f"experiments.{name}" for name in EXPERIMENTS)}
+MAY_IMPORT["recipes"] = {*LIBRARY, "face", *(f"experiments.{name}" for name in EXPERIMENTS | SHARED)}
 
 PURE = ("routed_peft.functional", "routed_peft.routes", "routed_peft.presets")
 
