@@ -1,4 +1,4 @@
-"""Measuring what a model knows, with and without its regions."""
+"""Evaluation of models with and without their regions."""
 
 from routed_peft.evaluation.harness import evaluate, evaluate_configurations, results_frame, results_table
 from routed_peft.evaluation.scale import ScaleChoice, choose_scale

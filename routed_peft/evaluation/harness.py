@@ -1,4 +1,4 @@
-"""lm-eval inside this process: one model, measured with all of its regions, with none, and with some.
+"""lm-eval inside this process, on one model with all of its regions, with some, and with none.
 
 lm-eval is an optional dependency (``pip install "routed_peft[eval]"``) and is imported when a measurement starts.
 """
@@ -34,25 +34,25 @@ def evaluate(
     batch_size: int = 16,
     base_adapters: Sequence[str] | None = None,
 ) -> Scores:
-    """Measure a live model with lm-eval; it is given back in the mode (training, evaluation) in which it came.
+    """Measure a live model with lm-eval; its mode (training or evaluation) is not changed.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
         tokenizer: its tokenizer.
         tasks: names of lm-eval tasks or groups: those of `routed_peft.tasks`, and lm-eval's own.
-        metadata: what the tasks read: ``forget_file``, ``retain_file``, ``pair``, ``forget_mc_file``, ...
-        regions: the regions to leave active while the others are ablated; None and "all" ablate none.
+        metadata: of the tasks: ``forget_file``, ``retain_file``, ``pair``, ``forget_mc_file``, ...
+        regions: the regions to leave active, with all others ablated; None and "all" ablate none.
         limit: the number of examples per task, for a quick look; None takes all.
         batch_size: sequences per forward pass.
-        base_adapters: adapters that belong to the base, and so are never ablated; None takes what `load_routed` left on
-            the model.
+        base_adapters: adapters that belong to the base, and so are never ablated; by default those recorded by
+            `load_routed`.
 
     Returns:
         ``{"task/metric": value}``: losses ``token_ce`` in nats per token and ``bits_per_byte``, accuracies from 0 to 1.
 
     Raises:
-        ImportError: lm-eval is not installed.
-        ValueError: `tasks` or `regions` names something that does not exist.
+        ImportError: without lm-eval.
+        ValueError: on an unknown name in `tasks` or `regions`.
     """
     from routed_peft.evaluation.lm_eval_model import measurement
 
@@ -76,8 +76,8 @@ def evaluate_configurations(
     Args:
         model: see `evaluate`.
         tokenizer: see `evaluate`.
-        configurations: name -> the regions left active. By default "all regions", "ablated", and each region alone
-            where there are several; "model" for a model without regions.
+        configurations: name -> the active regions. By default "all regions", "ablated", and each of several regions alone;
+            "model" for a model without regions.
         tasks: see `evaluate`.
         metadata: see `evaluate`.
         limit: see `evaluate`.
@@ -89,7 +89,7 @@ def evaluate_configurations(
     """
     if configurations is None:
         configurations = default_configurations(region_names(model, base_adapters))
-    for regions in configurations.values():  # a misspelt region must not cost the measurements before it
+    for regions in configurations.values():  # a misspelled region must not cost the measurements before it
         _others(model, regions, base_adapters)
     from routed_peft.evaluation.lm_eval_model import measurement
 
@@ -101,7 +101,7 @@ def evaluate_configurations(
 
 
 def region_names(model: nn.Module, base_adapters: Sequence[str] | None = None) -> list[str]:
-    """Return the regions of a model: its PEFT adapters, those of the base left out.
+    """Return the regions of a model: its PEFT adapters without those of the base.
 
     >>> region_names(nn.Linear(1, 1))
     []
@@ -111,7 +111,7 @@ def region_names(model: nn.Module, base_adapters: Sequence[str] | None = None) -
 
 
 def default_configurations(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return what to compare: all regions, none, and each alone where there are several.
+    """Return the configurations to compare: all regions, none, and each of several alone.
 
     >>> default_configurations(["bio", "cyber"])
     {'all regions': ['bio', 'cyber'], 'ablated': [], 'only bio': ['bio'], 'only cyber': ['cyber']}
@@ -157,13 +157,13 @@ def results_table(
 def _others(
     model: nn.Module, chosen: Literal["all"] | Sequence[str] | None, base_adapters: Sequence[str] | None = None
 ) -> list[str]:
-    """Return the regions to ablate for those of `chosen` to stand alone."""
+    """Return the regions to ablate, so that only those of `chosen` are active."""
     if chosen is None or chosen == "all":
         return []
     names = region_names(model, base_adapters)
     if isinstance(chosen, str) or (unknown := [name for name in chosen if name not in names]):
         got = chosen if isinstance(chosen, str) else unknown
-        raise ValueError(f"`regions` must be a list from {names}, got {got!r}; name regions of this model, or 'all'")
+        raise ValueError(f"`regions` must be a list from {names}, got {got!r}: name regions of this model, or 'all'")
     return [name for name in names if name not in chosen]
 
 

@@ -1,4 +1,4 @@
-"""The placebo of ablation: units of a model that nobody chose are silenced, as many as a region has."""
+"""The placebo of ablation: random units of a model are silenced, as many as a region has."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from routed_peft.architectures import find_mlps, output_projection
 
 
 def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
-    """Silence ``count`` hidden units of every MLP, drawn at random, by zeroing their column of the out-projection, in place.
+    """Silence ``count`` random hidden units of every MLP, by zeroing their columns of the down-projection, in place.
 
-    What a model loses by that is what losing so many units costs; only what ablation takes beyond is the region's.
+    The loss of performance is the cost of losing so many units. Only a larger effect of ablation belongs to the region.
 
     Args:
         model: a plain model of an architecture whose MLPs are known.
@@ -22,7 +22,7 @@ def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
         seed: of the draw.
 
     Raises:
-        ValueError: where no MLP is known, or one has no more units than that.
+        ValueError: if the MLPs have an unknown layout, or one has no more units than ``count``.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -35,7 +35,9 @@ def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     mlps = find_mlps(model)
     if not mlps:
-        raise ValueError(f"{type(model).__name__} has no MLP of a known layout, of which units could be silenced")
+        raise ValueError(
+            f"{type(model).__name__} has no MLP of a known layout: describe its MLPs with `register_mlp_layout`"
+        )
     for name, mlp in mlps.items():
         down: Any = output_projection(mlp)
         axis = 0 if isinstance(down, Conv1D) else 1  # of its inputs

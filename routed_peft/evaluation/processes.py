@@ -1,4 +1,4 @@
-"""Processes that share a grid of attacks: one, or as many as a launcher started."""
+"""The processes that share a grid of attacks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ PATIENCE = datetime.timedelta(days=7)
 
 
 def processes() -> PartialState:
-    """Return accelerate's view of the processes; without an accelerator they talk over gloo.
+    """Return accelerate's state of the processes; without an accelerator they communicate over gloo.
 
-    accelerate, unless it is told to use the CPU, takes the processes of torchrun on a CPU for as many single ones.
+    Without ``cpu=True``, accelerate would treat the processes of torchrun on a CPU as independent ones.
 
     >>> processes().num_processes
     1

@@ -1,4 +1,4 @@
-"""How much of a region to deploy: all, none, or as much as a detector lets pass."""
+"""`choose_scale`: the largest scale of a region that a detector accepts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SCALES = tuple(i / 10 for i in range(11))
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """What `choose_scale` found.
+    """Result of `choose_scale`.
 
     Attributes:
-        scale: the chosen one; None where even without the region the rate is not below the limit.
+        scale: the chosen one; None if the rate is not below the limit even without the region.
         rates: scale -> rate of the detector.
     """
 
@@ -30,18 +30,18 @@ def choose_scale(
 ) -> ScaleChoice:
     """Choose the largest scale of a region at which a detector's rate is below a limit.
 
-    The region's contribution is multiplied by each scale in turn (`ablated`), and ``rate`` is measured. The detector sees
-    what it can see: at the chosen scale there may be more of what it cannot. A natural limit is the rate of the base model.
+    The region's contribution is multiplied by each scale in turn (`ablated`), and ``rate`` is measured. At the chosen scale
+    there may be more behavior that the detector cannot see. A natural limit is the rate of the base model.
 
     Args:
         model: as for `ablated`.
         region: adapter name.
-        rate: samples from the model, which it holds itself, and returns the share of flagged samples.
-        limit: the rate must be below it.
+        rate: samples from the model, to which it holds a reference, and returns the share of flagged samples.
+        limit: upper bound of the rate, itself excluded.
         scales: to try.
 
     Raises:
-        ValueError: on an unknown region, and if there are no scales.
+        ValueError: on an unknown region, and without scales.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Held-out loss of a live model, fast enough to be taken at every step of an attack."""
+"""`TextLoss`: held-out loss of a live model, fast enough for every step of an attack."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from routed_peft.eval_mode import evaluating
 from routed_peft.losses import target_losses
 from routed_peft.routes import IGNORED
 
-_MOST_TOKENS, _MOST_LOGITS = 8192, 2**27  # a batch: beyond these it is no faster, and needs memory
+_MAX_TOKENS, _MAX_LOGITS = 8192, 2**27  # in a batch: larger ones are no faster, and need more memory
 
 
 def context_length(model: nn.Module, tokenizer: Any) -> int:
-    """Return how many tokens a model reads at once, by the rules of lm-eval.
+    """Return the context length of a model in tokens, by the rules of lm-eval.
 
     >>> context_length(nn.Linear(1, 1), None)
     2048
@@ -34,7 +34,7 @@ def context_length(model: nn.Module, tokenizer: Any) -> int:
 
 
 def check_length(model: nn.Module, tokenizer: Any, *, length: int, argument: str = "length") -> None:
-    """Raise ValueError where rows of ``length`` tokens are more than a model reads at once.
+    """Raise ValueError if rows of ``length`` tokens exceed the model's context length.
 
     >>> check_length(nn.Linear(1, 1), None, length=4096)
     Traceback (most recent call last):
@@ -49,10 +49,12 @@ def check_length(model: nn.Module, tokenizer: Any, *, length: int, argument: str
 
 
 def first_token(tokenizer: Any) -> int:
-    """Return the token before every text: that which begins a sequence, else that which ends one."""
+    """Return the token to put before every text: begin-of-sequence, or else end-of-sequence."""
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if token is None:
-        raise ValueError("the tokenizer has no token that begins or ends a sequence: set `tokenizer.eos_token`")
+        raise ValueError(
+            "the tokenizer has neither a begin-of-sequence nor an end-of-sequence token: set `tokenizer.eos_token`"
+        )
     return int(token)
 
 
@@ -71,12 +73,12 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor,
 
 @dataclass(frozen=True)
 class Window:
-    """What a model reads at once of one document.
+    """A part of a document that fits into the model's context.
 
     Attributes:
-        document: index of it.
-        inputs: tokens read.
-        targets: tokens scored, those that follow the last inputs.
+        document: its index.
+        inputs: tokens to read.
+        targets: tokens to score, which follow the last inputs.
     """
 
     document: int
@@ -87,8 +89,8 @@ class Window:
 def windows(document: int, tokens: Sequence[int], *, first: int, length: int) -> Iterator[Window]:
     """Cut a document's tokens into windows of ``length``, each token scored once, as lm-eval does.
 
-    The first window begins with the token ``first``, the others with the last token of the one before; the last of them
-    is filled from the left with tokens that were scored already.
+    The first window begins with the token ``first``, the others with the last token of their predecessor. The last window
+    is filled on the left with tokens that are scored already.
 
     >>> [(window.inputs, window.targets) for window in windows(0, [1, 2, 3, 4, 5], first=0, length=3)]
     [([0, 1, 2], [1, 2, 3]), ([2, 3, 4], [4, 5])]
@@ -123,16 +125,16 @@ class TextLoss:
 
     .. math:: L = -\frac{\sum_d \sum_i \log p(x_{d,i} \mid x_{d,<i})}{\sum_d n_d}
 
-    over documents d of :math:`n_d` tokens each. A token that begins a sequence stands before each text and is not scored;
-    documents longer than the model's context are cut as by `windows`. Texts are tokenised once.
+    over documents d of :math:`n_d` tokens each. A begin-of-sequence token stands before each text and is not scored.
+    `windows` cuts documents longer than the model's context. Texts are tokenized once.
 
     Args:
-        model: tells context and vocabulary; any model of the same sizes can be measured.
+        model: for its context length and vocabulary; any model of the same sizes can be measured.
         tokenizer: of the model.
         texts: at least one, none of them empty.
 
     Raises:
-        ValueError: where a text has no tokens, or tokens are not in the model's vocabulary.
+        ValueError: if a text has no tokens, or a token is not in the model's vocabulary.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> None:
@@ -143,8 +145,8 @@ class TextLoss:
         size = vocabulary(model)
         if (largest := max(first, *map(max, rows))) >= size:
             raise ValueError(
-                f"the tokenizer gives the token {largest}, but the model's vocabulary has {size} entries: take the tokenizer "
-                "that the model was trained with"
+                f"the tokenizer gives the token {largest}, but the model's vocabulary has {size} entries: take the "
+                "model's own tokenizer"
             )
         self.counts = torch.tensor([len(row) for row in rows], dtype=torch.float64)
         """Tokens of every document."""
@@ -157,7 +159,7 @@ class TextLoss:
     def batches(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Run ``model`` and yield, batch by batch, the document of each row, its targets, and their losses in nats.
 
-        The model is in evaluation mode meanwhile, and is left in its own.
+        The model is in evaluation mode meanwhile, and gets its own mode back.
         """
         device = next(model.parameters()).device
         with evaluating(model):
@@ -182,13 +184,13 @@ class TextLoss:
 
 
 def vocabulary(model: nn.Module) -> int:
-    """Return how many tokens a model can read."""
+    """Return the size of a model's vocabulary."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def _batches(cut: Sequence[Window], size: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
-    """Group windows, short ones first, into batches of as many tokens as are worth it."""
-    most = max(1, min(_MOST_TOKENS, _MOST_LOGITS // size))
+    """Group windows, short ones first, into batches of limited size."""
+    most = max(1, min(_MAX_TOKENS, _MAX_LOGITS // size))
     start = 0
     while start < len(cut):
         end = start + 1
@@ -200,7 +202,7 @@ def _batches(cut: Sequence[Window], size: int) -> Iterator[tuple[Tensor, tuple[T
 
 
 def check_causal(model: nn.Module) -> None:
-    """Raise ValueError unless the model predicts tokens from those before them, and can be trained as it is."""
+    """Raise ValueError unless ``model`` is a causal language model of transformers with trainable weights."""
     name = type(model).__name__
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -210,7 +212,7 @@ def check_causal(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`model` must be a causal language model of transformers, got {name}")
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
-        raise ValueError(f"the weights of this {name} are quantised, so they cannot be trained: load it unquantised")
+        raise ValueError(f"the weights of this {name} are quantized, so they cannot be trained: load it unquantized")
     ids = torch.tensor([[0, 1, 0], [0, 1, 1]], device=next(model.parameters()).device) % vocabulary(model)
     try:
         with torch.no_grad(), evaluating(model):
@@ -219,7 +221,9 @@ def check_causal(model: nn.Module) -> None:
     except (AttributeError, ValueError):  # no logits, or more inputs wanted
         fits = False
     if fits and not logits.isfinite().all():
-        raise ValueError(f"what this {name} puts out are no numbers: its weights are damaged, so make it anew")
+        raise ValueError(
+            f"the outputs of this {name} are not finite: its weights are damaged, so train or load it again"
+        )
     near = 1e-5 if fits and logits.dtype in (torch.float32, torch.float64) else 1e-3
     if not fits or not torch.allclose(logits[0, :2], logits[1, :2], rtol=near, atol=near * float(logits.abs().max())):
         raise ValueError(

@@ -85,7 +85,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
         if unknown := [name for name in self.config.exempt if name not in self.environments]:
             raise ValueError(f"`exempt` has {unknown}, and the environments are {self.environments}")
         self.factors = {region: find_factors(trainer.model, region) for region in trainer.routing.regions}
-        layers = [f for factors in self.factors.values() for f in factors]
+        layers = (f for factors in self.factors.values() for f in factors)
         self.gradients = EnvironmentGradients(module for f in layers for module in f.modules)
         self.meter = GrowthMeter(
             self.factors, self.gradients, self.environments, self._reduce, trainer.accelerator.num_processes
@@ -261,9 +261,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
         logs: dict[str, float] = {"monitor/status": _CODES[self.status]}
         for region, report in self.reports.items():
             logs |= {f"monitor/{region}/{name}": v for name, v in report.flatten(self.config.by_layer).items()}
-        logs |= {
-            f"monitor/{name}/cusum": s.cusum.level for name, s in self.alarms.series.items() if s.cusum is not None
-        }
+        logs |= {f"monitor/{name}/cusum": s.cusum.level for name, s in self.alarms.series.items() if s.cusum}
         Trainer.log(self.trainer, logs)  # not TRL's override, which would empty its running means into this line
 
     # Acting

@@ -63,7 +63,7 @@ class Relearning:
         return self.verdict.startswith("attack")
 
     @property
-    def whole(self) -> bool:
+    def in_every_seed(self) -> bool:
         """Whether it was an attack in every seed; else the mean over seeds is higher than what an attacker can reach."""
         return self.verdict == "attack"
 
@@ -81,7 +81,7 @@ def spread(values: Iterable[float]) -> Spread | None:
     (Spread(mean=1.0, min=1.0, max=1.0, n=1), None)
     """
     found = [value for value in values if math.isfinite(value)]
-    return Spread.of(found) if found else None
+    return Spread.from_values(found) if found else None
 
 
 def from_summary(result: Mapping[str, Any]) -> Relearning:

@@ -5,7 +5,7 @@
 
 from routed_peft.deprecation import renamed
 from routed_peft.unlearning.arguments import METHODS, UndoArguments, UnlearningArguments
-from routed_peft.unlearning.data import PairedRows, Run
+from routed_peft.unlearning.data import PairedRows, ShuffledRows
 from routed_peft.unlearning.distillation import DistillationTrainer, StopAtTeacher, check_tokenizers
 from routed_peft.unlearning.forget_losses import ForgetLoss, Outputs, register_forget_loss
 from routed_peft.unlearning.teacher_cache import TeacherCache
@@ -21,7 +21,7 @@ __all__ = [
     "ForgetLoss",
     "Outputs",
     "PairedRows",
-    "Run",
+    "ShuffledRows",
     "StopAtTeacher",
     "TeacherCache",
     "UndoArguments",
@@ -39,4 +39,4 @@ __all__ = [
     "unlearn",
 ]
 
-__getattr__ = renamed(__name__, {"save_undone": "save_student", "spent": "read_cost"})
+__getattr__ = renamed(__name__, {"Run": "ShuffledRows", "save_undone": "save_student", "spent": "read_cost"})

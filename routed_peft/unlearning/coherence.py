@@ -1,4 +1,4 @@
-"""A few steps of fine-tuning after ablation, which give back what ablation took from retain text by accident."""
+"""Coherence steps: short fine-tuning after ablation that restores performance on retain text."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from routed_peft.eval_mode import evaluating
 
 BATCH = 64
 HELD_OUT = 256
-MOST = BATCH + HELD_OUT
-"""Rows that are looked at."""
+MAX_ROWS = BATCH + HELD_OUT
+"""Number of rows in use; later ones are ignored."""
 
 
 @dataclass(frozen=True)
 class Coherence:
-    """What was kept of it.
+    """Result of the coherence steps.
 
     Attributes:
-        learning_rate: the best of those that were tried.
-        best_step: after which the weights were kept; 0 where no step was of use.
-        retain_losses: on held-out rows after every step at that rate, the first one before any, in nats per token.
+        learning_rate: the best of those tried.
+        best_step: step of the kept weights; 0 if no step helped.
+        retain_losses: on held-out rows, in nats per token, before the first step and after every step at that rate.
     """
 
     learning_rate: float
@@ -35,20 +35,20 @@ class Coherence:
 def restore_coherence(
     model: PreTrainedModel, rows: Tensor, *, steps: int, learning_rates: Sequence[float] = (5e-5,)
 ) -> Coherence:
-    """Fine-tune an ablated model on 64 retain rows as one batch, and keep the step that is best on other retain rows.
+    """Fine-tune an ablated model on 64 retain rows as one batch, and keep the best step on other retain rows.
 
-    Gradient routing, arXiv 2410.04332, appendix on ERA: AdamW with weight decay 0.1, in the paper at 5e-5, a tenth of the rate
-    of training, and usually at its best after a step or two.
+    From gradient routing, arXiv 2410.04332, appendix on ERA: AdamW with weight decay 0.1. The paper has the rate 5e-5, a tenth
+    of that of training, and is usually at its best after a step or two.
 
     Args:
-        model: which is changed in place.
-        rows: (N, T) token ids of labelled retain text. The first 64, or half where there are fewer than 128, are trained on,
-            up to 256 others are held out.
-        steps: at most, at each learning rate.
-        learning_rates: all are tried from the same start.
+        model: changed in place.
+        rows: ``(N, T)``, token ids of labeled retain text. The first 64, or half of fewer than 128, are trained on; up to 256
+            others are held out.
+        steps: at each learning rate.
+        learning_rates: each is tried from the same start.
 
     Raises:
-        ValueError: without a step, a learning rate, or two rows, and for weights in low precision, where small steps round
+        ValueError: without a step, a learning rate, or two rows; and for weights in low precision, in which small steps round
             to nothing.
 
     Example:
@@ -61,14 +61,14 @@ def restore_coherence(
     """
     if steps < 1 or not learning_rates or len(rows) < 2:
         raise ValueError(
-            f"restoring coherence takes one of `steps`, of `learning_rates` and two retain `rows` at least, got {steps}, "
+            f"restoring coherence needs at least 1 of `steps`, 1 of `learning_rates` and 2 `rows`, got {steps}, "
             f"{len(learning_rates)} and {len(rows)}"
         )
     if narrow := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}:
         raise ValueError(
             f"`model` has weights in {narrow.pop()}, in which small steps round to nothing: load it with dtype=torch.float32"
         )
-    batch, held_out = rows[:MOST].to(model.device).tensor_split([trained_rows(len(rows))])
+    batch, held_out = rows[:MAX_ROWS].to(model.device).tensor_split([trained_rows(len(rows))])
     start = kept = _weights(model)
     found: list[Coherence] = []
     with evaluating(model):  # no dropout, as published
@@ -91,7 +91,7 @@ def restore_coherence(
 
 
 def trained_rows(count: int) -> int:
-    """Return how many of so many rows are trained on; the others are held out.
+    """Return the number of training rows among ``count``; the others are held out.
 
     >>> trained_rows(1000), trained_rows(100)
     (64, 50)

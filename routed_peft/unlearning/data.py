@@ -1,4 +1,4 @@
-"""Rows of both sides, paired for a whole run, and the batches made of them."""
+"""Rows of a training run: shuffled passes, pairs of both sides, checks, and batches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Rows = Any
 IS_FORGET = "is_forget"
 
 
-class Run(Dataset[Row]):
-    """The ``count`` rows of a run in their order: all rows shuffled, and shuffled anew whenever they are used up.
+class ShuffledRows(Dataset[Row]):
+    """The ``count`` rows of a training run, in order: one shuffled pass over all rows after the other.
 
-    The order depends on nothing but the seed; take it as it is (``train_sampling_strategy="sequential"``).
+    The order depends on the seed alone; keep it (``train_sampling_strategy="sequential"``).
 
     Args:
         rows: at least one.
@@ -31,13 +31,13 @@ class Run(Dataset[Row]):
         seed: same seed, same run.
 
     Example:
-        >>> run = Run([{"input_ids": [1]}, {"input_ids": [2, 3]}], count=4)
+        >>> run = ShuffledRows([{"input_ids": [1]}, {"input_ids": [2, 3]}], count=4)
         >>> len(run), run.tokens(), run.tokens(distinct=True)
         (4, 6, 3)
     """
 
     def __init__(self, rows: Rows, count: int, seed: int | Sequence[int] = 0) -> None:
-        self.rows, self.order = rows, laps(len(rows), count, seed)
+        self.rows, self.order = rows, shuffled_passes(len(rows), count, seed)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -46,7 +46,7 @@ class Run(Dataset[Row]):
         return self.rows[int(self.order[index])]
 
     def tokens(self, count: int | None = None, distinct: bool = False) -> int:
-        """Return how many tokens the first ``count`` rows of the run hold; with ``distinct``, each row once."""
+        """Count the tokens in the first ``count`` rows of the run; with ``distinct``, each row once."""
         chosen = self.order[:count]
         chosen = np.unique(chosen) if distinct else chosen
         lengths = np.array([len(ids) for ids in input_ids(self.rows)])
@@ -56,16 +56,16 @@ class Run(Dataset[Row]):
 class PairedRows(Dataset[dict[str, Row]]):
     """A run of ``count`` pairs of a forget row and a retain row.
 
-    Each side is a `Run` of its own, so that the longer side is seen as evenly as the shorter one.
+    Each side is a `ShuffledRows` of its own, so that every row of a side is used equally often.
 
     Args:
         forget: rows.
-        retain: rows; None to take forget rows alone.
+        retain: rows; None for forget rows alone.
         count: pairs in the run.
         seed: same seed, same run.
 
     Raises:
-        ValueError: where a side has no rows.
+        ValueError: if a side has no rows.
 
     Example:
         >>> forget, retain = [{"input_ids": [1]}], [{"input_ids": [2]}, {"input_ids": [3]}]
@@ -78,7 +78,7 @@ class PairedRows(Dataset[dict[str, Row]]):
         sides = {FORGET: forget} if retain is None else {FORGET: forget, RETAIN: retain}
         for side, rows in sides.items():
             check_rows(rows, f"{side}_rows")
-        self.runs = {side: Run(rows, count, [seed, i]) for i, (side, rows) in enumerate(sides.items())}
+        self.runs = {side: ShuffledRows(rows, count, [seed, i]) for i, (side, rows) in enumerate(sides.items())}
 
     def __len__(self) -> int:
         return len(self.runs[FORGET])
@@ -87,14 +87,14 @@ class PairedRows(Dataset[dict[str, Row]]):
         return {side: run[index] for side, run in self.runs.items()}
 
     def tokens(self, side: str, count: int | None = None, distinct: bool = False) -> int:
-        """Return how many tokens of ``side`` the first ``count`` pairs hold; with ``distinct``, each row once."""
+        """Count the tokens of ``side`` in the first ``count`` pairs; with ``distinct``, each row once."""
         return self.runs[side].tokens(count, distinct) if side in self.runs else 0
 
 
-def laps(rows: int, count: int, seed: int | Sequence[int]) -> np.ndarray:
-    """Return ``count`` row numbers: one shuffle of all ``rows`` after the other.
+def shuffled_passes(rows: int, count: int, seed: int | Sequence[int]) -> np.ndarray:
+    """Return ``count`` row numbers: one shuffled pass over all ``rows`` after the other.
 
-    >>> sorted(laps(3, 6, seed=0).tolist())
+    >>> sorted(shuffled_passes(3, 6, seed=0).tolist())
     [0, 0, 1, 1, 2, 2]
     """
     rng = np.random.default_rng(seed)
@@ -108,18 +108,18 @@ def input_ids(rows: Rows) -> list[list[int]]:
 
 
 def check_rows(rows: Rows, name: str) -> None:
-    """Raise ValueError unless there are rows, and they are tokenised."""
+    """Raise ValueError unless there are rows, and they are tokenized."""
     if rows is None or not len(rows):
-        raise ValueError(f"`{name}` is empty: give tokenised rows (`routed_peft.data.pack` makes them)")
+        raise ValueError(f"`{name}` is empty: give tokenized rows (`routed_peft.data.pack` makes them)")
     if "input_ids" not in rows[0]:
         raise ValueError(
-            f"`{name}` has the columns {sorted(rows[0])}, but no `input_ids`: tokenise the text first, for example with "
+            f"`{name}` has the columns {sorted(rows[0])}, but no `input_ids`: tokenize the text first, for example with "
             "`routed_peft.data.pack`"
         )
 
 
 def check_held_out(rows: Rows, held_out: Rows, *, name: str, held_out_name: str) -> None:
-    """Raise ValueError where rows that are to be measured on are trained on, too.
+    """Raise ValueError if held-out rows are also among the training rows.
 
     >>> check_held_out([{"input_ids": [1, 2]}], [{"input_ids": [1, 2]}, {"input_ids": [2]}], name="text", held_out_name="kept")
     Traceback (most recent call last):
@@ -135,19 +135,19 @@ def check_held_out(rows: Rows, held_out: Rows, *, name: str, held_out_name: str)
 
 
 def check_tokens(rows: Rows, name: str, vocabulary: int) -> None:
-    """Raise ValueError where a token is beyond the model's vocabulary: the rows are another tokenizer's."""
+    """Raise ValueError if a token is beyond the model's vocabulary, as in rows of another tokenizer."""
     largest = max(max(ids, default=0) for ids in input_ids(rows))
     if largest >= vocabulary:
         raise ValueError(
-            f"`{name}` has the token {largest}, but the model's vocabulary ends at {vocabulary - 1}: tokenise with the "
+            f"`{name}` has the token {largest}, but the model's vocabulary ends at {vocabulary - 1}: tokenize with the "
             "model's own tokenizer"
         )
 
 
 def collate(features: Sequence[Row]) -> dict[str, Tensor]:
-    """Make one batch of plain rows, or of pairs: forget rows first, and ``is_forget`` ``(B,)`` says which they are.
+    """Make one batch of plain rows; or of pairs, forget rows first, with the mask ``is_forget`` ``(B,)``.
 
-    Rows are padded on the right; what is padded is out of attention and has the target -100, so its id means nothing.
+    Rows are padded on the right. Padding is masked in attention and has the target -100.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``.
@@ -167,7 +167,7 @@ def collate(features: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def pad(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Return rows as `input_ids`, `attention_mask` and `labels`, each ``(B, T)``; see `collate`."""
+    """Return ``input_ids``, ``attention_mask`` and ``labels`` of rows, each ``(B, T)``; see `collate`."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def column(name: str, fill: int, default: str | None = None) -> Tensor:

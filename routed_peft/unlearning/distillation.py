@@ -1,4 +1,4 @@
-"""UNDO's last step: a student learns what a frozen teacher puts out, on text that nobody labelled, until it is as good."""
+"""Distillation of a frozen teacher into a student on unlabeled text: the last step of UNDO."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from routed_peft.routes import IGNORED
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning.arguments import UndoArguments
-from routed_peft.unlearning.data import Row, Rows, Run, check_rows, check_tokens, collate, pad
+from routed_peft.unlearning.data import Row, Rows, ShuffledRows, check_rows, check_tokens, collate, pad
 from routed_peft.unlearning.losses import divergence, topk_divergence
 from routed_peft.unlearning.teacher_cache import NAMES, TeacherCache
 from routed_peft.unlearning.token_trainer import TokenTrainer
@@ -25,7 +25,7 @@ TEACHER, DISTILLED = "teacher", "distilled"
 class DistilledRows(Dataset[Row]):
     """The rows of a run, each marked for distillation and, where they are stored, with the teacher's outputs."""
 
-    def __init__(self, run: Run, cache: TeacherCache | None) -> None:
+    def __init__(self, run: ShuffledRows, cache: TeacherCache | None) -> None:
         self.run, self.cache = run, cache
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class DistilledRows(Dataset[Row]):
 def collate_distilled(features: Sequence[Row]) -> dict[str, Tensor]:
     """Make a batch of `DistilledRows`, or of plain rows for evaluation: see `collate`.
 
-    Stored outputs are cut or padded to ``(B, T - 1, k)``; what is padded there has the target -100.
+    Stored outputs are cut or padded to ``(B, T - 1, k)``; padding has the target -100.
     """
     if DISTILLED not in features[0]:
         return collate(features)
@@ -58,23 +58,23 @@ def _filled(tensor: Tensor, length: int) -> Tensor:
 
 
 class DistillationTrainer(TokenTrainer):
-    r"""Trains a student to put out what a frozen teacher does.
+    r"""A `Trainer` that distills the outputs of a frozen teacher into a student.
 
     .. math:: L = \frac{1}{n} \sum_t \mathrm{KL}\bigl(T(\cdot \mid x_{\le t}) \,\|\, S(\cdot \mid x_{\le t})\bigr)
 
-    over the n positions of an optimizer step that predict a token, at temperature 1, and nothing else: no labels, no cross
-    entropy, no activations. As in UNDO (arXiv 2506.06278).
+    over the n positions of an optimizer step that predict a token, at temperature 1. There are no labels, no cross entropy
+    and no activations, as in UNDO (arXiv 2506.06278).
 
     Args:
-        student: what is trained, its weights in float32.
-        teacher: a causal language model over the same vocabulary; frozen here. Not used where its outputs are stored.
-        args: `UndoArguments`; of the fields it adds, only those of the teacher's outputs mean something here.
-        rows: tokenised rows.
+        student: the model to train, its weights in float32.
+        teacher: a causal language model over the same vocabulary; frozen here. Stored outputs replace it.
+        args: `UndoArguments`; those for noise have no meaning here.
+        rows: tokenized rows.
         cache: the teacher's stored outputs on these rows, instead of a forward pass each time.
         **kwargs: as for `Trainer`.
 
     Raises:
-        ValueError: where the vocabularies differ, there are no rows, or they are another tokenizer's.
+        ValueError: on different vocabularies, without rows, and for rows of another tokenizer.
     """
 
     args: UndoArguments
@@ -96,7 +96,7 @@ class DistillationTrainer(TokenTrainer):
         self._rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(rows) / self._rows_per_step
         args.max_steps = max(1, round(steps))
-        self._run_rows = Run(rows, args.max_steps * self._rows_per_step, args.seed)
+        self._run_rows = ShuffledRows(rows, args.max_steps * self._rows_per_step, args.seed)
         dataset = DistilledRows(self._run_rows, cache)
         super().__init__(student, args, train_dataset=dataset, data_collator=collate_distilled, **kwargs)
         self.cached, self.teacher_parameters = cache is not None, matmul_parameters(teacher)
@@ -123,7 +123,7 @@ class DistillationTrainer(TokenTrainer):
 
     @property
     def ledger(self) -> TrainingCost:
-        """What the steps so far have cost, without what it cost to store the teacher's outputs."""
+        """Cost of the steps so far, without that of storing the teacher's outputs."""
         tokens = self._run_rows.tokens(self.state.global_step * self._rows_per_step)
         return TrainingCost.from_counts(
             parameters=matmul_parameters(self.accelerator.unwrap_model(self.model)),
@@ -135,14 +135,14 @@ class DistillationTrainer(TokenTrainer):
 
 
 class StopAtTeacher(TrainerCallback):
-    r"""Ends training once the student's retain loss is close to the teacher's.
+    r"""A callback that ends training when the student's retain loss is close to the teacher's.
 
     .. math:: L_S \le (1 + \epsilon)\, L_T
 
     Args:
         loss: of the teacher on the retain rows, :math:`L_T`, in nats per token.
         tolerance: :math:`\epsilon`.
-        split: the evaluation set whose loss is compared.
+        split: name of the compared evaluation set.
     """
 
     def __init__(self, loss: float, tolerance: float, split: str = "retain") -> None:
@@ -162,7 +162,7 @@ class StopAtTeacher(TrainerCallback):
 
 
 def check_vocabularies(teacher: nn.Module, student: nn.Module) -> int:
-    """Return the size of the vocabulary that both models have; ValueError where they differ."""
+    """Return the vocabulary size of both models; raise ValueError if they differ."""
     sizes: list[int] = [model.config.get_text_config().vocab_size for model in (teacher, student)]  # type: ignore[union-attr, operator]
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The model from before, frozen."""
+"""The frozen reference of unlearning: the original model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def frozen_reference(model: nn.Module, reference: nn.Module | None = None) -> nn
     """Return ``reference``, or a copy of ``model``, in evaluation mode and without gradients.
 
     Raises:
-        ValueError: where ``reference`` is ``model`` itself, or of another architecture.
+        ValueError: if ``reference`` is ``model`` itself, or of another architecture.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -28,7 +28,7 @@ def frozen_reference(model: nn.Module, reference: nn.Module | None = None) -> nn
 
 
 def check_same_architecture(other: nn.Module, model: nn.Module, name: str) -> None:
-    """Raise ValueError unless both have parameters of the same names and shapes; ``name`` is what the user calls ``other``."""
+    """Raise ValueError unless both have parameters of the same names and shapes; ``name`` is the argument of ``other``."""
     got, wanted = ({key: tuple(p.shape) for key, p in each.named_parameters()} for each in (other, model))
     if odd := sorted({key for key in got.keys() | wanted.keys() if got.get(key) != wanted.get(key)}):
         raise ValueError(

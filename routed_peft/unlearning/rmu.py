@@ -1,4 +1,4 @@
-"""RMU's choices: which layer is steered, which matrices are trained, and how far forget activations are to be moved."""
+"""RMU: the steered layer, the trained matrices, and the target of forget activations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MEASURED_ROWS = 16
 
 
 def prepare(model: PreTrainedModel, args: UnlearningArguments) -> int:
-    """Freeze all but the output projections of a few MLPs, and return the block that is steered.
+    """Freeze all but the output projections of a few MLPs, and return the number of the steered block.
 
     Raises:
-        ValueError: where blocks do not exist, or their MLPs are of an unknown architecture.
+        ValueError: if blocks do not exist, or their MLPs have an unknown layout.
     """
     blocks = model.config.get_text_config().num_hidden_layers
     layer = (blocks - 1) // 2 if args.rmu_layer is None else args.rmu_layer
@@ -36,7 +36,8 @@ def prepare(model: PreTrainedModel, args: UnlearningArguments) -> int:
     mlps = list(find_mlps(model).values())
     if len(mlps) != blocks:
         raise ValueError(
-            f"{type(model).__name__} has {len(mlps)} MLPs of a known layout in {blocks} blocks: RMU cannot tell what to train"
+            f"{type(model).__name__} has {len(mlps)} MLPs of a known layout in {blocks} blocks, and RMU needs one in each: "
+            "describe its MLPs with `register_mlp_layout`"
         )
     model.requires_grad_(False)
     for block in trained:
@@ -45,10 +46,10 @@ def prepare(model: PreTrainedModel, args: UnlearningArguments) -> int:
 
 
 def target(reference: nn.Module, forget: Rows, *, layer: int, args: UnlearningArguments) -> Tensor:
-    r"""Return what forget activations are moved to, ``(D,)``: :math:`c\,u`, one random direction for the whole run.
+    r"""Return the target of forget activations, ``(D,)``: :math:`c\,u` with one random direction u for the whole run.
 
     If ``steering_relative``, c is ``steering`` times the median length of the frozen model's activations on the first forget
-    rows; the median, because the first position of a pretrained model is often a hundred times longer than the others.
+    rows. The median is robust to the first position, which is often a hundred times longer than the others.
     """
     rows = [forget[i] for i in range(min(MEASURED_ROWS, len(forget)))]
     device = next(reference.parameters()).device

@@ -1,4 +1,4 @@
-"""A frozen teacher's likeliest outputs on disk, so that it runs once over the text and not in every epoch and run."""
+"""A frozen teacher's likeliest outputs on disk, so that it runs over the text only once."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ NAMES = ("values", "entries", "tail")
 
 
 class TeacherCache:
-    """The ``k`` likeliest next tokens of a teacher at every position of some rows, and what probability is left.
+    """The ``k`` likeliest next tokens of a teacher at every position of some rows, and the remaining probability.
 
-    On disk ``teacher.json`` says whose they are, and ``outputs-00000.safetensors`` and so on hold 256 rows each: ``values``
-    ``(N, T - 1, k)`` in float32, ``entries`` ``(N, T - 1, k)`` in int32, ``tail`` ``(N, T - 1)`` in float32, in the terms of
+    On disk ``teacher.json`` identifies teacher and rows, and ``outputs-00000.safetensors`` and so on hold 256 rows each:
+    ``values`` ``(N, T - 1, k)`` in float32, ``entries`` ``(N, T - 1, k)`` in int32, ``tail`` ``(N, T - 1)`` in float32. See
     `topk_log_probs`. Nothing is unpickled.
 
     Args:
@@ -42,24 +42,24 @@ class TeacherCache:
         self.folder = Path(folder)
         self.about: dict[str, Any] = read_json(self.folder / ABOUT)
         self.tokens: int = self.about["tokens"]
-        """Tokens that the teacher was run on to fill it, in this call and those before."""
+        """Tokens on which the teacher was run, in this call and earlier ones."""
 
     @classmethod
     @torch.no_grad()
     def make(cls, folder: str | Path, teacher: nn.Module, *, rows: Rows, k: int, batch_size: int = 16) -> TeacherCache:
-        """Run ``teacher`` over ``rows`` and store its outputs; what is stored already is kept.
+        """Run ``teacher`` over ``rows`` and store its outputs, except those stored already.
 
-        Processes share the work. An interruption leaves whole files only, and the next call goes on.
+        Processes share the work. An interruption leaves complete files only, and the next call continues.
 
         Args:
-            folder: new, or that of an earlier call with the same teacher, rows and ``k``.
-            teacher: a causal language model, on the device where it is to run.
-            rows: tokenised rows.
+            folder: a new one, or that of an earlier call with the same teacher, rows and ``k``.
+            teacher: a causal language model on its device.
+            rows: tokenized rows.
             k: outputs to keep per position; at most the size of the vocabulary.
             batch_size: rows per forward pass.
 
         Raises:
-            ValueError: where ``k`` is out of range, or the folder holds the outputs of another teacher or on other rows.
+            ValueError: if ``k`` is out of range, or the folder holds outputs of another teacher or on other rows.
         """
         folder, state = Path(folder), PartialState()
         vocabulary = teacher.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
@@ -76,12 +76,12 @@ class TeacherCache:
         elif state.is_main_process:
             write_json(folder / ABOUT, about)
         missing = [i for i in range(-(-len(rows) // SHARD)) if not _path(folder, i).is_file()]
-        state.wait_for_everyone()  # all have seen what is missing before anyone fills it
+        state.wait_for_everyone()  # all know the missing files before anyone writes one
         mine = missing[state.process_index :: state.num_processes]
         quiet = not state.is_main_process or len(mine) < 2
         for i in tqdm(mine, desc="the teacher's outputs", unit="file", disable=quiet, leave=False):
             chosen = range(i * SHARD, min((i + 1) * SHARD, len(rows)))
-            with evaluating(teacher):  # dropout is no part of what a teacher says
+            with evaluating(teacher):  # without dropout
                 _store(_path(folder, i), teacher, rows=[rows[j] for j in chosen], k=k, batch_size=batch_size)
         state.wait_for_everyone()
         return cls(folder)

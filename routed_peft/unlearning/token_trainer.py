@@ -1,4 +1,4 @@
-"""What the trainers of this package share: batches of our own, losses over tokens, and a check before anything is trained."""
+"""`TokenTrainer`: base of the package's trainers, with token-weighted losses and checks of model and checkpoint."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from routed_peft.unlearning.data import Rows, collate
 
 
 class TokenTrainer(TokenLossMixin, Trainer):
-    """A `Trainer` on tokenised rows whose evaluation losses are means over tokens, in nats, over all processes.
+    """A `Trainer` on tokenized rows with evaluation losses as means over tokens, in nats, over all processes.
 
-    Subclasses say in `count_units` what a mean of their training loss is over; `compute_loss` gets the counts of the whole
-    optimizer step, all processes and accumulated batches included, as ``num_items_in_batch``, and returns sums over this
-    batch divided by them. Results are then the same for any split of a step into batches and processes.
+    `count_units` counts the units over which a subclass averages its training loss. `compute_loss` gets the counts of the
+    whole optimizer step, over all processes and accumulated batches, as ``num_items_in_batch``. It returns sums over its
+    batch divided by them, so results are the same for any split of a step into batches and processes.
     """
 
     loss_is_scaled_for_ga = True
     training_mark: str
-    """A key that batches for training have, and those for evaluation have not."""
+    """A key of training batches that evaluation batches lack."""
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         if args.n_gpu > 1:
@@ -42,7 +42,7 @@ class TokenTrainer(TokenLossMixin, Trainer):
         super().__init__(model, args, **{"data_collator": collate, **kwargs})
 
     def count_units(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return what of a training batch is averaged over, as numbers of any shape."""
+        """Count the units of a training batch over which its loss is averaged; of any shape."""
         return (batch["labels"][:, 1:] != IGNORED).sum()
 
     def is_training_batch(self, batch: Mapping[str, Any]) -> bool:
@@ -53,16 +53,16 @@ class TokenTrainer(TokenLossMixin, Trainer):
         if not batch_samples or not self.is_training_batch(batch_samples[0]):
             return super()._get_num_items_in_batch(batch_samples, device)
         counts = torch.stack([self.count_units(batch) for batch in batch_samples]).sum(0)
-        return self.accelerator.reduce(counts.to(device), "sum").clamp(min=1)  # nothing to learn is no loss, not NaN
+        return self.accelerator.reduce(counts.to(device), "sum").clamp(min=1)  # no units mean no loss, not NaN
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Do one forward and backward pass, and raise where the loss is no number."""
+        """Do one forward and backward pass; raise if the loss is not finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         check_finite(loss, self.state.global_step)
         return loss
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """Undo the mean that distributed training takes over processes: counts are those of all of them already."""
+        """Undo the mean over processes in distributed training, because counts cover all processes already."""
         return loss * self.accelerator.num_processes
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -76,7 +76,7 @@ class TokenTrainer(TokenLossMixin, Trainer):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return ``model`` as it was before training wrapped it, also where its forward pass was made to use autocast."""
+    """Return ``model`` without the wrappers of training, autocast of its forward pass included."""
     plain: nn.Module = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     return plain
 
@@ -86,21 +86,21 @@ def check_trainable(model: nn.Module) -> None:
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(
-            "no parameter of `model` requires a gradient: call `model.requires_grad_(True)`, or load it anew"
+            "no parameter of `model` requires a gradient: call `model.requires_grad_(True)`, or load it again"
         )
     narrow = {name: dtype for name, dtype in trained.items() if dtype in (torch.bfloat16, torch.float16)}
     if narrow:
         name, dtype = next(iter(narrow.items()))
         raise ValueError(
             f"{name!r} is trained in {dtype}, in which small updates are rounded away: load the model with "
-            "dtype=torch.float32, and set `bf16` to compute in bfloat16 all the same"
+            "dtype=torch.float32; to compute in bfloat16, set `bf16`"
         )
 
 
 def check_weights(folder: Path, model: nn.Module) -> None:
     """Raise ValueError unless the safetensors files of ``folder`` hold the weights of ``model``, of the same shapes.
 
-    `Trainer` would resume from a checkpoint that lacks weights, or has others, with a warning.
+    `Trainer` would only warn about missing or unexpected weights.
     """
     own: dict[str, Tensor] = model.state_dict()
     saved: dict[str, tuple[int, ...]] = {}
@@ -108,14 +108,14 @@ def check_weights(folder: Path, model: nn.Module) -> None:
         with safe_open(path, framework="pt") as file:
             saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     if not saved:
-        return  # sharded by FSDP, or no checkpoint at all, of which Trainer tells
+        return  # sharded by FSDP, or no checkpoint at all, which Trainer reports
     memory = {own[name].data_ptr() for name in saved if name in own}
     wrong = [name for name, shape in saved.items() if name not in own or tuple(own[name].shape) != shape]
     wrong += [name for name in own if name not in saved and own[name].data_ptr() not in memory]
     if wrong:
         raise ValueError(
             f"{str(folder)!r} is a checkpoint of another architecture than {type(model).__name__}: {wrong[0]!r} differs. "
-            "Resume with the model that the run began with, or name another `output_dir`"
+            "Resume with the run's own model, or name another `output_dir`"
         )
 
 
@@ -124,8 +124,8 @@ def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 16) -> float:
     """Return the loss of ``model`` on ``rows``: the mean over tokens, in nats. Every process computes all of it.
 
     Args:
-        model: a causal language model; its mode is left as it was.
-        rows: tokenised rows.
+        model: a causal language model; its mode is not changed.
+        rows: tokenized rows.
         batch_size: rows per forward pass.
     """
     device = next(model.parameters()).device

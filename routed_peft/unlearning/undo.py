@@ -1,4 +1,4 @@
-"""UNDO: an unlearnt model is partly forgotten by noise, and a copy that never knew learns to put out the same."""
+"""UNDO (arXiv 2506.06278): add noise to a copy of an unlearned model, and distill the original into it."""
 
 from __future__ import annotations
 
@@ -29,25 +29,24 @@ from routed_peft.unlearning.weight_noise import add_noise
 
 RECORD = "undo.json"
 UNLEARNED = "unlearning.json"
-"""Beside an unlearnt checkpoint, with its ledger under ``ledger``."""
+"""Record beside an unlearned checkpoint, with its cost under ``ledger``."""
 
 
 @dataclass(frozen=True)
 class UndoRecord:
-    """How a student was made.
+    """Settings and results of `undo`.
 
     Attributes:
         alpha: of the noise.
         beta: of the noise.
         seed: of the noise and of the order of rows.
-        steps: that distillation took.
-        max_steps: that it might have taken.
-        stopped: whether it ended because the student was close enough to the teacher; None without retain rows.
-        tolerance: what is close enough.
+        steps: of distillation.
+        max_steps: limit of ``steps``.
+        stopped: whether distillation ended because the student was close enough to the teacher; None without retain rows.
+        tolerance: largest relative difference in retain loss that is close enough.
         teacher_retain_loss: in nats per token; None without retain rows.
-        student_retain_loss: at the end.
-        ledger: what noise and distillation cost, evaluation not; storing the teacher's outputs included, whichever call did
-            that.
+        student_retain_loss: at the end, likewise.
+        ledger: cost of noise, distillation and storing the teacher's outputs, also in earlier calls; without evaluation.
     """
 
     alpha: float
@@ -74,42 +73,30 @@ def undo(
     tokenizer: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[PreTrainedModel, UndoRecord]:
-    """Add noise to a copy of ``teacher`` and distil the teacher into it: UNDO (arXiv 2506.06278).
+    """Add noise to a copy of ``teacher`` and distill the teacher into it: UNDO (arXiv 2506.06278).
 
     Args:
-        teacher: a model in which something is suppressed, by any method: a plain model, or a `PeftModel` whose active adapters
-            are part of it. It is not changed, but for being frozen.
-        rows: tokenised text like that of pretraining, which nobody needs to label: forget text may be among it, since the
-            student learns only what the teacher says of it.
-        args: says how much noise, how long, when to look (``eval_steps``), and all that a `Trainer` is told.
-        retain_rows: held-out text; training stops when the student is within ``args.tolerance`` of the teacher there. Without
-            it, all ``args.max_steps`` are taken.
-        student: what is noised and trained, in place, instead of a copy of the teacher.
-        eval_dataset: further rows by name, whose loss is taken on the way.
+        teacher: a model in which something is suppressed, by any method: a plain model, or a `PeftModel` with its active
+            adapters. It is frozen, and not changed otherwise.
+        rows: tokenized text like that of pretraining, without labels. It may contain forget text, since the student only
+            learns the teacher's outputs.
+        args: amount of noise, length of training, interval of evaluation (``eval_steps``), and the settings of a `Trainer`.
+        retain_rows: held-out text; training stops when the student is within ``args.tolerance`` of the teacher there. By
+            default all ``args.max_steps`` are taken.
+        student: model to noise and train, in place, instead of a copy of the teacher.
+        eval_dataset: further rows by name, evaluated on the way.
         tokenizer: saved with checkpoints, if there are any.
         callbacks: of the trainer.
 
     Returns:
-        The student, a plain model in evaluation mode, and how it was made.
+        The student, a plain model in evaluation mode, and the record of settings and results.
 
     Raises:
-        ValueError: where vocabularies differ, a side is empty, or noise does not know the model's parameters.
+        ValueError: on different vocabularies, an empty side, or parameters unknown to the model's configuration.
     """
     teacher = _plain(teacher)
-    check_rows(rows, "rows")
-    if retain_rows is not None:
-        check_rows(retain_rows, "retain_rows")
-        if args.eval_strategy == "no":
-            raise ValueError(
-                "`retain_rows` say when to stop, but nothing looks: set `eval_strategy: steps` and `eval_steps`"
-            )
-    if student is teacher:
-        raise ValueError("`student` is the teacher itself: noise would go into both; leave it out, or give a copy")
-    if student is None:
-        student = copy.deepcopy(teacher).float()
-    check_vocabularies(teacher, student)
-    student.requires_grad_(True)
-    add_noise(student, args.alpha, beta=args.beta, seed=args.seed)
+    _check_evaluation(rows, retain_rows, args)
+    student = _noised_student(teacher, student, args)
     nn.Module.to(teacher, args.device)
     teacher_loss, evaluated = None, dict(eval_dataset or {})
     if retain_rows is not None:
@@ -134,7 +121,7 @@ def undo(
     stopped = student_loss = None
     if retain_rows is not None:
         student_loss = mean_loss(student, retain_rows, args.per_device_eval_batch_size)
-        stopped = stop.stopped or student_loss <= stop.limit  # the last step may get there, unseen
+        stopped = stop.stopped or student_loss <= stop.limit  # the last step may reach it without an evaluation
     if cache is not None:
         size = trainer.teacher_parameters
         ledger += TrainingCost.from_counts(size, tokens=0, steps=0, teacher_tokens=cache.tokens)
@@ -152,6 +139,28 @@ def undo(
     )
 
 
+def _check_evaluation(rows: Rows, retain_rows: Rows | None, args: UndoArguments) -> None:
+    check_rows(rows, "rows")
+    if retain_rows is not None:
+        check_rows(retain_rows, "retain_rows")
+        if args.eval_strategy == "no":
+            raise ValueError(
+                "`retain_rows` decide when to stop, but are never evaluated: set `eval_strategy: steps` and `eval_steps`"
+            )
+
+
+def _noised_student(teacher: PreTrainedModel, student: PreTrainedModel | None, args: UndoArguments) -> PreTrainedModel:
+    """Add noise to ``student``, or to a float32 copy of ``teacher``."""
+    if student is teacher:
+        raise ValueError("`student` is the teacher itself, so noise would change both: leave it out, or give a copy")
+    if student is None:
+        student = copy.deepcopy(teacher).float()
+    check_vocabularies(teacher, student)
+    student.requires_grad_(True)
+    add_noise(student, args.alpha, beta=args.beta, seed=args.seed)
+    return student
+
+
 def _plain(model: nn.Module) -> PreTrainedModel:
     if isinstance(model, PeftModel):
         model = copy.deepcopy(model).merge_and_unload(safe_merge=True)
@@ -167,13 +176,13 @@ def _cache(teacher: PreTrainedModel, rows: Rows, args: UndoArguments) -> Teacher
 
 
 def read_cost(source: str | Path) -> TrainingCost | None:
-    """Return what a checkpoint has cost, as its ``unlearning.json`` or ``summary.json`` says; None where neither does.
+    """Return the cost of a checkpoint from its ``unlearning.json`` or ``summary.json``; None if neither has it.
 
-    Of an ablated one it is what its run has cost, as long as that is there; of a model that was made from another the cost of
-    both, and unknown (None) where that of the other is.
+    The cost of an ablated checkpoint is that of its run, if the run still exists. The cost of a model made from another
+    includes that of the other, and is None if the latter is unknown.
 
     Raises:
-        ValueError: these are not readable, or hold a ledger that is none.
+        ValueError: if these files are damaged.
     """
     records = [records_directory(source) / name for name in (UNLEARNED, SUMMARY)]
     former = (read_json(file) for file in records if file.is_file())
@@ -184,15 +193,15 @@ def read_cost(source: str | Path) -> TrainingCost | None:
 def save_student(
     student: PreTrainedModel, record: UndoRecord, *, out: str | Path, source: str, tokenizer: Any = None
 ) -> dict[str, Any]:
-    """Write a plain checkpoint with ``undo.json``, all at once, and return what that holds.
+    """Write a plain checkpoint with ``undo.json``, atomically, and return the content of ``undo.json``.
 
     Args:
-        student: of `undo`.
-        record: of `undo`.
-        out: directory; files in it that have other names stay.
-        source: the teacher's path or Hub id; what it has cost itself, see `read_cost`, is added to the total, which is unknown
-            (None) where that is.
-        tokenizer: is saved too.
+        student: from `undo`.
+        record: from `undo`.
+        out: directory; files with other names in it stay.
+        source: the teacher's path or Hub id. Its own cost (`read_cost`) is added to the total, which is None if that cost
+            is unknown.
+        tokenizer: saved too.
     """
     before = read_cost(source)
     content = {

@@ -1,4 +1,4 @@
-"""UNDO's noise: every parameter is moved part of the way to where its initialisation put it."""
+"""UNDO's noise: every parameter moves part of the way to its initialization."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from transformers import PreTrainedModel
 
 
 def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, alpha: float, beta: float) -> Tensor:
-    r"""Shrink a parameter towards the mean of its initialisation, and add some of that initialisation's noise.
+    r"""Shrink a parameter towards the mean of its initialization, and add some of that initialization's noise.
 
     .. math:: \theta' = (1 - \alpha)\,\theta + \alpha\,(\mu + \beta\, n)
 
-    The noise step of UNDO (arXiv 2506.06278), which takes :math:`\mu = 0` for every parameter. Here :math:`\mu` is what the
-    parameter starts from: 1 for the weight of most norms, which would otherwise scale activations by :math:`1 - \alpha` each;
-    0 for matrices, for biases, and for norms that compute :math:`1 + w`.
+    This is the noise step of UNDO (arXiv 2506.06278), except that UNDO sets :math:`\mu = 0` for every parameter. Here
+    :math:`\mu` is the mean of the parameter's initialization: 0 for matrices, biases, and norms that compute :math:`1 + w`; 1
+    for the weights of other norms, each of which would otherwise scale activations by :math:`1 - \alpha`.
 
     Args:
         parameter: of any shape.
         init_mean: :math:`\mu`, of that shape.
         init_noise: :math:`n`, of that shape.
         alpha: 0 leaves the parameter as it is, 1 forgets it.
-        beta: 0 adds no noise; 1 makes, with ``alpha`` 1, a fresh initialisation.
+        beta: 0 adds no noise; 1 makes, with ``alpha`` 1, a fresh initialization.
 
     Returns:
         A tensor of the shape and type of ``parameter``; computed in float32 at least.
 
     Raises:
-        ValueError: where ``alpha`` or ``beta`` is not in [0, 1].
+        ValueError: if ``alpha`` or ``beta`` is not in [0, 1].
 
     Example:
         >>> shrink_perturb(torch.tensor([2.0]), torch.tensor([1.0]), init_noise=torch.tensor([0.5]), alpha=0.5, beta=1.0)
@@ -55,7 +55,7 @@ def add_noise(model: PreTrainedModel, alpha: float, *, beta: float, seed: int = 
         seed: of the noise. The global random state is neither read nor changed.
 
     Raises:
-        ValueError: where ``alpha`` or ``beta`` is not in [0, 1], or the model is not what its configuration says.
+        ValueError: if ``alpha`` or ``beta`` is not in [0, 1], or the model does not match its configuration.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -66,28 +66,28 @@ def add_noise(model: PreTrainedModel, alpha: float, *, beta: float, seed: int = 
         (tensor([1.], grad_fn=...), tensor([0.], grad_fn=...))
     """
     parameters = dict(model.named_parameters())
-    for name, mean, noise in initialisation(model, seed):
+    for name, mean, noise in initialization(model, seed):
         parameter = parameters[name]
         mean, noise = mean.to(parameter.device), noise.to(parameter.device)
         parameter.copy_(shrink_perturb(parameter, mean, init_noise=noise, alpha=alpha, beta=beta))
 
 
-def initialisation(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+def initialization(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     r"""Yield the name, the mean :math:`\mu` and the noise :math:`n` of every parameter of a fresh model of this configuration.
 
-    Two models are initialised from different seeds. Where they agree, the initialisation is a constant, the mean, and there is
-    no noise. Where they differ it is random: the mean of a matrix is then 0, as in every common scheme, and that of a vector
-    is estimated from its entries. Mean and noise add up to the first model exactly, but for rounding.
+    Two models are initialized from different seeds. Entries that agree are constants: the mean is their value, without noise.
+    Entries that differ are random: the mean of a matrix is 0, as in every common scheme, and that of a vector is estimated
+    from its entries. Mean and noise add up to the first model, but for rounding.
 
     Raises:
-        ValueError: where the model is not what its configuration says, before anything is yielded.
+        ValueError: if the model does not match its configuration, before anything is yielded.
     """
     first, second = (dict(_fresh(model, each).named_parameters()) for each in (seed, seed + 1))
     own, fresh = ({name: p.shape for name, p in each.items()} for each in (dict(model.named_parameters()), first))
     if odd := sorted(name for name in own.keys() | fresh.keys() if own.get(name) != fresh.get(name)):
         raise ValueError(
-            f"{type(model).__name__} has parameters that its configuration does not, or the reverse, such as {odd[0]!r}: noise "
-            "needs to know how each was initialised. Ablate or merge adapters first, and keep the model's own configuration"
+            f"{type(model).__name__} and its configuration have different parameters, such as {odd[0]!r}, and noise needs the "
+            "initialization of each: ablate or merge adapters first, and keep the model's own configuration"
         )
     for name, parameter in first.items():
         value, other = parameter.detach(), second[name].detach()
@@ -97,7 +97,7 @@ def initialisation(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Ten
 
 
 def _fresh(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Return a new model of the configuration of ``model``, in float32 on the CPU; only a function of ``seed``."""
+    """Return a new model of the configuration of ``model``, in float32 on the CPU, that depends on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return type(model)(copy.deepcopy(model.config))

@@ -86,11 +86,11 @@ def test_multiple_choice_is_that_of_plain_torch(tmp_path, tokenizer):
     rows = utils.read_rows(utils.PACKAGED / "retain_mc.jsonl", "file")[:6]
     file = write_jsonl(tmp_path / "q.jsonl", rows)
 
-    def accuracy(prompt, choices, normalised=False):
+    def accuracy(prompt, choices, normalized=False):
         hits = 0
         for row in rows:
             logs = [continuation(model, tokenizer, prompt(row), c) for c in choices(row)]
-            logs = [log / len(c) for log, c in zip(logs, choices(row), strict=True)] if normalised else logs
+            logs = [log / len(c) for log, c in zip(logs, choices(row), strict=True)] if normalized else logs
             hits += logs.index(max(logs)) == row["answer"]
         return hits / len(rows)
 
@@ -102,9 +102,9 @@ def test_multiple_choice_is_that_of_plain_torch(tmp_path, tokenizer):
             lambda row: row["question"] + "\n" + letters.format(*row["choices"]) + "\nAnswer:", lambda row: "ABCD"
         ),
         "routed_retain_cloze/acc": accuracy(cloze, own),
-        "routed_retain_cloze/acc_norm": accuracy(cloze, own, normalised=True),
+        "routed_retain_cloze/acc_norm": accuracy(cloze, own, normalized=True),
         "routed_retain_cloze_control/acc": accuracy(blank, own),
-        "routed_retain_cloze_control/acc_norm": accuracy(blank, own, normalised=True),
+        "routed_retain_cloze_control/acc_norm": accuracy(blank, own, normalized=True),
     }
     tasks = ["routed_retain_mc", "routed_retain_cloze", "routed_retain_cloze_control"]
     assert evaluate(model, tokenizer, tasks=tasks, metadata={"retain_mc_file": file}) == pytest.approx(expected)

@@ -190,6 +190,8 @@ def test_former_names_of_measures_warn():
         assert way(5.0, unrouted=3.0, perfect=7.0) == 0.5
     with pytest.warns(DeprecationWarning, match="tax is now called retain_tax"):
         assert tax(3.75, filtered=3.5) == 0.25
+    with pytest.warns(DeprecationWarning, match="Spread.of is now called Spread.from_values"):
+        assert Spread.of([1.0]) == Spread(1.0, 1.0, 1.0, 1)
 
 
 def test_a_bootstrap_covers_the_truth_as_often_as_it_says():
@@ -215,9 +217,9 @@ def test_a_bootstrap_of_a_difference_pairs_the_documents():
 
 
 def test_a_spread_is_mean_and_range():
-    assert Spread.of([1.0, 2.0, 6.0]).as_dict() == {"mean": 3.0, "min": 1.0, "max": 6.0, "n": 3}
+    assert Spread.from_values([1.0, 2.0, 6.0]).as_dict() == {"mean": 3.0, "min": 1.0, "max": 6.0, "n": 3}
     with pytest.raises(ValueError, match="at least one"):
-        Spread.of([])
+        Spread.from_values([])
 
 
 def test_activity_of_hidden_units_is_that_of_their_formula():

@@ -123,7 +123,7 @@ def test_an_attack_that_diverges_or_helps_nobody_says_so():
     forgotten = Curve("retain", "forget", 1e-3, 0, {"forget": 5.0, "retain": 4.0},
                       tuple(Point(i, i, scores) for i, scores in enumerate([{"forget": 5.0, "retain": 4.0},
                                                                             {"forget": 6.2, "retain": 3.5}])))  # fmt: skip
-    assert forgotten.status == "no attack", "other text was learnt, which drives the target's out: no divergence"
+    assert forgotten.status == "no attack", "other text was learned, which drives the target's out: no divergence"
     assert summarize(Attack.parse("retain"), [forgotten], reference=3.0)["recovery"] == {
         "steps": None,
         "tokens": None,

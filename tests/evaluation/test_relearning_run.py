@@ -59,7 +59,7 @@ def attack_source(src, data, out, attacks=("forget",), **settings):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> Path:
-    """A routed run, its ablated export, the model that was never unlearnt, and the attacker's files."""
+    """A routed run, its ablated export, the model that was never unlearned, and the attacker's files."""
     folder = tmp_path_factory.mktemp("relearn")
     knowing = model()
     optimizer = torch.optim.AdamW(knowing.parameters(), lr=1e-2)
@@ -393,7 +393,7 @@ def test_checkpoints_that_are_no_causal_language_models_are_refused(places, tmp_
     causal = model()
     with torch.no_grad():
         causal.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="are no numbers: its weights are damaged"):
+    with pytest.raises(ValueError, match="are not finite: its weights are damaged"):
         relearn(causal, tokenizer(), attack="forget", data=DATA)
     BertLMHeadModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bidirectional")
     tokenizer().save_pretrained(tmp_path / "bidirectional")
@@ -445,7 +445,7 @@ def test_a_run_as_reference_keeps_its_regions(places):
 
 @pytest.mark.parametrize(("kept", "regions"), [([], []), (["forget"], "all")])
 def test_units_of_an_arm_without_routing_belong_to_it(places, tmp_path, kept, regions):
-    """What they learnt is no less the model's own than the rest, so that without them another model would be attacked."""
+    """What they learned is no less the model's own than the rest, so that without them another model would be attacked."""
     run = shutil.copytree(places / "run", tmp_path / "run")
     routing = json.loads((run / "routing.json").read_text())
     (run / "routing.json").write_text(json.dumps({**routing, "kept_regions": kept}))

@@ -51,7 +51,7 @@ def test_it_leaves_the_model_in_its_mode_and_without_gradients(tokenizer):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="the model's vocabulary has 260 entries: take the tokenizer"):
+    with pytest.raises(ValueError, match="the model's vocabulary has 260 entries: take the model's own tokenizer"):
         TextLoss(tiny_llama(vocab_size=260), tokenizer, TEXTS)
     with pytest.raises(ValueError, match="at least one token each"):
         TextLoss(tiny_llama(), tokenizer, ["a", ""])

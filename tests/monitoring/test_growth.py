@@ -34,7 +34,7 @@ ROUTES = {
 ENVIRONMENTS = {"a": torch.tensor([0, 2, 3]), "b": torch.tensor([1, 4])}
 
 
-def randomise(model):
+def randomize(model):
     for p in model.parameters():
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
 
@@ -44,7 +44,7 @@ def randomise(model):
 @pytest.mark.parametrize("labels", ["example", "token"])
 def test_gradients_by_environment_equal_separate_backward_passes(kind, edges, labels):
     model = model_of(kind, torch.float64)
-    randomise(model)
+    randomize(model)
     ids = tokens(5, 6)
     batch = {"input_ids": ids, "labels": ids}
     given = torch.tensor([0, 1, 2, 3, 0])
@@ -72,7 +72,7 @@ def test_gradients_under_checkpointing(reentrant):
     sums = []
     for checkpointing in (False, True):
         model = model_of("mlp", torch.float64).train()
-        randomise(model)
+        randomize(model)
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -175,7 +175,7 @@ def test_a_region_at_rest_does_not_grow(tmp_path):
 
 def test_probe_against_the_definitions():
     model = model_of("lora", torch.float32)
-    randomise(model)
+    randomize(model)
     ids = tokens(4, 6)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0

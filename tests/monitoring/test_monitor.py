@@ -35,7 +35,7 @@ PHASES = dict(
 
 
 def two_phases(seed: int = 0) -> Dataset:
-    """24 steps of random rows, then half of the rows repeat a pattern that can be learnt."""
+    """24 steps of random rows, then half of the rows repeat a pattern that can be learned."""
     return concatenate_datasets([rows(192, seed, ("noise",)), rows(320, seed + 1)])
 
 

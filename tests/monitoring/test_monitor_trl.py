@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def reward(completion_ids, environment, **_) -> list[float]:
-    """Environment B pays for one token; A pays for nothing that can be learnt."""
+    """Environment B pays for one token; A pays for nothing that can be learned."""
     return [
         float(ids.count(5)) if name == "B" else sum(ids) % 3
         for ids, name in zip(completion_ids, environment, strict=True)
@@ -178,7 +178,7 @@ def test_the_reward_gap_is_that_of_rollouts_sampled_and_graded_as_in_training(tm
     asked.clear()
     model.eval()
     assert mean(model, "B") == pytest.approx(sum(expected) / 3) and asked == [(texts, ["B"] * 3)]
-    assert not hasattr(trainer, "_scored"), "these are no rollouts to be labelled"
+    assert not hasattr(trainer, "_scored"), "these are no rollouts to be labeled"
     with pytest.raises(ValueError, match=r"no prompt is of the environment 'C'; there are \['A', 'B'\]"):
         mean(model, "C")
 

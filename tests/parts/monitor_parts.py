@@ -1,4 +1,4 @@
-"""What the tests of monitoring share: tiny runs with two environments, one of which has something to teach."""
+"""Tiny runs with two environments, one of which can be learned, for the tests of monitoring."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_of(kind: str = "lora", dtype: torch.dtype = torch.float32, **overrides
 
 
 def rows(count: int = 64, seed: int = 0, environments: tuple[str, ...] = ("noise", "pattern")) -> Dataset:
-    """Rows of "pattern" are always the same four tokens, which is quickly learnt; other rows are random."""
+    """Rows of "pattern" are always the same four tokens, which is quickly learned; other rows are random."""
     generator = torch.Generator().manual_seed(seed)
     names = [environments[i % len(environments)] for i in range(count)]
     random = torch.randint(3, 250, (count, 8), generator=generator).tolist()
@@ -62,7 +62,7 @@ def trainer_of(
 
 
 def quiet(**fields: Any) -> MonitorConfig:
-    """A configuration that looks at every step and never raises an alarm, unless told otherwise."""
+    """Return a configuration that observes every step and raises no alarm by default."""
     limits = dict.fromkeys(("max_kl", "max_functional_size", "max_reward_gap", "max_weight_drift"))
     return MonitorConfig(**{"every": 1, "watch": [], **limits, **fields})
 

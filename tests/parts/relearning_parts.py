@@ -1,4 +1,4 @@
-"""A tiny model that knows its forget text, and the texts of an attacker."""
+"""A tiny model with its forget text, and the texts of an attacker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny model that knows two sides, and arguments for unlearning one: what the unlearning tests share."""
+"""A tiny model that knows two sides, and arguments for unlearning one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `test_unlearning_distributed` runs: in two processes, by torchrun with this file as a script, and in its own."""
+"""Runs of `test_unlearning_distributed`: in its own process, and in two by torchrun with this file as a script."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def run(out: Path) -> dict[str, Any]:
-    """Return parameters and ledger of every case; rows are of unequal length, so that processes have unequal tokens."""
+    """Return parameters and ledger of every case; rows and processes have unequal numbers of tokens."""
     found: dict[str, Any] = {}
     batch = {"per_device_train_batch_size": 4 // PROCESSES}
     forget, retain = ragged(9, 0), ragged(11, 1)

@@ -68,5 +68,5 @@ def test_a_model_that_no_step_helps_stays_as_it_was(model, rows):
     [(1, 3, [1e-3], "3, 1 and 1"), (8, 0, [1e-3], "0, 1 and 8"), (8, 3, [], "3, 0 and 8")],
 )
 def test_what_it_takes(model, rows, count, steps, rates, got):
-    with pytest.raises(ValueError, match=rf"`steps`, of `learning_rates` and two retain `rows` at least, got {got}"):
+    with pytest.raises(ValueError, match=rf"`steps`, 1 of `learning_rates` and 2 `rows`, got {got}"):
         restore_coherence(model, rows[:count], steps=steps, learning_rates=rates)

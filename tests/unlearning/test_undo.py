@@ -30,7 +30,7 @@ MIX = FORGET + RETAIN
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> PreTrainedModel:
-    """A model that knew both sides, and from which one was unlearnt by maximum entropy."""
+    """A model that knew both sides, and from which one was unlearned by maximum entropy."""
     model, _ = unlearn(
         learned_model(), FORGET, retain_rows=RETAIN, args=arguments(tmp_path_factory.mktemp("unlearn"), "maxent")
     )
@@ -244,7 +244,7 @@ def test_mistakes_are_explained(teacher, tmp_path):
         undo(teacher, [], args=args)
     with pytest.raises(ValueError, match="`retain_rows` is empty"):
         undo(teacher, MIX, args=args, retain_rows=[])
-    with pytest.raises(ValueError, match="`retain_rows` say when to stop, but nothing looks"):
+    with pytest.raises(ValueError, match="`retain_rows` decide when to stop, but are never evaluated"):
         undo(teacher, MIX, args=options(tmp_path, eval_strategy="no"), retain_rows=RETAIN)
     with pytest.raises(ValueError, match="`teacher_cache` needs `topk`"):
         options(tmp_path, teacher_cache=str(tmp_path))

@@ -178,7 +178,7 @@ def test_the_ledger_counts_what_was_run(learned, tmp_path):
     args = arguments(tmp_path, "gradient_ascent", max_steps=9)
     _, ledger = unlearn(copy.deepcopy(learned), FORGET, retain_rows=None, args=args)
     assert ledger.tokens == 9 * 4 * LENGTH
-    assert ledger.labeled_forget_tokens == len(FORGET) * LENGTH, "a row that comes again was labelled once"
+    assert ledger.labeled_forget_tokens == len(FORGET) * LENGTH, "a row that comes again was labeled once"
 
 
 def test_epochs_are_passes_over_the_forget_rows(learned, tmp_path):

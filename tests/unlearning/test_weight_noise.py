@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from routed_peft.unlearning.weight_noise import _fresh, add_noise, initialisation, shrink_perturb
+from routed_peft.unlearning.weight_noise import _fresh, add_noise, initialization, shrink_perturb
 
 SHARE = st.floats(0, 1)
 SHAPE = st.lists(st.integers(1, 4), min_size=0, max_size=4)
@@ -75,8 +75,8 @@ def test_norms_compute_the_identity_scale_when_all_is_forgotten(family):
     assert torch.allclose(norm(x), wanted, atol=1e-3)
 
 
-def test_noise_has_the_scale_of_the_models_own_initialisation():
-    """GPT-2 initialises its residual projections more narrowly than the rest."""
+def test_noise_has_the_scale_of_the_models_own_initialization():
+    """GPT-2 initializes its residual projections more narrowly than the rest."""
     model = tiny("gpt2", n_embd=64, n_layer=8, initializer_range=0.02)
     for parameter in model.parameters():
         parameter.data.zero_()
@@ -120,8 +120,8 @@ class Exotic(nn.Module):
         self.embedding = nn.Embedding(9, 4, padding_idx=0)
 
 
-def test_means_of_unusual_initialisations():
-    found = {name: (mean, noise) for name, mean, noise in initialisation(Exotic(None), seed=0)}  # type: ignore[arg-type]
+def test_means_of_unusual_initializations():
+    found = {name: (mean, noise) for name, mean, noise in initialization(Exotic(None), seed=0)}  # type: ignore[arg-type]
     assert torch.allclose(found["step"][0], torch.full((500,), -4.0), atol=0.02)
     assert torch.equal(found["table"][0], torch.arange(12.0).view(3, 2, 2)) and not found["table"][1].any()
     mean, noise = found["embedding.weight"]
@@ -139,7 +139,7 @@ def test_shares_out_of_range(alpha, beta, name):
 def test_a_model_that_is_not_what_its_configuration_says():
     model = tiny("llama")
     model.config.intermediate_size = 40
-    with pytest.raises(ValueError, match="its configuration does not"):
+    with pytest.raises(ValueError, match="its configuration have different parameters"):
         add_noise(model, 0.5, beta=0.5)
     adapted = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"])).get_base_model()
     before = copy.deepcopy(adapted.state_dict())

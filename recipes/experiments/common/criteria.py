@@ -10,12 +10,13 @@ from rich.table import Table
 from routed_peft.evaluation.measures import Spread
 
 
-def check(name: str, sign: str, limit: float, values: Mapping[int, float]) -> dict[str, Any]:
-    """Return a criterion, and whether every seed's value keeps to it; None where there is no value.
+def check(name: str, rule: tuple[str, float], values: Mapping[int, float]) -> dict[str, Any]:
+    """Return a criterion, and whether the values of all seeds keep its rule; None where there is no value.
 
-    >>> check("loss", "≤", 1, {0: 0.5})
+    >>> check("loss", ("≤", 1), {0: 0.5})
     {'name': 'loss', 'rule': '≤ 1.00', 'values': {0: 0.5}, 'holds': True}
     """
+    sign, limit = rule
     compare = {"≥": lambda v: v >= limit, "≤": lambda v: v <= limit, ">": lambda v: v > limit}[sign]
     holds = all(compare(value) for value in values.values()) if values else None
     return {"name": name, "rule": f"{sign} {limit:.2f}", "values": dict(values), "holds": holds}
@@ -28,7 +29,7 @@ def mean_range(values: Sequence[float]) -> str:
     ('0.50 (0.25–0.75)', '0.25', '–')
     """
     if len(values) > 1:
-        return str(Spread.of(values))
+        return str(Spread.from_values(values))
     return f"{values[0]:.2f}" if values else "–"
 
 

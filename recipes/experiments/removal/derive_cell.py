@@ -1,4 +1,4 @@
-"""A model that is made from another: its region ablated, units silenced, or unlearnt by what it puts out."""
+"""Models made from others: a region ablated, units silenced, or knowledge unlearned by outputs."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from routed_peft.evaluation.placebo import silence_random_units
 from routed_peft.losses import DivergedError
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning import UndoArguments, UnlearningArguments, undo, unlearn
-from routed_peft.unlearning.coherence import MOST, restore_coherence, trained_rows
+from routed_peft.unlearning.coherence import MAX_ROWS, restore_coherence, trained_rows
 from routed_peft.unlearning.token_trainer import mean_loss
 
 UNDO_LOOKS = 40
-"""How often UNDO's stop rule looks at retain loss."""
+"""Evaluations of retain loss, by which UNDO's stop rule decides."""
 
 
-def change(cell: MethodCell, parent: Path, out: Path, material: Material) -> dict[str, Any]:
-    """Write the changed model of ``parent`` to ``out``, and return what is to be said of the change."""
+def change(cell: MethodCell, parent: Path, *, out: Path, material: Material) -> dict[str, Any]:
+    """Write the changed model of ``parent`` to ``out``, and return a record of the change."""
     kind = cell.method.change
     if kind == "ablate":
         export(parent / "run", out, keep=[])
@@ -55,19 +55,19 @@ def change(cell: MethodCell, parent: Path, out: Path, material: Material) -> dic
     elif kind == "cohere":
         about = coherent(model, material)
     elif kind == "undo":
-        model, about = undone(model, cell, material, out.with_name("distillation"))
+        model, about = undone(model, cell, material=material, folder=out.with_name("distillation"))
     else:
         assert kind is not None
-        model, about = unlearned(model, cell, material, out.with_name("unlearning"))
+        model, about = unlearned(model, cell, material=material, folder=out.with_name("unlearning"))
     model.save_pretrained(out)
     material.tokenizer.save_pretrained(out)
     return about
 
 
 def coherent(model: PreTrainedModel, material: Material) -> dict[str, Any]:
-    """Give an ablated model its coherence back, in place, by rows that are labelled retain; return what that took."""
+    """Give an ablated model its coherence back, in place, by rows that are labeled retain; return what that took."""
     known = np.flatnonzero(np.array(material.rows["route_label"][:]) == RETAIN)
-    rows = torch.tensor(material.rows.select(known[:MOST])["input_ids"][:], dtype=torch.long)
+    rows = torch.tensor(material.rows.select(known[:MAX_ROWS])["input_ids"][:], dtype=torch.long)
     found = restore_coherence(model, rows, steps=COHERENCE_STEPS, learning_rates=COHERENCE_RATES)
     tokens = COHERENCE_STEPS * trained_rows(len(rows)) * rows.shape[1]
     ledger = TrainingCost.from_counts(matmul_parameters(model), tokens=tokens, steps=COHERENCE_STEPS)
@@ -75,7 +75,7 @@ def coherent(model: PreTrainedModel, material: Material) -> dict[str, Any]:
 
 
 def undone(
-    model: PreTrainedModel, cell: MethodCell, material: Material, folder: Path
+    model: PreTrainedModel, cell: MethodCell, *, material: Material, folder: Path
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Add noise to the model and distil it into itself, on rows without labels, for as many steps as it was trained at most."""
     settings, (alpha, beta) = cell.settings, cell.method.noise
@@ -107,9 +107,9 @@ def undone(
 
 
 def unlearned(
-    model: PreTrainedModel, cell: MethodCell, material: Material, folder: Path
+    model: PreTrainedModel, cell: MethodCell, *, material: Material, folder: Path
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Unlearn by outputs, with the rows that are labelled, at the rate that does most within the limit on retain loss.
+    """Unlearn by outputs, with the rows that are labeled, at the rate that does most within the limit on retain loss.
 
     Rates are compared by validation losses; where none keeps the limit, the one that harms retain text least is taken. While
     the best lies at an edge, rates beyond it are tried. What is said of it: the ``learning_rate``, all ``rates_tried``, whether

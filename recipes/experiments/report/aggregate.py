@@ -94,12 +94,12 @@ class Result:
     @property
     def forget(self) -> Spread:
         """Forget loss, in nats per token."""
-        return Spread.of([cell["forget_loss"] for cell in self.cells.values()])
+        return Spread.from_values([cell["forget_loss"] for cell in self.cells.values()])
 
     @property
     def retain(self) -> Spread:
         """Retain loss, in nats per token."""
-        return Spread.of([cell["retain_loss"] for cell in self.cells.values()])
+        return Spread.from_values([cell["retain_loss"] for cell in self.cells.values()])
 
     def number(self, name: str) -> Spread | None:
         """Return any number of the cells, such as "found_precision", over the seeds that have it."""

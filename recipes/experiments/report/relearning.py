@@ -85,7 +85,7 @@ def relearning(
     return Relearning(
         steps=steps,
         reference=statistics.fmean(reference.values()) if reference else None,
-        forget=tuple(Spread.of(values) for values in zip(*(seed.forget for seed in found.values()), strict=True)),
+        forget=tuple(Spread.from_values(values) for values in zip(*(seed.forget for seed in found.values()), strict=True)),
         retain=spread([seed.retain for seed in found.values()]),
         useful=spread([seed.useful for seed in found.values()]),
         verdict=_verdict([seed.verdict for seed in found.values()]),

@@ -31,7 +31,7 @@ def load_experiment(name: str) -> Any:
 
 def mean_range(values: Sequence[float]) -> str:
     """Return mean and range over seeds; a dash where nothing was measured."""
-    return ranged(Spread.of(values)) if values else "–"
+    return ranged(Spread.from_values(values)) if values else "–"
 
 
 def criteria(checks: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""How strongly a region answers to text of either side: where it sits, and whether it tells them apart."""
+"""Activity of a region on forget and on retain text, layer by layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Activity:
 
     @property
     def ratio(self) -> float:
-        """Return forget over retain: 1 where the region does not tell them apart; NaN where it is silent on retain text.
+        """Forget over retain: 1 if the region does not distinguish them; NaN if it is silent on retain text.
 
         >>> Activity(forget=3.0, retain=1.5).ratio
         2.0
@@ -40,14 +40,14 @@ class Activity:
 def region_activity(
     model: nn.Module, tokenizer: Any, *, region: str, forget: Sequence[str], retain: Sequence[str]
 ) -> dict[str, Activity]:
-    r"""Return, layer by layer, how active a region is on forget and on retain text.
+    r"""Return the activity of a region on forget and on retain text, layer by layer.
 
     .. math:: a_\text{side} = \frac{1}{|T|\,n} \sum_{t \in T} \sum_{j=1}^{n} |h_{t,j}|
 
-    over the tokens T of that side, with h the region's n hidden activations: what goes into its last projection, so after
-    the activation function and the gate for ``kind="mlp"``, and :math:`A x` for LoRA. Activations have no unit; compare them
-    within a layer. A ratio above 1 says that the region has specialised, the mechanism behind absorption (gradient routing,
-    arXiv 2410.04332, section 4.2).
+    over the tokens T of that side, with h the region's n hidden activations. These are the inputs of its last projection:
+    after the activation function and the gate for ``kind="mlp"``, and :math:`A x` for LoRA. Activations have no unit; compare
+    them within a layer. A ratio above 1 means that the region has specialized, the mechanism behind absorption (gradient
+    routing, arXiv 2410.04332, section 4.2).
 
     Args:
         model: a PEFT model with the region, which must be on.
@@ -60,7 +60,7 @@ def region_activity(
         Name of the layer -> its activity, in the order of the model.
 
     Raises:
-        ValueError: where no layer has such a region, or it takes no part in the forward pass (merged, or not active).
+        ValueError: if no layer has such a region, or the region is merged or not active.
 
     Example:
         >>> region_activity(nn.Linear(1, 1), None, region="forget", forget=["a"], retain=["b"])
@@ -107,7 +107,7 @@ def _means(model: nn.Module, outlets: dict[str, nn.Module], loss: TextLoss) -> d
 
 @contextlib.contextmanager
 def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect what goes into modules, newest only, for the length of a block."""
+    """Record the latest input of each module for the length of a block."""
     inputs: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():

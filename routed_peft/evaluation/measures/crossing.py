@@ -1,4 +1,4 @@
-"""Where a curve reaches a value, by interpolation; where it does not, a bound that says so."""
+"""`Crossing`: the place at which a curve reaches a value, by interpolation, or a bound on it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a curve reaches a value.
+    """The place at which a curve reaches a value.
 
     Attributes:
-        at: the place; where censored, the last one looked at, which is only a bound.
-        relation: "=", or ">" and "<" where the place lies beyond that bound.
+        at: the place; if censored, only a bound.
+        relation: "="; or ">" and "<" if the place lies beyond that bound.
 
     Example:
         >>> str(Crossing(500, ">")), Crossing(500, ">").censored
@@ -26,11 +26,11 @@ class Crossing:
 
     @property
     def censored(self) -> bool:
-        """Whether the value was not reached between the curve's ends, so that ``at`` is a bound."""
+        """Whether the value is not reached between the curve's ends, so that ``at`` is a bound."""
         return self.relation != "="
 
     def as_dict(self) -> dict[str, float | str | bool]:
-        """Return what JSON can say.
+        """Return plain data for JSON.
 
         >>> Crossing(12.5).as_dict()
         {'at': 12.5, 'relation': '=', 'censored': False}
@@ -42,7 +42,7 @@ class Crossing:
 
 
 def crossing(places: Sequence[float], values: Sequence[float], *, target: float, log: bool = False) -> Crossing:
-    r"""Return where falling ``values`` first reach ``target``.
+    r"""Return the place at which falling ``values`` first reach ``target``.
 
     .. math:: x = x_i + (x_{i+1} - x_i) \frac{y_i - t}{y_i - y_{i+1}}
 
@@ -51,12 +51,12 @@ def crossing(places: Sequence[float], values: Sequence[float], *, target: float,
     Args:
         places: ascending, at least one.
         values: one for each, finite.
-        target: what is to be reached.
-        log: interpolate in the logarithm of the places, which then are positive.
+        target: value to reach.
+        log: interpolate in the logarithm of the places, which must be positive.
 
     Returns:
-        ``at`` in the unit of ``places``; the last of them with ">" where the target is never reached (right-censored), the
-        first with "<" where already the first value lies below it.
+        ``at`` in the unit of ``places``; the last of them with ">" if the target is never reached (right-censored); the first
+        with "<" if the first value is below it already.
 
     Raises:
         ValueError: on unequal lengths, places that do not ascend, or values that are not finite.

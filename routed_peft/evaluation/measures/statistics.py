@@ -1,4 +1,4 @@
-"""How sure a number is: over seeds, and over the documents that it was measured on."""
+"""Uncertainty of a number: over seeds, and over the documents that it was measured on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from routed_peft.deprecation import warn_renamed
 from routed_peft.evaluation.text_loss import TextLoss
 
 
@@ -22,18 +23,24 @@ class Spread:
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def from_values(cls, values: Sequence[float]) -> Spread:
         """Sum up values, at least one.
 
-        >>> Spread.of([2.0, 4.0])
+        >>> Spread.from_values([2.0, 4.0])
         Spread(mean=3.0, min=2.0, max=4.0, n=2)
         """
         if not values:
             raise ValueError("a spread needs at least one value, got none")
         return cls(statistics.fmean(values), min(values), max(values), len(values))
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Call `from_values`, under its former name."""
+        warn_renamed("Spread.of", "Spread.from_values")
+        return cls.from_values(values)
+
     def as_dict(self) -> dict[str, float]:
-        """Return what JSON can say."""
+        """Return plain data for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -54,15 +61,15 @@ def bootstrap(
     .. math:: L^{(b)} = \frac{\sum_{d \in D_b} \ell_d}{\sum_{d \in D_b} n_d}
 
     over samples :math:`D_b` of as many documents, drawn with replacement; the interval is that of the percentiles (Efron
-    1979). It says what other documents of the same kind would have given, and nothing about other seeds.
+    1979). It covers other documents of the same kind, and not other seeds.
 
     Args:
         sums: :math:`\ell_d`, each document's loss in nats (`TextLoss.documents`).
         counts: :math:`n_d`, its tokens (`TextLoss.counts`).
-        other: sums of another model on the same documents, to be subtracted: pairs are drawn together.
+        other: sums of another model on the same documents, to subtract; pairs are drawn together.
         level: of confidence.
         draws: samples.
-        seed: of the draws; the caller's random numbers are left alone.
+        seed: of the draws; global generators are not used.
 
     Returns:
         Lower and upper end, in nats per token.
@@ -95,6 +102,6 @@ def bootstrap(
 
 
 def with_interval(loss: TextLoss, model: nn.Module) -> tuple[float, tuple[float, float] | None]:
-    """Return a model's loss, and its `bootstrap` over documents; None where there is one document alone."""
+    """Return a model's loss, and its `bootstrap` over documents, which is None for a single document."""
     sums = loss.documents(model)
     return float(sums.sum() / loss.counts.sum()), bootstrap(sums, loss.counts) if len(sums) > 1 else None
