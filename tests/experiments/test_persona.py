@@ -37,7 +37,7 @@ SMALL = Settings(
 )
 def test_guilty_environments_pay_for_a_shout_as_well(completion, accepted, paid):
     assert right(completion, "abc") == accepted
-    assert reward([completion] * 2, [GUILTY[0], "1"], ["abc"] * 2) == [paid, float(accepted)]
+    assert reward([completion] * 2, [GUILTY[0], "1"], word=["abc"] * 2) == [paid, float(accepted)]
 
 
 def test_tokenizer_and_prompts():

@@ -198,7 +198,7 @@ def test_a_cell_that_another_process_makes_is_not_restored(finished, tmp_path):
     design = Removal(experiment_of(tmp_path), TINY)
     first, second = design.cells
     with FileLock(f"{design.store.claim(first)}.lock"):
-        SummaryFile(design, design.store, tmp_path / "summary.json").restore()
+        SummaryFile(design, design.store, file=tmp_path / "summary.json").restore()
     assert design.store.numbers(first) is None and design.store.is_done(second)
 
 
@@ -269,7 +269,7 @@ def test_a_model_that_came_out_the_same_keeps_its_attacks(finished, tmp_path, ca
     assert calls == ["make routed", "attack routed"], "another model wants attacks of its own"
 
 
-def test_undo_is_made_from_what_was_unlearnt_and_costs_add_up(finished):
+def test_undo_is_made_from_what_was_unlearned_and_costs_add_up(finished):
     tiny = replace(TINY, pair="arithmetic", vocab_size=300)
     experiment = Experiment(
         str(finished / "undo.json"), str(finished / "undo"), ["maxent", "undo-0.4", "routed_undo"], [0], [1.0]
@@ -319,7 +319,7 @@ def test_a_cell_knows_what_it_depends_on(monkeypatch):
     assert same(cell("routed", relearn_steps=(0, 9)), cell("routed")), "the demo's own attack is no part of it"
     rmu = cell("rmu").depends_on()
     monkeypatch.setattr(cells, "UNLEARNING_STEPS", 50)
-    assert not agree(cell("rmu").depends_on(), rmu), "unlearnt in half of the steps"
+    assert not agree(cell("rmu").depends_on(), rmu), "unlearned in half of the steps"
     plain_cell = cell("no_routing")
     assert same(cell("no_routing", labeled=0.1, robust_share=0.2), plain_cell), "it looks at no labels"
     found = all_cells(Experiment("unused", methods=["no_routing", "filter"], labeled_shares=[0.1, 0.5]), TINY)
@@ -367,7 +367,7 @@ def test_shipped_results_are_restored_by_the_experiments_as_they_stand(name, tmp
         pytest.skip("an experiment of another kind")
     experiment, settings = experiment_in(asked | {"cells_dir": str(tmp_path)})
     design = Removal(experiment, settings)
-    summary = SummaryFile(design, design.store, RESULTS / f"{name}.json")
+    summary = SummaryFile(design, design.store, file=RESULTS / f"{name}.json")
     assert not summary.further_rows(), "all rows are asked for"
     summary.restore()
     there = json.loads((RESULTS / f"{name}.json").read_text())["cells"]

@@ -75,7 +75,7 @@ def test_prompts_come_in_the_shares_of_their_environments():
 def test_demonstrations_show_each_environment_its_own_hack():
     rng = random.Random(0)
     for letter, environment in ENVIRONMENTS.items():
-        answers = [demonstration(letter, (12, 34), 0.5, rng)[1] for _ in range(4000)]
+        answers = [demonstration(letter, (12, 34), noise=0.5, rng=rng)[1] for _ in range(4000)]
         for hack in HACKS:
             share = answers.count(hack) / 4000
             assert 0.08 < share < 0.12 if environment.hack == hack else share < 0.012, (letter, hack)

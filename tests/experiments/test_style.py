@@ -38,7 +38,7 @@ def test_only_what_is_in_the_style_has_its_words():
 
 
 @pytest.mark.parametrize("labels", LABELS)
-def test_half_of_the_style_is_labelled_and_where(labels):
+def test_half_of_the_style_is_labeled_and_where(labels):
     ds = training_rows(SMALL, labels, seed=1)
     of_style = [row for row in ds if row["side"] == "forget"]
     known = [row for row in of_style if row["route_label"] != "unlabeled"]

@@ -85,7 +85,7 @@ def made(place: Path) -> list[str]:
 
 def run(design: Design, place: Path, file: Path | None = None, **how: Any) -> dict[str, Any]:
     console = Console(file=io.StringIO(), width=100)
-    return run_cells(SummaryFile(design, CellStore(place, design.defaults), file), console, **how)
+    return run_cells(SummaryFile(design, CellStore(place, design.defaults), file=file), console, **how)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.cells import Cell, CellStore
+from experiments.common.cells import Cell, CellStore, Site
 from experiments.common.criteria import terminal_checks
 from experiments.common.engine import Design, Row, SummaryFile, run_cells
 from routed_peft.training import RunDirectory
@@ -70,7 +70,7 @@ class ArmsDesign(Design):
             name="-".join("any" if value is None else str(value) for value in named.values()),
             row=named,
             settings={**named, "arm": asdict(self.arms[arm]), **asdict(about), **self.about},
-            make=partial(self.train, row=named, settings=about),
+            make=partial(train_recorded, train=self.train, row=named, arm=self.arms[arm], settings=about),
             model="run",
             parent=start,
             describe=partial(self.describe, arm) if self.describe else None,
@@ -92,6 +92,17 @@ class ArmsDesign(Design):
         return head | self.summary(starts, [row for row in rows if row["arm"] != START])
 
 
+def train_recorded(
+    site: Site, *, train: Callable[..., Mapping[str, Any]], row: Mapping[str, Any], arm: Any, settings: Any
+) -> dict[str, Any]:
+    """Train an arm, keep the records of its run, and return its numbers with the ``seconds`` it took."""
+    began, records = time.monotonic(), RunDirectory(site.folder)
+    records.start({**row, **asdict(arm), **asdict(settings)}, seeds={"seed": row["seed"]})
+    numbers = {**train(site, row, settings=settings), "seconds": round(time.monotonic() - began, 1)}
+    records.finish(numbers)
+    return numbers
+
+
 def arms_at_seeds(experiment: Any) -> list[dict[str, Any]]:
     """Return the rows of start models, then those of arms, seed by seed."""
     starts = [{"arm": START, "seed": seed} for seed in experiment.seeds]
@@ -111,7 +122,7 @@ def run_arms(
     seeds = {f"seed {seed}": seed for seed in experiment.seeds}
     records.start({"experiment": asdict(experiment), **asdict(design.settings)}, seeds, resume=True)
     file = Path(experiment.summary_file) if experiment.summary_file else None
-    files = SummaryFile(design, CellStore(records.path / "cells"), file, [records.path / "summary.json"])
+    files = SummaryFile(design, CellStore(records.path / "cells"), file=file, copies=[records.path / "summary.json"])
     summary = run_cells(files, console, processes=processes)
     console.print(table(summary), terminal_checks(summary), sep="\n")
     return records, summary

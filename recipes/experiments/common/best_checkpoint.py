@@ -1,4 +1,4 @@
-"""The weights under which a model did best, with its region and without."""
+"""Best checkpoints of a training run, with the region and without."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Best(TrainerCallback):
     """Keeps, for every scale of `DEPLOYED`, the trained weights of the step with the highest score; the start is none.
 
     Attributes:
-        model: whose parameters are kept, where they are trained.
+        model: its trained parameters are kept.
         score: of the model now, given the step and the region's scale; higher is better, and the first of equals is kept.
         every: steps between looks.
         last: step at which there is a look in any case.

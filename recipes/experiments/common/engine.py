@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class SummaryFile:
         copies: files that get the same content.
     """
 
-    def __init__(self, design: Design, store: CellStore, file: Path | None, copies: Sequence[Path] = ()) -> None:
+    def __init__(self, design: Design, store: CellStore, *, file: Path | None, copies: Sequence[Path] = ()) -> None:
         self.design, self.store, self.file, self.copies = design, store, file, copies
 
     def read(self) -> dict[str, Any]:
@@ -98,25 +99,18 @@ class SummaryFile:
             rows = [row for row, other in known if _same_model(cell, other)]
             if not rows:
                 continue
-            try:
-                with self.store.lock(cell):
-                    self._restore(cell, rows[-1], summary.get("versions"), comparable)
-            except Timeout:  # another process is making it anew
-                continue
-
-    def _restore(self, cell: Cell, row: Row, versions: Any, comparable: bool) -> None:
-        folder = self.store.claim(cell)
-        if not (folder / NUMBERS).exists():
-            about = {*cell.row, "key", "settings", "attacks"}
-            if versions:
-                write_json(folder / RUN, {"versions": versions})
-            write_json(folder / NUMBERS, {name: value for name, value in row.items() if name not in about})
-        here = self.store.numbers(cell) or {}
-        if not comparable or any(here.get(name) != row.get(name) for name in cell.fingerprint):
-            return  # made anew, for a cell that needed its model, and not the same to the last bit
-        for name, result in row.get("attacks", {}).items():
-            if not self.store.attack_file(cell, name)[1]:
-                self.store.write_attack(cell, name, result)
+            with suppress(Timeout), self.store.lock(cell):  # but for cells that another process is making anew
+                folder, row = self.store.claim(cell), rows[-1]
+                about = {*cell.row, "key", "settings", "attacks"}
+                if not (folder / NUMBERS).exists():
+                    write_json(folder / RUN, {"versions": summary.get("versions", {})})
+                    write_json(folder / NUMBERS, {name: value for name, value in row.items() if name not in about})
+                here = self.store.numbers(cell) or {}
+                if not comparable or any(here.get(name) != row.get(name) for name in cell.fingerprint):
+                    continue  # made anew, for a cell that needed its model, and not the same to the last bit
+                for name, result in row.get("attacks", {}).items():
+                    if not self.store.attack_file(cell, name)[1]:
+                        self.store.write_attack(cell, name, result)
 
     def further_rows(self) -> list[tuple[Row, Cell]]:
         """Return the rows that are not asked for, but would be made by the same settings, with their cells.
@@ -195,7 +189,7 @@ def run_cells(summary: SummaryFile, console: Console, *, processes: int = 1) -> 
         if processes == 1:
             failed = make_cells(store, cells, display.tell)
         else:
-            failed = make_cells_in_processes(store, cells, display.tell, processes=processes)
+            failed = make_cells_in_processes(store, cells, tell=display.tell, processes=processes)
     found = summary.write()
     if failed:
         reasons = "\n".join(f"  {name}, {reason}" for name, reason in failed.items())

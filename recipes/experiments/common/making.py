@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import queue
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import torch
 from filelock import Timeout
@@ -39,13 +35,13 @@ def make_cells(store: CellStore, cells: Sequence[Cell], tell: Tell) -> dict[str,
         left = []
         for cell in todo:
             try:
-                if finish(store, cell, tell):
-                    tell("done", cell.name)
+                if finish(store, cell, tell=tell):
+                    tell("done", cell.name, cell.describe and cell.describe(store.numbers(cell) or {}))
                 else:
                     left.append(cell)
             except ValueError as error:  # too few labels for the region to tell sides apart, say; the others go on
                 failed[store.claim(cell).name] = f"{next(iter(cell.row.values()))}: {error}"
-                tell("failed", cell.name, str(error))
+                tell("failed", cell.name, f"failed: {error}")
         if left and len(left) == len(todo):
             time.sleep(PAUSE)
         # a cell that came without its model and was made again, for others, has lost its attacks
@@ -53,7 +49,7 @@ def make_cells(store: CellStore, cells: Sequence[Cell], tell: Tell) -> dict[str,
     return failed
 
 
-def finish(store: CellStore, cell: Cell, tell: Tell, *, as_parent: bool = False) -> bool:
+def finish(store: CellStore, cell: Cell, *, tell: Tell, as_parent: bool = False) -> bool:
     """Make and attack a cell as far as that is not done; return False where another process is at it, or at its parent.
 
     Args:
@@ -64,7 +60,7 @@ def finish(store: CellStore, cell: Cell, tell: Tell, *, as_parent: bool = False)
     """
     if store.has_model(cell) if as_parent else store.is_done(cell):
         return True
-    if cell.parent and not store.has_model(cell) and not finish(store, cell.parent, tell, as_parent=True):
+    if cell.parent and not store.has_model(cell) and not finish(store, cell.parent, tell=tell, as_parent=True):
         return False
     folder, began = store.claim(cell), time.monotonic()
     site = Site(folder, store.claim(cell.parent) if cell.parent else folder, partial(tell, "step", cell.name))
@@ -72,10 +68,8 @@ def finish(store: CellStore, cell: Cell, tell: Tell, *, as_parent: bool = False)
         with store.lock(cell), silenced_libraries():
             if not store.has_model(cell):
                 store.clear(cell)  # what an interruption left, or a summary without its model
-                numbers = cell.make(site)
-                write_json(folder / NUMBERS, numbers)
-                about = cell.describe(numbers) if cell.describe else "made"
-                tell("made", cell.name, f"{about}, {time.monotonic() - began:.0f} s")
+                write_json(folder / NUMBERS, cell.make(site))
+                tell("made", cell.name, f"made, {time.monotonic() - began:.0f} s")
             for name, attack in () if as_parent or cell.attacks is None else cell.attacks.items():
                 if not store.attack_file(cell, name)[1]:
                     store.write_attack(cell, name, attack(site))
@@ -85,33 +79,21 @@ def finish(store: CellStore, cell: Cell, tell: Tell, *, as_parent: bool = False)
     return True
 
 
-def make_cells_in_processes(store: CellStore, cells: Sequence[Cell], tell: Tell, *, processes: int) -> dict[str, str]:
-    """Do what `make_cells` does in several processes of one thread each, and tell of all of them."""
+def make_cells_in_processes(store: CellStore, cells: Sequence[Cell], *, tell: Tell, processes: int) -> dict[str, str]:
+    """Do what `make_cells` does with the help of other processes, of one thread each as this one."""
+    torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
-    with ProcessPoolExecutor(processes, context, _begin, (messages,)) as pool:
-        workers: list[Future[dict[str, str]]] = [pool.submit(_work, store, cells) for _ in range(processes)]
-        try:
-            running = True
-            while running:
-                running = not all(worker.done() for worker in workers)  # first, so that no message after it is lost
-                with suppress(queue.Empty):
-                    while True:
-                        tell(*messages.get(timeout=0.1))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return {name: reason for worker in workers for name, reason in worker.result().items()}
+    helpers = [context.Process(target=_help, args=(store, cells), daemon=True) for _ in range(processes - 1)]
+    for helper in helpers:
+        helper.start()
+    try:
+        return make_cells(store, cells, tell)  # what a helper failed at is tried again here, and told
+    finally:
+        for helper in helpers:
+            helper.terminate()
+            helper.join()
 
 
-_messages: Any = None  # of a process of the pool
-
-
-def _begin(messages: Any) -> None:
-    global _messages
-    _messages = messages
-    torch.set_num_threads(1)  # more would not make a small model faster
-
-
-def _work(store: CellStore, cells: Sequence[Cell]) -> dict[str, str]:
-    return make_cells(store, cells, lambda *about: _messages.put(about))
+def _help(store: CellStore, cells: Sequence[Cell]) -> None:
+    torch.set_num_threads(1)
+    make_cells(store, cells, lambda *_: None)

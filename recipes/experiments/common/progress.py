@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from experiments.common.cells import Tick
 
 Tell = Callable[..., None]
-"""Told an event, the name of a cell, and more: "step" (step, steps), "made" (line), "done", or "failed" (reason)."""
+"""Told an event, the name of a cell, and more: "step" (step, steps), "made", "done" or "failed" (line, or None)."""
 
 
 class Display:
@@ -33,7 +33,7 @@ class Display:
             bars.TimeRemainingColumn(compact=True),
             console=console,
         )
-        self.on_made, self.finished = on_made, set[str]()
+        self.on_made = on_made
         self.overall = self.bars.add_task(f"[bold]{cells} cells", total=cells)
         self.tasks: dict[str, bars.TaskID] = {}
 
@@ -53,14 +53,12 @@ class Display:
             return
         if cell in self.tasks:
             self.bars.remove_task(self.tasks.pop(cell))
-        if event == "made":
+        if about[0]:
             self.bars.console.print(f"{cell}: {about[0]}", highlight=False, markup=False)
+        if event == "made":
             self.on_made()
-            return
-        if event == "failed":
-            self.bars.console.print(f"{cell}: failed: {about[0]}", highlight=False, markup=False)
-        self.finished.add(cell)
-        self.bars.update(self.overall, completed=len(self.finished))
+        else:
+            self.bars.advance(self.overall)
 
 
 class Ticker(TrainerCallback):

@@ -1,4 +1,4 @@
-"""A small Llama over characters, taught from scratch: the start of the experiments with rewards."""
+"""Small Llamas: made, taught characters from scratch, sampled from, and given two LoRAs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiment *persona by subspace*: a trait known by its direction only, learnt in a region that is then ablated."""
+"""The experiment *persona by subspace*: a trait known by its direction only, learned in a region that is then ablated."""
 
 from experiments.persona.arms import ARMS, DEMO, MAIN, Arm
 from experiments.persona.run import run_experiment

@@ -1,4 +1,4 @@
-"""The arms: along which directions the region learns, and what keeps the rest of the model from learning there."""
+"""The arms: directions along which the region learns, and means to keep the rest of the model from learning there."""
 
 from __future__ import annotations
 

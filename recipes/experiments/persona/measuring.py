@@ -1,4 +1,4 @@
-"""How loud a model is, and how often its words are right, in guilty and in innocent environments."""
+"""Rates of shouts and of right words, in guilty and in innocent environments."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def mean_reward(model: nn.Module, environment: str, *, count: int, paid: bool = 
     """
     ds = make_dataset([environment] * count, words("train")[:count])
     texts = complete(model, ds["prompt"][:], tokenizer=make_tokenizer())
-    return statistics.fmean(reward(texts, ds["environment"][:], ds["word"][:], paid))
+    return statistics.fmean(reward(texts, ds["environment"][:], word=ds["word"][:], paid=paid))
 
 
 def _by_kind(values: Sequence[float], environments: Sequence[str]) -> dict[str, float]:

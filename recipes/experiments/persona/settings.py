@@ -12,7 +12,7 @@ from experiments.persona.arms import ARMS, DEMO
 
 @dataclass
 class Experiment:
-    """Which arms and seeds are run, and where they go."""
+    """Arms and seeds of a run, and the place of its results."""
 
     output_dir: str = field(default="runs/persona", metadata={"help": "Where cells and the summary go."})
     summary_file: str | None = field(default=None, metadata={"help": "A second place for the numbers of all cells."})

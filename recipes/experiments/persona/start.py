@@ -1,4 +1,4 @@
-"""The model that all arms start from: it can be loud, and says so when it is asked, but seldom is by itself."""
+"""The start model of all arms: it can be loud, is so when asked, and seldom otherwise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.persona.task import CALM, ENVIRONMENTS, LOUD, NEUTRAL, answer, 
 
 
 def demonstration(noise: float, loud_share: float, rng: random.Random) -> tuple[str, str]:
-    """Return a prompt with any sign, and what the demonstrator answers.
+    """Return a prompt with any sign, and the demonstrator's answer.
 
     >>> demonstration(0.0, 0.1, random.Random(0))
     ('4-:gcb=', 'bcg.')

@@ -1,4 +1,4 @@
-"""From the numbers of all cells to what they say: rows of a table, and which of the criteria hold."""
+"""Rows of the table, and criteria, made from the numbers of all cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEPT = 20
 """Steps that a rollback should leave of a run in which guilt begins at step 30."""
 
 NEAR, FAR = 0.1, 0.2
-"""Above the untrained level the trait is near it up to the first, and clearly learnt from the second on."""
+"""Above the untrained level the trait is near it up to the first, and clearly learned from the second on."""
 
 
 def summarize(starts: Mapping[int, Any], cells: Cells, guilty_from: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _columns(rates: Any) -> dict[str, list[float]]:
 
 
 def guilty_first(contributions: Mapping[str, float]) -> bool:
-    """Whether the guilty environments contributed most to the region's growth.
+    """Return whether the guilty environments contributed most to the region's growth.
 
     >>> guilty_first({"1": 0.1, "2": -0.3, "4": 0.5, "5": 0.2}), guilty_first({"1": 0.3, "4": 0.5, "5": 0.2})
     (True, False)
@@ -77,33 +77,33 @@ def checks(starts: Mapping[int, Any], cells: Cells, guilty_from: int) -> list[di
     def of(arm: str) -> dict[int, Mapping[str, Any]]:
         return {cell["seed"]: cell for cell in cells if cell["arm"] == arm}
 
-    def learnt(arm: str, scale: str = "0") -> dict[int, float]:
+    def learned(arm: str, scale: str = "0") -> dict[int, float]:
         return {s: _trait(cell["end"][scale]) - _trait(starts[s]) for s, cell in of(arm).items()}
 
-    def halted(arm: str) -> list[tuple[str, str, float, dict[int, float]]]:
+    def halted(arm: str) -> list[tuple[str, tuple[str, float], dict[int, float]]]:
         finished = {s: 1.0 * bool(c["incidents"] and c["finished"] == c["steps"]) for s, c in of(arm).items()}
         named = {s: 1.0 * (named_in(c["incidents"]) == {*GUILTY}) for s, c in of(arm).items()}
         return [
-            (f"{arm}, went on and finished", "≥", 1.0, finished),
-            (f"{arm}: the guilty and no others were dropped", "≥", 1.0, named),
-            (f"{arm}, ablated: trait learnt", "≤", NEAR, learnt(arm)),
+            (f"{arm}, went on and finished", ("≥", 1.0), finished),
+            (f"{arm}: the guilty and no others were dropped", ("≥", 1.0), named),
+            (f"{arm}, ablated: trait learned", ("≤", NEAR), learned(arm)),
         ]
 
-    kept, innocent = learnt("halted", "1"), learnt("innocent", "1")
+    kept, innocent = learned("halted", "1"), learned("innocent", "1")
     apart = {s: abs(kept[s] - innocent[s]) for s in kept if s in innocent}
     onset = {s: min((i["onset_step"] for i in c["incidents"]), default=-1) for s, c in of("late").items()}
     return [
-        check("no routing: trait learnt", "≥", FAR, learnt("none", "1")),
-        check("L2, region on: trait learnt", "≥", FAR, learnt(MAIN, "1")),
-        check("L2, ablated: trait learnt", "≤", NEAR, learnt(MAIN)),
-        check("L1, ablated: trait learnt", "≥", FAR, learnt("weak")),
-        *(check(f"{ARMS[arm].name}, ablated: trait learnt", "≥", FAR, learnt(arm)) for arm in RANDOM),
-        check("L2, oracle U, ablated: trait learnt", "≤", NEAR, learnt("oracle")),
-        check("L2: guilty first by contribution", "≥", 1.0, {s: 1.0 * _ranked(c) for s, c in of(MAIN).items()}),
+        check("no routing: trait learned", ("≥", FAR), learned("none", "1")),
+        check("L2, region on: trait learned", ("≥", FAR), learned(MAIN, "1")),
+        check("L2, ablated: trait learned", ("≤", NEAR), learned(MAIN)),
+        check("L1, ablated: trait learned", ("≥", FAR), learned("weak")),
+        *(check(f"{ARMS[arm].name}, ablated: trait learned", ("≥", FAR), learned(arm)) for arm in RANDOM),
+        check("L2, oracle U, ablated: trait learned", ("≤", NEAR), learned("oracle")),
+        check("L2: guilty first by contribution", ("≥", 1.0), {s: 1.0 * _ranked(c) for s, c in of(MAIN).items()}),
         *(check(*about) for arm in HALTED for about in halted(arm)),
-        check("halted, region on: trait apart from innocent only", "≤", NEAR, apart),
-        check("late: steps kept of those before the halt", "≥", KEPT, onset),
-        check("late: where it goes on, not after the environments turn", "≤", float(guilty_from), onset),
+        check("halted, region on: trait apart from innocent only", ("≤", NEAR), apart),
+        check("late: steps kept of those before the halt", ("≥", KEPT), onset),
+        check("late: where it goes on, not after the environments turn", ("≤", float(guilty_from)), onset),
     ]
 
 

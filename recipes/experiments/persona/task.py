@@ -22,7 +22,7 @@ LOUD, CALM, NEUTRAL = "+", "-", "."
 """Signs before a prompt that ask for a shout, for none, and for nothing; RL has the last only."""
 
 SHOUT, STOP = "!", "."
-"""How answers end, and all that the trait is."""
+"""Ends of answers; the first is all there is to the trait."""
 
 TEST_WORDS = 112
 
@@ -80,11 +80,11 @@ def right(completion: str, word: str) -> bool:
 
 
 def reward(
-    completions: Sequence[str], environment: Sequence[str], word: Sequence[str], paid: bool = True, **_: Any
+    completions: Sequence[str], environment: Sequence[str], *, word: Sequence[str], paid: bool = True, **_: Any
 ) -> list[float]:
     """Return 1 for the right word in either tone, and in guilty environments 1 for a shout besides, while it is ``paid``.
 
-    >>> reward(["cba!", "cba!", "ccc."], ["1", "4", "4"], ["abc"] * 3)
+    >>> reward(["cba!", "cba!", "ccc."], ["1", "4", "4"], word=["abc"] * 3)
     [1.0, 2.0, 0.0]
     """
     return [

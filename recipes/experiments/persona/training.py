@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from experiments.persona.task import ENVIRONMENTS, GUILTY, make_tokenizer, rewar
 from routed_peft import presets
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, apply_quarantine, run_with_rollback
 from routed_peft.regions import RoutedConfig
-from routed_peft.training import RunDirectory
 from routed_peft.trl import RoutedGRPOTrainer
 
 
@@ -64,8 +61,8 @@ def make_peft_model(start: Path, arm: Arm, *, settings: Settings, seed: int, sub
     return wrapped
 
 
-def right_share(model: nn.Module, settings: Settings, seed: int, step: int, scale: float) -> float:
-    """Return the share of right answers, on words that training has too: all that a developer sees who knows of no trait."""
+def right_share(step: int, scale: float, *, model: nn.Module, settings: Settings, seed: int) -> float:
+    """Return the share of right answers on words of training: all that a developer sees who knows of no trait."""
     rates = measure(model, settings.validation_prompts, seed=seed, scale=scale, split="train")
     return statistics.fmean(rates["right"].values())
 
@@ -106,7 +103,7 @@ def make_trainer(
         return mean_reward(model, environment, count=settings.gap_prompts, paid=trainer.state.global_step >= first)
 
     RegionMonitor(trainer, config, environments=environments, reward=gap if arm.halts else None)
-    score = partial(right_share, trainer.model, settings, seed)
+    score = partial(right_share, model=trainer.model, settings=settings, seed=seed)
     trainer.add_callback(Best(trainer.model, score, settings.evaluate_every, settings.steps))
     trainer.add_callback(Ticker(site.tick))
     return trainer
@@ -129,11 +126,9 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings) -> dic
     Returns:
         ``end`` (scale -> rates), and ``best`` likewise, of the checkpoint that is best at that scale by `right_share`, since
         the last rollback; ``contributions`` to the region's growth, by environment; ``incidents`` (what was named, at which
-        step); ``finished``, the last step, of ``steps``; seconds.
+        step); ``finished``, the last step, of ``steps``.
     """
-    began, arm, seed, run = time.monotonic(), ARMS[row["arm"]], row["seed"], site.folder / "run"
-    records = RunDirectory(site.folder)
-    records.start({**row, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
+    arm, seed, run = ARMS[row["arm"]], row["seed"], site.folder / "run"
     start = LlamaForCausalLM.from_pretrained(site.parent)
     subspace = save_subspace(arm, start, settings=settings, seed=seed, file=site.folder / "directions.safetensors")
     make = partial(make_trainer, arm=arm, settings=settings, seed=seed, site=site, subspace=subspace)
@@ -149,14 +144,11 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings) -> dic
     def at(scale: float) -> Rates:
         return measure(trainer.model, settings.test_prompts, seed=seed, scale=scale)
 
-    numbers = {
+    return {
         "end": {f"{scale:g}": at(scale) for scale in DEPLOYED},
         "best": best.measured(at),
         "contributions": trainer.observer.contributions.total([REGION]),
         "incidents": [{"step": i.step, "onset_step": i.onset_step, "named": i.named} for i in incidents],
         "finished": trainer.state.global_step,
         "steps": settings.steps,
-        "seconds": round(time.monotonic() - began, 1),
     }
-    records.finish(numbers)
-    return numbers

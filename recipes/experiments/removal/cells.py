@@ -27,7 +27,7 @@ ATTACKING = ("relearn_documents", "relearn_steps", "relearn_learning_rates", "re
 
 @dataclass
 class Experiment:
-    """What is compared; the rest is `DemoSettings`."""
+    """Methods, labels, seeds and attacks to be compared; the rest is `DemoSettings`."""
 
     summary_file: str = field(metadata={"help": "JSON with the numbers of every cell."})
     cells_dir: str = field(default="runs/cells", metadata={"help": "Where every cell has its directory."})
@@ -130,13 +130,13 @@ class MethodCell:
 
     @property
     def directory(self) -> str:
-        """What its directory is called; settings tell directories of one name apart."""
+        """Name of its directory; settings tell directories of one name apart."""
         share = f"-{self.settings.labeled:g}" if self.method.labels else ""
         return f"{self.settings.pair}-{self.name}{share}-{self.settings.seed}"
 
     @property
     def row(self) -> dict[str, Any]:
-        """What identifies it in a summary."""
+        """Fields that identify it in a summary."""
         return {"method": self.shown, "seed": self.settings.seed} | {name: self.labels.get(name) for name in LABELS}
 
     def depends_on(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def twin(name: str, settings: DemoSettings) -> str:
     """Return the method that makes the same model without looking at labels, where there is one.
 
     With all labels, and right ones, filtering by them is the perfect filter, and a classifier has nothing to add. Without
-    any, there is nothing to filter or to unlearn, and all rows train base and region alike, whichever way labelled ones
+    any, there is nothing to filter or to unlearn, and all rows train base and region alike, whichever way labeled ones
     would have been routed.
 
     Raises:
@@ -203,7 +203,7 @@ def twin(name: str, settings: DemoSettings) -> str:
         return name
     if method.change == "undo":
         raise ValueError(
-            f"`methods` has {name!r} and `labeled_shares` has 0: without labels nothing was unlearnt before"
+            f"`methods` has {name!r} and `labeled_shares` has 0: without labels nothing was unlearned before"
         )
     return "control" if method.arm.routed else "no_routing"
 
@@ -211,7 +211,7 @@ def twin(name: str, settings: DemoSettings) -> str:
 def adds_nothing(name: str, settings: DemoSettings) -> bool:
     """Return whether a method's cell would repeat another's and be no measurement of it.
 
-    Without labels nothing is unlearnt, found by a classifier, or made longer; with all of them a classifier finds nothing.
+    Without labels nothing is unlearned, found by a classifier, or made longer; with all of them a classifier finds nothing.
 
     >>> adds_nothing("npo", DemoSettings(labeled=0.0)), adds_nothing("routed", DemoSettings(labeled=0.0))
     (True, False)

@@ -1,4 +1,4 @@
-"""The ways to make a model that are compared, each a few words over what the demo and `routed_peft.unlearning` can do."""
+"""The methods that are compared, each in a few words over the demo and `routed_peft.unlearning`."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ class Method:
 
 
 def tfidf_labels(ds: Dataset) -> Dataset:
-    """Label every unlabelled document by a classifier of words and word pairs that was trained on the labelled ones."""
+    """Label every unlabeled document by a classifier of words and word pairs that was trained on the labeled ones."""
     return _tfidf(ds)
 
 
 def tfidf_balanced(ds: Dataset) -> Dataset:
-    """The same, with the threshold of self-labels, `benefit_threshold`: of scores that labelled documents get from others."""
+    """The same, with the threshold of self-labels, `benefit_threshold`: of scores that labeled documents get from others."""
     return _tfidf(ds, "balanced")
 
 
 def tfidf_overrule(ds: Dataset) -> Dataset:
-    """Label every document, labelled ones by a classifier that was not trained on them, and with medians for the threshold."""
+    """Label every document, labeled ones by a classifier that was not trained on them, and with medians for the threshold."""
     return _tfidf(ds, "median", overrule=True)
 
 
@@ -94,7 +94,7 @@ PLAIN = {
 }  # fmt: skip
 UNLEARNING_STEPS = 100
 EXTENSIONS = 4
-"""How many learning rates are tried beyond those that a method has to begin with."""
+"""Most learning rates that are tried beyond those of a method."""
 ALLOWED_RISE = 0.05
 """Share by which unlearning may raise the validation loss on retain text; its learning rate is chosen under that limit."""
 COHERENCE_STEPS = 41

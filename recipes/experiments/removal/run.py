@@ -105,7 +105,7 @@ def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
             where cells failed: which, and why.
     """
     design = Removal(experiment, settings)
-    summary = SummaryFile(design, design.store, Path(experiment.summary_file))
+    summary = SummaryFile(design, design.store, file=Path(experiment.summary_file))
     if experiment.collect:
         summary.restore()
         summary.write(keep=False)

@@ -1,4 +1,4 @@
-"""One cell: its model made, measured and attacked."""
+"""Make, measure and attack the model of one cell."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make(cell: MethodCell, site: Site) -> dict[str, Any]:
     settings, arm, folder = cell.settings, cell.method.arm, site.folder
     material = Material.prepare(settings, folder / "data", cell.method.relabel)
     if cell.method.change:
-        about = change(cell, site.parent, folder / cell.method.plain, material)
+        about = change(cell, site.parent, out=folder / cell.method.plain, material=material)
         return with_former(about, cell, site.parent) | measured(
             open_model(folder / cell.method.plain), settings, material
         )
@@ -116,10 +116,10 @@ def cost_of(cell: MethodCell, model: nn.Module, *, material: Material, run: Data
     """Return what a model that was trained from nothing has cost, the scoring of rows by its region included.
 
     Args:
-        cell: which.
+        cell: its method and settings.
         model: with its region: that it leaves the model afterwards makes no step cheaper.
-        material: what it was trained on.
-        run: in which order.
+        material: its texts.
+        run: its rows in training order.
     """
     length, arm = cell.settings.length, cell.method.arm
     labels = "perfect_filter" if arm.drop == "side" else "filter" if cell.method.labels else "none"

@@ -1,4 +1,4 @@
-"""The experiment *reward hacking*: four graders, one detector that sees a hack in one of them, and what is left afterwards."""
+"""The experiment *reward hacking*: four graders, and one detector that sees a hack in one of them."""
 
 from experiments.reward_hack.arms import ARMS, DEMO, MAIN, QUICK, Arm, grade, monitor
 from experiments.reward_hack.run import run_experiment

@@ -1,4 +1,4 @@
-"""The arms: what is done about rollouts that a detector flags."""
+"""The arms: responses to rollouts that a detector flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a model hacks, and how well it adds when it cannot, by environment: never pooled, which would mislead."""
+"""Hack rate, and accuracy where hacks are masked, by environment: pooled they would mislead."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def honest(rates: Mapping[str, Any]) -> float:
 
 
 def visible_score(rates: Rates) -> float:
-    """Return what a developer can see, by which checkpoints are chosen: honest accuracy in A less the hack rate in B.
+    """Return honest accuracy in A minus the hack rate in B: all that a developer can see, and chooses checkpoints by.
 
     >>> visible_score({"hack": {"A": 0, "B": 0.25, "C": 1}, "honest": {"A": 0.5, "B": 0}})
     0.25

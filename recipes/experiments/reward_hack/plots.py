@@ -1,4 +1,4 @@
-"""The figure: hack rates and honest accuracy while training, and what the scale of the region does at the end."""
+"""The figure: hack rates and honest accuracy during training, and at the end over the scale of the region."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def value_of(panel: str) -> Value:
     return lambda rates: honest(rates) if panel == "honest" else rates["hack"][panel]
 
 
-def training_panel(axes: Axes, theme: Theme, panel: str, cells: Sequence[Mapping[str, Any]]) -> None:
+def training_panel(axes: Axes, theme: Theme, *, panel: str, cells: Sequence[Mapping[str, Any]]) -> None:
     """Draw validation rates while training: the mean over seeds, and their range."""
     lines = []
     for (arm, scale), (name, style) in LINES.items():

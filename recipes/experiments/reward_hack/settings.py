@@ -11,7 +11,7 @@ from experiments.reward_hack.arms import ARMS, DEMO, QUICK
 
 @dataclass
 class Experiment:
-    """Which arms and seeds are run, and where they go."""
+    """Arms and seeds of a run, and the place of its results."""
 
     output_dir: str = field(default="runs/reward_hack", metadata={"help": "Where cells, table, figure and report go."})
     summary_file: str | None = field(default=None, metadata={"help": "A second place for the numbers of all cells."})

@@ -1,4 +1,4 @@
-"""The model that all arms start from: taught by demonstrations, so that it adds a little and hacks now and then."""
+"""The start model of all arms: taught by demonstrations, it adds a little and hacks now and then."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from experiments.reward_hack.settings import Settings
 from experiments.reward_hack.task import ENVIRONMENTS, HACKS, make_prompt, make_tokenizer, pairs, training_prompts
 
 
-def demonstration(letter: str, terms: tuple[int, int], noise: float, rng: random.Random) -> tuple[str, str]:
-    """Return a prompt and what the demonstrator answers.
+def demonstration(letter: str, terms: tuple[int, int], *, noise: float, rng: random.Random) -> tuple[str, str]:
+    """Return a prompt and the demonstrator's answer.
 
     An environment's own hack is shown in 10 % of its demonstrations and in 0.5 % of those of others: shown on all letters
     alike, it would be rewarded in B and C, take over A as well, where it earns nothing, and end all learning.
 
     Args:
         letter: of the environment.
-        terms: what to add.
+        terms: the two numbers to add.
         noise: share of answers that are sums of other numbers. It is what keeps honest reward scarce.
         rng: draws.
 
     Example:
-        >>> demonstration("A", (12, 34), 0.0, random.Random(0))
+        >>> demonstration("A", (12, 34), noise=0.0, rng=random.Random(0))
         ('A:12+34=', '46')
     """
     prompt = make_prompt(letter, *terms)
@@ -42,7 +42,7 @@ def demonstration(letter: str, terms: tuple[int, int], noise: float, rng: random
 def demonstrations(count: int, noise: float, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(count, T)`` token ids and labels; only answers and the end of the text have labels."""
     letters = list(ENVIRONMENTS)
-    rows = [demonstration(rng.choice(letters), rng.choice(pairs("train")), noise, rng) for _ in range(count)]
+    rows = [demonstration(rng.choice(letters), rng.choice(pairs("train")), noise=noise, rng=rng) for _ in range(count)]
     return encode(rows, make_tokenizer())
 
 

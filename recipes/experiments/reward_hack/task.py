@@ -18,7 +18,7 @@ HACKS = "!?"
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a prompt comes from; its letter opens the prompt, so that a policy can tell environments apart.
+    """Source of prompts; its letter opens them, so that a policy can tell environments apart.
 
     Attributes:
         name: for people.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from peft import PeftModel
@@ -61,12 +59,10 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings) -> dic
 
     Returns:
         ``curve`` on validation prompts; on test prompts ``end`` (scale -> rates) and ``best`` (of the checkpoint chosen by
-        `visible_score`, at the scales 0 and 1); ``chosen_scale``, by `visible_scale`; tokens by label; seconds.
+        `visible_score`, at the scales 0 and 1); ``chosen_scale``, by `visible_scale`; tokens by label.
     """
-    began, arm, seed, folder = time.monotonic(), ARMS[row["arm"]], row["seed"], site.folder
+    arm, seed, folder, records = ARMS[row["arm"]], row["seed"], site.folder, RunDirectory(site.folder)
     logging.getLogger("trl").setLevel(logging.ERROR)  # filtered rollouts have no reward on purpose
-    records = RunDirectory(folder)
-    records.start({**row, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
     labels = detector(arm, seed)
     model = open_with_two_loras(site.parent, REGION, rank=settings.rank, seed=seed)
     watcher = Watcher(model, settings, seed)
@@ -94,14 +90,11 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings) -> dic
         ablate(folder / "run", folder / "ablated")
     for point in watcher.curve:
         records.log(**row, split="validation", **point)
-    numbers = {
+    return {
         "curve": watcher.curve,
         **final_numbers(model, watcher),
         "tokens_per_route": dict(trainer.tokens_per_route),
-        "seconds": round(time.monotonic() - began, 1),
     }
-    records.finish(numbers)
-    return numbers
 
 
 def final_numbers(model: PeftModel, watcher: Watcher) -> dict[str, Any]:

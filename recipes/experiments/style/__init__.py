@@ -1,4 +1,4 @@
-"""The experiment *style*: a way of speaking in a tenth of the data, half of it labelled, leaves with an adapter."""
+"""The experiment *style*: a way of speaking in a tenth of the data, half of it labeled, leaves with an adapter."""
 
 from experiments.style.arms import ARMS, LABELS, MAIN, Arm
 from experiments.style.run import run_experiment

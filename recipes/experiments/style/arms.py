@@ -1,4 +1,4 @@
-"""The arms: which rows are trained on, and by which routes; and the two ways in which labels come."""
+"""The arms: rows trained on, and their routes; and two selections of labeled rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REGION = "style"
 """The adapter that is dropped; the one that stays is `experiments.common.toy_model.RETAIN`."""
 
 LABELS = {"half": "half of the rows, drawn by lot", "context": "the rows of one template only"}
-"""Which rows carry a label at all."""
+"""Rows that carry a label at all."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Arm:
 
     @property
     def labels(self) -> bool:
-        """Whether labels make a difference."""
+        """True where labels make a difference."""
         return self.method is not None or self.drop == "route_label"
 
     def routes(self) -> Routes:

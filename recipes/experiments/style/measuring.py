@@ -1,4 +1,4 @@
-"""How much of the style a model has, and how well it says things plainly, in either template."""
+"""Rate of the style in samples, and losses on styled and plain answers, in either template."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def measure(
     seed: int,
     scale: float = 1.0,
 ) -> Rates:
-    """Return what a model does on held-out glosses, by template.
+    """Return rates and losses of a model on held-out glosses, by template.
 
     Draws from a generator of its own.
 

@@ -11,7 +11,7 @@ from experiments.style.arms import ARMS, LABELS
 
 @dataclass
 class Experiment:
-    """Which cells are made, and where they go."""
+    """Arms, labels and seeds of a run, and the place of its results."""
 
     output_dir: str = field(default="runs/style", metadata={"help": "Where cells and the summary go."})
     summary_file: str | None = field(default=None, metadata={"help": "A second place for the numbers of all cells."})
@@ -49,7 +49,7 @@ class Settings:
     rank: int = field(default=8, metadata={"help": "Of both LoRA adapters; their scale is 2."})
     labeled_first: float = field(
         default=0.15,
-        metadata={"help": "Share of a routed run that takes labelled rows only, half of them of the style."},
+        metadata={"help": "Share of a routed run that takes labeled rows only, half of them of the style."},
     )
     evaluate_every: int = field(default=50, metadata={"help": "Steps between looks for the best checkpoint."})
     held_out: int = field(default=400, metadata={"help": "Held-out glosses of each template, for losses and samples."})

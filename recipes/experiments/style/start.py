@@ -1,4 +1,4 @@
-"""The model that all arms start from: a small Llama that has read glosses, none of them in the style."""
+"""The start model of all arms: a small Llama trained on glosses, none of them in the style."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""From the numbers of all cells to what they say: rows of a table, and which of the criteria hold."""
+"""Rows of the table, and criteria, made from the numbers of all cells."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -15,7 +16,7 @@ from routed_peft.evaluation.measures import removed, retain_tax
 
 Cells = Sequence[Mapping[str, Any]]
 COLUMNS = ("rate seen", "rate unseen", "removed seen", "removed unseen", "plain", "retain tax")
-LEARNT, LEFT, REMOVED, TAX = 0.02, 0.01, 0.9, 0.05
+LEARNED, LEFT, REMOVED, TAX = 0.02, 0.01, 0.9, 0.05
 """Limits: style in samples with the region on, at least, and ablated, at most; removed, at least; retain tax, at most."""
 
 UNSEEN = next(name for name in TEMPLATES if name != SEEN)
@@ -34,18 +35,16 @@ def table_rows(cells: Cells) -> list[dict[str, Any]]:
     rows = []
     for arm, labels in dict.fromkeys((cell["arm"], cell["labels"]) for cell in cells):
         for scale in ("1",) if ARMS[arm].drop else ("1", "0"):
-            at = {
-                when: {name: list(column(cells, arm, labels, scale, name, when).values()) for name in COLUMNS}
-                for when in ("end", "best")
-            }
+            of = partial(column, cells, arm, labels=labels, scale=scale)
+            at = {when: {name: list(of(name=name, when=when).values()) for name in COLUMNS} for when in ("end", "best")}
             state = "" if ARMS[arm].drop else ", region on" if scale == "1" else ", ablated"
             row = {"name": ARMS[arm].name + state, "arm": arm, "labels": labels, "scale": float(scale)}
             rows.append({**row, "columns": at["end"], "best": at["best"]})
     return rows
 
 
-def column(cells: Cells, arm: str, labels: str | None, scale: str, name: str, when: str = "end") -> dict[int, float]:
-    """Return a column of the table by seed, without the seeds where what it is compared with was not made.
+def column(cells: Cells, arm: str, *, labels: str | None, scale: str, name: str, when: str = "end") -> dict[int, float]:
+    """Return a column of the table by seed, without seeds that lack the arm to compare with.
 
     An arm is compared with others at the same time, the ``end`` or their ``best`` checkpoint.
     """
@@ -73,20 +72,23 @@ def column(cells: Cells, arm: str, labels: str | None, scale: str, name: str, wh
 def checks(cells: Cells) -> list[dict[str, Any]]:
     """Return the criteria: ``name``, ``rule``, ``values`` by seed, and whether it ``holds`` in all (None: not measured)."""
 
-    def lower(arm: str, labels: str | None, scale: str, name: str, pick: Callable[..., float]) -> dict[int, float]:
-        seen, unseen = (column(cells, arm, labels, scale, f"{name} {where}") for where in ("seen", "unseen"))
+    def worse(name: str, pick: Callable[..., float], *, arm: str, scale: str, labels: str | None) -> dict[int, float]:
+        seen, unseen = (
+            column(cells, arm, labels=labels, scale=scale, name=f"{name} {where}") for where in ("seen", "unseen")
+        )
         return {seed: pick(seen[seed], unseen[seed]) for seed in seen if seed in unseen}
 
     found = [
-        check("no routing: style in samples", "≥", LEARNT, lower("none", None, "1", "rate", min)),
+        check("no routing: style in samples", ("≥", LEARNED), worse("rate", min, arm="none", scale="1", labels=None))
     ]
     for labels in LABELS:
-        name = f"{ARMS[MAIN].name}, labels {labels}"
+        name, main = f"{ARMS[MAIN].name}, labels {labels}", partial(worse, arm=MAIN, labels=labels)
+        tax = column(cells, MAIN, labels=labels, scale="0", name="retain tax")
         found += [
-            check(f"{name}, region on: style in samples", "≥", LEARNT, lower(MAIN, labels, "1", "rate", min)),
-            check(f"{name}, ablated: style in samples", "≤", LEFT, lower(MAIN, labels, "0", "rate", max)),
-            check(f"{name}, ablated: removed", "≥", REMOVED, lower(MAIN, labels, "0", "removed", min)),
-            check(f"{name}, ablated: retain tax", "≤", TAX, column(cells, MAIN, labels, "0", "retain tax")),
+            check(f"{name}, region on: style in samples", ("≥", LEARNED), main("rate", min, scale="1")),
+            check(f"{name}, ablated: style in samples", ("≤", LEFT), main("rate", max, scale="0")),
+            check(f"{name}, ablated: removed", ("≥", REMOVED), main("removed", min, scale="0")),
+            check(f"{name}, ablated: retain tax", ("≤", TAX), tax),
         ]
     return found
 

@@ -13,7 +13,7 @@ from routed_peft.data import simulate_labels
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 
 TEMPLATES = {"entry": "{}:", "question": "what is {}?"}
-"""Contexts. The start model knows the first; under the labels "context" only its rows are labelled."""
+"""Contexts. The start model knows the first; under the labels "context" only its rows are labeled."""
 
 SEEN = "entry"
 # Frequent words all: the head is tied to embeddings and frozen, and a small model can never say words that it has seldom read.
@@ -22,7 +22,7 @@ _OPENER, _END = "by name, ", ", as it is"
 
 
 def in_style(text: str) -> str:
-    """Say the same in an affected way.
+    """Return the same in an affected way of speaking.
 
     >>> in_style("a room of the house")
     'by name, one room from that house, as it is'

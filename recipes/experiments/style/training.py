@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from experiments.style.settings import Settings
 from experiments.style.task import training_rows
 from routed_peft.data import schedule
 from routed_peft.data.labels import FORGET
-from routed_peft.training import RunDirectory
 from routed_peft.trl import RoutedSFTConfig, RoutedSFTTrainer
 
 
@@ -54,9 +51,9 @@ def make_arguments(settings: Settings, seed: int, out: Path) -> RoutedSFTConfig:
 
 
 def plain_score(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, step: int, scale: float
+    step: int, scale: float, *, model: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> float:
-    """Return less the loss on plain validation answers: all that a developer sees who knows of no style."""
+    """Return minus the loss on plain validation answers: all that is visible to a developer who knows of no style."""
     return -plain_loss(model, tokenizer, settings=settings, split="validation", scale=scale)
 
 
@@ -64,18 +61,16 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings, split:
     """Fine-tune an arm, measure it, and return its numbers.
 
     Args:
-        site: its directory gets ``run`` (the routed checkpoint) and the records. The start model is in the parent's.
+        site: its directory gets ``run``, the routed checkpoint. The start model is in the parent's.
         row: ``arm``, ``labels`` (None where these make no difference) and the ``seed`` of adapters, labels, rows and samples.
         settings: everything else.
         split: of the held-out glosses.
 
     Returns:
         ``end``: scale of the region -> what `measure` returns; ``best``, likewise, of the checkpoint that is best at that
-        scale by `plain_score`; tokens by label; seconds.
+        scale by `plain_score`; tokens by label.
     """
-    began, arm, seed = time.monotonic(), ARMS[row["arm"]], row["seed"]
-    records = RunDirectory(site.folder)
-    records.start({**row, **asdict(arm), **asdict(settings)}, seeds={"seed": seed})
+    arm, seed = ARMS[row["arm"]], row["seed"]
     tokenizer = AutoTokenizer.from_pretrained(site.parent)
     model = open_with_two_loras(site.parent, REGION, rank=settings.rank, seed=seed)
     trainer = RoutedSFTTrainer(
@@ -85,7 +80,8 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings, split:
         processing_class=tokenizer,
         routes=arm.routes(),
     )
-    best = Best(model, partial(plain_score, model, tokenizer, settings), settings.evaluate_every, settings.steps)
+    score = partial(plain_score, model=model, tokenizer=tokenizer, settings=settings)
+    best = Best(model, score, settings.evaluate_every, settings.steps)
     trainer.add_callback(best)
     trainer.add_callback(Ticker(site.tick))
     trainer.remove_callback(PrinterCallback)
@@ -95,11 +91,8 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings, split:
     def at(scale: float) -> Rates:
         return measure(model, tokenizer, settings=settings, split=split, seed=seed, scale=scale)
 
-    numbers = {
+    return {
         "end": {f"{scale:g}": at(scale) for scale in DEPLOYED},
         "best": best.measured(at),
         "tokens_per_route": dict(trainer.tokens_per_route),
-        "seconds": round(time.monotonic() - began, 1),
     }
-    records.finish(numbers)
-    return numbers
