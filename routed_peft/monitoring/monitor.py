@@ -100,7 +100,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
         trainer.add_callback(self)
 
     def _reset(self) -> None:
-        self._stack.close()  # what an interrupted run left open
+        self._stack.close()  # hooks of an interrupted run
         self._observing = False
         self.alarms, self.contributions, self.status = Alarms(self.config), ContributionLog(), OK
         self.reports: dict[str, RegionReport] = {}

@@ -26,7 +26,7 @@ UNITS = ("tokens", "rows")
 
 
 class UnlearningTrainer(TokenTrainer):
-    r"""A `Trainer` that makes a model forget some rows and keeps it as it was on others.
+    r"""A `Trainer` that makes a model forget some rows while its loss on others stays low.
 
     .. math:: L = \gamma\, L_{\text{forget}} + \alpha\, L_{\text{retain}}
 

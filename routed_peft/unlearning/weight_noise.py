@@ -23,7 +23,7 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, 
         parameter: of any shape.
         init_mean: :math:`\mu`, of that shape.
         init_noise: :math:`n`, of that shape.
-        alpha: 0 leaves the parameter as it is, 1 forgets it.
+        alpha: 0 keeps the parameter, 1 discards it.
         beta: 0 adds no noise; 1 makes, with ``alpha`` 1, a fresh initialization.
 
     Returns:

@@ -87,7 +87,7 @@ def quantize(model: nn.Module, bits: int) -> None:
 
     with one :math:`\Delta` for each output feature, symmetric and to the nearest. Embeddings, the output head and routers of
     mixtures of experts stay, as is usual. It is coarser than the formats of GPU libraries, and the same on every machine.
-    Rounding can bring back what unlearning removed: arXiv 2410.16454.
+    Rounding can restore removed knowledge: arXiv 2410.16454.
 
     Raises:
         ValueError: for a model whose experts share one tensor, since its axes are not known.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from routed_peft.evaluation.measures import WorstCase, within_utility, worst_case
-from routed_peft.evaluation.measures.robustness import TOLERANCE, Losses, states_kept
+from routed_peft.evaluation.measures.robustness import TOLERANCE, Losses, kept_states
 
 
 @dataclass(frozen=True)
@@ -109,4 +109,4 @@ def _at(case: WorstCase, steps: Sequence[int], *, losses: Losses, others: Losses
     """Return another score of the models of a worst case, the mean over seeds."""
     index, rate = steps.index(case.at), case.learning_rate
     pairs = zip(losses[rate], others[rate], strict=True)
-    return statistics.fmean(measured[states_kept(curve)[index]] for curve, measured in pairs)
+    return statistics.fmean(measured[kept_states(curve)[index]] for curve, measured in pairs)

@@ -56,7 +56,7 @@ class RelearnOptions:
     def __post_init__(self) -> None:
         if self.measure is not None and self.records is not None and not self.names:
             raise ValueError(
-                "`names` must say what `measure` measures, so that `records` of something else are not taken for it"
+                "`measure` with `records` needs `names` that tell its curves from others, such as names={'measure': 'accuracy'}"
             )
 
 
