@@ -27,9 +27,10 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
 
     Returns:
         ``kind`` ("trained base", "frozen base", "region" or "plain checkpoint"), ``source``, ``revision``, and for a
-        run ``base``, ``routes``, ``tokens_per_route``, ``versions``, ``regions`` and ``base_adapters`` (each a list
-        with name, type, size, parameters, labels, and whether its files and fingerprint are those of this run), and
-        ``problems``, a list of sentences about missing, altered or foreign files.
+        run ``base``, ``routes``, ``tokens_per_route``, ``versions``, ``kept_regions`` (names of regions that belong to
+        the model), ``regions`` and ``base_adapters`` (each a list with name, type, size, parameters, labels, and whether
+        its files and fingerprint are those of this run), and ``problems``, a list of sentences about missing, altered or
+        foreign files.
 
     Raises:
         ValueError: ``src`` is none of these.
@@ -80,6 +81,7 @@ def _describe_run(run: OpenRun) -> dict[str, Any]:
     return {
         "kind": "trained base" if layout.data["train_base"] else "frozen base",
         **{key: layout.data.get(key) for key in ("base", "routes", "tokens_per_route", "versions", "regions_repo")},
+        "kept_regions": layout.kept_regions,
         "regions": [describe(name) for name in layout.regions],
         "base_adapters": [describe(name) for name in layout.base_adapters],
         "problems": problems,

@@ -181,6 +181,15 @@ def test_only_the_routed_arm_is_ablated(runs):
     assert ablated == {"sgtm", "control", "random", "era", "demix", "two_lora"}
 
 
+def test_regions_of_arms_without_routing_belong_to_their_models(runs):
+    kept = {
+        folder.parent.name: json.loads(folder.read_text())["kept_regions"] for folder in runs.glob("*/routing.json")
+    }
+    assert {name: regions for name, regions in kept.items() if regions} == {
+        "filter": ["forget"], "perfect_filter": ["forget"], "demix": ["retain"],
+    }  # fmt: skip
+
+
 def test_random_units_are_silenced_in_place_of_the_region(runs, files):
     summary = json.loads((runs / "random/summary.json").read_text())
     assert not any(point["ablated"] for point in RunDirectory(runs / "random").points()), "no region goes"
@@ -241,9 +250,7 @@ def test_nothing_is_overwritten(runs, files, tmp_path):
 
 
 def test_settings_of_self_labels_are_not_ignored(files, tmp_path):
-    with pytest.raises(
-        ValueError, match="`score_again_at` is about self-labels: add `--self_labels true`, or leave it"
-    ):
+    with pytest.raises(ValueError, match="`score_again_at` needs `--self_labels true`: add that, or leave it"):
         here([*arguments("sgtm", tmp_path, files), "--score_again_at", "0.4"])
 
 
@@ -327,8 +334,8 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(runs, files, tmp_path)
     with pytest.raises(ValueError, match="holds checkpoints of a run that has not finished: resume it"):
         here(command)
     for other, message in {
-        "--seed": "`seed` 42 where 3",
-        "--gradient_accumulation_steps": "gradient_accumulation_steps × processes` 16 where 48",
+        "--seed": "`seed` is 42 there, got 3",
+        "--gradient_accumulation_steps": "gradient_accumulation_steps × processes` is 16 there, got 48",
     }.items():
         with pytest.raises(ValueError, match=message):
             here([*command, "--resume_from_checkpoint", "true", other, "3"])

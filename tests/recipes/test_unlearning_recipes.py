@@ -173,7 +173,7 @@ def test_the_command_cleans_up_after_itself_alone(place, tmp_path):
     assert not (out / "teacher").exists() and not list(out.glob("checkpoint-*"))
     shutil.copytree(place / "plain", tmp_path / "theirs/checkpoint-9")
     result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(tmp_path / "theirs"), *more])
-    assert result.exit_code == 1 and "holds files, and no run to continue" in result.stderr
+    assert result.exit_code == 1 and "holds files but no run to continue" in result.stderr
     assert (tmp_path / "theirs/checkpoint-9/model.safetensors").is_file()
     result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(place / "plain"), *more])
     assert result.exit_code == 1 and "is the source of the model" in " ".join(result.stderr.split())
@@ -185,9 +185,9 @@ def test_mistakes_are_explained(place, tmp_path):
     with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
         here(["recipes/undo.py", "--config", str(CONFIGS["undo"]), "--output_dir", str(tmp_path)])
     kept = write(tmp_path / "kept.jsonl", [{"text": "a chair", "route_label": "retain"}])
-    with pytest.raises(ValueError, match=r"no document is labelled forget; the labels are \['retain'\]"):
+    with pytest.raises(ValueError, match=r"no document is labeled forget; the labels are \['retain'\]"):
         unlearn(place, tmp_path / "none", "unlearn_npo", "--train_file", kept)
-    with pytest.raises(ValueError, match="holds files, and no run to continue"):
+    with pytest.raises(ValueError, match="holds files but no run to continue"):
         unlearn(place, tmp_path, "unlearn_npo", "--train_file", kept)
     before = (place / "plain/model.safetensors").read_bytes()
     for name in ("unlearn_npo", "undo"):
@@ -205,7 +205,7 @@ def test_mistakes_are_explained(place, tmp_path):
 def test_undo_says_that_it_has_nothing_to_stop_by(place, tmp_path):
     command = ["recipes/undo.py", "--config", str(CONFIGS["undo"]), *SHORT, "--text_files", str(place / "train.jsonl")]
     command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(place / "plain")]
-    with pytest.raises(ValueError, match="`eval_files` has retian, and no retain=FILE, by which training stops"):
+    with pytest.raises(ValueError, match="`eval_files` has retian but no retain=FILE, whose loss ends training"):
         here([*command, "--eval_files", f"retian={place / 'train.jsonl'}"])
     with pytest.raises(ValueError, match="rows of `eval_files` are also in `text_files`, which is trained on"):
         here([*command, "--eval_files", f"retain={place / 'train.jsonl'}"])
@@ -216,7 +216,7 @@ def test_a_run_that_resumes_is_told_the_same(place, tmp_path):
     command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(place / "plain")]
     RunDirectory(tmp_path / "out").start({"training": {"alpha": 0.1}}, {})
     (tmp_path / "out/checkpoint-2").mkdir()
-    with pytest.raises(ValueError, match="other settings, `alpha` 0.1 where 0.6"):
+    with pytest.raises(ValueError, match="other settings: `alpha` is 0.1 there, got 0.6"):
         here([*command, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2")])
 
 
@@ -265,7 +265,7 @@ def test_the_command_continues_where_it_was_killed(place, tmp_path, monkeypatch)
         assert undo(place, "plain", tmp_path / "killed", *settings).exit_code != 0
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
     other = undo(place, "plain", tmp_path / "killed", *settings, "--alpha", 0.7)
-    assert other.exit_code == 1 and "other settings, `alpha` 0.5 where 0.7" in other.stderr
+    assert other.exit_code == 1 and "other settings: `alpha` is 0.5 there, got 0.7" in other.stderr
     torn = shutil.copytree(tmp_path / "killed/checkpoint-2", tmp_path / "killed/checkpoint-4")
     (torn / "trainer_state.json").write_text("")  # killed again, while it saved
     teacher = place / "plain/model.safetensors"
@@ -273,7 +273,7 @@ def test_the_command_continues_where_it_was_killed(place, tmp_path, monkeypatch)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place / "plain")).save_pretrained(place / "plain")
     changed = undo(place, "plain", tmp_path / "killed", *settings)
     teacher.write_bytes(kept)
-    assert changed.exit_code == 1 and "other settings, `content`" in changed.stderr, "another teacher by the same name"
+    assert changed.exit_code == 1 and "other settings: `content`" in changed.stderr, "another teacher by the same name"
     result = undo(place, "plain", tmp_path / "killed", *settings)
     assert result.exit_code == 0, result.output
     assert same(tmp_path / "whole", tmp_path / "killed")
@@ -287,7 +287,7 @@ def test_the_command_continues_where_it_was_killed(place, tmp_path, monkeypatch)
         (["--alpha", 1.5], "`alpha` must be between 0 and 1"),
         (["--beta", -1], "`beta` must be between 0 and 1"),
         (["--text", "nowhere.jsonl"], "there is no file"),
-        (["--text", "{folder}"], "is a directory: name the files"),
+        (["--text", "{folder}"], "is a directory: name each of its files"),
         (["--length", 4096], "the model reads 64 at once"),
         (["--retain", "{folder}/train.jsonl"], "rows of `--retain` are also in `--text`, which is trained on"),
     ],
