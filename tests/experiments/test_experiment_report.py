@@ -305,12 +305,12 @@ def test_costs_are_read_off_the_filters_of_the_experiment():
         "as if 141 of the 150 unlabelled tokens had been let through"
     )
     assert filtered.leakage == Crossing(1.0) and demix.leakage is None, "it is not known how many it was trained on"
-    assert routed_costs.absorption.mean == pytest.approx(0.25) and filtered.absorption.mean == 0 and routed_costs.told
+    assert routed_costs.absorption.mean == pytest.approx(0.25) and filtered.absorption.mean == 0 and routed_costs.is_known
     assert str(sgtm.leakage) == f"< {100 / 150:.4g}" and sgtm.penalty.relation == "<", (
         "beyond what filters tell: a bound"
     )
     assert era.leakage is None and era.absorption is None, "no filter has these labels"
-    assert not costs(aggregate(cells()[:1]), aggregate(cells()[:1]).get("no_routing")).told
+    assert not costs(aggregate(cells()[:1]), aggregate(cells()[:1]).get("no_routing")).is_known
 
 
 def test_only_figures_with_data_are_drawn():

@@ -80,7 +80,7 @@ def test_tables_of_experiments_say_what_their_numbers_say():
     assert "within 0.02 nats" in found and "{" not in found
     assert "Asked for, and not run yet: UNDO, alpha 1 (100 %). From `make`." in found
     few = report | {"experiment": about | {"attacks": ["few-shot-4"]}}
-    assert tables.strength(few).startswith("fine-tuning on 4 forget documents (held-out)")
+    assert tables.attack_description(few).startswith("fine-tuning on 4 forget documents (held-out)")
 
 
 def test_tables_name_what_is_asked_for_and_not_there():
@@ -92,12 +92,12 @@ def test_tables_name_what_is_asked_for_and_not_there():
     rows = [row for seed in range(2) for row in cells(seed)]
     report = summary(rows + [row for row in cells(0, labeled=0.1) if row["labeled"]]) | {"experiment": about}
     half, tenth = (0.5, 1.0, 1.0), (0.1, 1.0, 1.0)
-    assert absent.asked(report) == [(0.0, 1.0, 1.0), tenth, half]
+    assert absent.asked_labels(report) == [(0.0, 1.0, 1.0), tenth, half]
     assert absent.not_run(report, [half]) == {"SGTM’s routes, ablated": ["50 %"], "NPO": ["50 %"]}
-    assert absent.lacking(report, [half], ["filter"]) == []
+    assert absent.sentence_on_missing(report, [half], ["filter"]) == []
     own = tables.losses(report, "make", labels=[half])
     assert "Asked for, and not run yet: SGTM’s routes, ablated / NPO (50 %). From `make`." in own
-    (whole,) = absent.lacking(report)
+    (whole,) = absent.sentence_on_missing(report)
     names = "filter, same labels / routed with self-labels, ablated (0 %); SGTM’s routes, ablated (0 %; 10 %; 50 %)"
     assert whole == f"Asked for, and not run yet: {names}; NPO (10 %; 50 %).", (
         "without labels there is nothing to unlearn"
@@ -111,13 +111,13 @@ def test_tables_say_how_many_documents_attackers_have():
     count = len(attack_data(Attack.parse("forget"), settings, about).forget_train)
     assert count == attacker_documents(asdict(settings), asdict(about)) > 16
     report = summary(cells(), pair="arithmetic", limit=20) | {"experiment": asdict(about)}
-    assert tables.strength(report).startswith(
+    assert tables.attack_description(report).startswith(
         f"fine-tuning on all {count} forget documents and on 16 of them (held-out)"
     )
-    assert "on all forget documents and on 16" in tables.strength(report, counted=False)
+    assert "on all forget documents and on 16" in tables.attack_description(report, counted=False)
     report["experiment"]["attacks"] = ["few-shot-16"]
-    assert tables.strength(report).startswith(f"fine-tuning on 16 of {count} forget documents (held-out)")
-    assert tables.available(report) == f"{count} held-out forget documents"
+    assert tables.attack_description(report).startswith(f"fine-tuning on 16 of {count} forget documents (held-out)")
+    assert tables.documents_available(report) == f"{count} held-out forget documents"
     trained = asdict(settings), asdict(about) | {"attack_split": "train"}
     assert attacker_documents(*trained) > count
     assert attacker_documents({"pair": "mine", "limit": 20}, {}) is None, "not packaged"

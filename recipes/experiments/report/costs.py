@@ -38,7 +38,7 @@ class Costs:
     layers: tuple[Spread | None, ...] = ()
 
     @property
-    def told(self) -> bool:
+    def is_known(self) -> bool:
         """Whether anything is known."""
         return self.compute is not None or self.penalty is not None
 

@@ -107,7 +107,7 @@ class Section:
     def costs(self) -> list[tuple[Result, Costs]]:
         """Costs of every row, as far as they are known."""
         rows = sorted(self.found.results.values(), key=lambda r: in_order(self.found.methods).index(r.condition.method))
-        return [(row, cost) for row in rows if (cost := costs(self.found, row)).told]
+        return [(row, cost) for row in rows if (cost := costs(self.found, row)).is_known]
 
     def card(self, result: Result) -> Card:
         """Return the card of a result's method."""

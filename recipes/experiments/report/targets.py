@@ -96,11 +96,12 @@ def _of_routed(found: Comparison, routed: Result, labeled: float) -> Iterator[Ta
         wanted = f"{where}: at least {share(goal)} removed"
         met, seeds = (found_removed.mean >= goal, found_removed.n) if found_removed else (None, routed.forget.n)
         yield Target("removed", wanted, ranged(found_removed, True, 1), met, seeds)
+    limit = f"{where}: retain tax at most {TAX:.2f} nats against the filter with the same labels"
     if (tax := routed.retain_tax_same_labels) is not None:
-        wanted = f"{where}: retain tax at most {TAX:.2f} nats against the filter with the same labels, at equal tokens"
+        wanted = f"{limit}, at equal tokens"
         yield Target("tax", wanted, ranged(tax), tax.mean <= TAX, tax.n)
     if (equal := routed.retain_tax_equal_retain) is not None:
-        wanted = f"{where}: retain tax at most {TAX:.2f} nats against that filter, at equal retain text"
+        wanted = f"{limit}, at equal retain text"
         yield Target("equal", wanted, ranged(equal), equal.mean <= TAX, equal.n)
     for method, name, least in (
         (FILTER, "the filter with the same labels", 1.0),
@@ -113,7 +114,7 @@ def _of_routed(found: Comparison, routed: Result, labeled: float) -> Iterator[Ta
         wanted = f"{where}: forget loss after the worst attack " + (
             f"above that of {name}" if least == 1.0 else f"within {share(1 - least)} of {name}’s"
         )
-        met = told(own.mean > least * its.mean, routed.worst, other.worst)
+        met = comparable(own.mean > least * its.mean, routed.worst, other.worst)
         kind = "filter" if method == FILTER else "robust"
         measured = f"{ranged(own)}{edge(routed.worst)} against {ranged(its)}{edge(other.worst)}"
         yield Target(kind, wanted, measured, met, min(own.n, its.n), bool(edge(routed.worst)))
@@ -149,7 +150,7 @@ def _of_undo(found: Comparison) -> Iterator[Target]:
         if len(swept) > 1:
             means = [one.forget[-1].mean for one in swept]
             wanted = f"attack “{attack}”: forget loss afterwards rises with UNDO’s alpha"
-            met = means == sorted(means) if all(one.whole for one in swept) else None
+            met = means == sorted(means) if all(one.in_every_seed for one in swept) else None
             measured = " ".join(number(one.forget[-1].mean) + edge(one) for one in swept)
             seeds = min(one.forget[-1].n for one in swept)
             yield Target("alpha", wanted, measured, met, seeds, any(map(edge, swept)))
@@ -182,12 +183,12 @@ def _of_steps(found: Comparison) -> Iterator[Target]:
 def _of_recovery(own: Relearning, its: Relearning, *, least: float, wanted: str) -> Iterator[Target]:
     """Yield a target on the steps to recover, where both are known."""
     if own.recovery is not None and its.recovery is not None:
-        met = told(at_least(own.recovery, least, its.recovery), own, its)
+        met = comparable(at_least(own.recovery, least, its.recovery), own, its)
         measured = f"{place(own.recovery)} against {place(its.recovery)}"
         yield Target("steps", wanted, measured, met, min(own.forget[-1].n, its.forget[-1].n), bool(edge(own)))
 
 
-def told(met: bool | None, own: Relearning, its: Relearning) -> bool | None:
+def comparable(met: bool | None, own: Relearning, its: Relearning) -> bool | None:
     """Return whether a model withstands attacks as well as another; None where an attack that was none decides it.
 
     An attack that failed in some seed, because it diverged, say, makes a model look more robust than it is: ours, so that a
@@ -195,7 +196,7 @@ def told(met: bool | None, own: Relearning, its: Relearning) -> bool | None:
     """
     if not (own.attacked and its.attacked):
         return None
-    return met if (its if met is False else own).whole else None
+    return met if (its if met is False else own).in_every_seed else None
 
 
 def at_least(own: Crossing, factor: float, other: Crossing) -> bool | None:

@@ -27,7 +27,7 @@ def as_asked(report: Report, config: Path) -> Report:
     return report | {"experiment": report["experiment"] | now}
 
 
-def asked(report: Report) -> list[Labels]:
+def asked_labels(report: Report) -> list[Labels]:
     """Return the kinds of labels that an experiment asks for."""
     about = report["experiment"]
     qualities = map(parse_quality, about.get("label_quality", ["1/1"]))
@@ -73,7 +73,7 @@ def listed(absent: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{own} ({'; '.join(kinds)})" if any(kinds) else own for kinds, own in names.items())
 
 
-def lacking(
+def sentence_on_missing(
     report: Report, labels: Sequence[Labels] | None = None, methods: Collection[str] | None = None
 ) -> list[str]:
     """Return the sentence that names what is asked for and not there, or none.
@@ -83,5 +83,5 @@ def lacking(
         labels: that are looked at; all that are asked for by default.
         methods: likewise.
     """
-    absent = not_run(report, asked(report) if labels is None else labels, methods)
+    absent = not_run(report, asked_labels(report) if labels is None else labels, methods)
     return [f"Asked for, and not run yet: {listed(absent)}."] if absent else []

@@ -18,7 +18,7 @@ from experiments.report.costs import costs
 from experiments.report.methods import base_of, card, in_order, variant_name
 from experiments.report.targets import targets
 from experiments.report.verdicts import edge
-from experiments.tables.absent import Labels, Report, lacking
+from experiments.tables.absent import Labels, Report, sentence_on_missing
 from routed_peft.data import FORGET
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
@@ -50,11 +50,13 @@ def losses(
     found, count = most_seeds(report, labels)
     if not count:
         return f"Not run yet: `{command}`."
-    results = [r for _, comparison in found for r in shown(comparison, methods, labeled_only=len(labels) > 1)]
+    results = [
+        r for _, comparison in found for r in results_with_row(comparison, methods, labeled_only=len(labels) > 1)
+    ]
     whole = aggregate([cell for cell in report["cells"] if cell["seed"] in found[0][1].seeds])  # all its filters
     columns: dict[str, Callable[[Result], str]] = {"labels": lambda r: r.condition.labels} if len(labels) > 1 else {}
     columns |= {
-        "method": lambda r: title(r, report),
+        "method": lambda r: method_name(r, report),
         "forget loss": lambda r: ranged(r.forget),
         RELEARNED: lambda r: relearned(r, report, count),
         "retain loss": lambda r: ranged(r.retain),
@@ -67,9 +69,11 @@ def losses(
     rows = [[write(result) for write in columns.values()] for result in results]
     kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
     names = [list(columns)[i] for i in kept]
-    absent = lacking(report) if name_all else lacking(report, [kind for kind, _ in found], methods)
+    absent = (
+        sentence_on_missing(report) if name_all else sentence_on_missing(report, [kind for kind, _ in found], methods)
+    )
     said = [*caption(report, found, results=results, names=names, count=count), *absent, f"From `{command}`."]
-    return written(names, [[row[i] for i in kept] for row in rows], said)
+    return table_with_caption(names, [[row[i] for i in kept] for row in rows], said)
 
 
 def caption(
@@ -88,12 +92,12 @@ def caption(
         "token on test text."
     ]
     if RELEARNED in names:
-        said.append(f"Relearned: after the worst of {strength(report)}.")
+        said.append(f"Relearned: after the worst of {attack_description(report)}.")
         if teaches_facts(settings):
             said.append("The attacker's lines are new, their facts are not: the facts that are scored are among them.")
     said += self_labels(results)
-    said.append(f"Targets missed: {named(found, False)}.")
-    if (open_ones := named(found, None)) != "none":
+    said.append(f"Targets missed: {target_list(found, False)}.")
+    if (open_ones := target_list(found, None)) != "none":
         said.append(f"Cannot be told: {open_ones}.")
     return said
 
@@ -103,24 +107,24 @@ def recovery(report: Report, command: str) -> str:
     found = aggregate(report["cells"])
     (name,), steps = report["experiment"]["attacks"], report["experiment"]["attack_steps"]
     rows = []
-    for result in shown(found, None, labeled_only=False):
+    for result in results_with_row(found, None, labeled_only=False):
         attack = result.attacks.get(name)
         if result.condition.method == BASE:
-            rows.append([title(result, report), ranged(result.forget), NONE, NONE, "0"])
+            rows.append([method_name(result, report), ranged(result.forget), NONE, NONE, "0"])
         elif attack is not None and attack.recovery_by_seed and attack.forget[-1].n == len(found.seeds):
             between = " to ".join(map(place, attack.recovery_range))
-            row = [title(result, report), ranged(result.forget), ranged(attack.forget[-1]), place(attack.halfway)]
+            row = [method_name(result, report), ranged(result.forget), ranged(attack.forget[-1]), place(attack.halfway)]
             rows.append([*row, f"{place(attack.recovery)} ({between})"])
     names = ["method", "forget loss", f"… after {steps[-1]} steps", "half-way back", "steps to recover"]
     said = [
-        f"Mean (range) over {len(found.seeds)} seeds; the worst case of {strength(report)}. Steps to "
+        f"Mean (range) over {len(found.seeds)} seeds; the worst case of {attack_description(report)}. Steps to "
         f"recover: until the forget loss of no routing is reached within {TOLERANCE:g} nats; half-way back: until that midway "
         "between no routing and perfect filter.",
         *(f"Target {one.verdict}: {one.wanted}: {one.measured}." for one in targets(found) if "steps" in one.wanted),
-        *lacking(report),
+        *sentence_on_missing(report),
         f"From `{command}`.",
     ]
-    return written(names, rows, said)
+    return table_with_caption(names, rows, said)
 
 
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -128,7 +132,7 @@ def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def written(names: Sequence[str], rows: Sequence[Sequence[str]], said: Sequence[str]) -> str:
+def table_with_caption(names: Sequence[str], rows: Sequence[Sequence[str]], said: Sequence[str]) -> str:
     """Return a table with the sentences below it."""
     return "\n".join([*markdown(names, rows), "", " ".join(said)])
 
@@ -147,7 +151,7 @@ def of_labels(cells: list[dict[str, Any]], labels: Labels) -> Comparison:
     return aggregate([cell for cell in kept if cell["seed"] in seeds])
 
 
-def shown(found: Comparison, methods: Collection[str] | None, labeled_only: bool) -> list[Result]:
+def results_with_row(found: Comparison, methods: Collection[str] | None, labeled_only: bool) -> list[Result]:
     """Return the results that have a row: those of all seeds, and, ``labeled_only``, of methods that look at labels."""
     results = sorted(found.results.values(), key=lambda r: in_order(found.methods).index(r.condition.method))
     return [
@@ -159,7 +163,7 @@ def shown(found: Comparison, methods: Collection[str] | None, labeled_only: bool
     ]
 
 
-def title(result: Result, report: Report) -> str:
+def method_name(result: Result, report: Report) -> str:
     """Name a method; ours stands out."""
     name = card(result.condition.method, report["settings"]).name
     if result.condition.labeled == 1 and result.condition.quality == (1.0, 1.0):
@@ -167,7 +171,7 @@ def title(result: Result, report: Report) -> str:
     return f"**{name}**" if result.condition.method == "routed" else name
 
 
-def strength(report: Report, counted: bool = True) -> str:
+def attack_description(report: Report, counted: bool = True) -> str:
     """Describe the attackers: documents, how many of them where they are ``counted``, steps and learning rates."""
     about, attacks = report["experiment"], sorted(report["experiment"]["attacks"], key=lambda name: name != "forget")
     split = "held-out" if about.get("attack_split", "validation") == "validation" else "the training set's"
@@ -186,7 +190,7 @@ def strength(report: Report, counted: bool = True) -> str:
     )
 
 
-def available(report: Report) -> str:
+def documents_available(report: Report) -> str:
     """Name the held-out forget documents that attackers have, and how many they are."""
     count = attacker_documents(report["settings"], report["experiment"])
     return "held-out forget documents" if count is None else f"{count} held-out forget documents"
@@ -200,7 +204,7 @@ def relearned(result: Result, report: Report, seeds: int) -> str:
         return NONE
     if not worst.attacked:
         return worst.verdict
-    return ranged(worst.forget[-1]) + edge(worst) + ("" if worst.whole else f" ({worst.verdict})")
+    return ranged(worst.forget[-1]) + edge(worst) + ("" if worst.in_every_seed else f" ({worst.verdict})")
 
 
 def self_labels(results: Sequence[Result]) -> list[str]:
@@ -215,7 +219,7 @@ def self_labels(results: Sequence[Result]) -> list[str]:
     return [f"Recall/precision of self-labels: {', '.join(said)}."] if said else []
 
 
-def named(found: Sequence[tuple[Labels, Comparison]], met: bool | None) -> str:
+def target_list(found: Sequence[tuple[Labels, Comparison]], met: bool | None) -> str:
     """Name the targets that are missed, or that cannot be told (None), with the measurements."""
     here: dict[str, dict[str, None]] = {}  # what does not depend on labels comes up with all of them, and is said once
     several = len({labels[1:] for labels, _ in found}) > 1

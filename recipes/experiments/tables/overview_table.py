@@ -16,12 +16,12 @@ from experiments.tables.experiment_tables import (
     PERFECT,
     RELEARNED,
     SAME_LABELS,
+    attack_description,
     markdown,
+    method_name,
     most_seeds,
     relearned,
-    shown,
-    strength,
-    title,
+    results_with_row,
 )
 from experiments.tables.tradeoff_tables import region_on
 from routed_peft.report.numbers import number, ranged, share
@@ -46,11 +46,11 @@ def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Col
         seeds.add(count)
         documents = attacker_documents(report["settings"], report["experiment"])
         counted = name if documents is None else f"{name}: {documents} documents"
-        attacks.setdefault(strength(report, counted=False), []).append(counted)
+        attacks.setdefault(attack_description(report, counted=False), []).append(counted)
         for method, kinds in not_run(report, [kind for kind, _ in found], methods).items():
             absent.setdefault(method, []).append(f"{name}, {' and '.join(kinds)}" if any(kinds) else name)
         ends = [(found[0][1], found[0][1].get(method)) for method in (BASE, ORACLE)]
-        between = [(c, r) for _, c in found for r in shown(c, methods, labeled_only=True)]
+        between = [(c, r) for _, c in found for r in results_with_row(c, methods, labeled_only=True)]
         between = [(c, r) for c, r in between if r.condition != Condition(FILTER, 1.0, 1.0, 1.0)]  # the perfect filter
         for comparison, r in (ends[0], *between, ends[1]):
             assert r is not None, "complete seeds have both"
@@ -89,7 +89,7 @@ def overview_row(found: Comparison, result: Result, *, report: Report, seeds: in
     missed = {kind for kind, goal in aims.items() if goal.met is False}
     paid = costs(found, result).compute
     return [
-        title(result, report),
+        method_name(result, report),
         ranged(result.forget),
         *(text + " ✗" * (kind in missed) for kind, text in texts.items()),
         f"{paid.mean:.2f}" if paid else NONE,

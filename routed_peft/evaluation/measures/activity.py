@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from routed_peft.adapters import adapters_in, outlet_modules, tuner_layers
+from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.routes import IGNORED
 
@@ -37,6 +38,7 @@ class Activity:
         return self.forget / self.retain if self.retain else math.nan
 
 
+@formerly_positional("region", "forget", "retain")
 def region_activity(
     model: nn.Module, tokenizer: Any, *, region: str, forget: Sequence[str], retain: Sequence[str]
 ) -> dict[str, Activity]:

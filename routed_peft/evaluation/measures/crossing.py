@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from routed_peft.deprecation import formerly_positional
+
 
 @dataclass(frozen=True)
 class Crossing:
@@ -41,6 +43,7 @@ class Crossing:
         return ("" if self.relation == "=" else f"{self.relation} ") + f"{self.at:.4g}"
 
 
+@formerly_positional("target", "log")
 def crossing(places: Sequence[float], values: Sequence[float], *, target: float, log: bool = False) -> Crossing:
     r"""Return the place at which falling ``values`` first reach ``target``.
 

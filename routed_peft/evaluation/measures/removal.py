@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from routed_peft.deprecation import warn_renamed
+from routed_peft.deprecation import formerly_positional, warn_renamed
 from routed_peft.evaluation.measures.crossing import Crossing, crossing
 
 _OPPOSITE: dict[str, Literal["=", ">", "<"]] = {"=": "=", ">": "<", "<": ">"}
@@ -120,6 +120,7 @@ def tokens_of_plain(loss: float, tokens: Sequence[float], losses: Sequence[float
     return crossing(tokens, losses, target=loss, log=True)
 
 
+@formerly_positional("tokens", "losses")
 def compute_penalty(loss: float, trained: float, *, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
     r"""Return the share of its training that a model has lost, measured by retain loss.
 
@@ -151,6 +152,7 @@ def compute_penalty(loss: float, trained: float, *, tokens: Sequence[float], los
     return Crossing(1 - needed.at / trained, _OPPOSITE[needed.relation])
 
 
+@formerly_positional("tokens", "losses")
 def leakage(loss: float, unlabeled: float, *, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
     r"""Return the share of the unlabeled forget data that has taught the ablated model, as SGTM defines it.
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.measures.crossing import Crossing, crossing
 
 TOLERANCE = 0.02  # nats per token
@@ -122,6 +123,7 @@ def within_utility(retain: Losses, before: float, rise: float = 0.05) -> Losses:
     return result
 
 
+@formerly_positional("reference", "tolerance")
 def to_recover(
     places: Sequence[float], envelope: Sequence[float], *, reference: float, tolerance: float = TOLERANCE
 ) -> Crossing:
@@ -148,6 +150,7 @@ def to_recover(
     return Crossing(reached.at) if reached.relation == "<" else reached  # reached before the first step
 
 
+@formerly_positional("base", "oracle")
 def relearning_area(steps: Sequence[int], envelope: Sequence[float], *, base: float, oracle: Sequence[float]) -> float:
     r"""Return the normalized area under the relearning curve: 0 for instant recovery, 1 for the oracle's robustness.
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from routed_peft.deprecation import warn_renamed
+from routed_peft.deprecation import formerly_positional, warn_renamed
 from routed_peft.evaluation.text_loss import TextLoss
 
 
@@ -47,6 +47,7 @@ class Spread:
         return f"{self.mean:.2f} ({self.min:.2f}–{self.max:.2f})"
 
 
+@formerly_positional("other", "level", "draws", "seed")
 def bootstrap(
     sums: Sequence[float] | Tensor,
     counts: Sequence[float] | Tensor,
