@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from families import tiny
 from monitor_parts import model_of, monitored, quiet, rows, trainer_of
 from peft import LoraConfig, get_peft_model
@@ -15,16 +15,12 @@ from places import ROOT
 from subspace_parts import subspace_file, with_subspace
 
 from routed_peft.monitoring import (
-    Alarms,
     Incident,
     MonitorConfig,
     RegionMonitor,
     apply_quarantine,
-    rollback,
     run_with_rollback,
 )
-from routed_peft.monitoring.environments import list_environments, rows_by_environment
-from routed_peft.monitoring.observation import ContributionLog
 from routed_peft.monitoring.rollback import checkpoints, past_incidents
 from routed_peft.training import SubspaceProjection
 
@@ -151,44 +147,6 @@ def test_a_run_that_keeps_halting_stops(tmp_path):
         run_with_rollback(make_trainer, tmp_path / "other")
 
 
-def test_rollback_moves_what_came_later(tmp_path):
-    for step in (2, 4, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-3").mkdir()  # not whole
-    Incident(6, 4, named=["b"]).write(tmp_path)
-    assert rollback(tmp_path) == (tmp_path / "checkpoint-4", {"b": "drop"})
-    assert sorted(p.name for p in tmp_path.glob("incidents/1/*")) == ["checkpoint-6", "incident.json"]
-    with pytest.raises(ValueError, match="was not halted"):
-        rollback(tmp_path)
-    assert rollback(tmp_path, Incident(4, 1, named=["a"]), {"a": "route"}) == (None, {"b": "drop", "a": "route"})
-    assert [incident.step for incident in past_incidents(tmp_path)] == [6, 4] and not checkpoints(tmp_path)
-    with pytest.raises(ValueError, match="unknown treatment 'remove'"):
-        rollback(tmp_path, Incident(4, 1), {"a": "remove"})
-    (tmp_path / "incident.json").write_text('{"step": 1, "hm": 2}')
-    with pytest.raises(ValueError, match="is no incident"):
-        Incident.read(tmp_path)
-
-
-def test_treatments():
-    data = rows(4)
-    fixed = apply_quarantine(
-        data, {"noise": "fix", "pattern": "route"}, fix=lambda row: {**row, "input_ids": [1]}, label="forget"
-    )
-    assert fixed["input_ids"][:] == [[1], [40, 80, 120, 160] * 2] * 2
-    assert fixed["route_label"][:] == ["unlabeled", "forget"] * 2
-    bare = apply_quarantine(data.remove_columns("route_label"), {"pattern": "route"}, label="forget")
-    assert bare["route_quarantine"][:] == [None, "forget"] * 2 and "route_label" not in bare.column_names
-    for treatment, missing in (("fix", "fix"), ("route", "label")):
-        with pytest.raises(ValueError, match=f"to {treatment}: give `{missing}` too"):
-            apply_quarantine(data, {"noise": treatment})
-    with pytest.raises(ValueError, match=r"has \['nose'\], which `route_environment` does not hold"):
-        apply_quarantine(data, {"nose": "drop"})
-    per_token = data.rename_column("route_label", "route_labels")
-    with pytest.raises(ValueError, match="the dataset has labels per token"):
-        apply_quarantine(per_token, {"noise": "route"}, label="forget")
-
-
 @pytest.mark.parametrize(("cut", "status"), [(12, "ok"), (30, "ok"), (32, "warn")])
 def test_resumed_equals_uninterrupted(halted, tmp_path, cut, status):
     """While calibrating, on the way to an alarm, and in it: the monitor's state, its log and the incident, to the last bit."""
@@ -307,69 +265,6 @@ def test_a_gradient_that_escapes_is_noticed(tmp_path):
         trainer.train()
 
 
-def test_environments_in_other_forms(tmp_path):
-    data = rows(16)
-    named = data.cast_column("route_environment", ClassLabel(names=["pattern", "noise"]))
-    assert list_environments(named) == ["pattern", "noise"]
-    assert list_environments(Dataset.from_dict({"route_environment": [0, 10, 2]}))[-1] == "10"
-    results = []
-    for dataset in (data, named):
-        trainer, monitor = monitored(tmp_path, dataset=dataset, max_steps=2)
-        trainer.train()
-        results.append(monitor.contributions.total(["forget"]))
-    assert results[0] == results[1]
-    found = rows_by_environment(torch.tensor([1, 0, 1]), ["a", "b", "c"], size=3)
-    assert {name: index.tolist() for name, index in found.items()} == {"a": [1], "b": [0, 2]}
-
-
-def test_bad_environments(tmp_path):
-    trainer = trainer_of(tmp_path)
-    RegionMonitor(trainer, environments=["noise", "patern"])
-    with pytest.raises(
-        ValueError, match=r"unknown environment 'pattern', got \['noise', 'patern'\]: did you mean 'patern'\?"
-    ):
-        trainer.train()
-    with pytest.raises(ValueError, match=r"has the index 3, and there are 2 environments: \['a', 'b'\]"):
-        rows_by_environment(torch.tensor([0, 3]), ["a", "b"], size=2)
-    with pytest.raises(ValueError, match="`route_environment` is null in row 1"):
-        list_environments(Dataset.from_dict({"route_environment": ["a", None]}))
-    with pytest.raises(ValueError, match="names 3 rows, and the batch has 2"):
-        rows_by_environment(["a"] * 3, ["a"], size=2)
-    bare = rows().remove_columns("route_environment")
-    with pytest.raises(ValueError, match="no column `route_environment`"):
-        RegionMonitor(trainer_of(tmp_path, dataset=bare))
-    with pytest.raises(ValueError, match="list their names"):
-        RegionMonitor(trainer_of(tmp_path, dataset=IterableDataset.from_generator(lambda: iter(rows().to_list()))))
-    trainer = trainer_of(tmp_path, dataset=bare)
-    RegionMonitor(trainer, environments=["a"])
-    with pytest.raises(ValueError, match="a training batch came without `route_environment`"):
-        trainer.train()
-    missing = Dataset.from_list(
-        [{**row, "route_environment": None if i == 3 else "a"} for i, row in enumerate(rows(8))]
-    )
-    with pytest.raises(ValueError, match="missing or null in others"):
-        trainer_of(tmp_path, dataset=missing).train()
-
-
-def test_bad_configurations(tmp_path):
-    for fields, message in (
-        ({"every": 0}, "`every` must be at least 1"),
-        ({"calibration": 1}, "`calibration` must be at least 2"),
-        ({"blame": 0.0}, "`blame` is a share"),
-        ({"watch": ["size"]}, r"`watch` has \['size'\]"),
-        ({"action": "stop"}, "`action` must be one of"),
-        ({"threshold": 0.0}, "`threshold` positive"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            MonitorConfig(**fields)
-    with pytest.raises(ValueError, match="`restore_callback_states_from_checkpoint`"):
-        monitored(tmp_path, restore_callback_states_from_checkpoint=True)
-    trainer, _ = monitored(tmp_path)
-    trainer.observer = None
-    with pytest.raises(ValueError, match="saw no batch of this step"):
-        trainer.train()
-
-
 def test_evaluation_needs_no_environments(tmp_path):
     trainer, monitor = monitored(tmp_path, max_steps=2, evaluate_ablated=True)
     trainer.evaluate(rows(4))
@@ -380,31 +275,9 @@ def test_evaluation_needs_no_environments(tmp_path):
     ].keys()
 
 
-def test_ledger_resumes():
-    ledger, again = ContributionLog(), ContributionLog()
-    for step in (1, 2, 3):
-        ledger.add(step, "forget", {"a": 0.1, "b": -0.2})
-    ledger.forget_until(1)
-    again.restore(json.loads(json.dumps(ledger.state())))
-    assert again.since(2, ["forget"]) == {"a": 0.1, "b": -0.2} and again.total(["forget", "no"]) == ledger.total(
-        ["forget"]
-    )
-    assert again.since(0, ["bio"]) == {} and again.state() == json.loads(json.dumps(ledger.state()))
-
-
 def test_the_example_in_the_documentation(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(page.split("```python\n")[1].split("```")[0], {"__name__": "example"})
     assert "['hackable'] since step" in capsys.readouterr().out
     assert json.loads((tmp_path / "run-monitored" / "quarantine.json").read_text()) == {"hackable": "drop"}
-
-
-def test_limits_leave_room_for_a_region_that_merely_drifts():
-    alarms = Alarms(MonitorConfig())
-    for step in range(5):
-        alarms.observe(step, {"forget/kl": 0.61, "forget/functional_size": 0.38})
-    assert alarms.status == "ok"
-    for step in range(5, 8):
-        alarms.observe(step, {"forget/kl": 1.1, "forget/functional_size": 0.38})
-    assert alarms.status == "halt" and alarms.onset_step == 4

@@ -12,7 +12,7 @@ from families import tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from routed_peft import RoutedConfig, RoutedTrainer, RoutedTrainingArguments, presets
+from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, presets
 from routed_peft.data import train_tokenizer
 from routed_peft.monitoring import MonitorConfig, RegionMonitor
 
@@ -20,6 +20,12 @@ KINDS: dict[str, Any] = {
     "lora": LoraConfig(r=3, target_modules=["q_proj", "up_proj"]),
     "own lora": RoutedConfig(kind="lora", r=3, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM"),
     "mlp": RoutedConfig(size=4, init="zero", task_type="CAUSAL_LM"),
+}
+ROUTES = {
+    "all": Route(),
+    "less": Route(weights={"forget": -0.5}),
+    "base only": Route(weights={"forget": 0.0}),
+    "without": Route(ablated=("forget",)),
 }
 
 
@@ -70,3 +76,8 @@ def quiet(**fields: Any) -> MonitorConfig:
 def monitored(out: Path, config: MonitorConfig | None = None, **options: Any) -> tuple[RoutedTrainer, RegionMonitor]:
     trainer = trainer_of(out, **options)
     return trainer, RegionMonitor(trainer, config or quiet())
+
+
+def randomize(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)

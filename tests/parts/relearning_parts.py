@@ -33,3 +33,7 @@ def model(dtype=torch.float32, seed=0):
             if parameter.dim() > 1:
                 parameter *= 0.2
     return built.to(dtype)
+
+
+def state(victim):
+    return {name: tensor.clone() for name, tensor in victim.state_dict().items()}

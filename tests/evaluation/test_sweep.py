@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import json
 import math
-import random
 from dataclasses import replace
 
 import pytest
 import torch
 from families import tiny
-from relearning_parts import DATA, FORGET, RETAIN, model, tokenizer
-from transformers import MixtralConfig, MixtralForCausalLM
+from relearning_parts import DATA, FORGET, RETAIN, model, state, tokenizer
 
 from routed_peft.evaluation.relearning import (
     Attack,
@@ -18,13 +15,10 @@ from routed_peft.evaluation.relearning import (
     Point,
     RelearnOptions,
     TextLoss,
-    log_spaced,
     relearn,
     summarize,
 )
-from routed_peft.evaluation.relearning.attacked_model import AttackedModel, quantize
-from routed_peft.evaluation.relearning.data import training_batches
-from routed_peft.evaluation.relearning.summary import summary_tables
+from routed_peft.evaluation.relearning.attacked_model import AttackedModel
 from routed_peft.training import RunDirectory
 from routed_peft.unlearning.weight_noise import add_noise
 
@@ -39,10 +33,6 @@ def attack(victim, name, rates=(1e-2,), seeds=(0,), steps=(0, 1, 3), extensions=
     return relearn(
         victim, TOKENIZER, attack=name, data=data, **grid, options=RelearnOptions(extensions=extensions, **options)
     )
-
-
-def state(victim):
-    return {name: tensor.clone() for name, tensor in victim.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,48 +166,6 @@ def test_facts_are_scored_on_the_half_that_is_not_trained_on():
         assert curve.start["facts"] == pytest.approx(TextLoss(victim, TOKENIZER, scored)(victim))
 
 
-def test_facts_that_tell_each_other_are_not_parted():
-    data = replace(DATA, facts=[tuple(f"{i} {word}" for word in ("and", "or")) for i in range(6)])
-    for seed in range(5):
-        halves = data.halves(seed)
-        numbers = [{text.split()[0] for text in half} for half in halves]
-        assert numbers[0].isdisjoint(numbers[1]) and [len(half) for half in halves] == [6, 6]
-    assert (
-        AttackData.without_overlap(forget_train=[], forget_test=["0 and"], retain_test=["a"], facts=data.facts).facts
-        == data.facts[1:]
-    )
-
-
-def tokens_of(batch):
-    ids, mask, targets = batch
-    return [row[keep.bool()].tolist()[1:] for row, keep in zip(ids, mask, strict=True)], targets
-
-
-def test_batches_are_what_the_attack_says():
-    mixed = next(training_batches(TOKENIZER, [FORGET, RETAIN], attack=Attack("m", data="mixed", batch_size=4), seed=0))
-    known = [TOKENIZER.encode(text) for text in (*FORGET, *RETAIN)]
-    rows, targets = tokens_of(mixed)
-    assert [known.index(row) < len(FORGET) for row in rows] == [True, True, False, False]
-    assert all(row[row >= 0][-1] == TOKENIZER.eos_token_id for row in targets)
-    stream = training_batches(TOKENIZER, [FORGET], attack=Attack("f", batch_size=3), seed=0)
-    order = [known.index(row) for _ in range(8) for row in tokens_of(next(stream))[0]]
-    assert [sorted(order[i : i + 8]) for i in (0, 8, 16)] == [list(range(8))] * 3 and order[:8] != order[8:16]
-
-
-def test_long_documents_become_rows_in_which_every_token_is_a_target_once():
-    text = " ".join(FORGET)
-    batch = next(training_batches(TOKENIZER, [[text]], attack=Attack("f", length=8, batch_size=64), seed=0))
-    trained = [int(token) for row in batch[2] for token in row if token >= 0]
-    assert trained == [*TOKENIZER.encode(text), TOKENIZER.eos_token_id] and batch[0].shape[1] == 7
-
-
-def test_few_shots_are_drawn_by_the_seed():
-    few = Attack.parse("few-shot-2")
-    drawn = [DATA.for_training(few, seed)[0] for seed in range(5)]
-    assert all(len(texts) == 2 and set(texts) <= set(DATA.forget_train) for texts in drawn)
-    assert drawn[0] == DATA.for_training(few, 0)[0] and len({tuple(texts) for texts in drawn}) > 1
-
-
 def test_perturbing_comes_before_the_first_step():
     victim = model()
     noisy = model()
@@ -226,49 +174,6 @@ def test_perturbing_comes_before_the_first_step():
     expected = {name: TextLoss(noisy, TOKENIZER, texts)(noisy) for name, texts in DATA.scored(Attack("f"), 1).items()}
     found = {name: curve.points[0].scores[name] for name in expected}
     assert found == pytest.approx(expected) and curve.start != found
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_rounding_leaves_so_many_values_for_each_output(family):
-    victim = tiny(family)
-    before = state(victim)
-    quantize(victim, 4)
-    after = victim.state_dict()
-    name = "model.layers.0.mlp.up_proj.weight" if family == "llama" else "transformer.h.0.mlp.c_fc.weight"
-    old, new = (s[name] if family == "llama" else s[name].T for s in (before, after))
-    for row, rounded in zip(old, new, strict=True):
-        step = float(row.abs().max()) / 7
-        assert torch.allclose(rounded, (row / step).round() * step, atol=1e-6) and len(rounded.unique()) <= 15
-    head = "lm_head.weight"
-    assert torch.equal(after[head], before[head])
-
-
-def test_experts_in_one_tensor_are_not_passed_over():
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=2, **sizes))
-    with pytest.raises(
-        ValueError, match=r"'model.layers.0.mlp.experts.gate_up_proj' holds the weights of several experts"
-    ):
-        quantize(model, 8)
-
-
-def test_a_seed_that_diverged_keeps_the_retain_loss_of_the_state_it_goes_back_to():
-    start = {"forget": 5.0, "retain": 3.0}
-
-    def curve(seed, *pairs):
-        points = (Point(i, i, {"forget": f, "retain": r}) for i, (f, r) in enumerate(pairs))
-        return Curve("forget", "forget", 0.1, seed, start, tuple(points))
-
-    nan = math.nan
-    curves = [curve(0, (5.0, 3.0), (4.0, 3.5), (nan, nan)), curve(1, (5.0, 3.0), (4.5, 3.1), (2.0, 3.3))]
-    result = summarize(Attack("forget"), curves, reference=1.0)
-    last = result["envelope"][-1]
-    assert (last["mean"], last["retain"]) == (pytest.approx(3.0), pytest.approx((3.5 + 3.3) / 2))
-    assert all(one.keys() == last.keys() for one in result["useful"]["envelope"]), "the same is said of useful states"
-    summary = {"source": "a model", "attacks": {"forget": json.loads(json.dumps(result))}}
-    assert [table.row_count for table in summary_tables(summary)] == [1, 1]
-    summary["attacks"]["forget"]["envelope"][-1]["retain"] = None  # as files of earlier versions have it
-    assert [table.row_count for table in summary_tables(summary)] == [1, 1]
 
 
 def test_finished_curves_are_not_run_again_and_halves_are(tmp_path, monkeypatch):
@@ -296,28 +201,6 @@ def test_curves_with_numbers_that_are_none_are_read_back(tmp_path):
     assert first.status == again.status == "diverged" and math.isnan(again.losses("retain")[-1])
 
 
-BAD_DATA = [
-    ({"forget_train": FORGET}, "4 texts of `forget_test` are also in `forget_train`"),
-    (
-        {"forget_train": ["One. " + " ".join(FORGET) + " Two."], "forget_test": [" ".join(FORGET)]},
-        "1 text of `forget_test` is also in `forget_train`, or within one of it",
-    ),
-    ({"retain_train": ["A  " + RETAIN[5][2:].upper()]}, "1 text of `retain_test` is also in `retain_train`"),
-    ({"facts": FORGET[6:]}, "2 texts of `forget_test` are also in `facts`"),
-    ({"facts": [("a", FORGET[6]), "b"]}, "1 text of `forget_test` is also in `facts`"),
-    ({"forget_test": []}, "`forget_test` has no texts"),
-    ({"retain_test": []}, "`retain_test` has no texts"),
-    ({"facts": ["a b", "a b"]}, "`facts` has texts twice"),
-    ({"facts": ["a b", ("a c", "A  b")]}, "`facts` has texts twice"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_DATA)
-def test_overlapping_and_empty_data_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        AttackData(**(vars(DATA) | change))
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -343,10 +226,3 @@ def test_bad_settings_are_refused_before_anything_runs(name, options, message):
     victim = model()
     with pytest.raises(ValueError, match=message):
         attack(victim, name, **options)
-
-
-def test_log_spaced_steps_end_where_they_should():
-    assert log_spaced(500) == [0, 1, 2, 5, 10, 20, 50, 100, 200, 500]
-    for last in random.Random(0).sample(range(2000), 20):
-        marks = log_spaced(last)
-        assert marks == sorted(set(marks)) and marks[0] == 0 and marks[-1] == last
