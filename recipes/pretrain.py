@@ -152,7 +152,7 @@ def main() -> None:
     held_out = evaluation_rows(recipe, tokenizer)
     check_evaluation(args, held_out)
     routes = make_routes(recipe)
-    by = ["route_label"] if recipe.by_document else None  # rows may mix what is labelled alike
+    by = ["route_label"] if recipe.by_document else None  # rows may mix documents of one label
     rows = pack(select_arm(documents, recipe.arm), tokenizer, length=recipe.length, by=by, seed=args.seed)
     trainer = RoutedTrainer(
         model,

@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: names the file, where it is not JSON or holds something other than an object.
+        ValueError: names the file if it is not JSON or holds something other than an object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

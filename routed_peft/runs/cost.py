@@ -20,7 +20,7 @@ class TrainingCost:
     scores). Distilling a model into one of its own size thus costs 8 N D, or 6 N D once the teacher's outputs are stored.
 
     Attributes:
-        flops: floating-point operations; an upper bound where only a part of the model is trained.
+        flops: floating-point operations; an upper bound if only a part of the model is trained.
         serial_steps: optimizer steps, which cannot be run in parallel.
         tokens: tokens trained on, repetitions included.
         labeled_forget_tokens: distinct tokens that somebody had to label forget.
@@ -72,7 +72,7 @@ class TrainingCost:
         """Read what `to_dict` returned.
 
         Raises:
-            ValueError: where entries are missing or unknown.
+            ValueError: entries are missing or unknown.
 
         Example:
             >>> TrainingCost.from_dict(TrainingCost(flops=6).to_dict()).flops

@@ -1,60 +1,24 @@
-"""Saving and loading runs: round trips, damage, and disks that are full."""
+"""Saving runs: round trips, and files of others in the way."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_parts import FAMILIES, config, logits, lora, without, wrapped
+from checkpoint_parts import FAMILIES, KINDS, content, frozen, logits, lora, without, wrapped
 from families import TIED, tiny
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from routed_peft import presets
 from routed_peft.adapters import RoutingRecord, routing_record, set_routing_record
-from routed_peft.checkpoint import inspect_checkpoint, load_routed, load_weights, save_routed
-from routed_peft.checkpoint import save as save_module
-from routed_peft.checkpoint import staging as files_module
-from routed_peft.checkpoint.staging import atomic_directory
+from routed_peft.checkpoint import load_routed, load_weights, save_routed
 from routed_peft.routing.gradient_routing import GradientRouting
-
-KINDS = pytest.mark.parametrize("kind", ["mlp", "lora"])
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def frozen(tmp_path: Path, kind: str = "lora", **saved: Any) -> tuple[PeftModel, Path]:
-    """A run over a base that was saved before."""
-    tiny("llama").save_pretrained(tmp_path / "base")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config(kind), "retain")
-    model.add_adapter("forget", config(kind, size=4))
-    model.base_model.set_adapter(["retain", "forget"])
-    return model.eval(), save_routed(model, tmp_path / "run", base_adapters=["retain"], **saved)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    routes = presets.sgtm("forget")
-    return save_routed(
-        wrapped("mlp", names=("forget",)),
-        tmp_path / "run",
-        routes=routes,
-        train_base=True,
-        tokens_per_route={"forget": 7},
-    )
-
-
-# Round trips
 
 
 @KINDS
@@ -190,48 +154,6 @@ def test_a_model_is_saved_and_resumed_while_routed(peft: bool, tmp_path: Path) -
     assert json.loads((path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-# Loading in place
-
-
-@KINDS
-@pytest.mark.parametrize("family", FAMILIES)
-def test_weights_load_in_place(kind: str, family: str, tmp_path: Path) -> None:
-    model, other = wrapped(kind, family), wrapped(kind, family, seed=5)
-    for name, parameter in model.named_parameters():
-        if ".forget." in name:
-            parameter.data += 0.1
-    path = save_routed(model, tmp_path / "run", train_base=True)
-    before = {name: parameter.data_ptr() for name, parameter in other.named_parameters()}
-    load_weights(other, path)
-    assert torch.equal(logits(other), logits(model))
-    assert before == {name: parameter.data_ptr() for name, parameter in other.named_parameters()}
-
-
-def test_loading_in_place_is_strict(run: Path, tmp_path: Path) -> None:
-    model = wrapped("mlp")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"holds the adapters \['forget'\], the model has \['bio', 'forget'\]"):
-        load_weights(model, run)
-    three = wrapped("lora", names=("forget",))
-    with pytest.raises(ValueError, match=r"the adapter 'forget' in .* lacks"):
-        load_weights(three, run)
-    deeper = wrapped("mlp", names=("forget",), num_hidden_layers=1)
-    with pytest.raises(ValueError, match="has in addition"):
-        load_weights(deeper, run)
-    narrow = wrapped("mlp", names=("forget",), intermediate_size=20)
-    with pytest.raises(ValueError, match=r"does not fit|another base|shape"):
-        load_weights(narrow, run)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    _, frozen_run = frozen(tmp_path / "frozen")
-    with pytest.raises(ValueError, match="holds no base weights"):
-        load_weights(wrapped("lora", names=("retain", "forget")), frozen_run, train_base=True)
-    with pytest.raises(ValueError, match="another base"):
-        load_weights(wrapped("lora", names=("retain", "forget"), seed=9), frozen_run)
-
-
-# Overwriting
-
-
 def test_a_later_save_replaces_its_files_and_nothing_else(tmp_path: Path) -> None:
     first, second = wrapped("mlp"), wrapped("mlp", names=("forget",), seed=4)
     path = save_routed(first, tmp_path / "run", train_base=True)
@@ -266,195 +188,6 @@ def test_strange_weights_in_the_way_are_refused(run: Path, tmp_path: Path) -> No
         save_routed(model, tmp_path / "file", train_base=True)
 
 
-def full_disk(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("error", [full_disk, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)])
-def test_a_full_disk_or_an_interruption_leaves_all_as_it_was(
-    exists: bool, error: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "run"
-    if exists:
-        save_routed(wrapped("mlp"), path, train_base=True)
-    before = content(tmp_path)
-    other = wrapped("mlp", seed=3)
-    steps: list[tuple[Any, str]] = [
-        (modeling_utils, "safe_save_file"),
-        (save_module, "save_file"),
-        (save_module, "write_json"),
-        (files_module, "_flush"),
-    ]
-    for module, name in steps:
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, error)
-            with pytest.raises((OSError, KeyboardInterrupt)):
-                save_routed(other, path, train_base=True)
-        assert content(tmp_path) == before
-    assert list(tmp_path.iterdir()) == ([path] if exists else [])
-
-
-@pytest.mark.parametrize("fail_at", range(1, 12))
-def test_an_error_while_files_are_moved_puts_them_back(
-    fail_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "run"
-    path.mkdir()
-    old = {"routing.json": "old", "a": "old", "forget/b": "old", "mine": "mine"}
-    for name, text in old.items():
-        (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_text(text)
-    replace, calls = os.replace, []
-
-    def failing(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) == fail_at:
-            raise OSError(errno.EIO, "broken disk")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
-    new = {"routing.json": "new", "forget/b": "new", "c": "new"}
-
-    def write() -> None:
-        with atomic_directory(path, ["routing.json", "a", "forget/b"]) as aside:
-            for name, text in new.items():
-                (aside / name).parent.mkdir(exist_ok=True)
-                (aside / name).write_text(text)
-
-    if fail_at <= 6:  # three files out, three in
-        with pytest.raises(OSError, match="broken disk"):
-            write()
-        assert content(path) == {name: text.encode() for name, text in old.items()}
-    else:
-        write()
-        assert content(path) == {name: text.encode() for name, text in {**new, "mine": "mine"}.items()}
-    assert {item.name for item in path.iterdir()} <= {"routing.json", "a", "c", "forget", "mine"}
-
-
-# Damage
-
-
-def test_a_byte_that_was_changed_and_a_file_cut_short(run: Path) -> None:
-    for name in ("model.safetensors", "forget/adapter_model.safetensors"):
-        good = (run / name).read_bytes()
-        for bad in (good[:-3] + bytes([good[-3] ^ 1]) + good[-2:], good[: len(good) // 2], b""):
-            (run / name).write_bytes(bad)
-            with pytest.raises(ValueError, match=rf"{Path(name).name} in .* is truncated or was tampered with"):
-                load_routed(run, ["forget"])
-            with pytest.raises(ValueError, match="truncated or was tampered"):
-                load_weights(wrapped("mlp", names=("forget",)), run)
-        (run / name).write_bytes(good)
-    load_routed(run, ["forget"])
-
-
-@pytest.mark.parametrize(
-    ("piece", "message"),
-    [
-        ("routing.json", "has no routing.json"),
-        ("model.safetensors", "lacks the file model.safetensors"),
-        ("forget", "lacks the folder 'forget' of the region"),
-        ("forget/region.json", "lacks region.json"),
-        ("forget/adapter_config.json", "lacks adapter_config.json"),
-        ("forget/adapter_model.safetensors", "lacks adapter_model.safetensors"),
-    ],
-)
-def test_a_missing_piece_is_named(piece: str, message: str, run: Path) -> None:
-    shutil.move(run / piece, run.parent / "elsewhere")
-    with pytest.raises(ValueError, match=message):
-        load_routed(run, ["forget"])
-
-
-def test_a_save_that_was_killed_says_where_the_earlier_files_are(run: Path) -> None:
-    (run / ".run.0.old").mkdir()
-    (run / "routing.json").rename(run / ".run.0.old" / "routing.json")
-    with pytest.raises(ValueError, match=r"interrupted save left the files before it in .*\.run\.0\.old"):
-        load_routed(run)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not readable JSON"),
-        ("[]", "expected a JSON object"),
-        ("{}", "lacks"),
-        (None, "format version 99.*upgrade"),
-    ],
-)
-def test_a_damaged_routing_json(text: str | None, message: str, run: Path) -> None:
-    data = json.loads((run / "routing.json").read_text())
-    (run / "routing.json").write_text(json.dumps({**data, "format_version": 99}) if text is None else text)
-    with pytest.raises(ValueError, match=message):
-        load_routed(run)
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
-def test_planted_weights_are_not_loaded(name: str, run: Path) -> None:
-    (run / name).write_text("{}")
-    with pytest.raises(ValueError, match=rf"holds \['{name}'\], which `save_routed` did not write"):
-        load_routed(run)
-
-
-@KINDS
-def test_a_region_goes_on_its_own_base_only(kind: str, tmp_path: Path) -> None:
-    one = save_routed(wrapped(kind, names=("forget",)), tmp_path / "one", train_base=True)
-    two = save_routed(wrapped(kind, names=("forget",), seed=7), tmp_path / "two", train_base=True)
-    with pytest.raises(ValueError, match="another base model"):
-        load_routed(one, {"forget": two})
-    with pytest.raises(ValueError, match="another base model"):
-        load_routed(one, ["forget"], base=tiny("llama", seed=8))
-    shutil.copytree(two / "forget", one / "forget", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="another base model"):
-        load_routed(one, ["forget"])
-
-
-def test_regions_from_elsewhere(run: Path, tmp_path: Path) -> None:
-    whole = logits(load_routed(run, ["forget"]))
-    elsewhere = tmp_path / "regions"
-    elsewhere.mkdir()
-    shutil.move(run / "forget", elsewhere / "forget")
-    for place in (elsewhere, elsewhere / "forget"):
-        assert torch.equal(logits(load_routed(run, {"forget": place})), whole)
-    load_routed(run)
-    with pytest.raises(ValueError, match="regions have a repository or directory of their own"):
-        load_routed(run, ["forget"])
-    with pytest.raises(ValueError, match="no folder 'bio'"):
-        load_routed(run, {"bio": elsewhere})
-    with pytest.raises(ValueError, match="cannot be called 'default'"):
-        load_routed(run, {"default": elsewhere / "forget"})
-    (elsewhere / "forget" / "region.json").unlink()
-    with pytest.raises(ValueError, match=r"lacks region.json, so nothing says which base"):
-        load_routed(run, {"forget": elsewhere})
-
-
-def test_a_file_of_another_adapter_is_refused(run: Path) -> None:
-    weights, about = run / "forget" / "adapter_model.safetensors", run / "forget" / "region.json"
-    tensors = load_file(weights)
-    tensors["base_model.model.model.layers.0.mlp.routed_other.weight"] = torch.ones(1)
-    save_file(tensors, weights)
-    for path, key in ((about, "adapter_model.safetensors"), (run / "routing.json", "forget/adapter_model.safetensors")):
-        data = json.loads(path.read_text())
-        data["files"][key] = files_module.sha256(weights)
-        path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="has in addition 1 tensors"):
-        load_routed(run, ["forget"])
-
-
-# What the user may have meant
-
-
-def test_unknown_names(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`regions` names 'forgt'; the regions of .* are \['forget'\]"):
-        load_routed(run, ["forgt"])
-    with pytest.raises(ValueError, match="`regions` is a list"):
-        load_routed(run, "forget")
-    for place in ("./nowhere", str(tmp_path / "nowhere"), str(run / "config.json")):
-        with pytest.raises(ValueError, match="is no directory"):
-            load_routed(place)
-    with pytest.raises(ValueError, match="`revision` needs a Hub id"):
-        load_routed(run, revision="main")
-
-
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (tiny("llama"), {}, "has no adapter"),
@@ -473,48 +206,3 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="unwrap"):
         save_routed(torch.nn.Linear(1, 1), tmp_path / "run")
     assert not list(tmp_path.iterdir())
-
-
-# Inspection
-
-
-def test_inspection_of_a_run(run: Path) -> None:
-    about = inspect_checkpoint(run)
-    assert about["kind"] == "trained base" and about["problems"] == [] and about["base_adapters"] == []
-    (region,) = about["regions"]
-    sizes = [tensor.numel() for tensor in load_file(run / "forget" / "adapter_model.safetensors").values()]
-    assert region["parameters"] == sum(sizes) and region["type"] == "ROUTED" and region["size"] == 3
-    assert region["present"] and region["fingerprint_ok"] and region["labels"] == ["forget", "unlabeled"]
-    assert about["tokens_per_route"] == {"forget": 7}
-    weights = run / "forget" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:40])
-    assert "truncated" in inspect_checkpoint(run)["problems"][0]
-    shutil.rmtree(run / "forget")
-    about = inspect_checkpoint(run)
-    assert not about["regions"][0]["present"] and "lacks the folder" in about["problems"][0]
-
-
-def test_inspection_of_everything_else(tmp_path: Path) -> None:
-    _, path = frozen(tmp_path)
-    about = inspect_checkpoint(path)
-    assert about["kind"] == "frozen base" and about["problems"] == []
-    assert [entry["name"] for entry in about["base_adapters"]] == ["retain"] and about["base_adapters"][0]["r"] == 2
-    assert inspect_checkpoint(path / "forget")["kind"] == "region"
-    assert inspect_checkpoint(tmp_path / "base")["kind"] == "plain checkpoint"
-    data = json.loads((path / "forget" / "region.json").read_text())
-    (path / "forget" / "region.json").write_text(json.dumps({**data, "base_fingerprint": {"structure": "other"}}))
-    assert "another base" in inspect_checkpoint(path)["problems"][0]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="it is no run, region or checkpoint"):
-        inspect_checkpoint(tmp_path / "empty")
-
-
-def test_files_that_other_processes_write_meanwhile_stay(tmp_path):
-    """Every process of a Trainer saves its random state into the checkpoint, and none waits for the first one's model."""
-    path = tmp_path / "checkpoint-2"
-    with atomic_directory(path) as aside:
-        (aside / "routing.json").write_text("{}")
-        path.mkdir()
-        (path / "rng_state_1.pth").write_text("theirs")
-    assert sorted(file.name for file in path.iterdir()) == ["rng_state_1.pth", "routing.json"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-2"]

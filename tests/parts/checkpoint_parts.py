@@ -1,16 +1,21 @@
-"""What the tests of ablation, checkpoints and the Hub share: tiny models with regions that matter."""
+"""Tiny models with regions that matter, for tests of ablation, checkpoints and the Hub."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from families import tiny, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from routed_peft.checkpoint import save_routed
 from routed_peft.regions import RoutedConfig
 
+KINDS = pytest.mark.parametrize("kind", ["mlp", "lora"])
 FAMILIES = ("llama", "gpt2", "qwen3", "phi3")
 TARGETS = {
     "gpt2": ["c_attn"],
@@ -56,3 +61,16 @@ def without(model: PeftModel, *names: str) -> torch.Tensor:
     result = logits(model)
     model.base_model.set_adapter(active)
     return result
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def frozen(tmp_path: Path, kind: str = "lora", **saved: Any) -> tuple[PeftModel, Path]:
+    """A run over a base that was saved before."""
+    tiny("llama").save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config(kind), "retain")
+    model.add_adapter("forget", config(kind, size=4))
+    model.base_model.set_adapter(["retain", "forget"])
+    return model.eval(), save_routed(model, tmp_path / "run", base_adapters=["retain"], **saved)

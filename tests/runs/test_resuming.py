@@ -1,13 +1,14 @@
+"""Completeness of checkpoints."""
+
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
+from runs_parts import make_checkpoint
 from training_parts import assert_same, train, weights
 
 from routed_peft.data import train_tokenizer
-from routed_peft.runs.begin import check_not_begun, find_checkpoint
 from routed_peft.runs.resuming import check_resumable, latest_resumable
 
 STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
@@ -47,43 +48,17 @@ def test_weights_alone_are_no_checkpoint(tmp_path, tokenizer):
         train(tmp_path, tokenizer, resume=True, **SAVING)
 
 
-def checkpoint(folder: Path, *names: str) -> Path:
-    folder.mkdir(parents=True)
-    for name in ("scheduler.pt", "trainer_state.json", *names):
-        (folder / name).write_text("{}")
-    return folder
-
-
 def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert latest_resumable(tmp_path) is None
     for step in (2, 10):
-        checkpoint(tmp_path / f"checkpoint-{step}", "optimizer.pt", "rng_state.pth")
+        make_checkpoint(tmp_path / f"checkpoint-{step}", "optimizer.pt", "rng_state.pth")
     assert latest_resumable(tmp_path) == str(tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-10/trainer_state.json").write_text('{"global_st')
     assert latest_resumable(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-def test_a_run_is_begun_anew_only_where_nothing_is_lost_by_it(tmp_path):
-    """One torn checkpoint is no run to continue: neither message may point at the other."""
-    torn = checkpoint(tmp_path / "checkpoint-2", "optimizer.pt", "rng_state.pth")
-    with pytest.raises(ValueError, match="resume it"):
-        check_not_begun(tmp_path)
-    assert find_checkpoint(tmp_path, "true") == find_checkpoint(tmp_path, str(torn)) == str(torn)
-    (torn / "trainer_state.json").write_text("")
-    check_not_begun(tmp_path)
-    with pytest.raises(ValueError, match="holds no complete checkpoint: leave it out to begin anew"):
-        find_checkpoint(tmp_path, "true")
-
-
-@pytest.mark.parametrize("name", ["optimizer.bin", "optimizer_0"])
-def test_a_sharded_run_goes_on_from_its_newest_checkpoint_too(tmp_path, name):
-    states = [f"rng_state_{index}.pth" for index in range(2)]
-    newest = checkpoint(tmp_path / "checkpoint-2", name, *states)
-    assert find_checkpoint(tmp_path, "true", processes=2) == str(newest)
-
-
 def test_every_process_needs_its_random_state(tmp_path, caplog):
-    two = checkpoint(tmp_path / "checkpoint-8", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth")
+    two = make_checkpoint(tmp_path / "checkpoint-8", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth")
     for index in (0, 1):
         check_resumable(two, process_index=index, processes=2)
     assert not caplog.records
@@ -99,13 +74,13 @@ def test_every_process_needs_its_random_state(tmp_path, caplog):
 
 def test_a_sharded_optimizer_has_other_names(tmp_path):
     for step, name in enumerate(("optimizer.bin", "optimizer_0")):
-        check_resumable(checkpoint(tmp_path / f"checkpoint-{step}", "rng_state.pth", name), fsdp=True)
-    lost = checkpoint(tmp_path / "checkpoint-10", "rng_state.pth", "optimizer.pt")
+        check_resumable(make_checkpoint(tmp_path / f"checkpoint-{step}", "rng_state.pth", name), fsdp=True)
+    lost = make_checkpoint(tmp_path / "checkpoint-10", "rng_state.pth", "optimizer.pt")
     with pytest.raises(
         ValueError, match=r"lacks a complete optimizer.bin or optimizer_0 .*the complete checkpoint '.*/checkpoint-1'"
     ):
         check_resumable(lost, fsdp=True)
-    later = checkpoint(tmp_path / "checkpoint-2", "rng_state.pth")
+    later = make_checkpoint(tmp_path / "checkpoint-2", "rng_state.pth")
     (tmp_path / "checkpoint-1" / "optimizer_0").unlink()
     with pytest.raises(ValueError, match=r"the complete checkpoint '.*/checkpoint-0'"):
         check_resumable(later, fsdp=True)
