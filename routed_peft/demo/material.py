@@ -37,15 +37,15 @@ ERA_WEIGHT = presets.era()[FORGET].weight(BASE)
 
 @dataclass(frozen=True)
 class Material:
-    """What all arms share.
+    """Data that all arms share.
 
     Attributes:
         tokenizer: trained on the training text of both sides.
         documents: training documents, with their text and the ``route_label`` that they came with.
-        rows: packed training rows, with ``side`` (the truth; of each token where rows mix sides) and ``route_label`` (what is
-            known of it).
+        rows: packed training rows, with ``side`` (the truth; of each token where rows mix sides) and ``route_label`` (the
+            label that it came with).
         validation: side -> packed rows for the curves.
-        files: what the lm-eval tasks read: ``forget_file``, ``retain_file``.
+        files: input of the lm-eval tasks: ``forget_file``, ``retain_file``.
         attacker: forget documents of the validation split, for relearning.
     """
 

@@ -1,4 +1,4 @@
-"""What the demo trains: the four arms, and the numbers that they share."""
+"""Settings of the demo: four arms, and the numbers that they share."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class DemoSettings(SelfLabelConfig):
     """Settings of the demo, the same for every arm; those of `SelfLabelConfig` matter to the routed arm alone.
 
     Attributes:
-        pair: which texts, a key of `routed_peft.corpora.PAIRS`.
-        documents: how many of each side are trained on; None for all.
+        pair: forget and retain text, a key of `routed_peft.corpora.PAIRS`.
+        documents: number of training documents of each side; None for all.
         labeled: share of the documents of each side that carry a label.
         recall: share of the labeled forget documents that are labeled forget (`routed_peft.data.simulate_labels`).
         precision: share of the documents labeled forget that are.
@@ -100,12 +100,12 @@ class DemoSettings(SelfLabelConfig):
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train.
+    """A way to train.
 
     Attributes:
         key: name of its directory, and in files.
         name: name for readers.
-        about: what it does with forget data.
+        about: its treatment of forget data.
         drop: column in which the value "forget" keeps a row out of training.
         routed: whether gradients are routed; otherwise the region's units are ordinary parameters.
         era: whether they are routed as published for ERA (arXiv 2410.04332): masks at activations, by token frequency.

@@ -55,7 +55,7 @@ class Condition:
 
     @property
     def labels(self) -> str:
-        """Say which labels it has.
+        """Return the share of labels, and their quality where some are wrong.
 
         >>> Condition("filter", 0.5, 0.9, 0.8).labels, Condition("filter", 0.5, 1.0, 1.0).labels, Condition("control").labels
         ('50 %, 0.9/0.8', '50 %', '–')

@@ -62,7 +62,7 @@ def draw_marks(axes: Axes, theme: Theme, *, marks: Sequence[Mark], x_limits: Lim
 def offsets(
     spots: Sequence[tuple[float, float]], names: Sequence[str], taken: Iterable[Box] = ()
 ) -> list[tuple[float, float]]:
-    """Return where the middle of every name goes, seen from its spot: the nearest place where it covers least.
+    """Return the place of the middle of every name, seen from its spot: the nearest one where it covers least.
 
     Args:
         spots: in points, from the lower left corner of the axes.

@@ -139,7 +139,7 @@ def _seed(cell: Row, name: str, target: str) -> _Seed:
 
 
 def _verdict(seeds: Sequence[str]) -> str:
-    """Sum up what became of an attack in every seed.
+    """Sum up the verdicts of an attack over seeds.
 
     >>> _verdict(["attack", "attack"]), _verdict(["diverged", "no attack"]), _verdict(["attack", "diverged"])
     ('attack', 'no attack in 1 of 2 seeds, diverged in 1', 'attack in 1 of 2 seeds, diverged in 1')
@@ -154,7 +154,7 @@ def _verdict(seeds: Sequence[str]) -> str:
 def _recovery(
     steps: Sequence[int], found: Mapping[int, _Seed], *, references: Mapping[int, float], tolerance: float = TOLERANCE
 ) -> Crossing | None:
-    """Return when the mean over seeds reaches the mean of ``references``, seed -> loss; None where there are none."""
+    """Return the steps until the mean reaches the mean of ``references``, seed -> loss; None where there are none."""
     if not references:
         return None
     mean = [statistics.fmean(losses) for losses in zip(*(found[seed].forget for seed in references), strict=True)]

@@ -189,7 +189,7 @@ def _of_recovery(own: Relearning, its: Relearning, *, least: float, wanted: str)
 
 
 def comparable(met: bool | None, own: Relearning, its: Relearning) -> bool | None:
-    """Return whether a model withstands attacks as well as another; None where an attack that was none decides it.
+    """Return ``met`` where attacks on two models can be compared, and None where a failed attack would decide.
 
     An attack that failed in some seed, because it diverged, say, makes a model look more robust than it is: ours, so that a
     target is not known to be met, or the other one, so that it is not known to be missed.
@@ -200,7 +200,7 @@ def comparable(met: bool | None, own: Relearning, its: Relearning) -> bool | Non
 
 
 def at_least(own: Crossing, factor: float, other: Crossing) -> bool | None:
-    """Say whether ``own`` lies at ``factor`` times ``other`` or beyond; None where bounds do not tell, or both are 0.
+    """Return whether ``own`` lies at ``factor`` times ``other`` or beyond; None where bounds do not tell, or both are 0.
 
     >>> at_least(Crossing(80, ">"), 3, Crossing(20)), at_least(Crossing(80, ">"), 3, Crossing(40))
     (True, None)

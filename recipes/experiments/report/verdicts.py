@@ -89,6 +89,6 @@ def _after(attack: Relearning) -> str:
 
 
 def routed_method(found: Comparison) -> str:
-    """Return the method that is spoken of: "routed", or the first of its variants where there is nothing else."""
+    """Return the method that sentences are about: "routed", or the first of its variants where there is nothing else."""
     variants = [method for method in in_order(found.methods) if base_of(method) == ROUTED]
     return ROUTED if ROUTED in variants or not variants else variants[0]

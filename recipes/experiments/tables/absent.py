@@ -21,7 +21,7 @@ Labels = tuple[float, float, float]
 
 
 def as_asked(report: Report, config: Path) -> Report:
-    """Return an experiment with what its YAML asks for now, which may be more than when the summary was written."""
+    """Return an experiment with the cells that its YAML asks for now: more, perhaps, than when the summary was written."""
     about = yaml.safe_load(config.read_text())
     now = {key: about[key] for key in ("methods", "seeds", "labeled_shares", "label_quality") if key in about}
     return report | {"experiment": report["experiment"] | now}

@@ -84,7 +84,7 @@ def caption(
     names: Collection[str],
     count: int,
 ) -> list[str]:
-    """Return the sentences below `losses`: what its columns mean, and what was missed."""
+    """Return the sentences below `losses`: the meaning of its columns, and the targets that were missed."""
     settings = report["settings"]
     tokens = settings["steps"] * settings["batch_size"] * settings["length"] / 1e6
     said = [
@@ -145,7 +145,7 @@ def most_seeds(report: Report, labels: Sequence[Labels]) -> tuple[list[tuple[Lab
 
 
 def of_labels(cells: list[dict[str, Any]], labels: Labels) -> Comparison:
-    """Sum up the cells with these labels and those without any, of seeds that have what others are compared with."""
+    """Sum up the cells with these labels and those without any, of seeds that have the models for comparison."""
     kept = [c for c in cells if (c["labeled"], c["recall"], c["precision"]) in ((None, None, None), labels)]
     seeds = complete_seeds(kept)
     return aggregate([cell for cell in kept if cell["seed"] in seeds])
@@ -164,7 +164,7 @@ def results_with_row(found: Comparison, methods: Collection[str] | None, labeled
 
 
 def method_name(result: Result, report: Report) -> str:
-    """Name a method; ours stands out."""
+    """Return the name of a method; ours stands out."""
     name = card(result.condition.method, report["settings"]).name
     if result.condition.labeled == 1 and result.condition.quality == (1.0, 1.0):
         name = name.replace(" with self-labels", "")  # there is nothing left for them to find
@@ -197,7 +197,7 @@ def documents_available(report: Report) -> str:
 
 
 def relearned(result: Result, report: Report, seeds: int) -> str:
-    """Forget loss after the worst attack, where every seed was attacked in every way that is asked for."""
+    """Return the forget loss after the worst attack, where every seed was attacked in every way that is asked for."""
     wanted = [name for name in report["experiment"].get("attacks", ()) if Attack.parse(name).target == FORGET]
     worst, found = result.worst, [result.attacks.get(name) for name in wanted]
     if worst is None or any(attack is None or attack.forget[-1].n < seeds for attack in found):

@@ -1,4 +1,4 @@
-"""Files of ``results/``, and what tables of all kinds write of them."""
+"""Files of ``results/``, read for tables, and text that tables share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FORMER_WORDS = {r"\bway\b": "removed", r"(?<!retain )\btax\b": "retain tax"}
 
 
 def load(name: str) -> Any:
-    """Return what ``results/NAME.json`` holds, or None where there is none yet."""
+    """Return the content of ``results/NAME.json``, or None where there is none yet."""
     file = ROOT / "results" / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def load_experiment(name: str) -> Any:
-    """Return a summary of `recipes/experiment.py` with what its YAML asks for now; None where there is none yet."""
+    """Return a summary of `recipes/experiment.py` with the cells that its YAML asks for now; None where there is none yet."""
     report = load(name)
     return report and as_asked(report, ROOT / "recipes" / "configs" / f"experiment_{name}.yaml")
 

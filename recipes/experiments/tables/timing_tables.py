@@ -1,4 +1,4 @@
-"""Tables of what routing and monitoring add to the time of a training step."""
+"""Tables of the time that routing and monitoring add to a training step."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def setting(result: Result, report: Report) -> str:
 
 
 def region_on(found: Comparison, result: Result, side: str) -> Spread | None:
-    """Return how far a model with its region on is above no routing, seed by seed."""
+    """Return the loss of a model with its region on less that of no routing, seed by seed."""
     base = found.get(BASE)
     assert base is not None, "complete seeds have no routing"
     return spread(
@@ -150,7 +150,7 @@ def attacked(report: Report, command: str) -> str:
 
 
 def attack_outcome(attack: Relearning) -> str:
-    """Write the forget loss that an attack ends at, or that it was none."""
+    """Write the forget loss at the end of an attack, or that the attack failed."""
     if not attack.attacked:
         return attack.verdict
     return ranged(attack.forget[-1]) + ("" if attack.in_every_seed else f" ({attack.verdict})")
