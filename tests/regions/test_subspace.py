@@ -335,7 +335,13 @@ def test_bad_fields(fields, message):
         ("llama", {}, {}, {"target_modules": ["nothing"]}, "match no module"),
         ("gemma2", {}, {}, {}, r"normalizes what a layer writes before it is added \(`post_feedforward_layernorm`\)"),
         ("olmo2", {}, {}, {}, "not built for such models"),
-        ("gpt2", {"resid_pdrop": 0.1}, {}, {}, r"applies dropout .*'resid_pdrop': 0.1.* load it with `resid_pdrop=0.0`"),
+        (
+            "gpt2",
+            {"resid_pdrop": 0.1},
+            {},
+            {},
+            r"applies dropout .*'resid_pdrop': 0.1.* load it with `resid_pdrop=0.0`",
+        ),
         ("gpt_neox", {"hidden_dropout": 0.1}, {}, {}, "load it with `hidden_dropout=0.0`"),
     ],
 )

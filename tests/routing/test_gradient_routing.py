@@ -4,59 +4,20 @@ import copy
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from families import FAMILIES, tiny
 from peft import LoraConfig, get_peft_model
 from reference import by_example, by_position, loss_of
-from subspace_parts import subspace_file, with_subspace
+from routing_parts import ROUTES, assert_equal_grads, batch_of, group_names, two_regions
 from torch import nn
 
 from routed_peft import ablated, presets
+from routed_peft.adapters import RoutingRecord
 from routed_peft.regions import RoutedConfig
 from routed_peft.routes import Route
 from routed_peft.routing.gradient_routing import GradientRouting
 
 # Their norms (GPT-Neo: its attention) compute in float32 even in a float64 model.
 FLOAT32_NORMS = ("gpt_neo", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3")
-
-ROUTES = {
-    "forget": Route(weights={"base": 0.0}),
-    "retain": Route(ablated=("forget",)),
-    "unlabeled": Route(),
-    "era": Route(weights={"base": -0.75, "bio": 2.0}),
-    "mixed": Route(weights={"forget": 0.25, "base": 0.5}, ablated=("bio",)),
-}
-
-
-def two_regions(family: str, dtype=torch.float64, **overrides) -> nn.Module:
-    torch.manual_seed(0)
-    model = get_peft_model(
-        tiny(family, **overrides), RoutedConfig(size=5, init="model", task_type="CAUSAL_LM"), adapter_name="forget"
-    )
-    model.add_adapter("bio", RoutedConfig(size=3, init="model", task_type="CAUSAL_LM"))
-    return model.to(dtype)
-
-
-def batch_of(size: int, length: int = 6, seed: int = 3, padded: bool = True) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 64, (size, length), generator=generator)
-    labels, mask = ids.clone(), torch.ones_like(ids)
-    if padded:
-        labels[0, -2:], mask[0, -2:], ids[0, -2:] = -100, 0, 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def group_names(model: nn.Module, routing: GradientRouting) -> dict[str, str]:
-    ids = {id(p): group for group in routing.groups for p in routing.parameters(group)}
-    return {name: ids[id(p)] for name, p in model.named_parameters() if id(p) in ids}
-
-
-def assert_equal_grads(model: nn.Module, expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    scale = max(float(g.abs().max()) for g in expected.values())
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert grads.keys() >= expected.keys()
-    for name, reference in expected.items():
-        assert (grads[name] - reference).abs().max() <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,34 +178,6 @@ def test_gathering_changes_nothing():
     assert all(torch.allclose(grads[0][n], grads[1][n], rtol=1e-9, atol=1e-12) for n in grads[0])
 
 
-def test_multipliers():
-    model, batch = two_regions("gpt2"), batch_of(3, padded=False)
-    routing = GradientRouting(model, ROUTES, train_base=True)
-    grads = []
-    for labels, weights in (
-        (["unlabeled"] * 3, {"base": torch.tensor([0.5, -0.75, 1.0])}),
-        (["unlabeled"] * 3, {"base": torch.tensor([0.5, -0.75, 1.0])[:, None].expand(3, 6)}),
-        (["mixed", "era", "unlabeled"], {"bio": torch.zeros(3)}),
-    ):
-        model.zero_grad()
-        with routing(labels, weights):
-            loss_of(model, batch).backward()
-        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    for name in grads[0]:
-        assert torch.allclose(grads[0][name], grads[1][name], atol=1e-12)
-        assert ".bio." not in name or not grads[2][name].any()
-    with (
-        pytest.raises(ValueError, match="one number per example or per position"),
-        routing(["retain"] * 3, {"base": torch.ones(2)}),
-    ):
-        pass
-    with (
-        pytest.raises(ValueError, match=r"the groups are \['base', 'forget', 'bio'\]"),
-        routing(["retain"], {"x": torch.ones(1)}),
-    ):
-        pass
-
-
 def test_activation_edges_scale_what_flows_into_the_out_projection():
     """Base in-projections of the target layer are reversed, its out-projection and the other layer learn as usual."""
     model, batch = two_regions("gpt_neox"), batch_of(2, padded=False)
@@ -270,18 +203,6 @@ def test_activation_edges_scale_what_flows_into_the_out_projection():
     routing.self_check(batch)
 
 
-def test_joint_modules_learn_from_everything():
-    model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(
-        model, presets.sgtm("forget") | {"b": Route()}, train_base=True, joint=["embeddings", "norms", "head"]
-    )
-    with routing(["forget", "forget"]):
-        loss_of(model, batch).backward()
-    learned = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any() and "routed_" not in n}
-    assert learned and all("embed" in n or "norm" in n or "lm_head" in n for n in learned)
-    assert routing.groups == ["base", "joint", "forget", "bio"]
-
-
 def test_training_without_labels_raises():
     model, batch = two_regions("llama"), batch_of(2)
     routing = GradientRouting(model, ROUTES, train_base=True)
@@ -297,27 +218,24 @@ def test_training_without_labels_raises():
         model(**batch)
 
 
-def test_offloaded_models_are_refused():
-    """accelerate's hooks sit on the instances, where the swapped class would not be asked."""
-    model = two_regions("llama")
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(
-        ValueError, match=r"'base_model.model.*' has a forward of its own .*without `device_map` offload"
-    ):
-        GradientRouting(model, ROUTES, train_base=True)
-
-
-def test_detach_restores_everything():
+def test_detach_restores_everything_but_what_saving_needs():
     model = two_regions("qwen3", torch.float32)
     before = [(n, type(m)) for n, m in model.named_modules()], {n: p.requires_grad for n, p in model.named_parameters()}
-    keys, active = list(model.state_dict()), model.active_adapters
+    keys, active, attributes = list(model.state_dict()), model.active_adapters, set(vars(model))
     routing = GradientRouting(model, ROUTES, train_base=True)
     assert list(model.state_dict()) == keys and isinstance(model.get_submodule("base_model.model.lm_head"), nn.Linear)
     routing.detach()
     after = [(n, type(m)) for n, m in model.named_modules()], {n: p.requires_grad for n, p in model.named_parameters()}
     assert before == after and model.active_adapters == active
+    left = set(vars(model)) - attributes
+    assert left == {"_routed", "save_pretrained"}, "the record, and the refusal to lose the trained base"
+    assert model._routed == RoutingRecord(routes=ROUTES, train_base=True)
     with pytest.raises(ValueError, match="detached"), routing(["forget"]):
         pass
+    adapters_only = two_regions("qwen3", torch.float32)
+    attributes = set(vars(adapters_only))
+    GradientRouting(adapters_only, {"a": Route()}).detach()
+    assert set(vars(adapters_only)) - attributes == {"_routed"}
 
 
 def test_deepcopy_of_an_attached_model_runs():
@@ -325,162 +243,6 @@ def test_deepcopy_of_an_attached_model_runs():
     GradientRouting(model, ROUTES, train_base=True)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(**batch).logits, model(**batch).logits)
-
-
-def test_self_check_passes_and_reports():
-    model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(model, presets.sgtm("forget") | {"b": Route()}, train_base=True)
-    received = routing.self_check(batch)
-    assert received["forget"] == {"base": False, "forget": True, "bio": True}
-    assert received["retain"] == {"base": True, "forget": False, "bio": True}
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("options", [{"joint": ["norms"]}, {"edges": "activations"}])
-def test_self_check_leaves_no_gradient_behind(options):
-    model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(model, presets.era() | {"b": Route()}, train_base=True, **options)
-    routing.self_check(batch)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_self_check_finds_a_weight_read_from_outside():
-    model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(model, presets.sgtm("forget"), train_base=True)
-
-    def fused(model, inputs):
-        hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        return (hidden @ model.base_model.model.lm_head.weight.t()).pow(2).mean()
-
-    with pytest.raises(ValueError, match="must not train 'base'.*read outside"):
-        routing.self_check(batch, fused)
-
-
-def test_self_check_finds_a_dead_region():
-    model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(model, presets.sgtm("forget"), train_base=True)
-    for name, p in model.named_parameters():
-        if ".forget." in name:
-            p.data.zero_()
-    with pytest.raises(ValueError, match="should train 'forget', but no gradient arrived"):
-        routing.self_check(batch)
-
-
-def test_learning_counts_positions():
-    model = two_regions("llama", torch.float32)
-    routing = GradientRouting(model, ROUTES, train_base=True, joint=["norms"])
-    reached = torch.tensor([[True, True, False], [True, False, False]])
-    assert routing.count_learning_positions(["forget", "retain"], reached) == {
-        "base": 1,
-        "joint": 3,
-        "forget": 2,
-        "bio": 3,
-    }
-
-
-def refuse(message: str, model: nn.Module, routes=None, **options):
-    classes = [type(m) for m in model.modules()]
-    flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match=message):
-        GradientRouting(model, routes or presets.sgtm("forget"), **options)
-    if "attached" not in message:
-        assert classes == [type(m) for m in model.modules()] and flags == [p.requires_grad for p in model.parameters()]
-
-
-def lora(name: str = "forget", **options) -> nn.Module:
-    return get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["up_proj"], **options), adapter_name=name)
-
-
-def test_refusals():
-    refuse("cannot be called 'default'", lora("default"), train_base=True)
-    refuse("no region", lora("retain"), base_adapters=["retain"])
-    refuse("`base_adapters` has 'retian'", lora(), base_adapters=["retian"])
-    refuse("names 'bio'", lora(), presets.sgtm("bio"), train_base=True)
-    refuse("DoRA", lora(use_dora=True), train_base=True)
-    refuse("modules_to_save", lora(modules_to_save=["lm_head"]), train_base=True)
-    refuse("retain' blocks everything", lora())
-    refuse("matches no module", lora(), train_base=True, joint=["embedings"])
-    refuse("matches no module", lora(), train_base=True, layers=[2])
-    refuse("`edges` is", lora(), train_base=True, edges="activation")
-    routes = {"a": Route(), "b": Route(ablated=("forget",))}
-    refuse("no route trains the region 'forget'", lora(), {"b": routes["b"]}, train_base=True)
-
-    model = lora()
-    model.base_model.model.model.norm.weight.requires_grad_(True)
-    refuse("model.norm.weight is trainable, but it belongs to no adapter", model, routes | {"b": Route()})
-
-    model = lora()
-    model.base_model.model.to(torch.bfloat16)
-    refuse("torch.bfloat16 and trained", model, train_base=True)
-
-    model = lora()
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    layer.forward = layer.forward
-    refuse("forward of its own", model, train_base=True)
-
-    model = lora()
-    model.base_model.model.model.extra = nn.Parameter(torch.zeros(3))
-    refuse("cannot be routed", model, train_base=True)
-
-    model = get_peft_model(tiny("qwen3"), RoutedConfig(size=2), adapter_name="forget")
-    refuse("shares a weight", model, train_base=True, joint=["embeddings"])
-    GradientRouting(model, presets.sgtm("forget"), train_base=True, joint=["embeddings", "head"])
-    refuse("is attached to this model already", model, train_base=True)
-
-    model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["embed_tokens"]), adapter_name="forget")
-    refuse("cannot be routed", model, train_base=True)
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT, which goes on
-@pytest.mark.parametrize("family", ["qwen3", "gemma"])
-def test_lora_on_a_head_tied_to_the_embeddings_is_refused(family, tmp_path):
-    head = LoraConfig(r=2, target_modules=["lm_head"])
-
-    def on_the_head(name: str, **options) -> nn.Module:
-        return get_peft_model(tiny(family, **options), head, adapter_name=name)
-
-    message = "'base_model.model.lm_head' shares its weight with the embeddings"
-    refuse(message, on_the_head("forget"), train_base=True)
-    model = on_the_head("retain")
-    model.add_adapter("forget", LoraConfig(r=2, target_modules=["up_proj"]))
-    refuse(message, model, base_adapters=["retain"])
-    GradientRouting(on_the_head("forget", tie_word_embeddings=False), presets.sgtm("forget"), train_base=True)
-    mlp = get_peft_model(tiny(family), RoutedConfig(size=2), adapter_name="forget")
-    GradientRouting(mlp, presets.sgtm("forget"), train_base=True)
-    subspace = with_subspace(tiny(family), subspace_file(tmp_path), "forget")  # guards the embeddings
-    GradientRouting(subspace, presets.sgtm("forget"), train_base=True)
-
-
-class NoisyNorm(nn.LayerNorm):
-    dropout = 0.0
-
-    def __init__(self, size: int, dropout: float) -> None:
-        super().__init__(size)
-        self.dropout = dropout
-
-    def forward(self, x):
-        return nn.functional.dropout(super().forward(x), self.dropout, self.training)
-
-
-def test_modules_evaluated_twice_may_not_drop_out():
-    for dropout in (0.0, 0.1):
-        model = lora()
-        model.base_model.model.model.norm = NoisyNorm(16, dropout)
-        if dropout:
-            refuse("is evaluated twice to be routed, and its dropout would differ", model, train_base=True)
-        GradientRouting(model, presets.sgtm("forget"), train_base=True, joint=["norms"] if dropout else []).detach()
-
-
-def test_refusals_of_wrapped_merged_and_quantized_models():
-    with pytest.raises(ValueError, match="DataParallel shares one step's labels"):
-        GradientRouting(nn.DataParallel(lora()), presets.sgtm("forget"), train_base=True)
-    model = lora()
-    model.merge_adapter()
-    refuse("adapters are merged into", model, train_base=True)
-    model = lora()
-    model.base_model.model.is_quantized = True
-    refuse("on a quantized model", model, train_base=True)
-    refuse("blocks everything", model)  # a frozen one needs `base_adapters`, no more
 
 
 def test_an_adapter_added_afterwards_raises():
@@ -499,44 +261,3 @@ def test_save_pretrained_of_a_trained_base_raises(tmp_path):
     GradientRouting(model, ROUTES, train_base=True).detach()
     with pytest.raises(ValueError, match="save_routed"):
         model.save_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (["forget", "retian"], "no route for the label 'retian'"),
-        (torch.tensor([0, 7]), "got values from 0 to 7"),
-        (torch.tensor([0.0, 1.0]), "integers of shape"),
-        (["forget"], "do not line up"),
-        (torch.zeros(2, 5, dtype=torch.long), "do not line up"),
-    ],
-)
-def test_bad_labels(labels, message):
-    model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(model, ROUTES, train_base=True)
-    with pytest.raises(ValueError, match=message), routing(labels):
-        model(**batch)
-
-
-def test_heads_first_norms_with_as_many_heads_as_positions():
-    model = two_regions("gemma3_text")  # four heads
-    routing = GradientRouting(model, ROUTES, train_base=True)
-    batch = batch_of(2, length=4)
-    with pytest.raises(ValueError, match="as many heads as positions"), routing(torch.zeros(2, 4, dtype=torch.long)):
-        model(**batch)
-    with routing(["forget", "era"]):
-        loss_of(model, batch).backward()
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
-def test_compiled_equals_eager():
-    grads = []
-    for compiled in (False, True):
-        model, batch = two_regions("llama", torch.float32), batch_of(5)
-        routing = GradientRouting(model, ROUTES, train_base=True, gather=False)
-        run = torch.compile(model, backend="aot_eager") if compiled else model
-        for labels in (list(ROUTES), list(ROUTES)[::-1]):
-            with routing(labels):
-                loss_of(run, batch).backward()
-        grads.append({n: p.grad for n, p in model.named_parameters()})
-    assert all(torch.allclose(grads[0][n], grads[1][n], rtol=1e-4, atol=1e-5) for n in grads[0])
