@@ -1,4 +1,4 @@
-"""Rows of a dataset -> one padded batch in which every position knows its label."""
+"""Collator: pads rows of a dataset into a batch, with a label for every position."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ Feature = Mapping[str, Any]
 
 @dataclass
 class RoutedCollator:
-    """Pad tokenised rows of mixed labels into a batch, and turn their labels into indices of routes.
+    """Pad tokenized rows of mixed labels into a batch, and turn their labels into indices of routes.
 
-    In a dataset a token's label describes that token; in the batch it stands at the position that *predicts* the token,
-    one to the left, because that is where its loss arises. This is the only place that shifts labels.
+    In a dataset a token's label describes that token. In the batch it stands one position to the left, at the position that
+    *predicts* the token, because its loss arises there. This is the only place that shifts labels.
 
     Attributes:
-        tokenizer: says the padding token, the padding side and the truncation side.
-        routes: label -> route; only the names and their order matter here. None, as in evaluation, leaves labels out.
-        max_length: longer rows are cut to so many tokens, labels and weights with them.
-        pad_to_multiple_of: the batch is padded to a multiple of this many positions.
+        tokenizer: gives the padding token, the padding side and the truncation side.
+        routes: label -> route; only names and their order matter here. None, as in evaluation, drops labels.
+        max_length: tokens to which longer rows are cut, with their labels and weights.
+        pad_to_multiple_of: positions; the batch's length is a multiple of it.
         class_names: names of ClassLabel integers (`class_names` finds them in a dataset).
 
     Calling it takes rows with ``input_ids``, either ``route_label`` or ``route_labels``, and optionally
@@ -173,7 +173,7 @@ def _common_keys(features: Sequence[Feature]) -> list[str]:
     for name in ("input_ids", "attention_mask", "labels", *ROUTE_COLUMNS):
         missing = [i for i, row in enumerate(features) if row.get(name) is None]
         if name == "input_ids" and missing:
-            raise ValueError(f"every row needs `input_ids`, got the columns {sorted(keys)}: tokenise the text first")
+            raise ValueError(f"every row needs `input_ids`, got the columns {sorted(keys)}: tokenize the text first")
         if missing and len(missing) < len(features):
             raise ValueError(f"the column `{name}` is in some rows and missing or null in others, such as {missing[0]}")
         if missing and name in keys and name in (ROUTE_LABEL, ROUTE_LABELS):

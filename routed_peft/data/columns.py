@@ -1,4 +1,4 @@
-"""The columns that carry labels, how a label becomes a route's index, and the check of a dataset before training."""
+"""Columns of labels and weights: reading, naming and checking them before training."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ROUTE_WEIGHTS = "route_weights"
 """Column of real-valued multipliers by group, ``{"base": ...}``: one number, or one per position, already aligned."""
 
 ROUTE_ENVIRONMENT = "route_environment"
-"""Column that says where an example comes from, for monitoring: a name, or an integer."""
+"""Column of an example's environment, for monitoring: a name, or an integer."""
 
 ROUTE_QUARANTINE = "route_quarantine"
-"""Column of the label that rollouts of a quarantined environment get, whatever a label function says; null elsewhere."""
+"""Column of the label for rollouts of a quarantined environment, which replaces other labels; null elsewhere."""
 
 ROUTE_COLUMNS = (ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, ROUTE_ENVIRONMENT)
 
@@ -105,7 +105,7 @@ def route_column(columns: Sequence[str]) -> str:
         return found[0]
     if found:
         raise ValueError(
-            f"a row is labelled by `{ROUTE_LABEL}` or token by token by `{ROUTE_LABELS}`, got both: drop one"
+            f"a row is labeled by `{ROUTE_LABEL}` or token by token by `{ROUTE_LABELS}`, got both: drop one"
         )
     raise ValueError(
         f"no column `{ROUTE_LABEL}` (per example) or `{ROUTE_LABELS}` (per token), got {sorted(columns)}. "

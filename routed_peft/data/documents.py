@@ -1,4 +1,4 @@
-"""Documents as recipes take them: built-in text or files of one's own, and what is known of their labels."""
+"""Documents of recipes, from built-in text or your own files, with their labels and true sides."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ from routed_peft.data.packing import pack, tokenize
 logger = logging.get_logger(__name__)
 
 SIDE = "side"
-"""Column of what documents truly are."""
+"""Column of the true side of a document, "forget" or "retain"."""
 
 
 @dataclass
 class DocumentArguments:
-    """Which documents, and which labels; the base of what a recipe is told, each field a flag."""
+    """Settings of documents and their labels; recipes inherit them, and every field is a flag."""
 
     pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish, entangled or arithmetic."})
     train_file: str | None = field(
         default=None,
-        metadata={"help": "JSONL, Parquet or Hub dataset, in place of `pair`: text, and route_label or side."},
+        metadata={"help": "JSONL, Parquet or Hub dataset instead of `pair`, with text, and route_label or side."},
     )
     eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
-    eval_documents: int | None = field(default=None, metadata={"help": "At most so many held-out ones of each side."})
+    eval_documents: int | None = field(
+        default=None, metadata={"help": "Maximum number of held-out documents per side."}
+    )
     length: int = field(default=128, metadata={"help": "Tokens per row."})
     labeled: float = field(
         default=1.0,
         metadata={
-            "help": "Share of documents that carry a label at all, where labels are made from `side`; labels of your own "
-            "(`route_label`, `label_keywords`) are taken as they are."
+            "help": "Share of documents that carry a label, where labels are simulated from `side`; labels you provide "
+            "(`route_label`, `label_keywords`) are never changed."
         },
     )
-    labeled_forget: float | None = field(default=None, metadata={"help": "The same, for the forget side alone."})
-    labeled_retain: float | None = field(default=None, metadata={"help": "The same, for the retain side alone."})
-    recall: float = field(default=1.0, metadata={"help": "Share of labelled forget documents labelled forget."})
-    precision: float = field(default=1.0, metadata={"help": "Share of documents labelled forget that are."})
+    labeled_forget: float | None = field(default=None, metadata={"help": "`labeled` for the forget side alone."})
+    labeled_retain: float | None = field(default=None, metadata={"help": "`labeled` for the retain side alone."})
+    recall: float = field(default=1.0, metadata={"help": "Share of labeled forget documents labeled forget."})
+    precision: float = field(default=1.0, metadata={"help": "Share of documents labeled forget that truly are."})
     label_seed: int = field(
-        default=0, metadata={"help": "Decides which documents lose their label, or get a wrong one."}
+        default=0, metadata={"help": "Seed of the choice of documents without a label, or with a wrong one."}
     )
     label_keywords: list[str] = field(
         default_factory=list, metadata={"help": "Label documents with one of these words forget, all others retain."}
@@ -58,8 +60,8 @@ class DocumentArguments:
 def labeled_documents(args: DocumentArguments) -> Dataset:
     """Return documents with their label (``route_label``) and, where it is known, their true ``side``.
 
-    Labels are those of ``label_keywords``, else those of the column ``route_label``, else made from the column ``side`` with
-    the shares, recall and precision that ``args`` asks for. The first two are taken as they are.
+    Labels come from ``label_keywords``, else from the column ``route_label``, else they are simulated from the column
+    ``side`` with the shares, recall and precision of ``args``. Labels of the first two sources are never changed.
 
     Raises:
         ValueError: where documents have neither column and there are no keywords.
@@ -70,7 +72,7 @@ def labeled_documents(args: DocumentArguments) -> Dataset:
     """
     ds: Any = load_training_file(args.train_file, columns=["text"]) if args.train_file else load_pair(args.pair)
     for name in (ROUTE_LABEL, SIDE):
-        if name in ds.column_names and isinstance(ds.features[name], ClassLabel):  # arms compare names
+        if name in ds.column_names and isinstance(ds.features[name], ClassLabel):  # because arms compare names
             ds = ds.remove_columns(name).add_column(name, column_values(ds, name))
     sides = {FORGET: args.labeled_forget, RETAIN: args.labeled_retain}
     labeled = {side: args.labeled if share is None else share for side, share in sides.items()}
@@ -79,7 +81,7 @@ def labeled_documents(args: DocumentArguments) -> Dataset:
         if spoilt:
             whose = "`label_keywords`" if args.label_keywords else f"the column `{ROUTE_LABEL}`"
             logger.warning(
-                f"the labels of {whose} are taken as they are: `labeled`, `recall` and `precision` are for labels made from "
+                f"the labels of {whose} are never changed: `labeled`, `recall` and `precision` are for labels simulated from "
                 f"the column `{SIDE}`, and are not applied"
             )
         if args.label_keywords:
@@ -87,7 +89,7 @@ def labeled_documents(args: DocumentArguments) -> Dataset:
         return ds
     if SIDE not in ds.column_names:
         raise ValueError(
-            f"documents need a column `{ROUTE_LABEL}` (their label) or `{SIDE}` (what they truly are: forget or retain), got "
+            f"documents need a column `{ROUTE_LABEL}` (their label) or `{SIDE}` (their true side: forget or retain), got "
             f"{ds.column_names}: add one, or make labels from words with `label_keywords`"
         )
     if spoilt:
@@ -107,11 +109,12 @@ def first_of(ds: Dataset, side: str, count: int | None = None) -> Dataset:
 
 
 def select_arm(ds: Dataset, arm: str) -> Dataset:
-    """Return the rows or documents that an arm trains on: "filter" leaves out what is labelled forget, "perfect_filter" what
-    truly is; every other arm takes all.
+    """Return the rows or documents that an arm trains on.
+
+    "filter" leaves out rows labeled forget, "perfect_filter" rows that truly are forget; every other arm takes all.
 
     Raises:
-        ValueError: where that is not known of the documents.
+        ValueError: where the documents lack the column of the label or true side.
 
     >>> select_arm(Dataset.from_dict({"side": ["forget", "retain"]}), "perfect_filter")["side"][:]
     ['retain']
@@ -120,14 +123,15 @@ def select_arm(ds: Dataset, arm: str) -> Dataset:
     if column is None:
         return ds
     if column not in ds.column_names:
-        known = "what documents truly are" if column == SIDE else "their labels"
+        known = "the true side of documents" if column == SIDE else "their labels"
         raise ValueError(f"`arm: {arm}` needs the column `{column}`, {known}; got {ds.column_names}")
     return ds.filter(lambda value: value != FORGET, input_columns=column)
 
 
 def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, arm: str) -> int:
-    """Return how many tokens of forget text somebody had to label for an arm, in whole rows of ``length``: of ``side`` for
-    "perfect_filter", of ``route_label`` for "routed" and "filter", none for other arms.
+    """Return the number of tokens of forget text that had to be labeled for an arm, in whole rows of ``length``.
+
+    "perfect_filter" counts forget text by ``side``, "routed" and "filter" by ``route_label``; other arms need no label.
 
     >>> from routed_peft.data import train_tokenizer
     >>> ds = Dataset.from_dict({"text": ["a b c"] * 8, "route_label": ["forget", "unlabeled"] * 4, "side": ["forget"] * 8})
@@ -143,10 +147,10 @@ def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, le
 
 
 def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
-    """Return packed held-out rows by side: of ``eval_files`` beside a training file, else of the validation split of ``pair``.
+    """Return packed held-out rows by side, from ``eval_files`` or else the validation split of ``pair``.
 
     Raises:
-        ValueError: on an entry of ``eval_files`` that is not ``name=FILE``, or without a training file.
+        ValueError: where an entry of ``eval_files`` is not ``name=FILE``, or there is no training file.
     """
     if args.eval_files and not args.train_file:
         raise ValueError(f"`eval_files` are used beside `train_file`, got none: the pair `{args.pair}` has its own")
@@ -164,7 +168,7 @@ def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_evaluation(args: TrainingArguments, evaluated: Collection[str]) -> None:
-    """Raise ValueError where losses are to be taken on the way, and there is nothing to take them of.
+    """Raise ValueError where evaluation during training is on, and there is no held-out text.
 
     >>> check_evaluation(TrainingArguments("out", eval_strategy="steps", eval_steps=5, report_to="none"), {})
     Traceback (most recent call last):

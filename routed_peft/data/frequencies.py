@@ -1,4 +1,4 @@
-"""ERA's rule for which tokens of a forget document to route: those that are commoner there than elsewhere."""
+"""Token weights of ERA: route tokens that are more frequent in forget text than in retain text."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ def token_frequency_weights(
     forget_count: float = 1.0,
     retain_count: float = 20.0,
 ) -> Tensor:
-    r"""Weigh every token by how little it belongs to the forget side (gradient routing, arXiv 2410.04332, section 4.2).
+    r"""Return a weight per token, low for tokens of the forget side (gradient routing, arXiv 2410.04332, section 4.2).
 
     .. math::
         w = 1 - \sigma\!\left(\text{scale} \cdot (f/r - r/f) - \text{bias}\right)
 
     where :math:`f` and :math:`r` are a token's share of all tokens on the forget and on the retain side, counted in
-    tokenised running text (so that " tree" and "tree" are the two tokens that they are), after adding ``forget_count``
-    and ``retain_count`` made-up occurrences of every token. An equally common token has weight 0.982, one much commoner
-    on the forget side a weight near 0.
+    tokenized running text (where " tree" and "tree" are two tokens), with pseudo-counts of ``forget_count`` and
+    ``retain_count`` for every token. A token equally frequent on both sides has weight 0.982, one much more frequent on
+    the forget side a weight near 0.
 
     Args:
-        tokenizer: of the model to be trained.
-        forget_texts: of the forget side; the paper takes 25,000 stories of each.
-        retain_texts: of the retain side.
-        scale: how sharply the weight falls.
-        bias: how much commoner a token must be before it falls.
-        forget_count: made-up occurrences on the forget side.
-        retain_count: made-up occurrences on the retain side: keeps tokens rare on both sides from being routed.
+        tokenizer: the tokenizer of the model to be trained.
+        forget_texts: texts of the forget side; the paper takes 25,000 stories per side.
+        retain_texts: texts of the retain side.
+        scale: steepness of the fall.
+        bias: ratio of frequencies at which the weight falls to one half, about.
+        forget_count: pseudo-count on the forget side.
+        retain_count: pseudo-count on the retain side; it keeps tokens rare on both sides from being routed.
 
     Returns:
         ``(V,)``, in (0, 1).
 
     Raises:
-        ValueError: if a side has no tokens, a made-up count is not positive, or no token that occurs has a weight below
-            one half: then routing would silently do nothing.
+        ValueError: if a side has no tokens, a pseudo-count is not positive, or no token that occurs has a weight below
+            one half: then nothing would be routed.
 
     Example:
         >>> from routed_peft.data import train_tokenizer
@@ -79,25 +79,25 @@ def token_frequency_weights(
 
 
 def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, label: str = FORGET) -> AnyDataset:
-    r"""Add ERA's per-token base weights as the column ``route_weights``, for rows labelled ``label``.
+    r"""Add ERA's per-token base weights as the column ``route_weights``, for rows labeled ``label``.
 
     The base weight :math:`a` of the position that predicts token :math:`t` becomes :math:`w_t + (1 - w_t) a`. The
     column multiplies the route's own weight, so it holds that number divided by :math:`a`. Positions of other rows, and
     a row's last position, have 1.
 
     Args:
-        ds: with ``input_ids`` and ``route_label``; pack first, then call this.
+        ds: packed rows with ``input_ids`` and ``route_label``.
         w: ``(V,)``, of `token_frequency_weights`.
         base_weight: the base weight in the route of ``label`` (``presets.era``: -0.75), not zero.
-        label: of the rows to weigh.
+        label: label of the rows that get weights.
 
     Returns:
         ``ds`` with the column ``route_weights``: ``{"base": one number per position}``.
 
     Raises:
         ValueError: if ``base_weight`` is zero (no multiple of it is ``w``), if a token is outside ``w``, or if no token
-            of these rows has a weight below one half: then routing would silently do nothing (which a streaming dataset
-            cannot know).
+            of these rows has a weight below one half: then nothing would be routed. A streaming dataset
+            is not checked for the latter.
 
     Example:
         >>> ds = Dataset.from_dict({"input_ids": [[2, 1, 0], [2, 1, 0]], "route_label": ["forget", "retain"]})
@@ -131,20 +131,20 @@ def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, labe
     out = add_column(ds, ROUTE_WEIGHTS, needs=["input_ids", ROUTE_LABEL], values=weights)
     if isinstance(out, Dataset) and not routed:
         raise ValueError(
-            f"no token of the rows labelled {label!r} has a weight below 0.5: nothing would be routed. Check that `w` "
+            f"no token of the rows labeled {label!r} has a weight below 0.5: nothing would be routed. Check that `w` "
             "was made with this tokenizer, from text like these rows, and that the label occurs"
         )
     return out
 
 
 def tokens_of_words(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[int]:
-    """Return the ids of words that are single tokens: as written and capitalised, with and without a leading space.
+    """Return the ids of words that are single tokens: as written and capitalized, with and without a leading space.
 
-    In running text a word's token nearly always has the leading space, and a list of ids without it routes nothing.
+    In running text a word's token nearly always has the leading space, so ids of words without it route almost nothing.
 
     Args:
-        tokenizer: of the model to be trained.
-        words: without spaces around them.
+        tokenizer: the tokenizer of the model to be trained.
+        words: words without surrounding spaces.
 
     Raises:
         ValueError: for a word none of whose forms is a single token.

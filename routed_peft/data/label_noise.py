@@ -1,4 +1,4 @@
-"""Missing and wrong labels, made on purpose: what a labeller of given recall and precision would have left us."""
+"""Simulation of missing and wrong labels, by a labeler of given recall and precision."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def simulate_labels(
     precision: float = 1.0,
     seed: int = 0,
 ) -> Dataset:
-    r"""Label rows whose true side is known as an imperfect labeller would, with exact counts.
+    r"""Label rows of known side as an imperfect labeler would, with exact counts.
 
-    Of the :math:`N_s` rows of side :math:`s`, :math:`n_s = [\ell_s N_s]` are labelled at all; the rest are "unlabeled".
-    Among those labelled, with brackets for rounding,
+    Of the :math:`N_s` rows of side :math:`s`, :math:`n_s = [\ell_s N_s]` are labeled at all; the rest are "unlabeled".
+    Among those labeled, with brackets for rounding,
 
     .. math::
         TP = [\text{recall} \cdot n_\text{forget}], \qquad
@@ -34,15 +34,15 @@ def simulate_labels(
     rows and :math:`n_\text{retain} - FP` retain rows carry "retain". So recall is ``TP / n_forget`` and precision
     ``TP / (TP + FP)``, to the nearest row.
 
-    Which rows these are depends on the seed alone: each side is put in a random order of its own, and every count takes
-    that many from the front. The rows labelled at ``labeled=0.1`` are thus among those labelled at 0.5, and as
-    ``labeled`` or ``recall`` rises or ``precision`` falls, rows are added to those that carry "forget", and none leave.
+    The choice of rows depends on the seed alone: each side has a random order of its own, and every count takes rows from
+    the front. The rows labeled at ``labeled=0.1`` are thus among those labeled at 0.5. As ``labeled`` or ``recall`` rises or
+    ``precision`` falls, more rows carry "forget", and none of the former lose it.
 
     Args:
         ds: with the true side of each row, ``"forget"`` or ``"retain"``.
-        side_column: where the side is.
-        labeled: share of rows labelled at all, for both sides or by side.
-        recall: share of labelled true forget rows that carry "forget", in [0, 1].
+        side_column: name of the side's column.
+        labeled: share of rows labeled at all, for both sides or by side.
+        recall: share of labeled true forget rows that carry "forget", in [0, 1].
         precision: share of the rows carrying "forget" that truly are, in (0, 1].
         seed: same seed, same labels.
 
@@ -50,8 +50,8 @@ def simulate_labels(
         ``ds`` with the column ``route_label``.
 
     Raises:
-        ValueError: if a share is out of range, a side is neither of the two, or there are fewer labelled retain rows
-            than the precision calls for.
+        ValueError: if a share is out of range, a side is neither of the two, or there are fewer labeled retain rows
+            than the precision requires.
 
     Example:
         >>> ds = Dataset.from_dict({"side": ["forget"] * 10 + ["retain"] * 20})
@@ -69,7 +69,7 @@ def simulate_labels(
         if not 0 <= value <= 1:
             raise ValueError(f"`{name}` is a share between 0 and 1, got {value}")
     if precision == 0:
-        raise ValueError("`precision` must be above 0: with 0 no number of wrong rows would do")
+        raise ValueError("`precision` must be above 0: at 0 the number of wrong rows is undefined")
 
     pools = {side: order[: round(shares[side] * len(order))] for side, order in _orders(ds, side_column, seed).items()}
     hits = round(recall * len(pools[FORGET]))
@@ -77,7 +77,7 @@ def simulate_labels(
     if wrong > len(pools[RETAIN]):
         raise ValueError(
             f"`precision={precision}` beside {hits} forget rows found calls for {wrong} retain rows carrying 'forget', "
-            f"but only {len(pools[RETAIN])} retain rows are labelled"
+            f"but only {len(pools[RETAIN])} retain rows are labeled"
         )
     labels = np.full(len(ds), UNLABELED, dtype=object)
     for side, found in ((FORGET, hits), (RETAIN, wrong)):

@@ -1,4 +1,4 @@
-"""Where labels come from: a column, keywords, tokens, or a classifier's scores."""
+"""Label sources: a column, keywords, tokens, or a classifier's scores."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ def labels_from_keywords(
     whole_words: bool = True,
     case_sensitive: bool = False,
 ) -> AnyDataset:
-    """Label rows by the words in their text; the first label of ``keywords`` with a match is taken.
+    """Label rows by the words in their text; the first label of ``keywords`` with a match applies.
 
     Args:
         ds: map-style or streaming.
         keywords: label -> words or phrases.
-        default: the label of rows without any.
-        column: where the text is.
-        whole_words: whether "tree" leaves "street" alone.
-        case_sensitive: whether "tree" leaves "Tree" alone.
+        default: label of rows without a match.
+        column: name of the text's column.
+        whole_words: match whole words, so that "tree" does not match "street".
+        case_sensitive: match case, so that "tree" does not match "Tree".
 
     Returns:
         ``ds`` with the column ``route_label``, an earlier one replaced.
 
     Raises:
-        ValueError: if there are no keywords, an empty one, or a label of ``keywords`` that no row gets (which a
-            streaming dataset cannot know).
+        ValueError: if there are no keywords, an empty one, or a label of ``keywords`` that no row gets; a streaming
+            dataset is not checked for the latter.
 
     Example:
         >>> ds = Dataset.from_dict({"text": ["Trees grow.", "A street.", "The forest!"]})
@@ -109,14 +109,14 @@ def labels_from_tokens(
         ds: with ``input_ids``.
         tokens: label -> token ids.
         default: the label of every other token.
-        within: label tokens of rows with this ``route_label`` only; None: of all rows.
+        within: label only tokens of rows with this ``route_label``; None for all rows.
 
     Returns:
         ``ds`` with the column ``route_labels``, one label per token, in place of any ``route_label``.
 
     Raises:
-        ValueError: if a label of ``tokens`` never occurs, so that nothing would be routed (which a streaming dataset
-            cannot know).
+        ValueError: if a label of ``tokens`` never occurs, so that nothing would be routed; a streaming dataset is not
+            checked.
 
     Example:
         >>> ds = Dataset.from_dict({"input_ids": [[5, 6, 5], [7, 7]]})
@@ -157,9 +157,9 @@ def labels_from_classifier(
         classifier: any function from texts to scores in [0, 1], or a ``transformers`` text-classification pipeline.
         forget_above: a higher score means "forget".
         retain_below: a lower score means "retain".
-        column: where the text is.
+        column: name of the text's column.
         positive: of a pipeline, the class whose probability is the score.
-        batch_size: texts a call.
+        batch_size: texts per call.
 
     Returns:
         ``ds`` with the column ``route_label``, an earlier one replaced.
@@ -190,17 +190,17 @@ def labels_from_classifier(
         if not ((scores >= 0) & (scores <= 1)).all():
             bad = scores[~((scores >= 0) & (scores <= 1))][0]
             raise ValueError(
-                f"`classifier` must give scores in [0, 1], got {bad}: apply a sigmoid to logits, and mend NaNs"
+                f"`classifier` must give scores in [0, 1], got {bad}: apply a sigmoid to logits, and remove NaNs"
             )
         return np.select([scores > forget_above, scores < retain_below], [FORGET, RETAIN], UNLABELED).tolist()
 
     return _add_labels(ds, column, label=label, batch_size=batch_size)
 
 
-Labeller = Callable[[list[Any]], list[str]]
+Labeler = Callable[[list[Any]], list[str]]
 
 
-def _add_labels(ds: AnyDataset, column: str, *, label: Labeller, batch_size: int = 1000) -> AnyDataset:
+def _add_labels(ds: AnyDataset, column: str, *, label: Labeler, batch_size: int = 1000) -> AnyDataset:
     return add_column(ds, ROUTE_LABEL, needs=[column], values=lambda batch: label(batch[column]), batch_size=batch_size)
 
 

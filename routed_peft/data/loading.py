@@ -1,4 +1,4 @@
-"""Training files: JSONL, Parquet or a dataset of the Hub, with the columns that training needs."""
+"""Loading of training files and texts: JSONL, Parquet or datasets of the Hub."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def load_training_file(
     Args:
         source: a ``.jsonl``, ``.json`` (both also ``.gz``) or ``.parquet`` file, or the id of a dataset on the Hub, or
             a directory laid out like one.
-        split: which split of a Hub dataset or directory; a single file is one split, whatever it is called.
-        columns: that must be there.
-        streaming: read rows as they are needed, into an IterableDataset.
+        split: split of a Hub dataset or directory; a single file is one split, whatever its name.
+        columns: required columns.
+        streaming: return an IterableDataset, which reads rows as they are needed.
 
     Raises:
         ValueError: if a column is missing, the file is empty, or its kind is unknown.
@@ -52,7 +52,7 @@ def load_training_file(
         if reader is None:
             raise ValueError(f"`source` must be one of {', '.join(_READERS)}, or a Hub dataset, got {name!r}")
         if not path.stat().st_size:
-            raise ValueError(f"{name!r} is empty: it must hold a row at least")
+            raise ValueError(f"{name!r} is empty: it must hold one row or more")
         ds = load_dataset(reader, data_files=name, split="train", streaming=streaming)
     else:
         ds = load_dataset(name, split=split, streaming=streaming)
@@ -66,13 +66,13 @@ def load_training_file(
 
 
 def load_texts(files: Sequence[str | os.PathLike[str]]) -> Dataset:
-    """Load the column ``text`` of several training files, one after the other.
+    """Load and concatenate the column ``text`` of several training files.
 
     Raises:
-        ValueError: a file is a directory, of which a part would be taken; and what `load_training_file` raises.
+        ValueError: where a file is a directory, and as `load_training_file` does.
     """
     if folders := [str(file) for file in files if Path(file).is_dir()]:
-        raise ValueError(f"{folders[0]!r} is a directory: name the files in it that count, one by one")
+        raise ValueError(f"{folders[0]!r} is a directory: name each of its files that should be read")
     parts = [load_training_file(file, columns=["text"]).select_columns("text") for file in files]
     alike = [part.cast_column("text", Value("string")) for part in parts]  # Parquet of pandas has long strings
     return concatenate_datasets(alike)
@@ -82,16 +82,16 @@ def read_texts(file: str | Path, argument: str, limit: int | None = None) -> lis
     """Read the column ``text`` of a JSONL file.
 
     Raises:
-        ValueError: no such file, a line that is no JSON object, no line at all, or a row without text.
+        ValueError: where the file is missing or empty, a line is no JSON object, or a row has no text.
     """
     return [text for text, _ in _read(file, argument)][:limit]
 
 
 def read_facts(file: str | Path) -> list[str | tuple[str, ...]]:
-    """Read facts of a JSONL file, for `AttackData`: ``text``, and ``fact`` where rows say the same or tell each other.
+    """Read facts of a JSONL file, for `AttackData`: ``text``, and ``fact`` to group rows that reveal each other.
 
     Raises:
-        ValueError: what `read_texts` raises.
+        ValueError: as `read_texts` does.
     """
     facts: dict[Any, list[str]] = {}
     for number, (text, row) in enumerate(_read(file, "facts")):

@@ -1,4 +1,4 @@
-"""Documents -> rows of one length, each of one label."""
+"""Packing of documents into rows of one length and one label."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def pack(
     seed: int = 0,
     per_token: Sequence[str] = (),
 ) -> Dataset:
-    """Tokenise documents and lay them end to end, an end-of-sequence token after each, in rows of ``length`` tokens.
+    """Tokenize documents and lay them end to end, an end-of-sequence token after each, in rows of ``length`` tokens.
 
-    Only documents that agree in every column of ``by`` share a row, so no row mixes labels: a forget document's loss
-    cannot reach the base through a retain neighbour. What does not fill a row at the end of a group is dropped. The
-    seed shuffles the documents first and the rows afterwards.
+    Documents share a row only if they agree in every column of ``by``, so no row mixes labels: a forget document's loss
+    cannot reach the base through a retain neighbor. Tokens that do not fill a row at the end of a group are dropped. The
+    seed shuffles documents first and rows afterwards.
 
     Args:
         ds: a map-style dataset of documents.
-        tokenizer: has an end-of-sequence token; adds no other special token here.
-        length: tokens a row.
-        by: columns that a row must not mix, and that are kept. None: those of ``route_label`` and ``side`` that exist.
-        column: where the text is.
+        tokenizer: needs an end-of-sequence token, the only special token added here.
+        length: tokens per row.
+        by: columns that a row must not mix; they are kept. None: ``route_label`` and ``side``, where they exist.
+        column: name of the text's column.
         seed: same seed, same rows.
-        per_token: further columns, which a row may mix: kept as lists with the value of each token's document.
+        per_token: further columns, which a row may mix; they become lists with the value of each token's document.
 
     Returns:
         A shuffled dataset of ``input_ids`` and the columns of ``by`` and ``per_token``.
 
     Raises:
-        ValueError: if a column is missing or has nulls, if ``ds`` is labelled by token, or if a value of the first
+        ValueError: if a column is missing or has nulls, if ``ds`` is labeled by token, or if a value of the first
             column of ``by`` has too few tokens for a single row.
 
     Example:
@@ -82,7 +82,7 @@ def pack(
 
 
 def tokenize(ds: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> list[np.ndarray]:
-    """Return the tokens of each document, with the one that ends it."""
+    """Return the tokens of each document, including the end-of-sequence token."""
     eos = tokenizer.eos_token_id
     return [
         np.array([*ids, eos], dtype=np.int32)
@@ -99,10 +99,8 @@ def _check(ds: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, by: 
         )
     if missing := [name for name in (column, *by) if name not in ds.column_names]:
         raise ValueError(f"the dataset lacks the columns {missing}, got {ds.column_names}: see `column` and `by`")
-    if labelled := [name for name in (ROUTE_LABELS, ROUTE_WEIGHTS) if name in ds.column_names]:
-        raise ValueError(
-            f"packing cannot carry {labelled}, one value per token: pack first, then label the packed rows"
-        )
+    if labeled := [name for name in (ROUTE_LABELS, ROUTE_WEIGHTS) if name in ds.column_names]:
+        raise ValueError(f"packing cannot carry {labeled}, one value per token: pack first, then label the packed rows")
     if not len(ds):
         raise ValueError("the dataset has no rows to pack")
     for name in (column, *by):

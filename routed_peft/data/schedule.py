@@ -1,4 +1,4 @@
-"""Packed rows -> the rows of a whole run, in the order in which they are trained on."""
+"""Schedule of a run: packed rows in training order, with chosen shares of labels."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def schedule(
 ) -> Dataset:
     r"""Lay out a run of exactly ``rows`` rows, for ``train_sampling_strategy="sequential"``.
 
-    The first ``labeled_first`` of the run takes labelled rows only, half of them forget (``first_forget_share``), so that
-    the region knows its side before unlabelled rows come and are absorbed by whoever knows them already. The rest takes all
-    labels in the shares that they have in ``ds``, but for ``forget_share``: labelled forget rows teach the base nothing, so a
-    smaller share of them leaves more of the budget to the others.
+    The first ``labeled_first`` of the run takes labeled rows only, half of them forget (``first_forget_share``), so that
+    the region knows its side before unlabeled rows come, which train base and region alike. The rest of the run takes all
+    labels in their shares of ``ds``, except for ``forget_share``: labeled forget rows teach the base nothing, so a smaller
+    share of them leaves more of the budget to the others.
 
-    Any stretch of the run has its phase's shares to within one row (largest remainder), so batches are alike. A label's
-    rows are shuffled, and shuffled anew each time they are used up.
+    Any stretch of the run has the shares of its phase to within one row (largest remainder), so batches are alike. The rows
+    of a label are shuffled, and reshuffled each time they are used up.
 
     Args:
         ds: rows with ``route_label``.
         rows: length of the run: steps times rows per step.
-        labeled_first: share of the run, in [0, 1].
-        forget_share: share of labelled forget rows after that, in [0, 1); None for the share in ``ds``.
+        labeled_first: share of the run that takes labeled rows only, in [0, 1].
+        forget_share: share of labeled forget rows in the rest, in [0, 1); None for the share in ``ds``.
         seed: same seed, same run.
-        first_forget_share: share of forget rows before that, in (0, 1).
+        first_forget_share: share of forget rows in the labeled start, in (0, 1).
 
     Raises:
-        ValueError: if a share is out of range, or ``labeled_first`` is asked of data without labelled rows of both kinds.
+        ValueError: if a share is out of range, or ``labeled_first`` is above 0 and labeled rows of either kind are missing.
 
     Example:
         >>> ds = Dataset.from_dict({"route_label": ["forget", "retain", "unlabeled", "unlabeled"]})
@@ -95,9 +95,7 @@ def draw_order(
     if first:
         others = {label: share for label, share in shares.items() if label not in (FORGET, UNLABELED)}
         if FORGET not in pools or not others:
-            raise ValueError(
-                f"`labeled_first` needs rows labelled forget and rows labelled otherwise, got {list(pools)}"
-            )
+            raise ValueError(f"`labeled_first` needs rows labeled forget and rows labeled otherwise, got {list(pools)}")
         part = (1 - first_forget_share) / sum(others.values())
         others = {label: share * part for label, share in others.items()}
         order = _mixed({FORGET: first_forget_share} | others, first) + order
@@ -107,7 +105,7 @@ def draw_order(
 
 
 def _mixed(shares: Mapping[str, float], count: int) -> list[str]:
-    """Lay out ``count`` labels so that every stretch has the shares: the label that lags most comes next."""
+    """Return ``count`` labels with the shares in every stretch: the label that lags most comes next."""
     owed = dict.fromkeys(shares, 0.0)
     order = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""A small tokenizer of one's own, for training from scratch without downloads."""
+"""Training of a small tokenizer, for models trained from scratch without downloads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PAD, EOS = "<pad>", "<eos>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: any text can be written, and the same texts give the same tokenizer.
+    """Train a byte-level BPE tokenizer, which encodes any text; the same texts give the same tokenizer.
 
     Args:
-        texts: to learn merges from.
-        vocab_size: entries at most: 256 bytes, ``<pad>``, ``<eos>`` (which also begins a sequence), and merges.
+        texts: texts from which merges are learned.
+        vocab_size: maximum number of entries: 256 bytes, ``<pad>``, ``<eos>`` (which also begins a sequence), and merges.
 
     Raises:
-        ValueError: if ``vocab_size`` has no room for the bytes and the two special tokens.
+        ValueError: if ``vocab_size`` is too small for the bytes and the two special tokens.
 
     Example:
         >>> tokenizer = train_tokenizer(["one tree, two trees"] * 3, vocab_size=270)

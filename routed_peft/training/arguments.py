@@ -1,4 +1,4 @@
-"""What a routed run is told: fields added to `transformers.TrainingArguments`, with the same names as YAML keys and flags."""
+"""Arguments added to `transformers.TrainingArguments`; YAML keys and flags have the same names."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from transformers import TrainingArguments
 
 @dataclass
 class RoutedArguments:
-    """The added fields alone; a mix-in, so that TRL's configurations can take them too."""
+    """Mix-in of the added fields, also for TRL's configurations."""
 
     train_base: bool = field(default=False, metadata={"help": "Train the model's own weights as well as its adapters."})
     base_adapters: list[str] = field(
-        default_factory=list, metadata={"help": "Adapters that belong to the base and stay, such as a `retain` LoRA."}
+        default_factory=list,
+        metadata={"help": "Adapters that are part of the base and stay, such as a `retain` LoRA."},
     )
     kept_regions: list[str] = field(
         default_factory=list,
@@ -35,7 +36,7 @@ class RoutedArguments:
     joint: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Base modules that learn from all data: `embeddings`, `norms`, `head`, or ends of module names."
+            "help": "Base modules that train on all data: `embeddings`, `norms`, `head`, or suffixes of module names."
         },
     )
     region_learning_rate: float | None = field(
@@ -47,7 +48,7 @@ class RoutedArguments:
     clip_per_group: bool = field(
         default=False,
         metadata={
-            "help": "Clip base and regions to `max_grad_norm` one by one, so that neither shrinks the other's update."
+            "help": "Clip base and regions to `max_grad_norm` separately, so that neither shrinks the other's update."
         },
     )
     activation_l1: float = field(
@@ -58,20 +59,19 @@ class RoutedArguments:
         default=True, metadata={"help": "Evaluate a second time with all regions ablated: `eval_ablated_…`."}
     )
     self_check: bool = field(
-        default=True, metadata={"help": "On the first batch, try every label and raise where gradient goes astray."}
+        default=True,
+        metadata={"help": "On the first batch, try every label; raise where a gradient reaches the wrong group."},
     )
     check_labels_after: int = field(
         default=100,
         metadata={
-            "help": "On a stream: raise if nothing was routed in so many steps, and warn of a region without data. 0: at the "
-            "end only."
+            "help": "On a stream: raise if nothing was routed in this many steps, and warn if a region had no data. 0: check "
+            "at the end only."
         },
     )
     gather: bool = field(
         default=True,
-        metadata={
-            "help": "Leave positions of weight zero out of weight-gradient matmuls; ignored under torch_compile."
-        },
+        metadata={"help": "Skip positions of weight zero in weight-gradient matmuls; ignored under torch_compile."},
     )
 
 
@@ -88,4 +88,4 @@ class RoutedTrainingArguments(RoutedArguments, TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # routing leaves gradients of zero, never of None
+            self.ddp_find_unused_parameters = False  # routed gradients are zero, never None

@@ -14,7 +14,7 @@ except PackageNotFoundError:
 if _found not in SpecifierSet(SUPPORTED_TRL):
     raise ImportError(
         f"`routed_peft.trl` overrides internals of TRL {SUPPORTED_TRL}, and {_found} is installed: they may have changed, "
-        f'and rollouts would then train unrouted without a word. `pip install "trl{SUPPORTED_TRL}"`'
+        f'and rollouts would then train unrouted without an error. `pip install "trl{SUPPORTED_TRL}"`'
     )
 
 from routed_peft.trl.config import RoutedGRPOConfig, RoutedSFTConfig  # noqa: E402

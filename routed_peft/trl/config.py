@@ -28,8 +28,8 @@ class RoutedSFTConfig(RoutedArguments, SFTConfig):
 class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
     """`trl.GRPOConfig` for `RoutedGRPOTrainer`.
 
-    Unlike elsewhere, ``clip_per_group`` is on: rewards come in bursts, and a burst of the region's gradient would
-    otherwise shrink the update of the base.
+    ``clip_per_group`` is on by default: rewards come in bursts, and a burst of the region's gradient would otherwise
+    shrink the update of the base.
 
     Example:
         >>> args = RoutedGRPOConfig("out", anchor_environments=["secure"], bf16=False, report_to="none")
@@ -44,7 +44,7 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
     clip_per_group: bool = field(
         default=True,
         metadata={
-            "help": "Clip base and regions to `max_grad_norm` one by one, so that neither shrinks the other's update."
+            "help": "Clip base and regions to `max_grad_norm` separately, so that neither shrinks the other's update."
         },
     )
     flagged_labels: list[str] = field(
@@ -56,8 +56,8 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
     baseline_over: str = field(
         default="group",
         metadata={
-            "help": "Whose mean reward is the baseline: the whole `group`, or its `unflagged` rollouts (the whole group if "
-            "all are flagged), so that flagged rewards do not make honest rollouts look bad.",
+            "help": "Rollouts whose mean reward is the baseline: the whole `group`, or its `unflagged` rollouts (the whole "
+            "group if all are flagged), so that flagged rewards do not lower the advantages of honest rollouts.",
             "choices": ["group", "unflagged"],
         },
     )
@@ -73,7 +73,7 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
         default=None, metadata={"help": "Environments whose prompts may be anchors (trusted ones); all by default."}
     )
     environment_column: str = field(
-        default="environment", metadata={"help": "Dataset column that says which environment a prompt belongs to."}
+        default="environment", metadata={"help": "Dataset column of a prompt's environment."}
     )
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
         if self.baseline_over == "unflagged" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 '`baseline_over="unflagged"` needs `multi_objective_aggregation="sum_then_normalize"`, got '
-                f"{self.multi_objective_aggregation!r}: rewards normalized one by one have no baseline of their sum"
+                f"{self.multi_objective_aggregation!r}: separately normalized rewards have no baseline of their sum"
             )
         if not 0 <= self.anchor_share < 1:
             raise ValueError(f"`anchor_share` is a share of the prompts, from 0 to below 1, got {self.anchor_share}")
@@ -101,4 +101,4 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
 
 def _no_unused_parameters(args: RoutedSFTConfig | RoutedGRPOConfig) -> None:
     if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # routing leaves gradients of zero, never of None
+        args.ddp_find_unused_parameters = False  # routed gradients are zero, never None

@@ -1,4 +1,4 @@
-"""What an environment pays a GRPO trainer's model for a few rollouts: the reward that a `RegionMonitor` asks for."""
+"""Mean reward of an environment's rollouts under a GRPO trainer's model, for `RegionMonitor`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class RolloutReward:
     """The mean reward of rollouts of an environment's first prompts, sampled and graded as in training, without anchors.
 
     Args:
-        trainer: with its prompts, generation settings, reward functions and their weights. Generation is that of
-            `transformers`, also where training samples with vLLM.
-        column: of the prompts, that names their environment.
-        count: prompts of each environment, one rollout of each; of every process.
+        trainer: gives prompts, generation settings, reward functions and their weights. Generation is by
+            `transformers`, even where training samples with vLLM.
+        column: column of the prompts' environments.
+        count: prompts of each environment in every process, with one rollout each.
 
     Raises:
         ValueError: where prompts are streamed, or lack the column; when called, for an environment without prompts.
@@ -42,7 +42,7 @@ class RolloutReward:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, environment: str) -> float:
-        """Return the mean reward of ``model``, as it is: with its regions or without."""
+        """Return the mean reward of ``model`` in its current state, with its regions or without."""
         trainer = self.trainer
         indices = [i for i, name in enumerate(self._environments) if str(name) == environment][: self.count]
         if not indices:
@@ -60,19 +60,19 @@ class RolloutReward:
         if is_conversational(rows[0]):
             written = [[{"role": "assistant", "content": text}] for text in written]
         with _logging_apart(trainer):
-            # TRL's own, not that of a routed trainer, which would take these for rollouts to be labelled
+            # TRL's method, because that of a routed trainer would label these rollouts
             rewards = GRPOTrainer._calculate_rewards(trainer, rows, prompts, written, ids)
         return float((rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).mean())
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        """Return a completion up to its end, with that, as training grades it."""
+        """Return a completion up to and including its end token, as training grades it."""
         ends = [i for i, token in enumerate(ids) if token in self.trainer.eos_token_ids]
         return ids[: ends[0] + 1] if ends else ids
 
 
 @contextmanager
 def _logging_apart(trainer: GRPOTrainer) -> Iterator[None]:
-    """Keep what reward functions log of these rollouts out of the trainer's metrics and its table of completions."""
+    """Keep the logs of reward functions out of the trainer's metrics and its table of completions."""
     kept = trainer._pending_metrics, trainer._pending_extra_logs
     trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
     try:

@@ -28,9 +28,9 @@ Numbers = Sequence[float] | Sequence[Sequence[float]]
 
 @dataclass
 class RolloutLabels:
-    """What a label function may return in place of a plain list of labels.
+    """Labels of rollouts with weights or advantages, for label functions that return more than labels.
 
-    Everything has one entry per rollout; an entry is a single value or a list with one value per token of the completion.
+    Every field has one entry per rollout: a single value, or a list with one value per token of the completion.
 
     Attributes:
         labels: names of routes.
@@ -53,14 +53,14 @@ class Rollouts:
 
     Attributes:
         rows: the dataset row of each.
-        prompts: as TRL gives them to reward functions.
-        completions: likewise.
+        prompts: prompts in TRL's format for reward functions.
+        completions: completions in the same format.
         completion_ids: token ids of each completion.
         rewards: weighted sum of the rewards of each, None where no function gave one.
         rewards_per_func: the single rewards, by name of the reward function.
         advantages: TRL's, of each.
-        anchor: whether it was sampled with the regions ablated.
-        generation: (optimizer step, micro-batch, process): the same numbers, the same rollouts, also after resuming.
+        anchor: whether each was sampled with the regions ablated.
+        generation: (optimizer step, micro-batch, process), which identify the rollouts, also after resuming.
     """
 
     rows: list[dict[str, Any]]
@@ -88,7 +88,7 @@ def label_rollouts(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[
     """Call a label function and check its answer; a label in ``route_quarantine`` replaces that of its row.
 
     Raises:
-        ValueError: where it has another length than there are rollouts (or tokens), or a label without a route.
+        ValueError: where the answer's length is not the number of rollouts (or tokens), or a label has no route.
     """
     answer = label_fn(**rollouts.arguments())
     answer = answer if isinstance(answer, RolloutLabels) else RolloutLabels(answer)
@@ -122,7 +122,7 @@ def _check_finite(name: str, what: str, values: Numbers) -> None:
     for index, value in enumerate(values):
         if not all(isinstance(v, int | float) and isfinite(v) for v in (value if isinstance(value, list) else [value])):
             raise ValueError(
-                f"the label function {name!r} returned {what} that are no finite numbers for rollout {index}: {value}"
+                f"the label function {name!r} returned {what} that are not finite numbers for rollout {index}: {value}"
             )
 
 
@@ -158,7 +158,7 @@ def _check_shape(name: str, what: str, *, values: Any, rollouts: Rollouts) -> No
 
 
 def position_values(values: Numbers, prompt_mask: Tensor, *, completions: int, fill: float) -> Tensor:
-    """Lay values of completion tokens over positions, where each stands at the position that predicts its token.
+    """Place values of completion tokens at the positions that predict these tokens.
 
     Prompt positions before the last take the value of the first token; padding takes ``fill``.
 
@@ -184,7 +184,7 @@ def position_values(values: Numbers, prompt_mask: Tensor, *, completions: int, f
 
 
 def label_tensors(answer: RolloutLabels, routes: Mapping[str, Any], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the keys that go into TRL's batch: labels as indices of routes, ``(B,)`` or ``(B, P + C)``, and weights.
+    """Return the keys for TRL's batch: labels as indices of routes, ``(B,)`` or ``(B, P + C)``, and weights.
 
     TRL shuffles and splits every key of a batch along its first axis, so these follow their completions.
     """
@@ -215,7 +215,7 @@ def nest_weights(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def advantage_tensor(advantages: Numbers, completions: int, device: torch.device) -> Tensor:
-    """Return ``(B,)``, or ``(B, C)`` padded with 0, of what a label function returned."""
+    """Return advantages as ``(B,)``, or by token as ``(B, C)`` padded with 0."""
     if not _is_list(advantages[0]):
         return torch.tensor(advantages, dtype=torch.float32, device=device)
     grid = torch.zeros(len(advantages), completions, device=device)

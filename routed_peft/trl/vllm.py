@@ -39,7 +39,7 @@ def folded_parameters(model: nn.Module, adapters: Collection[str]) -> Iterator[t
 
     Args:
         model: a PeftModel whose ``adapters`` passed `check_foldable`.
-        adapters: which to fold in; regions left out are ablated in the engine.
+        adapters: adapters to fold in; regions left out are ablated in the engine.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model

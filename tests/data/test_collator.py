@@ -155,7 +155,7 @@ BAD = {
     "both": ([ROW | {"route_labels": ["forget"] * 2, "route_label": "forget"}], "got both"),
     "mixed": ([ROW | {"route_label": "forget"}, ROW | {"route_labels": ["forget"] * 2}], "in some rows and missing"),
     "mixed labels": ([ROW | {"route_label": "forget", "labels": [1, 2]}, ROW | {"route_label": "retain"}], "`labels`"),
-    "no tokens": ([{"text": "a", "route_label": "forget"}], "tokenise the text first"),
+    "no tokens": ([{"text": "a", "route_label": "forget"}], "tokenize the text first"),
     "mask": ([ROW | {"route_label": "forget", "attention_mask": [1]}], "`attention_mask` needs one value per token"),
     "weights": ([ROW | {"route_label": "forget", "route_weights": {"base": [1.0]}}], "`route_weights` needs one value"),
     "NaN": ([ROW | {"route_label": "forget", "route_weights": {"base": np.nan}}], "finite numbers"),

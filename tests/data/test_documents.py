@@ -31,7 +31,7 @@ def test_sides_become_labels_and_some_are_lost(file):
 
 
 def test_labels_that_are_there_are_kept(tmp_path):
-    path = tmp_path / "labelled.jsonl"
+    path = tmp_path / "labeled.jsonl"
     path.write_text('{"text": "a", "route_label": "forget"}\n{"text": "b", "route_label": "unlabeled"}\n')
     assert labeled_documents(DocumentArguments(train_file=str(path)))["route_label"][:] == ["forget", "unlabeled"]
 
@@ -39,12 +39,12 @@ def test_labels_that_are_there_are_kept(tmp_path):
 @pytest.mark.parametrize("keywords", [[], ["a"]])
 def test_labels_of_ones_own_are_never_thinned(tmp_path, keywords, caplog):
     """The recipes' YAMLs ask for half of the labels, which is about labels made from the true side."""
-    path = tmp_path / "labelled.jsonl"
+    path = tmp_path / "labeled.jsonl"
     rows = [{"text": "a" if i % 2 else "b", "route_label": "forget" if i % 2 else "retain"} for i in range(20)]
     path.write_text("".join(json.dumps(row | {"side": "retain"}) + "\n" for row in rows))
     args = DocumentArguments(train_file=str(path), labeled=0.5, recall=0.5, label_keywords=keywords)
     assert labeled_documents(args)["route_label"][:] == ["retain", "forget"] * 10
-    assert "are taken as they are" in caplog.text
+    assert "are never changed" in caplog.text
 
 
 def test_documents_without_any_labels(tmp_path):
@@ -87,7 +87,7 @@ def test_classes_become_names(tmp_path):
     assert select_arm(ds, "filter")["text"][:] == ["a cat"]
 
 
-def test_labelled_tokens_are_those_of_whole_rows():
+def test_labeled_tokens_are_those_of_whole_rows():
     ds = Dataset.from_dict({"text": ["a b c", "d e"], "route_label": ["forget", "unlabeled"], "side": ["forget"] * 2})
     tokenizer = train_tokenizer(ds["text"], 258)
     for length in (2, 5, 64):

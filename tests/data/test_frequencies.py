@@ -86,7 +86,7 @@ def test_errors():
         add_frequency_weights(ds, torch.zeros(9), base_weight=0.0)
     with pytest.raises(ValueError, match="weights for 3 tokens, got token 5"):
         add_frequency_weights(ds, torch.zeros(3), base_weight=-0.75)
-    with pytest.raises(ValueError, match="labelled 'flagged'.*nothing would be routed"):
+    with pytest.raises(ValueError, match="labeled 'flagged'.*nothing would be routed"):
         add_frequency_weights(ds, torch.zeros(9), base_weight=-0.75, label="flagged")
     with pytest.raises(ValueError, match="no token of `forget_texts` is routed"):
         token_frequency_weights(TOKENIZER, RETAIN, retain_texts=RETAIN)

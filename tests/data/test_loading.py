@@ -63,7 +63,7 @@ def test_texts_of_several_files_follow_each_other(tmp_path):
     pandas.DataFrame({"text": ["c"], "side": ["retain"]}).to_parquet(tmp_path / "b.parquet")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert load_texts([tmp_path / "a.jsonl", tmp_path / "b.parquet"])["text"][:] == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="is a directory: name the files in it"):
+    with pytest.raises(ValueError, match="is a directory: name each of its files"):
         load_texts([tmp_path])
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"a.jsonl' is empty"):

@@ -59,7 +59,7 @@ def test_bad_shares(options, message):
 
 
 def test_labels_that_are_missing():
-    with pytest.raises(ValueError, match="needs rows labelled forget"):
+    with pytest.raises(ValueError, match="needs rows labeled forget"):
         schedule(data(retain=2, unlabeled=2), 4, labeled_first=0.5)
     with pytest.raises(ValueError, match="has only the labels"):
         schedule(data(retain=2), 4, forget_share=0.5)

@@ -73,7 +73,7 @@ def test_only_the_credit_cut_keeps_the_base_from_learning_the_persona(tmp_path):
     for toy in (free, weak, cut):
         assert toy.on < 0.15 * toy.before and toy.task < 0.5  # all learn the persona, and the task without it
     assert free.off < 0.1 * free.before  # ablating an unrouted region removes nothing
-    assert weak.off < 0.25 * weak.before  # other layers learnt what the writers could not
+    assert weak.off < 0.25 * weak.before  # other layers learned what the writers could not
     assert cut.off > 0.8 * cut.before  # as if never trained
     assert cut.drift < 0.5 * weak.drift
 

@@ -49,7 +49,7 @@ SELF_LABELING = dict(
 
 
 def test_self_labels_agree_with_the_truth_and_resume(tmp_path, tokenizer):
-    """Once the region knows one alphabet, it finds the unlabelled rows written in it."""
+    """Once the region knows one alphabet, it finds the unlabeled rows written in it."""
     options = SELF_LABELING | dict(save_strategy="steps", save_steps=14)
     data = self_labeled(robust_share=0.2)
     trainer = train(tmp_path / "a", tokenizer, dataset=data, **options)
@@ -70,7 +70,7 @@ def test_rows_laid_out_for_another_length_are_refused(tmp_path, tokenizer):
 
 
 def test_documents_that_share_a_row_are_told_apart_and_resume(tmp_path, tokenizer):
-    """Every unlabelled row has a document in either alphabet, each of four tokens with the one that ends it."""
+    """Every unlabeled row has a document in either alphabet, each of four tokens with the one that ends it."""
     separator, rows = 1, two_alphabets().to_list()
     for row in rows:
         row["input_ids"][3] = row["input_ids"][7] = separator

@@ -24,7 +24,7 @@ def labels_of(run: SelfLabeledRows, start: int, stop: int) -> list[str]:
     return [run[i]["route_label"] for i in range(start, stop)]
 
 
-def test_a_run_starts_with_labelled_rows_only_a_tenth_of_them_forget():
+def test_a_run_starts_with_labeled_rows_only_a_tenth_of_them_forget():
     run = self_labeled(rows(), 100, labeled_first=0.2)
     assert len(run) == 100 and labels_of(run, 0, 20).count("forget") == 2
     half = self_labeled(rows(), 100, labeled_first=0.2, first_forget_share=0.5)
@@ -32,7 +32,7 @@ def test_a_run_starts_with_labelled_rows_only_a_tenth_of_them_forget():
     assert "unlabeled" not in labels_of(run, 0, 20) and "unlabeled" in labels_of(run, 20, 100)
 
 
-def test_relabelled_rows_are_taken_in_the_shares_asked_for():
+def test_relabeled_rows_are_taken_in_the_shares_asked_for():
     run = self_labeled(rows(), 100, labeled_first=0.2, forget_share=0.1)
     before = labels_of(run, 0, 24)
     scored = run.rows_labeled("unlabeled", 12)
@@ -109,7 +109,7 @@ def test_restored_runs_are_the_same():
 
 
 def mixed_rows() -> Dataset:
-    """Two documents in each unlabelled row, 0 after each; 1 is forget, 2 is retain, and the first of every row is cut off."""
+    """Two documents in each unlabeled row, 0 after each; 1 is forget, 2 is retain, and the first of every row is cut off."""
     ids = [[1, 1, 1, 0], [2, 2, 2, 0], [1, 0, 2, 0], [2, 0, 1, 0], [1, 0, 2, 0]]
     sides = [["retain" if token == 2 else "forget" for token in row] for row in ids]
     return Dataset.from_dict({"input_ids": ids, "route_label": ["forget", "retain", *["unlabeled"] * 3], "side": sides})
@@ -139,7 +139,7 @@ def test_documents_of_one_kind_share_rows_once_they_were_told_apart():
     assert [again[i] for i in range(40)] == [run[i] for i in range(40)]
 
 
-def test_where_all_is_labelled_there_are_no_documents_to_ask_about():
+def test_where_all_is_labeled_there_are_no_documents_to_ask_about():
     labeled = mixed_rows().select([0, 1])
     run = self_labeled(labeled, 16, labeled_first=0.25, separator=0)
     assert len(run.rows_to_score(100)) == 0

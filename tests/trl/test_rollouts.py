@@ -37,9 +37,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)
         (answering(lambda ids: RolloutLabels(detector(ids), advantages=[1.0])), "returned 1 advantages"),
         (
             answering(lambda ids: RolloutLabels(detector(ids), {"base": torch.full((8,), math.nan)})),
-            "no finite numbers",
+            "not finite numbers",
         ),
-        (answering(lambda ids: RolloutLabels(detector(ids), advantages=[math.inf] * 8)), "no finite numbers"),
+        (answering(lambda ids: RolloutLabels(detector(ids), advantages=[math.inf] * 8)), "not finite numbers"),
         (EnvironmentLabels({"A": "flagged"}), r"the environments \['B'\] have no label"),
         (EnvironmentLabels({"A": "flagged"}, column="env"), "`label_fn` needs the column `env`"),
         (EnvironmentLabels({"C": "flagged"}, default="unflagged"), r"`label_fn` has \['C'\], which `environment`"),
