@@ -15,6 +15,7 @@ from torch import nn
 
 from routed_peft.ablation import ablated
 from routed_peft.adapters import routing_record
+from routed_peft.deprecation import formerly_positional
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,7 @@ DEFAULT_TASKS = ("routed_loss", "routed_mc", "routed_cloze")
 Scores = dict[str, float]
 
 
+@formerly_positional("tasks", "metadata", "regions", "limit", "batch_size")
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
@@ -60,6 +62,7 @@ def evaluate(
     return _with_regions(model, measure, chosen=regions, base_adapters=base_adapters)
 
 
+@formerly_positional("configurations", "tasks", "metadata", "limit", "batch_size", "base_adapters")
 def evaluate_configurations(
     model: nn.Module,
     tokenizer: Any,
@@ -130,8 +133,10 @@ def results_frame(results: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     >>> results_frame({"ablated": {"routed_forget_mc/acc": 0.25}}).loc["routed_forget_mc/acc", "ablated"]
     np.float64(0.25)
     """
-    import pandas as pd
-
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError('a frame of results needs pandas: pip install "routed_peft[report]"') from error
     return pd.DataFrame({name: dict(scores) for name, scores in results.items()})
 
 

@@ -8,7 +8,6 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,6 @@ from transformers.utils import logging as transformers_logging
 
 from routed_peft.checkpoint import load_routed
 from routed_peft.demo import ARMS, run_demo
-from routed_peft.demo.material import Material, tokens_by_side
-from routed_peft.demo.report import derive, verdict
 from routed_peft.evaluation.measures import removed
 from routed_peft.report.numbers import number, share
 
@@ -35,11 +32,6 @@ def demo(tmp_path_factory):
     summary = run_demo(out, settings=TINY, console=Console(file=screen, width=90))
     assert transformers_logging.get_verbosity() == verbosity
     return out, summary, screen.getvalue()
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    return Material.prepare(TINY, tmp_path_factory.mktemp("material") / "data")
 
 
 def test_it_writes_what_it_promises(demo):
@@ -183,37 +175,3 @@ def test_interrupted_it_leaves_no_report(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_demo(tmp_path / "out", settings=small, console=Interrupting(file=io.StringIO()))
     assert not {"report.html", "summary.json", "curves.png"} & {path.name for path in (tmp_path / "out").iterdir()}
-
-
-def test_runs_of_all_arms_are_equally_long_and_drop_what_they_should(material):
-    runs = {arm.key: material.run_of(arm, TINY) for arm in ARMS}
-    assert {len(run) for run in runs.values()} == {80}
-    assert "forget" not in runs["filter"]["route_label"] and "forget" in runs["filter"]["side"]
-    assert "forget" not in runs["perfect_filter"]["side"]
-    assert {runs["routed"][i]["route_label"] for i in range(24)} == {"forget", "retain"}  # labeled rows come first
-    assert tokens_by_side(runs["perfect_filter"], 32) == {"forget": 0, "retain": 80 * 32}
-
-
-def test_the_attacker_has_no_document_that_is_trained_or_tested_on(material):
-    from routed_peft.corpora import load_pair
-
-    assert len(material.attacker) == TINY.relearn_documents
-    others = {*load_pair("biology", "train")["text"], *load_pair("biology", "test")["text"]}
-    tested = [json.loads(line)["text"] for line in Path(material.files["forget_file"]).read_text().splitlines()]
-    assert set(tested) <= others and not set(material.attacker) & set(tested)
-
-
-def test_derived_numbers_of_a_known_case():
-    losses = {"no_routing": (3.0, 3.5), "filter": (3.2, 3.4), "routed": (5.0, 3.5), "perfect_filter": (6.0, 3.3)}
-    models = {
-        key: {"forget_loss": forget, "retain_loss": retain, "relearned": {0: forget, 5: forget / 2}}
-        for key, (forget, retain) in losses.items()
-    }
-    derived = derive(models)
-    assert derived["removed"] == pytest.approx(2 / 3) and derived["retain_tax"] == pytest.approx(0.2)
-    assert derived["retain_tax_same_labels"] == pytest.approx(0.1)
-    assert derived["removed_by_filter"] == pytest.approx(0.2 / 3)
-    assert derived["removed_relearned"] == {5: pytest.approx(2 / 3)}
-    assert "67 %" in verdict(derived) and "7 %" in verdict(derived) and "cost 0.10" in verdict(derived)
-    assert "gained 0.10" in verdict({**derived, "retain_tax_same_labels": -0.1})
-    assert verdict({**derived, "removed": math.nan}).startswith("Too little was learned to tell")
