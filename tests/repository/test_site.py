@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 import importlib
 import inspect
 import os
@@ -81,6 +82,14 @@ def test_the_reference_has_every_command_and_field(site):
     page = (site / "reference" / "yaml-fields" / "index.html").read_text()
     assert all(f"<code>{name}</code>" in page for name in RoutedArguments.__annotations__)
     assert "<!-- fields" not in page and "<!-- commands" not in page
+
+
+@pytest.mark.parametrize("name", ["hooks", "docstrings"])
+def test_examples_of_the_hooks(name, monkeypatch):
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed
 
 
 @cache
