@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from routed_peft.ablation import ablated
+from routed_peft.deprecation import formerly_positional
 
 SCALES = tuple(i / 10 for i in range(11))
 
@@ -25,6 +26,7 @@ class ScaleChoice:
     rates: dict[float, float]
 
 
+@formerly_positional("rate", "limit", "scales")
 def choose_scale(
     model: nn.Module, region: str, *, rate: Callable[[], float], limit: float, scales: Sequence[float] = SCALES
 ) -> ScaleChoice:

@@ -17,6 +17,7 @@ from routed_peft.checkpoint.fetch import fetch, hub_arguments
 from routed_peft.checkpoint.layout import ROUTING, Layout
 from routed_peft.checkpoint.load import load_run
 from routed_peft.checkpoint.open_run import OpenRun
+from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
 from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.text_loss import check_causal
@@ -86,6 +87,7 @@ def held_out_pair(src: str | Path, metadata: Mapping[str, Any]) -> tuple[str, bo
     return metadata.get("pair") or own or "biology", bool(metadata.get("pair") or own)
 
 
+@formerly_positional("revision", "tokenizer")
 def load_source(
     src: str | Path,
     regions: Regions = "all",
@@ -119,6 +121,7 @@ def load_source(
     return plain, tokenizer
 
 
+@formerly_positional("regions", "metadata", "limit", "batch_size", "device", "output", "tokenizer", "revision")
 def evaluate_source(
     src: str | Path,
     tasks: Sequence[str] = DEFAULT_TASKS,

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from routed_peft.data.columns import ROUTE_ENVIRONMENT, ROUTE_LABEL, ROUTE_LABELS, ROUTE_QUARANTINE, column_values
+from routed_peft.deprecation import formerly_positional
 from routed_peft.files import read_json
 
 INCIDENTS, QUARANTINE = "incidents", "quarantine.json"
@@ -31,6 +32,7 @@ def check_treatments(treatment: Mapping[str, str]) -> None:
         raise ValueError(f"unknown treatment {unknown[0]!r} of an environment: give one of {', '.join(TREATMENTS)}")
 
 
+@formerly_positional("fix", "label", "column")
 def apply_quarantine(
     dataset: Dataset,
     quarantine: Mapping[str, str],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from routed_peft.deprecation import formerly_positional
 from routed_peft.files import write_json
 from routed_peft.monitoring.incidents import INCIDENT, Incident
 from routed_peft.monitoring.quarantine import DROP, INCIDENTS, QUARANTINE, check_treatments, read_quarantine
@@ -25,6 +26,7 @@ def drop_named_environments(incident: Incident) -> dict[str, str]:
     return dict.fromkeys(incident.named, DROP)
 
 
+@formerly_positional("max_incidents", "decide")
 def run_with_rollback(
     make_trainer: Callable[[dict[str, str]], Trainer],
     run_dir: str | Path,

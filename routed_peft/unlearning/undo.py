@@ -190,6 +190,7 @@ def read_cost(source: str | Path) -> TrainingCost | None:
     return None if costs is None else TrainingCost.from_dict(costs)
 
 
+@formerly_positional("out", "source", "tokenizer")
 def save_student(
     student: PreTrainedModel, record: UndoRecord, *, out: str | Path, source: str, tokenizer: Any = None
 ) -> dict[str, Any]:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from routed_peft.deprecation import formerly_positional
 
+
+@formerly_positional("init_noise", "alpha", "beta")
 def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, alpha: float, beta: float) -> Tensor:
     r"""Shrink a parameter towards the mean of its initialization, and add some of that initialization's noise.
 
@@ -44,6 +47,7 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, 
     return ((1 - alpha) * parameter.to(wide) + alpha * start).to(parameter.dtype)
 
 
+@formerly_positional("beta", "seed")
 @torch.no_grad()
 def add_noise(model: PreTrainedModel, alpha: float, *, beta: float, seed: int = 0) -> None:
     """Apply `shrink_perturb` to every parameter of ``model``, in place; tied weights once, buffers not at all.

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.measures.statistics import with_interval
 from routed_peft.evaluation.processes import processes
@@ -63,6 +64,7 @@ class SourceOptions:
             )
 
 
+@formerly_positional("out", "attacks", "learning_rates", "seeds", "steps")
 def relearn_source(
     src: str | Path,
     data: AttackData,

@@ -13,6 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.measures import relearning_area, share_relearned, to_recover
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import BOUNDS, Curve
@@ -23,6 +24,7 @@ FORMAT, KIND = 1, "relearning"
 _RESULT = ("envelope", "curves", "verdict", "interior", "learning_rates", "start", "target")
 
 
+@formerly_positional("reference", "oracle")
 def summarize(
     attack: Attack, curves: Sequence[Curve], *, reference: float | None = None, oracle: Sequence[float] | None = None
 ) -> dict[str, Any]:
