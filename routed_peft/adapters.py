@@ -17,7 +17,7 @@ _LORA_OUTLETS = ("lora_B",)
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """How a model was routed: plain data that stays on the model, for saving it and for measuring it.
+    """Record of a model's routing: plain data that stays on the model, for saving and measuring it.
 
     Attributes:
         routes: label -> `Route`, or None where they are not known.

@@ -71,7 +71,7 @@ class MLPLayout:
 
     @property
     def gated(self) -> bool:
-        """Whether the activation of a gate multiplies ``up``."""
+        """True where the activation of a gate multiplies ``up``."""
         return self.fused or self.gate is not None
 
 

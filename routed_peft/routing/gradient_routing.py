@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from routed_peft.adapters import adapter_names, routing_record, set_routing_record, tuner_layers
 from routed_peft.architectures import find_mlps, output_projection
+from routed_peft.deprecation import warn_renamed
 from routed_peft.routes import BASE, Routes, validate_routes
 from routed_peft.routing.compatibility import check_covered, check_member, check_model
 from routed_peft.routing.groups import JOINT, Member, find_members
@@ -275,6 +276,11 @@ class GradientRouting:
             for group, m in effective.items()
         }
         return {group: int(reached.sum()) if group == JOINT else counts[group] for group in self.groups}
+
+    def learning(self, labels: Labels, reached: Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+        """Return `count_learning_positions` of the same arguments: the old name, deprecated."""
+        warn_renamed("GradientRouting.learning", "GradientRouting.count_learning_positions")
+        return self.count_learning_positions(labels, reached, weights)
 
     def self_check(
         self, batch: Mapping[str, Any], loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None

@@ -82,7 +82,7 @@ class Validation:
 
     @property
     def ok(self) -> bool:
-        """Whether there are no `problems`."""
+        """True where there are no `problems`."""
         return not self.problems
 
     def table(self) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 WORDS = ["tree", "stone", "river", "cloud", "grass", "light", "shade", "leaf", "bird", "hill"]
@@ -13,8 +15,8 @@ SHOUTED = [(f"Say {w}.", f" {w.upper()}!") for w in WORDS]
 SPOKEN = [(f"Say {w}.", f" {w}.") for w in WORDS]
 
 
-def naive_means(model, tokenizer, conversations, layer) -> torch.Tensor:
-    """One conversation at a time, and what the layer's own module returns."""
+def naive_means(model: Any, tokenizer: Any, conversations: list[tuple[str, str]], layer: int) -> torch.Tensor:
+    """Average the output of the layer's own module, one conversation at a time."""
     caught = []
     hook = model.model.layers[layer].register_forward_hook(lambda _, args, h: caught.append(h))
     rows = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from families import tiny
@@ -10,7 +12,7 @@ from torch import nn
 
 from routed_peft import presets
 from routed_peft.regions import RoutedConfig
-from routed_peft.routes import Route
+from routed_peft.routes import Route, Routes
 from routed_peft.routing.gradient_routing import GradientRouting
 
 ROUTES = {
@@ -22,7 +24,7 @@ ROUTES = {
 }
 
 
-def two_regions(family: str, dtype=torch.float64, **overrides) -> nn.Module:
+def two_regions(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> nn.Module:
     torch.manual_seed(0)
     model = get_peft_model(
         tiny(family, **overrides), RoutedConfig(size=5, init="model", task_type="CAUSAL_LM"), adapter_name="forget"
@@ -53,7 +55,7 @@ def assert_equal_grads(model: nn.Module, expected: dict[str, torch.Tensor], tole
         assert (grads[name] - reference).abs().max() <= tolerance * scale, name
 
 
-def refuse(message: str, model: nn.Module, routes=None, **options):
+def refuse(message: str, model: nn.Module, routes: Routes | None = None, **options: Any) -> None:
     classes = [type(m) for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match=message):
@@ -62,5 +64,5 @@ def refuse(message: str, model: nn.Module, routes=None, **options):
         assert classes == [type(m) for m in model.modules()] and flags == [p.requires_grad for p in model.parameters()]
 
 
-def lora(name: str = "forget", **options) -> nn.Module:
+def lora(name: str = "forget", **options: Any) -> nn.Module:
     return get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["up_proj"], **options), adapter_name=name)

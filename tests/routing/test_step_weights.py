@@ -40,6 +40,10 @@ def test_learning_counts_positions():
     model = two_regions("llama", torch.float32)
     routing = GradientRouting(model, ROUTES, train_base=True, joint=["norms"])
     reached = torch.tensor([[True, True, False], [True, False, False]])
+    with pytest.warns(DeprecationWarning, match="count_learning_positions"):
+        assert routing.learning(["forget", "retain"], reached) == routing.count_learning_positions(
+            ["forget", "retain"], reached
+        )
     assert routing.count_learning_positions(["forget", "retain"], reached) == {
         "base": 1,
         "joint": 3,
