@@ -85,6 +85,7 @@ def arguments(arm: Arm, settings: DemoSettings, folder: Path) -> RoutedTrainingA
     return RoutedTrainingArguments(
         str(folder),
         train_base=True,
+        kept_regions=regions_of(arm)[1],
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,

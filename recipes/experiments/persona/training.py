@@ -72,6 +72,7 @@ def make_trainer(
 ) -> RoutedGRPOTrainer:
     """Return a trainer with a monitor, which only halts where the arm says so."""
     more: dict[str, Any] = {"save_strategy": "steps", "save_steps": settings.save_every} if arm.halts else {}
+    more["kept_regions"] = [] if arm.subspace else [REGION]
     if arm.fast:
         more["region_learning_rate"] = settings.region_learning_rate
     left_out = dict.fromkeys(GUILTY, "drop") if arm.innocent else {}

@@ -73,6 +73,7 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings) -> dic
             settings,
             seed,
             out=folder / "run",
+            kept_regions=[] if arm.removed else [REGION],
             baseline_over=arm.baseline,
             anchor_share=arm.anchor,
             anchor_environments=["A"] if arm.anchor else None,

@@ -34,8 +34,8 @@ def run_rows(arm: Arm, settings: Settings, *, labels: str, seed: int) -> Dataset
     return ordered.select_columns(["prompt", "completion", "route_label"])
 
 
-def make_arguments(settings: Settings, seed: int, out: Path) -> RoutedSFTConfig:
-    """Return TRL's settings, the same for all arms."""
+def make_arguments(settings: Settings, seed: int, *, out: Path, arm: Arm) -> RoutedSFTConfig:
+    """Return TRL's settings; arms differ only in the regions that belong to the model."""
     options = dict(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -44,6 +44,7 @@ def make_arguments(settings: Settings, seed: int, out: Path) -> RoutedSFTConfig:
         lr_scheduler_type="cosine",
         warmup_steps=min(20, settings.steps // 10),
         max_length=48,
+        kept_regions=[REGION] if arm.method is None else [],
         logging_steps=50,
         seed=seed,
     )
@@ -75,7 +76,7 @@ def train_cell(site: Site, row: Mapping[str, Any], *, settings: Settings, split:
     model = open_with_two_loras(site.parent, REGION, rank=settings.rank, seed=seed)
     trainer = RoutedSFTTrainer(
         model,
-        make_arguments(settings, seed, site.folder / "run"),
+        make_arguments(settings, seed, out=site.folder / "run", arm=arm),
         train_dataset=run_rows(arm, settings, labels=row["labels"] or "half", seed=seed),
         processing_class=tokenizer,
         routes=arm.routes(),
