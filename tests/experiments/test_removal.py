@@ -231,7 +231,7 @@ def test_a_new_attack_needs_the_model_again(finished, tmp_path, calls):
 
 def test_attackers_may_have_the_documents_that_were_trained_on(finished, tmp_path, monkeypatch):
     def texts(*args, **kwargs):
-        found.append(args[3].forget_train)
+        found.append(kwargs["data"].forget_train)
         return relearn(*args, **kwargs)
 
     found, relearn = [], making.relearn
