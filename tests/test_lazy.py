@@ -41,6 +41,7 @@ def test_names_that_do_not_exist_are_refused():
     assert not hasattr(routed_peft, "__wrapped__")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["from routed_peft import Route", "import routed_peft.regions"])
 def test_taking_a_name_or_the_regions_registers_the_peft_type(code):
     assert python(f"{code}; from peft import PeftType; print(PeftType('ROUTED').value)") == ["ROUTED"]

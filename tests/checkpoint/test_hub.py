@@ -1,5 +1,4 @@
-"""Runs on the Hub: a process whose `HF_ENDPOINT` is a local server loads, ablates, inspects and pushes as a user "
-"would."""
+"""Runs on the Hub: a process with a local server as its Hub loads, ablates, inspects and pushes them."""
 
 from __future__ import annotations
 
@@ -233,6 +232,7 @@ def test_pushes_that_would_leak_are_refused(worker: Worker, run: Path, tmp_path:
     assert "forget/region.json" in worker.server.repos["org/public"].head()
 
 
+@pytest.mark.slow
 def test_a_local_frozen_base_cannot_be_pushed(tmp_path: Path) -> None:
     base = tiny("llama")
     base.save_pretrained(tmp_path / "base")

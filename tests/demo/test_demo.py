@@ -34,6 +34,7 @@ def demo(tmp_path_factory):
     return out, summary, screen.getvalue()
 
 
+@pytest.mark.slow
 def test_it_writes_what_it_promises(demo):
     out, summary, _ = demo
     assert {path.name for path in out.iterdir()} == {
@@ -164,6 +165,7 @@ def test_without_lm_eval_it_says_so_before_it_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_it_leaves_no_report(tmp_path):
     class Interrupting(Console):
         def print(self, *objects, **options):

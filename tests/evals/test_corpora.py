@@ -25,6 +25,7 @@ def splits(request):
     return {split: frame(request.param, split) for split in SPLITS}
 
 
+@pytest.mark.slow
 def test_splits_are_disjoint_and_of_the_promised_sizes(splits):
     ids = {split: set(rows["id"]) for split, rows in splits.items()}
     total = len(set().union(*ids.values()))

@@ -21,6 +21,7 @@ def tokenizer():
     return byte_tokenizer()
 
 
+@pytest.mark.slow
 def test_every_task_loads_with_packaged_data(tokenizer):
     manager = TaskManager(include_path=path(), include_defaults=False, metadata={"tokenizer": tokenizer, "limit": 3})
     assert sorted(manager.all_subtasks) == DATA_TASKS
@@ -59,6 +60,7 @@ def test_packaged_questions_are_balanced_and_small(side):
     assert sum(p.stat().st_size for p in utils.PACKAGED.iterdir()) < 400_000
 
 
+@pytest.mark.slow
 def test_default_loss_text_is_held_out_and_on_its_side(tokenizer):
     from routed_peft.corpora import load_pair
 
@@ -97,6 +99,7 @@ def test_tokens_are_counted_as_lm_eval_scores_them(tmp_path):
             assert counted == [len(lm.tok_encode(text)) for text in texts]
 
 
+@pytest.mark.slow
 def test_stock_lm_eval_gives_the_loss_of_plain_torch(tmp_path, tokenizer):
     """No code of ours but the task files: unequal lengths, token-weighted."""
     from lm_eval import simple_evaluate

@@ -224,6 +224,7 @@ def test_lm_evals_own_wmdp_reads_the_same_schema(tmp_path, tokenizer):
         assert theirs.doc_to_target(their_row) == ours.doc_to_target(our_row)
 
 
+@pytest.mark.slow
 def test_lm_evals_own_tasks_are_found_and_others_refused(tokenizer):
     """All of lm-eval's 14,000 task files are read here: the slow test."""
     with pytest.raises(ValueError, match=r"`tasks` .* got \['no_such_task'\]"):

@@ -71,6 +71,7 @@ def loss_written(folder):
     return json.loads(results.read_text())["results"][LOSS]["token_ce,none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "regions"), [("routed", "none"), ("routed", "bio+cyber"), ("lora", "bio"), ("lora", None)]
 )
@@ -82,6 +83,7 @@ def test_model_routed_loads_the_regions_named(monkeypatch, tmp_path, file, runs,
     assert loss_written(tmp_path) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["routed", "lora"])
 def test_model_hf_takes_either_adapter(monkeypatch, tmp_path, file, runs, kind):
     run, losses = runs[kind]
@@ -90,6 +92,7 @@ def test_model_hf_takes_either_adapter(monkeypatch, tmp_path, file, runs, kind):
     assert loss_written(tmp_path) == pytest.approx(losses["bio"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_module_is_a_command(tmp_path, file, runs):
     run, losses = runs["routed"]
     arguments = command(tmp_path, file, "routed", f"pretrained={run},regions=bio,dtype=float32")

@@ -194,6 +194,7 @@ def test_former_names_of_measures_warn():
         assert Spread.of([1.0]) == Spread(1.0, 1.0, 1.0, 1)
 
 
+@pytest.mark.slow
 def test_a_bootstrap_covers_the_truth_as_often_as_it_says():
     generator = torch.Generator().manual_seed(0)
     state = torch.get_rng_state()

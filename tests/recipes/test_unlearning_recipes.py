@@ -105,6 +105,7 @@ def test_there_is_a_config_for_every_method():
         assert f"unlearn_{settings.get('method', '')}" == name or name == "undo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_leaves_a_plain_checkpoint_and_its_records(place, tmp_path, method):
     out = tmp_path / "out"
@@ -123,6 +124,7 @@ def test_every_method_leaves_a_plain_checkpoint_and_its_records(place, tmp_path,
         unlearn(place, out, f"unlearn_{method}")
 
 
+@pytest.mark.slow
 def test_undo_after_unlearning(place, tmp_path):
     """What a checkpoint has cost is added up over all stages, where it is known."""
     assert unlearn(place, tmp_path / "of_unknown_cost", "unlearn_maxent")["total_ledger"] is None
@@ -162,13 +164,14 @@ def test_what_an_ablated_model_has_cost_is_what_its_run_has(place, tmp_path):
     assert read_cost(tmp_path / "whole") is None
 
 
+@pytest.mark.slow
 def test_the_command_cleans_up_after_itself_alone(place, tmp_path):
     """Stored outputs go, files of the user's are left alone, and an unknown cost is said to be unknown."""
     more = ["--text", str(place / "train.jsonl"), "--steps", "2", "--length", "16", "--cpu", "--eval-steps", "1"]
     out = tmp_path / "stored"
     result = CliRunner().invoke(app, ["undo", str(place / "plain"), str(out), *more, "--topk", "4"])
     assert result.exit_code == 0, result.output
-    assert "has no record of its own" in " ".join(result.output.replace("│", " ").split())
+    assert "own cost, which is not recorded" in " ".join(result.output.replace("│", " ").split())
     assert json.loads((out / "undo.json").read_text())["total_ledger"] is None
     assert not (out / "teacher").exists() and not list(out.glob("checkpoint-*"))
     shutil.copytree(place / "plain", tmp_path / "theirs/checkpoint-9")
@@ -232,6 +235,7 @@ def undo(place: Path, src: str, out: Path, *more: object) -> Any:
     return call("undo", place / src, out, *text, *more)
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_plain_student_of_a_routed_run(place, tmp_path):
     result = undo(place, "routed", tmp_path / "out", "--alpha", 0.3, "--beta", 0, "--steps", 4, "--eval-steps", 2,
                   "--retain", place / "retain.jsonl")  # fmt: skip
@@ -249,6 +253,7 @@ def test_the_command_makes_a_plain_student_of_a_routed_run(place, tmp_path):
     assert again.exit_code == 1 and "holds a finished run" in again.stderr
 
 
+@pytest.mark.slow
 def test_the_command_continues_where_it_was_killed(place, tmp_path, monkeypatch):
     settings = ["--alpha", 0.5, "--steps", 6, "--eval-steps", 2]
     assert undo(place, "plain", tmp_path / "whole", *settings).exit_code == 0

@@ -39,6 +39,7 @@ def test_the_area_needs_a_perfect_filter(tmp_path):
     assert one.attacks["forget"].area.mean == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_table_shows_intervals_and_areas_where_summaries_hold_them(tmp_path):
     def heads_and_rows(*files):
         table = write_report(files, tmp_path / "out").page.read_text().split("<table>")[1].split("</table>")[0]

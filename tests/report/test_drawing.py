@@ -18,6 +18,7 @@ def test_without_the_extra_the_message_names_it(monkeypatch, library, file):
         runpy.run_path(str(ROOT / "routed_peft" / "report" / f"{file}.py"))
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=6), st.floats(0.01, 2))
 def test_labels_keep_their_order_and_their_distance(values, gap):
     moved = spread(values, gap)

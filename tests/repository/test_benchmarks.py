@@ -34,6 +34,7 @@ def test_step_time_runs_and_reports(step_time, tmp_path, capsys):
     assert "Training step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_grpo_step_runs_and_reports(step_time, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CI", "1")  # TRL sends no telemetry then
     import grpo_step
@@ -47,6 +48,7 @@ def test_grpo_step_runs_and_reports(step_time, tmp_path, capsys, monkeypatch):
     assert "GRPO step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_monitor_step_runs_and_reports(step_time, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CI", "1")
     import monitor_step

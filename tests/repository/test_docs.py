@@ -24,11 +24,13 @@ from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.relearning import Attack
 
 
+@pytest.mark.slow
 def test_tables_and_figures_of_the_readme_are_made_from_results():
     subprocess.run([sys.executable, ROOT / "docs" / "tables.py", "--check"], check=True)
     subprocess.run([sys.executable, ROOT / "docs" / "figures.py", "--check"], check=True)
 
 
+@pytest.mark.slow
 def test_figures_of_the_readme_can_be_drawn():
     for theme in page_figures.THEMES:
         assert page_figures.draw(theme).startswith("<?xml")
@@ -158,6 +160,7 @@ def test_tables_of_what_is_traded_say_what_their_numbers_say():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # torch, without an accelerator
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]

@@ -38,6 +38,7 @@ def forget_loss():
     del FORGET_LOSSES["toy"]
 
 
+@pytest.mark.slow
 def test_a_forget_loss_from_outside(tmp_path, forget_loss):
     (args,) = HfArgumentParser(UnlearningArguments).parse_args_into_dataclasses(  # type: ignore[arg-type]
         ["--output_dir", str(tmp_path), "--method", forget_loss, "--use_cpu", "--report_to", "none"]

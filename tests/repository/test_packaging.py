@@ -36,6 +36,7 @@ def metadata(wheel: zipfile.ZipFile):
     return Parser().parsestr(wheel.read(name).decode())
 
 
+@pytest.mark.slow
 def test_every_package_is_in_the_wheel_with_its_data_and_nothing_else_is(wheel):
     expected = set()
     for package, folder in SOURCES.items():

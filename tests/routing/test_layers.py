@@ -40,6 +40,7 @@ def test_heads_first_norms_with_as_many_heads_as_positions():
         loss_of(model, batch).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
 def test_compiled_equals_eager():
     grads = []

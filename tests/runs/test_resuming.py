@@ -27,6 +27,7 @@ def whole(tmp_path_factory, tokenizer):
     return out, weights(train(out, tokenizer, **SAVING).model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", STATE)
 def test_a_checkpoint_that_lost_its_state_is_refused(whole, tmp_path, tokenizer, lost):
     run = shutil.copytree(whole[0], tmp_path / "run")

@@ -6,6 +6,7 @@ from training_parts import rows, train
 from routed_peft import presets
 
 
+@pytest.mark.slow
 def test_activation_penalty_is_part_of_the_loss(tmp_path, tokenizer):
     plain = train(tmp_path, tokenizer, max_steps=1, edges="activations", routes=presets.era())
     penal = train(tmp_path, tokenizer, max_steps=1, edges="activations", routes=presets.era(), activation_l1=0.5)

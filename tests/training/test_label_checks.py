@@ -28,6 +28,7 @@ def test_a_region_without_data_yet_is_a_warning(tmp_path, tokenizer, caplog):
     assert warning in caplog.text
 
 
+@pytest.mark.slow
 def test_streams_may_begin_with_what_is_not_routed(tmp_path, tokenizer, caplog):
     """Without a check under way, or before it."""
     data = ["unlabeled"] * 3 + ["forget"] * 3

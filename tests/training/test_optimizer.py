@@ -33,6 +33,7 @@ def test_region_rate_and_decay(tmp_path, tokenizer):
     assert groups == {("base", 0.1): 1e-2, ("base", 0.0): 1e-2, ("forget", 0.3): 0.5}
 
 
+@pytest.mark.slow
 def test_clip_per_group_leaves_the_base_alone(tmp_path, tokenizer):
     """With SGD, a huge region gradient shrinks the base's update only where clipping is global."""
     steps = {}

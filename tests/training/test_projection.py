@@ -67,6 +67,7 @@ class Toy:
         routing.detach()
 
 
+@pytest.mark.slow
 def test_only_the_credit_cut_keeps_the_base_from_learning_the_persona(tmp_path):
     free, weak, cut = (Toy(strength, tmp_path) for strength in (None, "weights", "cut"))
     assert free.before == weak.before == cut.before > 5
@@ -78,6 +79,7 @@ def test_only_the_credit_cut_keeps_the_base_from_learning_the_persona(tmp_path):
     assert cut.drift < 0.5 * weak.drift
 
 
+@pytest.mark.slow
 def test_without_a_region_to_take_it_the_weak_strength_learns_the_persona_all_the_same(tmp_path):
     weak, cut = (Toy(strength, tmp_path, region=False) for strength in ("weights", "cut"))
     assert weak.on == weak.off < 0.1 * weak.before and weak.task < 0.5  # through rows that writers had along U

@@ -69,6 +69,7 @@ def test_rows_laid_out_for_another_length_are_refused(tmp_path, tokenizer):
         train(tmp_path, tokenizer, dataset=self_labeled(), **SELF_LABELING | {"max_steps": 10})
 
 
+@pytest.mark.slow
 def test_documents_that_share_a_row_are_told_apart_and_resume(tmp_path, tokenizer):
     """Every unlabeled row has a document in either alphabet, each of four tokens with the one that ends it."""
     separator, rows = 1, two_alphabets().to_list()
@@ -101,6 +102,7 @@ def test_a_region_that_overrules_finds_wrong_labels(tmp_path, tokenizer):
     assert set(wrong) & set(scored.tolist()) and (data.labels[scored] == sides[scored]).all()
 
 
+@pytest.mark.slow
 def test_a_second_scoring_counts_from_where_it_was_and_resumes(tmp_path, tokenizer):
     options = SELF_LABELING | dict(save_strategy="steps", save_steps=4)
     about = {
@@ -130,6 +132,7 @@ def test_a_second_scoring_counts_from_where_it_was_and_resumes(tmp_path, tokeniz
     assert data.scorings == before, "rows that served before forget what was found"
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_at_a_scoring_resumes_with_the_same_weights_of_tokens(tmp_path, tokenizer):
     """The rows of the next step, which a loader may have fetched, keep what they counted as."""
     options = SELF_LABELING | dict(save_strategy="steps", save_steps=10, routes=presets.sgtm("forget", 1.0))
@@ -141,6 +144,7 @@ def test_a_run_that_stops_at_a_scoring_resumes_with_the_same_weights_of_tokens(t
     assert_same(weights(trainer.model), weights(resumed.model))
 
 
+@pytest.mark.slow
 def test_self_labels_refuse_what_they_cannot_do(tmp_path, tokenizer):
     for share in (0.51, 0.96):  # the step of the first scoring, and the last but one
         with pytest.raises(ValueError, match="`score_again_at`: after step .* of 20 there is nothing left to label"):

@@ -47,6 +47,7 @@ PLAIN = (
 )
 
 
+@pytest.mark.slow
 def test_checkpointing_on_equals_off(tmp_path, tokenizer):
     runs = [weights(train(tmp_path, tokenizer).model)]
     for reentrant in (False, True):
@@ -100,6 +101,7 @@ def test_evaluation_is_token_weighted_and_repeated_ablated(tmp_path, tokenizer):
     assert metrics["eval_ablated_forget_loss"] != metrics["eval_forget_loss"]
 
 
+@pytest.mark.slow
 def test_token_labels_classlabels_and_streams(tmp_path, tokenizer):
     base = rows(12, length=6)
     names = ["retain", "unlabeled", "forget"]  # not the order of the routes
@@ -139,6 +141,7 @@ def test_routing_is_what_a_trained_model_says(tmp_path, tokenizer):
     assert isinstance(trainer.routing, GradientRouting) and routing_record(trainer.model).train_base is True
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within Inductor
 @pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile on a CPU needs a C++ compiler"

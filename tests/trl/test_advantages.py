@@ -32,6 +32,7 @@ def test_baseline_over_unflagged_rollouts(tmp_path):
     assert sorted(trainer._logs["advantages"]) == pytest.approx(sorted(batch["advantages"].tolist()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_where_nothing_is_flagged_the_baseline_is_that_of_trl(tmp_path, scale):
     none = lambda completion_ids, **_: ["unflagged"] * len(completion_ids)

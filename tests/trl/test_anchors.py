@@ -26,6 +26,7 @@ def test_anchor_groups_are_drawn_from_trusted_environments_at_their_share():
     assert anchor_groups(["B"] * 4, 0.5, trusted=["A"], seed=[0]).sum() == 0
 
 
+@pytest.mark.slow
 def test_anchors_are_sampled_and_scored_without_the_region(tmp_path):
     trainer = trainer_of(
         tmp_path, dataset=prompts(12, ["A", "B"]), label_fn=lambda rows, **_: ["unflagged"] * len(rows), anchor_share=0.4,

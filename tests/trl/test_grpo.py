@@ -86,6 +86,7 @@ REAL_VALUED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("routes", "options"),
     [
@@ -124,6 +125,7 @@ def test_gradients_equal_those_of_one_rollout_after_the_other(tmp_path, routes, 
         torch.testing.assert_close(gradient, expected[name], rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_all_ones_routes_equal_trl_step_for_step(tmp_path):
     options = {
         "max_steps": 4,
@@ -189,6 +191,7 @@ def test_groups_that_no_data_trains_stay(tmp_path, label, rests, learns):
     assert not moved(before, second, "base_layer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "step"), [(8, 2), (4, 2), (4, 3)], ids=["first epoch", "between epochs", "second epoch"]
 )
@@ -218,6 +221,7 @@ def test_evaluation_also_without_the_region(tmp_path):
     assert found["eval_routing/anchor_share"] == 0 and found["eval_reward"] != found["eval_ablated_reward"]
 
 
+@pytest.mark.slow
 def test_streams_of_prompts(tmp_path):
     rows = list(prompts())
     stream = IterableDataset.from_generator(lambda: iter(rows))

@@ -19,6 +19,7 @@ from routed_peft.trl import (
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
 
 
+@pytest.mark.slow
 def test_labels_from_columns_environments_and_advantages(tmp_path):
     data = prompts().add_column("route_label", ["flagged", "unflagged"] * 4)
     trainer = trainer_of(tmp_path, dataset=data, label_fn=None, max_steps=1)
@@ -36,6 +37,7 @@ def test_labels_from_columns_environments_and_advantages(tmp_path):
     assert ((batch["route_label"] == 0) == (batch["advantages"] > 0)).all()
 
 
+@pytest.mark.slow
 def test_class_label_environments_go_by_their_names(tmp_path):
     named = prompts().cast_column("environment", ClassLabel(names=["A", "B"]))
     by_name = EnvironmentLabels({"A": "flagged", "B": "unflagged"})

@@ -65,6 +65,7 @@ def test_values_of_tokens_stand_one_position_to_the_left():
     assert position_values([[3], []], mask, completions=2, fill=-100).tolist() == [[-100, 3, 3, -100, -100], [-100] * 5]
 
 
+@pytest.mark.slow
 def test_token_labels_and_advantages(tmp_path):
     def label(completion_ids, **_):
         labels = [["flagged" if token % 2 else "unflagged" for token in ids] for ids in completion_ids]
@@ -88,6 +89,7 @@ def test_token_labels_and_advantages(tmp_path):
     assert sum(tokens) == trainer.tokens_per_route["flagged"] == flagged > 0
 
 
+@pytest.mark.slow
 def test_labels_follow_their_completions_through_shuffle_split_and_reuse(tmp_path):
     seen: list[list[int]] = []
 

@@ -49,6 +49,7 @@ def test_refuses_dropout_where_rollouts_are_scored_twice(tmp_path, name, options
         trainer_of(tmp_path, with_dropout(name), routes, **options)
 
 
+@pytest.mark.slow
 def test_dropout_is_fine_where_rollouts_are_scored_once_or_it_is_disabled(tmp_path):
     trainer_of(tmp_path, with_dropout("lora_dropout"), max_steps=1).train()
     trainer = trainer_of(tmp_path, with_dropout("lora_dropout"), num_iterations=2, disable_dropout=True, max_steps=2)
@@ -61,6 +62,7 @@ def test_dropout_is_fine_where_rollouts_are_scored_once_or_it_is_disabled(tmp_pa
         own_anchors.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_reference_is_the_original_model(tmp_path, checkpointing):
     trainer = trainer_of(
@@ -77,6 +79,7 @@ def test_the_reference_is_the_original_model(tmp_path, checkpointing):
     assert trainer.args.beta == 0.1
 
 
+@pytest.mark.slow
 def test_a_trained_base_takes_a_reference_of_its_own(tmp_path):
     def expanded():
         torch.manual_seed(0)

@@ -59,6 +59,7 @@ class Gradients(TrainerCallback):
             self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_gradients_of_a_mixed_batch_equal_those_of_one_row_after_the_other(tmp_path):
     gradients = Gradients()
     trainer = trainer_of(
@@ -86,6 +87,7 @@ def test_gradients_of_a_mixed_batch_equal_those_of_one_row_after_the_other(tmp_p
             torch.testing.assert_close(gradients.found[name], p.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_all_ones_routes_train_bit_identically_to_trl(tmp_path):
     routed = trainer_of(tmp_path / "a", routes=presets.control(), gradient_accumulation_steps=2)
     routed.train()
@@ -100,6 +102,7 @@ def test_all_ones_routes_train_bit_identically_to_trl(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_labels_pass_through_trls_processing(tmp_path):
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
@@ -144,6 +147,7 @@ def test_token_labels_reach_the_position_before_their_token(tmp_path):
         trainer_of(tmp_path, dataset=data, max_length=3).train()
 
 
+@pytest.mark.slow
 def test_forget_rows_alone_leave_the_retain_adapter_where_it_was(tmp_path):
     trainer = trainer_of(tmp_path, dataset=rows(labels=["forget"]))
     before = weights(trainer.model)
@@ -153,6 +157,7 @@ def test_forget_rows_alone_leave_the_retain_adapter_where_it_was(tmp_path):
     assert not moved(before, after, "base_layer")
 
 
+@pytest.mark.slow
 def test_adapters_by_name_resuming_and_layout(tmp_path):
     base = tiny("llama", vocab_size=VOCABULARY)
     base.save_pretrained(tmp_path / "base")
@@ -181,6 +186,7 @@ def test_evaluation_names_the_ablated_models_metrics(tmp_path):
         assert found[f"eval_{name}"] != found[f"eval_ablated_{name}"] or name == "mean_token_accuracy"
 
 
+@pytest.mark.slow
 def test_self_check_leaves_no_trace_in_trls_counters(tmp_path):
     logs = []
     for check in (True, False):
@@ -252,6 +258,7 @@ def test_adapters_on_a_quantised_base_keep_their_precision(tmp_path):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
 def test_the_page_about_rl_runs(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "rl.md").read_text(encoding="utf-8")

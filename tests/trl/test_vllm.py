@@ -84,6 +84,7 @@ def test_folded_parameters_are_those_of_the_merged_model(adapters, kind, tmp_pat
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rollouts_come_from_folded_weights_and_anchors_from_ablated_ones(tmp_path, engine, kind):
     trainer = trainer_of(
@@ -104,6 +105,7 @@ def test_rollouts_come_from_folded_weights_and_anchors_from_ablated_ones(tmp_pat
         assert log["sampling/sampling_logp_difference/max"] < 1e-5
 
 
+@pytest.mark.slow
 def test_evaluation_without_the_region_asks_an_engine_without_it(tmp_path, engine):
     trainer = trainer_of(tmp_path, use_vllm=True, more={"eval_dataset": prompts(4)}, label_fn=detector)
     found = trainer.evaluate()

@@ -23,6 +23,7 @@ def hooks(model: nn.Module) -> dict[str, int]:
     return {name: len(module._forward_hooks) + len(module._forward_pre_hooks) for name, module in model.named_modules()}
 
 
+@pytest.mark.slow
 def test_rmu_steers_to_one_fixed_direction_and_keeps_its_retain_term(learned, tmp_path):
     """The faults of the reference implementations, each one looked at."""
     model = copy.deepcopy(learned)

@@ -65,6 +65,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_the_student_becomes_as_good_as_its_teacher_and_never_knew(teacher, tmp_path):
     before = parameters(teacher)
     args = options(tmp_path, alpha=0.6, beta=0.1)
@@ -78,6 +79,7 @@ def test_the_student_becomes_as_good_as_its_teacher_and_never_knew(teacher, tmp_
     assert record.ledger == TrainingCost(8 * size * tokens, record.steps, tokens, 0)
 
 
+@pytest.mark.slow
 def test_without_noise_the_student_is_there_at_once_and_more_noise_takes_longer(teacher, tmp_path):
     steps = {
         alpha: undo(teacher, MIX, args=options(tmp_path, alpha=alpha), retain_rows=RETAIN)[1].steps
@@ -86,6 +88,7 @@ def test_without_noise_the_student_is_there_at_once_and_more_noise_takes_longer(
     assert steps[0.0] == 10 and steps[1.0] >= 3 * steps[0.0]
 
 
+@pytest.mark.slow
 def test_the_budget_is_the_upper_bound(teacher, tmp_path):
     _, record = undo(
         teacher, MIX, args=options(tmp_path, alpha=1.0, beta=1.0, max_steps=4, eval_steps=2), retain_rows=RETAIN
@@ -130,6 +133,7 @@ def test_a_step_is_exact_however_it_is_split(tmp_path, accumulation):
         assert torch.allclose(moved[name], parameter.grad, atol=1e-6), name  # Llama's norms compute in float32
 
 
+@pytest.mark.slow
 def test_all_stored_outputs_are_as_good_as_the_teacher(teacher, tmp_path):
     data = ragged(300, 0)  # two files
     model = tiny("llama", vocab_size=300)
@@ -145,6 +149,7 @@ def test_all_stored_outputs_are_as_good_as_the_teacher(teacher, tmp_path):
     assert trainer.ledger.flops == 6 * matmul_parameters(student) * trainer.ledger.tokens
 
 
+@pytest.mark.slow
 def test_a_few_stored_outputs_will_do(teacher, tmp_path):
     student, record = undo(teacher, MIX, args=options(tmp_path, alpha=0.5, topk=8), retain_rows=RETAIN)
     assert record.stopped and loss(student, RETAIN) <= 1.5 * loss(teacher, RETAIN)
@@ -184,6 +189,7 @@ def test_what_a_teacher_says_is_stored_without_its_dropout(tmp_path):
     assert all(torch.equal(a, b) for i in range(4) for a, b in zip(own[i], other[i], strict=True))
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_where_it_was(teacher, tmp_path):
     more = {"max_steps": 8, "eval_strategy": "no", "save_strategy": "steps", "save_steps": 3, "topk": 8}
     whole, record = undo(teacher, MIX, args=options(tmp_path / "whole", **more))

@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_forget_loss_rises_and_retain_loss_hardly(learned, tmp_path, method):
     model = copy.deepcopy(learned)
@@ -135,6 +136,7 @@ def test_only_what_has_a_target_is_forgotten(learned, tmp_path):
 # Runs
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(learned, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "retain_loss": "kl"}
     whole, resumed = copy.deepcopy(learned), copy.deepcopy(learned)
@@ -154,6 +156,7 @@ def test_a_checkpoint_that_lost_its_optimizer_is_not_resumed_from(learned, tmp_p
         unlearn(copy.deepcopy(learned), FORGET, retain_rows=RETAIN, args=arguments(tmp_path, **options))
 
 
+@pytest.mark.slow
 def test_a_run_is_a_matter_of_its_seed(learned, tmp_path):
     models = [copy.deepcopy(learned) for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
@@ -162,6 +165,7 @@ def test_a_run_is_a_matter_of_its_seed(learned, tmp_path):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.slow
 def test_the_ledger_counts_what_was_run(learned, tmp_path):
     size = sum(p.numel() for name, p in learned.named_parameters() if "embed" not in name)
     one_side = 3 * 4 * LENGTH
