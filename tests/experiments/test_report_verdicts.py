@@ -8,6 +8,7 @@ from report_parts import cell, cells, curve, summary, write
 
 from experiments.report import write_report
 from experiments.report.aggregate import aggregate
+from experiments.report.caveats import caveats
 from experiments.report.costs import costs
 from experiments.report.methods import CARDS
 from experiments.report.sections import Section
@@ -186,3 +187,48 @@ def test_the_last_step_of_an_attack_comes_first(tmp_path):
 
 def test_every_card_says_where_its_method_comes_from():
     assert all(card.source for card in CARDS.values())
+
+
+def test_sentences_say_what_came_out():
+    (sentence,) = sentences(aggregate(cells()))
+    assert sentence.startswith("With 50 % of the labels, routing and ablating removed 67 %")
+    assert (
+        "filter with the same labels: 17 %" in sentence
+        and "retain tax against the filter with the same labels is +0.10" in sentence
+    )
+    assert "After the worst attack the forget loss is 3.50 (filter: 2.90 ‡; perfect filter: 4.00 ‡)." in sentence
+    (sentence,) = sentences(aggregate(cells()[:4]))
+    assert "No routed model" in sentence and "“filter, same labels” removed most, 17 %" in sentence
+    assert "No comparison" in sentences(aggregate(cells()[:1]))[0]
+
+
+def test_sentences_tell_of_a_variant_where_there_is_nothing_else():
+    rows = [row | {"method": "routed:by_document=true"} if row["method"] == "routed" else row for row in cells()]
+    (sentence,) = sentences(aggregate(rows))
+    assert sentence.startswith("With 50 % of the labels, routing and ablating removed 67 %")
+    assert any(target.kind == "placebo" for target in targets(aggregate(rows)))
+
+
+def test_a_base_that_never_knew_the_forget_side_is_said_to():
+    rows = [row | {"forget_loss": 6.5} if row["method"] == "no_routing" else row for row in cells()]
+    (sentence,) = sentences(aggregate(rows))
+    assert sentence.startswith(
+        "Nothing can be removed here: the model without routing, forget loss 6.50, knows no more"
+    )
+    removed = next(target for target in targets(aggregate(rows)) if target.kind == "removed")
+    assert (removed.met, removed.measured, removed.verdict) == (None, "–", "cannot be told")
+
+
+def test_caveats_follow_from_what_is_missing():
+    text = " ".join(caveats(aggregate(cells())))
+    assert "more than 1 seed;" in text and "missing: an output-based method" in text
+    assert (
+        "1 of 5 attacks lowered no loss" in text and "In 3 of 4 attacks the best learning rate lies at the edge" in text
+    )
+    whole = [row for seed in range(3) for row in cells(seed)]
+    assert "seed;" not in " ".join(caveats(aggregate(whole)))
+    assert "1 of 5 rows have fewer seeds" in " ".join(caveats(aggregate(whole[:-1])))
+    assert "Nothing was attacked" in " ".join(caveats(aggregate([cell("filter", 3.0, 3.0, 0.5)])))
+    assert "test documents" not in text
+    sampled = [cell("filter", 3.0, 3.0, 0.5) | {"forget_loss_interval": [2.9, 3.2]}]
+    assert "move a forget loss by up to 0.15 nats" in " ".join(caveats(aggregate(sampled)))

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from experiments.report.aggregate import Result, aggregate
 from routed_peft.evaluation.relearning import Attack, Curve, Point, summarize
 
 STEPS = [0, 1, 3]
@@ -70,3 +71,20 @@ def attacked_checkpoint(
     about |= {"seeds": [0, 1], "steps": [0, 1, 3], "attacks": {"forget": result}, "versions": {"torch": "2.0"}}
     write(folder / name / "run.json", {"command": "routed-peft relearn org/model"})
     return write(folder / name / "summary.json", about)
+
+
+def routed_result(rows: list[dict[str, Any]], labeled: float = 0.5) -> Result:
+    """Return the routed model of an experiment at right labels."""
+    result = aggregate(rows).get("routed", labeled, (1.0, 1.0))
+    assert result is not None
+    return result
+
+
+def attacked_cell(
+    seed: int, *forget: list[float], status: str = "attack", steps: list[int] | None = None
+) -> dict[str, Any]:
+    """Return a routed model under one attack, whose learning rates have these forget losses."""
+    curves = [curve(10.0**-i, list(losses), status=status) for i, losses in enumerate(forget, 2)]
+    for one in curves:
+        one["steps"] = steps or one["steps"]
+    return cell("routed", forget[0][0], 3.5, 0.5, seed, attacks={"forget": curves})
