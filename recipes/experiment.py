@@ -2,10 +2,10 @@
 
     python recipes/experiment.py --config recipes/configs/experiment_biology.yaml
 
-A *cell* is one method at one share of labels and one seed. Every cell has a directory of its own under `cells_dir`, named
-after what it depends on, so that a cell is never made twice, whichever experiments it is part of; a run that was killed
-goes on with the next one, and as many processes as there is room for can be started on the same command. The numbers of
-all cells go to `summary_file`, which `python recipes/report.py` and the README's tables are made from.
+A *cell* is one method at one share of labels and one seed. Every cell has a directory of its own under `cells_dir`, with the
+settings it was made with; a cell with the same settings is never made twice, whichever experiments it is part of. A run that
+was killed goes on with the next cell, and the same command may be started in as many processes as there is room for. The
+numbers of all cells go to `summary_file`, from which `recipes/report.py` and the tables of the docs are made.
 """
 
 from trl import TrlParser

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import shutil
@@ -13,8 +15,10 @@ from pathlib import Path
 
 import cell_parts
 import pytest
+import yaml
 from cell_parts import NAMES, Toy, made, run
 from places import ROOT
+from rich.console import Console
 
 from experiments.common import making
 from experiments.common.cells import CellStore, agree, read_json, write_json
@@ -80,6 +84,7 @@ def test_a_cell_that_was_interrupted_is_made_anew_and_the_others_are_not(tmp_pat
     assert made(tmp_path) == ["two", "three", "four"] and not (tmp_path / "two" / "half").exists()
 
 
+@pytest.mark.slow
 def test_processes_share_the_cells_of_one_command_and_one_may_be_killed(tmp_path):
     workers = [worker(tmp_path, 0.6) for _ in range(2)]
     deadline = time.monotonic() + 60
@@ -94,10 +99,12 @@ def test_processes_share_the_cells_of_one_command_and_one_may_be_killed(tmp_path
     assert [row["name"] for row in read_json(tmp_path / "summary.json")["cells"]] == [*NAMES]
 
 
+@pytest.mark.slow
 def test_one_command_may_start_several_processes(tmp_path):
-    summary = run(Toy(), tmp_path, processes=2)
+    summary = run(Toy(seconds=3.0), tmp_path, processes=2)
     assert sorted(made(tmp_path)) == sorted(["root", *NAMES])
     assert [row["value"] for row in summary["cells"]] == [len(name) for name in NAMES]
+    assert len({(tmp_path / name / "pid").read_text() for name in NAMES}) == 2, "the helper made some"
 
 
 def test_numbers_are_restored_from_the_summary_where_the_same_settings_made_them(tmp_path):
@@ -185,3 +192,24 @@ def test_a_file_that_is_no_summary_is_refused_and_kept(tmp_path):
 def test_numbers_that_json_does_not_have_are_null(tmp_path):
     write_json(tmp_path / "a.json", {"losses": (1.0, float("nan")), "rate": float("inf")})
     assert read_json(tmp_path / "a.json") == {"losses": [1.0, None], "rate": None}
+
+
+@pytest.mark.parametrize("name", ["persona", "style", "reward_hack"])
+def test_shipped_results_of_arms_are_restored_and_nothing_is_made(name, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("made again")
+
+    package = importlib.import_module(f"experiments.{name}")
+    for function in ("train_cell", "make_start"):
+        monkeypatch.setattr(f"experiments.{name}.run.{function}", refuse)
+    if name == "reward_hack":
+        monkeypatch.setattr("experiments.reward_hack.report.write_report", lambda *args, **kwargs: None)
+    file = tmp_path / "summary.json"
+    shutil.copy(ROOT / "results" / f"{name}.json", file)
+    asked = yaml.safe_load((ROOT / "recipes" / "configs" / f"experiment_{name}.yaml").read_text())
+    asked |= {"summary_file": str(file), "output_dir": str(tmp_path / "out")}
+    before = read_json(file)
+    after = package.run_experiment(package.Experiment(**asked), package.Settings(), Console(file=io.StringIO()))
+    for old, new in zip(before["cells"], after["cells"], strict=True):
+        assert old.items() <= new.items() and new["key"] and new["settings"]
+    assert [check["values"] for check in after["checks"]] == [check["values"] for check in before["checks"]]

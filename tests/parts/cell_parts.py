@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,7 @@ def make(site: Site, name: str, seconds: float = 0.0) -> dict[str, Any]:
     site.tick(1, 2)
     time.sleep(seconds)
     (site.folder / "model").write_text(name)
+    (site.folder / "pid").write_text(str(os.getpid()))
     return {"value": len(name)}
 
 

@@ -184,9 +184,9 @@ def run_cells(summary: SummaryFile, console: Console, *, processes: int = 1) -> 
     cells, store = summary.design.cells, summary.store
     summary.further_rows()  # raises now rather than after the first cell
     summary.restore()
-    processes = min(processes or os.cpu_count() or 1, len(cells))
+    processes = min(processes or os.cpu_count() or 1, sum(not store.is_done(cell) for cell in cells))
     with Display(console, len(cells), on_made=summary.write) as display:
-        if processes == 1:
+        if processes <= 1:
             failed = make_cells(store, cells, display.tell)
         else:
             failed = make_cells_in_processes(store, cells, tell=display.tell, processes=processes)
