@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, WEIGHTS, Layout
 from routed_peft.checkpoint.model_card import model_card
+from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, files_in
 from routed_peft.deprecation import formerly_positional
 from routed_peft.files import read_json
@@ -64,7 +65,7 @@ def push_to_hub(
     """
     if regions_repo == repo:
         raise ValueError(f"`regions_repo` must be another repository than `repo` ({repo!r}): access is per repository")
-    layout = _checked(Path(src).expanduser().resolve(), str(src), regions_repo is not None)
+    layout = _verified_layout(Path(src).expanduser(), regions=regions_repo is not None)
     api = HfApi(token=token)
     repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
     if regions_repo is not None:
@@ -84,14 +85,15 @@ def push_to_hub(
     return commits
 
 
-def _checked(root: Path, source: str, regions: bool) -> Layout:
-    if not root.is_dir():
-        raise ValueError(f"{source!r} is no directory: give one that `save_routed` wrote")
-    layout = Layout.read(root, source)
+def _verified_layout(src: Path, *, regions: bool) -> Layout:
+    """Return the layout of the run in the directory ``src``, its base and adapters verified, ``regions`` included or not."""
+    if not src.is_dir():
+        raise ValueError(f"{str(src)!r} is no directory: give one that `save_routed` wrote")
+    layout = OpenRun.from_source(src).layout
     layout.verify_base()
     if not layout.saved_base and Path(layout.data["base"]["id"]).is_absolute():
         raise ValueError(
-            f"the base of {source!r} is the local directory {layout.data['base']['id']}, which nobody else can load: "
+            f"the base of {layout.source!r} is the local directory {layout.data['base']['id']}, which nobody else can load: "
             "push it to the Hub and train from there, or save with `train_base=True`"
         )
     for name in (*layout.base_adapters, *(layout.regions if regions else ())):

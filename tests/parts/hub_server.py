@@ -1,4 +1,4 @@
-"""A small local server of the Hub's file protocol: what downloading, making repositories and committing need."""
+"""A local server of the Hub's file protocol: downloads, new repositories and commits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repo:
-    """Branches by name -> commit, and commits -> files; the messages of commits that were pushed, in their order."""
+    """A repository: branch -> commit, commit -> files, and the messages of pushed commits in order."""
 
     private: bool = False
     gated: bool = False
@@ -38,7 +38,7 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server; `repos` and `requests` (method and path of each) are for tests to look at. ``token`` opens it all."""
+    """The server; tests read `repos` and `requests` (method and path of each). ``token`` gives access to everything."""
 
     daemon_threads = True
     token = "hf_tests"

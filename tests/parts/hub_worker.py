@@ -1,4 +1,4 @@
-"""A process in which the Hub is a local server: it runs what a user would."""
+"""A process whose Hub is a local server; it runs a user's code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ answers.close()
 
 
 class Worker:
-    """A process that runs code in an environment where the Hub is a local server."""
+    """A process that runs code with a local server as its Hub."""
 
     def __init__(self, server: Hub, home: Path) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE"))}
@@ -77,7 +77,7 @@ class Worker:
         return json.loads(self.process.stdout.readline())
 
     def __call__(self, code: str, **names: Any) -> Any:
-        """Run ``code`` and return what it puts into ``result``."""
+        """Run ``code`` and return its variable ``result``."""
         answer = self.run(code, **names)
         assert "error" not in answer, answer
         return answer["result"]
