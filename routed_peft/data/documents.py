@@ -17,6 +17,7 @@ from routed_peft.data.label_noise import simulate_labels
 from routed_peft.data.labels import FORGET, RETAIN, labels_from_column, labels_from_keywords
 from routed_peft.data.loading import load_texts, load_training_file
 from routed_peft.data.packing import pack, tokenize
+from routed_peft.deprecation import formerly_positional
 
 logger = logging.get_logger(__name__)
 
@@ -128,6 +129,7 @@ def select_arm(ds: Dataset, arm: str) -> Dataset:
     return ds.filter(lambda value: value != FORGET, input_columns=column)
 
 
+@formerly_positional("length", "arm")
 def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, arm: str) -> int:
     """Return the number of tokens of forget text that had to be labeled for an arm, in whole rows of ``length``.
 

@@ -11,11 +11,13 @@ from typing import Any
 from datasets import Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
 
 from routed_peft.data.columns import ROUTE_LABEL
+from routed_peft.deprecation import formerly_positional
 from routed_peft.tasks.utils import read_rows
 
 _READERS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".json.gz": "json", ".parquet": "parquet"}
 
 
+@formerly_positional("columns", "streaming")
 def load_training_file(
     source: str | os.PathLike[str],
     split: str = "train",

@@ -10,8 +10,10 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS
+from routed_peft.deprecation import formerly_positional
 
 
+@formerly_positional("length", "by", "column", "seed", "per_token")
 def pack(
     ds: Dataset,
     tokenizer: PreTrainedTokenizerBase,

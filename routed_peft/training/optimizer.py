@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from routed_peft.deprecation import formerly_positional
 from routed_peft.routes import BASE
 from routed_peft.routing.groups import JOINT
 
 
+@formerly_positional("region_learning_rate", "region_weight_decay")
 def tag_groups(
     optimizer: torch.optim.Optimizer,
     groups: Mapping[nn.Parameter, str],

@@ -104,7 +104,8 @@ class SavingMixin(_Host):
 
         Args:
             commit_message: of the commits.
-            blocking: whether to wait. Otherwise the push runs beside; the next save into ``output_dir`` waits for it.
+            blocking: whether to wait. Otherwise the push runs in the background; the next save into ``output_dir`` waits
+                for it.
             token: Hub token; ``args.hub_token`` by default.
             revision: branch; ``args.hub_revision`` by default.
             private: whether a new repository is private; ``args.hub_private_repo`` by default.
@@ -121,8 +122,8 @@ class SavingMixin(_Host):
         """
         if kwargs:
             raise ValueError(
-                f"`push_to_hub` of a routed trainer got {sorted(kwargs)}, which it does not know: the model card is made of "
-                "the run's records. Leave these out, or edit README.md on the Hub"
+                f"`push_to_hub` of a routed trainer got {sorted(kwargs)}, which it does not take: the model card is made "
+                "from the run's records. Leave these out, or edit README.md on the Hub"
             )
         if not self.args.hub_model_id and not self.args.push_to_hub:  # with the latter Trainer makes a repository
             raise ValueError("`hub_model_id` is not set: name the repository to push the base to")

@@ -1,4 +1,4 @@
-"""What `test_distributed` runs twice: in two processes started by torchrun (this file as a script), and in its own."""
+"""Worker of `test_distributed`, run in two processes by torchrun (this file as a script) and in the test's own."""
 
 from __future__ import annotations
 

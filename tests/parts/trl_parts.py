@@ -1,4 +1,4 @@
-"""What the tests of TRL's trainers share: an offline tokenizer, a tiny model with two LoRAs, and prompts."""
+"""Parts of the tests of TRL's trainers: an offline tokenizer, a tiny model with two LoRAs, and prompts."""
 
 from __future__ import annotations
 

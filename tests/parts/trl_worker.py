@@ -1,4 +1,4 @@
-"""What each of two processes does for `test_trl_distributed.py`: GRPO steps whose groups span both processes."""
+"""Worker of `test_trl_distributed.py`, run in two processes: GRPO steps whose groups span both."""
 
 from __future__ import annotations
 

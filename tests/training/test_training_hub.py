@@ -82,7 +82,7 @@ def test_nothing_is_pushed_before_the_end_where_that_is_asked_for(worker: Worker
 @pytest.mark.slow
 def test_what_a_push_cannot_do_is_refused(worker: Worker, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, train_tokenizer(["a"], vocab_size=258))
-    with pytest.raises(ValueError, match=r"got \['tags'\], which it does not know"):
+    with pytest.raises(ValueError, match=r"got \['tags'\], which it does not take"):
         trainer.push_to_hub(tags=["x"])
     with pytest.raises(ValueError, match="`hub_model_id` is not set"):
         trainer.push_to_hub()
