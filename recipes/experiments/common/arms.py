@@ -53,24 +53,24 @@ class ArmsDesign(Design):
 
     def cell_of(self, row: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Cell | None:
         """Return the cell of an arm, or of a start model, at a seed."""
-        about, arm, seed = self.settings, row["arm"], row["seed"]
+        known, arm, seed = self.settings, row["arm"], row["seed"]
         if settings is not None:  # those that both know
-            about = replace(about, **{name: settings[name] for name in asdict(about).keys() & settings.keys()})
+            known = replace(known, **{name: settings[name] for name in asdict(known).keys() & settings.keys()})
         start = Cell(
             name=f"{START}-{seed}",
             row={"arm": START, "seed": seed},
-            settings={"seed": seed, **about.start()},
-            make=partial(self.train_start, settings=about, seed=seed),
+            settings={"seed": seed, **known.start()},
+            make=partial(self.train_start, settings=known, seed=seed),
             model="config.json",
         )
         if arm == START or arm not in self.arms:
             return start if arm == START else None
-        named = {name: row[name] for name in self.asked[-1]}
+        named = {name: row[name] for name in ("arm", "labels", "seed") if name in row}
         return Cell(
             name="-".join("any" if value is None else str(value) for value in named.values()),
             row=named,
-            settings={**named, "arm": asdict(self.arms[arm]), **asdict(about), **self.about},
-            make=partial(train_recorded, train=self.train, row=named, arm=self.arms[arm], settings=about),
+            settings={**named, "arm": asdict(self.arms[arm]), **asdict(known), **self.about},
+            make=partial(train_recorded, train=self.train, row=named, arm=self.arms[arm], settings=known),
             model="run",
             parent=start,
             describe=partial(self.describe, arm) if self.describe else None,
