@@ -52,6 +52,7 @@ def test_it_writes_what_it_promises(demo):
     assert about["seeds"] == {"seed": 0} and about["versions"]["torch"] and about["config"]["steps"] == TINY.steps
 
 
+@pytest.mark.slow
 def test_the_ablated_checkpoint_is_plain_and_lacks_the_region(demo):
     out, _, _ = demo
     plain = AutoModelForCausalLM.from_pretrained(out / "routed" / "ablated")
@@ -64,6 +65,7 @@ def test_the_ablated_checkpoint_is_plain_and_lacks_the_region(demo):
         assert kept.config.intermediate_size == TINY.intermediate_size + TINY.region_size
 
 
+@pytest.mark.slow
 def test_numbers_of_the_summary_follow_from_its_models(demo):
     _, summary, _ = demo
     models = summary["models"]
@@ -82,6 +84,7 @@ def test_numbers_of_the_summary_follow_from_its_models(demo):
     assert summary["arms"]["filter"]["targets_by_label"]["forget"] == 0
 
 
+@pytest.mark.slow
 def test_points_cover_both_phases_and_both_states_of_the_region(demo):
     out, summary, _ = demo
     points = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -113,6 +116,7 @@ class Links(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_report_needs_nothing_else(demo):
     page = (demo[0] / "report.html").read_text()
     links = Links()
@@ -126,6 +130,7 @@ def test_the_report_needs_nothing_else(demo):
         assert not re.search(r'(href|src)="(?!#)', svg)
 
 
+@pytest.mark.slow
 def test_the_report_holds_the_numbers_of_the_summary(demo):
     out, summary, _ = demo
     page = " ".join((out / "report.html").read_text().split())
@@ -140,6 +145,7 @@ def test_the_report_holds_the_numbers_of_the_summary(demo):
     assert "one seed" in page and "(perfect filter − no routing)" in page
 
 
+@pytest.mark.slow
 def test_the_terminal_ends_with_table_verdict_and_path(demo):
     out, summary, text = demo
     last = text[text.index("held-out loss") :]

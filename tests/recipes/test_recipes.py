@@ -152,6 +152,7 @@ def test_a_run_leaves_its_records(runs, name):
     assert losses.items() <= summary["losses"].items() and len(summary["losses"]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgtm", "control", "era", "two_lora"])
 def test_the_ablated_model_is_plain(runs, name):
     assert not inspect_checkpoint(runs / name)["problems"]
@@ -163,6 +164,7 @@ def test_the_ablated_model_is_plain(runs, name):
     assert len(AutoTokenizer.from_pretrained(runs / f"{name}-ablated")) <= 300
 
 
+@pytest.mark.slow
 def test_labels_are_those_asked_for(runs):
     tokens = {name: inspect_checkpoint(runs / name)["tokens_per_route"] for name in RUNS}
     total = 4 * 16 * 15  # the first token of a row is predicted by nothing
@@ -177,11 +179,13 @@ def test_labels_are_those_asked_for(runs):
     assert routes["sgtm"] == routes["two_lora"]
 
 
+@pytest.mark.slow
 def test_only_the_routed_arm_is_ablated(runs):
     ablated = {folder.name.removesuffix("-ablated") for folder in runs.glob("*-ablated")}
     assert ablated == {"sgtm", "control", "random", "era", "demix", "two_lora"}
 
 
+@pytest.mark.slow
 def test_regions_of_arms_without_routing_belong_to_their_models(runs):
     kept = {
         folder.parent.name: json.loads(folder.read_text())["kept_regions"] for folder in runs.glob("*/routing.json")
@@ -191,6 +195,7 @@ def test_regions_of_arms_without_routing_belong_to_their_models(runs):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_random_units_are_silenced_in_place_of_the_region(runs, files):
     summary = json.loads((runs / "random/summary.json").read_text())
     assert not any(point["ablated"] for point in RunDirectory(runs / "random").points()), "no region goes"
@@ -219,6 +224,7 @@ def test_rivals_differ_from_routing_in_nothing_else():
     assert settings["filter"]["labeled"] == settings["sgtm"]["labeled"]
 
 
+@pytest.mark.slow
 def test_demix_keeps_its_retain_expert(runs):
     about = inspect_checkpoint(runs / "demix-ablated")["ablation"]
     assert (about["regions_removed"], about["regions_kept"]) == (["forget"], ["retain"])
@@ -229,6 +235,7 @@ def test_demix_keeps_its_retain_expert(runs):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_era_is_made_coherent_again(runs):
     summary = json.loads((runs / "era/summary.json").read_text())
     losses = summary["coherence"]["retain_losses"]
@@ -236,12 +243,14 @@ def test_era_is_made_coherent_again(runs):
     AutoModelForCausalLM.from_pretrained(summary["coherence"]["model"])
 
 
+@pytest.mark.slow
 def test_the_base_of_a_fine_tuned_model_is_frozen(runs):
     about = inspect_checkpoint(runs / "two_lora")
     assert about["kind"] == "frozen base" and about["base"]["id"] == str(runs / "sgtm-ablated")
     assert [entry["name"] for entry in about["base_adapters"]] == ["retain"]
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(runs, files, tmp_path):
     command = arguments("control", runs, files)
     with pytest.raises(ValueError, match="`ablate_to` .*control-ablated is not empty"):

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM
 os.environ.setdefault("CI", "1")  # TRL sends no telemetry then
 
 from experiments.common.toy_model import ToySettings, make_model
-from experiments.reward_hack import Settings
 from experiments.reward_hack.task import make_tokenizer, training_prompts
 from routed_peft.checkpoint import inspect_checkpoint
 from routed_peft.monitoring import Incident
 from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory
+
+pytestmark = pytest.mark.slow  # each test waits for the launched run, or trains a model itself
 
 CONFIGS = {file.stem: file for file in sorted((ROOT / "recipes/configs").glob("grpo*.yaml"))}
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "32", "--num_generations", "4", "--logging_steps", "1"]
@@ -75,7 +76,6 @@ def launched(task, tmp_path_factory) -> Iterator[tuple[subprocess.Popen[str], Pa
         process.kill()
 
 
-@pytest.mark.slow
 def test_labels_by_environment_and_functions_from_a_file(task, tmp_path):
     rewards = ["--reward_funcs", f"{task / 'mine.py'}:digits"]
     here(arguments("grpo_classic", task, tmp_path / "a", *rewards))
@@ -110,7 +110,6 @@ def test_mistakes_are_explained_before_anything_is_loaded(task, tmp_path):
         here(command)
 
 
-@pytest.mark.slow
 def test_a_region_along_a_subspace(task, tmp_path):
     file = str(task / "u.safetensors")
     more = ["--monitor", '{"action": "log", "every": 1}', "--reward_funcs", f"{task / 'mine.py'}:digits"]
@@ -141,7 +140,6 @@ def halting(task: Path, out: Path, *more: str) -> list[str]:
     return arguments("grpo_monitored", task, out, *monitor, *more)
 
 
-@pytest.mark.slow
 def test_a_run_that_halts_stops_or_goes_on_without_the_environments_to_blame(task, tmp_path):
     out = tmp_path / "run"
     here(halting(task, out, "--on_halt", "stop"))
@@ -155,7 +153,6 @@ def test_a_run_that_halts_stops_or_goes_on_without_the_environments_to_blame(tas
     assert len(lines) == 1 and not any(f"monitor/hack/contribution/{name}" in lines[0] for name in incident.named)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["classic", "subspace"])
 def test_environments_to_blame_are_routed_where_that_is_asked_for(task, tmp_path, method):
     out, more = tmp_path / "run", []
@@ -182,7 +179,6 @@ def test_environments_to_blame_are_routed_where_that_is_asked_for(task, tmp_path
         assert later and set(later) == {1.0}
 
 
-@pytest.mark.slow
 def test_a_routed_environment_is_not_blamed_again(task, tmp_path):
     with pytest.raises(RuntimeError, match="after 1 incidents"):
         here(halting(task, tmp_path, "--on_halt", "route"))
@@ -195,7 +191,6 @@ def test_going_on_after_a_halt_needs_a_monitor(task, tmp_path):
         here(arguments("grpo", task, tmp_path / "run", "--on_halt", "drop"))
 
 
-@pytest.mark.slow
 def test_labels_get_worse_by_a_seed_of_their_own(task, tmp_path):
     found = []
     for name, more in {
@@ -212,7 +207,6 @@ def test_labels_get_worse_by_a_seed_of_their_own(task, tmp_path):
     assert run["seeds"] == {"seed": 42, "label_seed": 7}
 
 
-@pytest.mark.slow
 def test_defaults_are_those_that_did_best(task, tmp_path):
     """Trusted environments make anchors, and flagged rollouts are left out of the baseline, unless told otherwise."""
     for name, more in {"a": ["--anchor_environments", "A"], "b": ["--baseline_over", "group"]}.items():
@@ -228,7 +222,6 @@ def test_configs_are_short_and_commented(name):
     assert yaml.safe_load("\n".join(lines))["output_dir"] == f"runs/{name}"
 
 
-@pytest.mark.slow
 def test_a_launched_run_leaves_records_a_region_and_a_plain_model(launched, task):
     process, out = launched
     _, stderr = process.communicate(timeout=300)
