@@ -79,7 +79,8 @@ def relearn(
     oracle: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="`--out` of the same attacks on the perfect filter, for the area between the curves."
+            metavar="DIR",
+            help="`--out` of the same attacks on the perfect filter, for the normalized area under the curves.",
         ),
     ] = None,
     regions: Annotated[
