@@ -26,25 +26,27 @@ def spread(m: Tensor, like: Tensor) -> Tensor:
     return m.reshape(m.shape + (1,) * (like.dim() - m.dim())).to(like.dtype)
 
 
-_GATHER_FROM = 0.25
-"""Share of zero weights above which copying the other positions costs less than multiplying them all."""
+_MOST_KEPT = 0.75
+"""Share of positions up to which copying those of nonzero weight costs less than multiplying all."""
 
 _MOST_RUNS = 8
-"""Number of runs above which adding up their products costs more than copying."""
+"""Number of runs up to which adding up their products costs less than copying."""
 
 Runs = tuple[tuple[int, int, float], ...]
-"""Runs of positions with one weight other than zero, flat: (start, stop, weight)."""
+"""Stretches of neighboring positions that share one nonzero weight: (start, stop, weight), in flat positions."""
 
 
 @dataclass(frozen=True, slots=True)
 class PositionWeights:
-    """Weights ``m`` prepared once for many layers: the positions to keep, and their weights.
+    """Weights ``m`` prepared once for many layers: the positions that enter weight gradients, and their weights.
+
+    A flat position counts through ``(B,)`` or ``(B, T)`` row by row.
 
     Attributes:
         m: ``(B,)`` or ``(B, T)``.
-        index: flat indices of the positions whose weight is not zero; None to keep all positions.
-        kept: flat weights of the positions kept; None where all of these are one.
-        runs: see `Runs`; None where there are many. Runs need no copy of the positions.
+        index: flat positions of nonzero weight, ``(N,)``; None where all positions enter.
+        kept: weights of these positions, ``(N,)``; None where all are one.
+        runs: the same by stretches, which need no copy of the positions; None where there are too many.
     """
 
     m: Tensor
@@ -61,7 +63,7 @@ class PositionWeights:
         """
         flat = m.reshape(-1)
         index = flat.nonzero().squeeze(1) if gather else None
-        if index is not None and len(index) > (1 - _GATHER_FROM) * len(flat):
+        if index is not None and len(index) > _MOST_KEPT * len(flat):
             index = None
         kept = flat if index is None else flat[index]
         return cls(m, index, None if bool((kept == 1).all()) else kept, _runs(flat) if gather else None)
@@ -82,84 +84,49 @@ def _runs(flat: Tensor) -> Runs | None:
 
 
 def _rows(x: Tensor, index: Tensor | None, lead: int) -> Tensor:
-    """Return the kept positions of ``x`` ``(B, T, D)`` as rows ``(N, ..., D)``; ``lead`` counts the axes of the weights."""
+    """Return the positions ``index`` of ``x`` as rows ``(N, ..., D)``; ``lead`` is the weights' number of axes, 1 or 2."""
     rows = x.flatten(0, lead - 1)
     return rows if index is None else rows.index_select(0, index)
 
 
+@dataclass(slots=True, eq=False)
 class RowCache:
     """The rows last taken of a layer's input, for neighboring layers that read the same input (query, key and value).
 
-    One cache serves one `PositionWeights` during one step. It keeps the input alive, so a tensor with the same memory and
-    version is the same input.
+    One cache serves one `PositionWeights` during one step. It keeps the input alive, so that no other tensor gets its memory.
     """
 
-    __slots__ = ("_input", "_rows", "_version", "_weighed")
+    source: Tensor | None = None
+    version: int = 0
+    weighed: bool = False
+    rows: Tensor | None = None
 
-    def __init__(self) -> None:
-        self._input: Tensor | None = None
-        self._rows: Tensor | None = None
-        self._version, self._weighed = 0, False
-
-    def get(self, x: Tensor, weighed: bool) -> Tensor | None:
+    def find(self, x: Tensor, weighed: bool) -> Tensor | None:
         """Return the rows of ``x`` if they were the last to be taken, weighed or not as asked; None otherwise."""
-        known = self._input
-        if known is None or known.dtype != x.dtype or not known.is_set_to(x):
-            return None
-        return self._rows if (self._version, self._weighed) == (x._version, weighed) else None
-
-    def put(self, x: Tensor, weighed: bool, rows: Tensor) -> None:
-        """Keep the ``rows`` of ``x`` in place of those before."""
-        self._input, self._version, self._weighed, self._rows = x, x._version, weighed, rows
+        same = self.source is not None and self.source.dtype == x.dtype and self.source.is_set_to(x)
+        return self.rows if same and (self.version, self.weighed) == (x._version, weighed) else None
 
 
 def _input_rows(x: Tensor, index: Tensor | None, *, kept: Tensor | None, lead: int, cache: RowCache | None) -> Tensor:
-    """Return the kept positions of a layer's input, weighed unless ``kept`` is None; neighbors share them by ``cache``."""
-    weighed = kept is not None
-    known = None if cache is None else cache.get(x, weighed)
-    if known is not None:
+    """Return `_rows` of a layer's input, times the weights ``kept`` unless that is None; neighbors share them by ``cache``."""
+    if cache is not None and (known := cache.find(x, kept is not None)) is not None:
         return known
     rows = _rows(x, index, lead)
     rows = rows if kept is None else rows * spread(kept, rows)
     if cache is not None:
-        cache.put(x, weighed, rows)
+        cache.source, cache.version, cache.weighed, cache.rows = x, x._version, kept is not None, rows
     return rows
 
 
-def _sum_over_runs(grad: Tensor, x: Tensor, runs: Runs) -> Tensor:
-    """Return the sum over runs of ``weight * grad[run].T @ x[run]``, for rows ``(N, O)`` and ``(N, D)``."""
+def _sum_over_runs(grad: Tensor, x: Tensor, runs: Runs, lead: int) -> Tensor:
+    """Return the sum over runs of ``weight * grad[run].T @ x[run]``, ``(O, D)``."""
+    inner = grad.shape[lead:-1].numel()  # rows per weight: T where a weight belongs to a whole example
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     total = grad.new_empty(grad.shape[1], x.shape[1]) if runs else grad.new_zeros(grad.shape[1], x.shape[1])
     for i, (start, stop, weight) in enumerate(runs):
-        total.addmm_(grad[start:stop].t(), x[start:stop], beta=float(i > 0), alpha=weight)
+        run = slice(start * inner, stop * inner)
+        total.addmm_(grad[run].t(), x[run], beta=float(i > 0), alpha=weight)
     return total
-
-
-def _parameter_gradients(
-    grad: Tensor,
-    x: Tensor | None,
-    *,
-    index: Tensor | None,
-    kept: Tensor | None,
-    runs: Runs | None,
-    lead: int,
-    bias: bool,
-    cache: RowCache | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of weight and bias; ``x`` None leaves out the former, ``bias`` False the latter."""
-    exact = grad.element_size() > 2  # bfloat16 would round the sum of every run
-    if runs is not None and x is not None and not bias and exact:
-        inner = grad.shape[lead:-1].numel()
-        runs = tuple((start * inner, stop * inner, weight) for start, stop, weight in runs)
-        return _sum_over_runs(grad.flatten(0, -2), x.flatten(0, -2), runs), None
-    rows_grad = _rows(grad, index, lead)
-    # only one of the two factors is weighed: the narrower one, where there is a choice
-    weigh_grad = bias or x is None or x.shape[-1] > grad.shape[-1]
-    rows_x = None if x is None else _input_rows(x, index, kept=None if weigh_grad else kept, lead=lead, cache=cache)
-    if kept is not None and weigh_grad:
-        rows_grad = rows_grad * spread(kept, rows_grad)
-    rows_grad = rows_grad.reshape(-1, grad.shape[-1])  # (N, O)
-    weight_grad = None if rows_x is None else rows_grad.t() @ rows_x.reshape(-1, rows_x.shape[-1])
-    return weight_grad, rows_grad.sum(0) if bias else None
 
 
 class _RoutedLinear(torch.autograd.Function):
@@ -190,10 +157,20 @@ class _RoutedLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad @ weight if needs_x else None
         grad_weight = grad_bias = None
-        if needs_weight or needs_bias:
-            grad_weight, grad_bias = _parameter_gradients(
-                grad, x, index=index, kept=kept, runs=ctx.runs, lead=ctx.lead, bias=needs_bias, cache=ctx.cache
-            )
+        rounds_each_sum = grad.element_size() <= 2  # bfloat16 would be rounded once per run
+        if needs_weight and not needs_bias and ctx.runs is not None and not rounds_each_sum:
+            grad_weight = _sum_over_runs(grad, x, ctx.runs, ctx.lead)
+        elif needs_weight or needs_bias:
+            rows_grad = _rows(grad, index, ctx.lead)
+            # only one of the two factors is weighed: the narrower one, where there is a choice
+            weigh_grad = needs_bias or x.shape[-1] > grad.shape[-1]
+            if weigh_grad and kept is not None:
+                rows_grad = rows_grad * spread(kept, rows_grad)
+            rows_grad = rows_grad.reshape(-1, grad.shape[-1])
+            if needs_weight:
+                rows_x = _input_rows(x, index, kept=None if weigh_grad else kept, lead=ctx.lead, cache=ctx.cache)
+                grad_weight = rows_grad.t() @ rows_x.reshape(-1, x.shape[-1])
+            grad_bias = rows_grad.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
@@ -236,7 +213,7 @@ def routed_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     weights = m if isinstance(m, PositionWeights) else PositionWeights.from_weights(m)
-    cache = None if torch.compiler.is_compiling() else cache  # addresses cannot be traced
+    cache = None if torch.compiler.is_compiling() else cache  # it compares memory addresses, which are not traced
     return _RoutedLinear.apply(x, weight, bias, weights.index, weights.kept, weights.runs, weights.m.dim(), cache)
 
 
@@ -301,7 +278,8 @@ def routed_parameter(weight: Tensor, m: Tensor) -> Tensor:
 
     Args:
         weight: ``(D,)``.
-        m: ``(B, 1)``, ``(B, T, 1)`` or any such shape that broadcasts against the activations ``(B, T, D)``.
+        m: ``(B, 1)``, ``(B, T, 1)`` or any such shape that broadcasts against the activations ``(B, T, D)``; unlike elsewhere
+            in this module it has trailing axes, because heads may come before positions.
 
     Returns:
         ``weight`` expanded to ``(B, D)``, ``(B, T, D)``, … without a copy. Its gradient weighs each position by ``m``.
