@@ -17,6 +17,8 @@ from peft import get_peft_model
 from routed_peft import presets
 from routed_peft.checkpoint import push_to_hub, save_routed
 
+pytestmark = pytest.mark.slow  # a process of its own, and a server for it
+
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
@@ -232,7 +234,6 @@ def test_pushes_that_would_leak_are_refused(worker: Worker, run: Path, tmp_path:
     assert "forget/region.json" in worker.server.repos["org/public"].head()
 
 
-@pytest.mark.slow
 def test_a_local_frozen_base_cannot_be_pushed(tmp_path: Path) -> None:
     base = tiny("llama")
     base.save_pretrained(tmp_path / "base")

@@ -15,6 +15,7 @@ def material(tmp_path_factory):
     return Material.prepare(TINY, tmp_path_factory.mktemp("material") / "data")
 
 
+@pytest.mark.slow
 def test_runs_of_all_arms_are_equally_long_and_drop_what_they_should(material):
     runs = {arm.key: material.run_of(arm, TINY) for arm in ARMS}
     assert {len(run) for run in runs.values()} == {80}
@@ -24,6 +25,7 @@ def test_runs_of_all_arms_are_equally_long_and_drop_what_they_should(material):
     assert tokens_by_side(runs["perfect_filter"], 32) == {"forget": 0, "retain": 80 * 32}
 
 
+@pytest.mark.slow
 def test_the_attacker_has_no_document_that_is_trained_or_tested_on(material):
     from routed_peft.corpora import load_pair
 

@@ -133,6 +133,7 @@ def test_a_repeated_command_runs_nothing_and_another_attack_is_added(places, att
     assert set(ran) == {"bias"}
 
 
+@pytest.mark.slow
 def test_another_attack_needs_no_other_again_and_another_reading_does(places, tmp_path, monkeypatch):
     ran = []
     whole = AttackedModel.prepared_for
@@ -153,6 +154,7 @@ def test_another_attack_needs_no_other_again_and_another_reading_does(places, tm
     assert first == pytest.approx(summary["start"]["forget"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_losses_before_have_an_interval_over_documents(attacked):
     for side, (low, high) in attacked["start_intervals"].items():
         assert low < attacked["start"][side] < high
@@ -285,6 +287,7 @@ def call(*arguments: object):
     return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_the_command_shows_every_attack(places, tmp_path):
     known = read_summary(places / "attacked")["reference"]["forget"] if (places / "attacked").exists() else 2.0
     result = call(
@@ -450,6 +453,7 @@ def test_a_run_as_reference_keeps_its_regions(places):
     assert found["forget"] == pytest.approx(losses[0]) and abs(losses[0] - losses[1]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "regions"), [([], []), (["forget"], "all")])
 def test_units_of_an_arm_without_routing_belong_to_it(places, tmp_path, kept, regions):
     """What they learned is no less the model's own than the rest, so that without them another model would be attacked."""

@@ -11,6 +11,7 @@ from routed_peft.monitoring import (
 from routed_peft.monitoring.environments import list_environments, rows_by_environment
 
 
+@pytest.mark.slow
 def test_environments_in_other_forms(tmp_path):
     data = rows(16)
     named = data.cast_column("route_environment", ClassLabel(names=["pattern", "noise"]))
@@ -26,6 +27,7 @@ def test_environments_in_other_forms(tmp_path):
     assert {name: index.tolist() for name, index in found.items()} == {"a": [1], "b": [0, 2]}
 
 
+@pytest.mark.slow
 def test_bad_environments(tmp_path):
     trainer = trainer_of(tmp_path)
     RegionMonitor(trainer, environments=["noise", "patern"])

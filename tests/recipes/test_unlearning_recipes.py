@@ -154,6 +154,7 @@ def test_undo_after_unlearning(place, tmp_path):
         here([*command, "--student", str(tmp_path / "student")])
 
 
+@pytest.mark.slow
 def test_what_an_ablated_model_has_cost_is_what_its_run_has(place, tmp_path):
     cost = TrainingCost(flops=7, serial_steps=5, tokens=30)
     run = shutil.copytree(place / "routed", tmp_path / "run")

@@ -62,6 +62,7 @@ def test_the_table_shows_intervals_and_areas_where_summaries_hold_them(tmp_path)
     assert heads_and_rows(write(plain, older))[1][3] == "–"
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_and_names_it(tmp_path):
     attacked_checkpoint(tmp_path, "rmu")
     write(tmp_path / "biology.json", summary(cells()))  # of an experiment: passed over in a directory

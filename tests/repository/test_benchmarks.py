@@ -20,6 +20,7 @@ def step_time(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_step_time_runs_and_reports(step_time, tmp_path, capsys):
     out = tmp_path / "results" / "step_time.json"
     step_time.main(["--sizes", "tiny", "--repeats", "1", "--no-compile", "--device", "cpu", "--out", str(out)])

@@ -47,12 +47,14 @@ def test_every_package_is_in_the_wheel_with_its_data_and_nothing_else_is(wheel):
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 
+@pytest.mark.slow
 def test_the_version_has_one_source(wheel):
     assert metadata(wheel)["Version"] == routed_peft.__version__
     assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == routed_peft.__version__
 
 
+@pytest.mark.slow
 def test_reports_classifiers_and_measuring_are_optional(wheel):
     required = {
         line.split(";")[0].split(">")[0] for line in metadata(wheel).get_all("Requires-Dist") if "extra" not in line

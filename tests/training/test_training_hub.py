@@ -12,6 +12,8 @@ from training_parts import trainer_of
 
 from routed_peft.data import train_tokenizer
 
+pytestmark = pytest.mark.slow  # a process of its own, and a server for it
+
 TRAINED = """
 from training_parts import train
 from transformers import TrainerCallback
@@ -79,7 +81,6 @@ def test_nothing_is_pushed_before_the_end_where_that_is_asked_for(worker: Worker
     assert worker.server.repos["org/epochs"].messages == ["Training in progress, epoch 1"]
 
 
-@pytest.mark.slow
 def test_what_a_push_cannot_do_is_refused(worker: Worker, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, train_tokenizer(["a"], vocab_size=258))
     with pytest.raises(ValueError, match=r"got \['tags'\], which it does not take"):
