@@ -43,12 +43,12 @@ def check_model(
         configs: Any = model.peft_config
         if getattr(configs[region], "use_dora", False):
             raise ValueError(f"the adapter {region!r} uses DoRA, whose magnitudes cannot be routed: use plain LoRA")
-    embeddings = _embedding_weight(model)
     if train_base and getattr(model, "is_quantized", False):
         raise ValueError(
             "`train_base=True` on a quantized model: its weights cannot be trained. Route into LoRA regions, and "
             "name the adapters that stay in `base_adapters`"
         )
+    embeddings = _embedding_weight(model)
     for name, module in model.named_modules():
         if isinstance(module, Routed):
             raise ValueError(

@@ -17,7 +17,7 @@ from routed_peft.deprecation import warn_renamed
 from routed_peft.routes import BASE, Routes, validate_routes
 from routed_peft.routing.compatibility import check_covered, check_member, check_model
 from routed_peft.routing.groups import JOINT, Member, find_members
-from routed_peft.routing.layers import Attachment, routed_class, swap, swap_input, unswap
+from routed_peft.routing.layers import Attachment, routed_class, routed_input_class, swap, unswap
 from routed_peft.routing.self_check import check_gradients
 from routed_peft.routing.step_weights import GroupWeights, RouteTable, RoutingState, label_indices
 
@@ -101,13 +101,8 @@ class GradientRouting:
             self.detach()
             raise
         self.groups = [group for group in (BASE, JOINT, *self.regions) if self.parameters(group)]
-        dtype = next(model.parameters()).dtype
-        self._table = RouteTable(
-            self.routes,
-            self.regions,
-            gather=gather,
-            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-        )
+        dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+        self._table = RouteTable(self.routes, self.regions, gather=gather, dtype=dtype)
         self._leave_record()
 
     # Attaching
@@ -128,9 +123,8 @@ class GradientRouting:
 
     def _swap(self, members: Sequence[Member]) -> None:
         groups: dict[nn.Parameter, str] = {}
-        outputs = (
-            [output_projection(mlp) for mlp in find_mlps(self.model).values()] if self.edges != "parameters" else []
-        )
+        mlps = find_mlps(self.model).values() if self.edges == "activations" else ()
+        outputs = {output_projection(mlp) for mlp in mlps}
         for member in members:
             parameters = [p for p in member.module.parameters(recurse=False) if p.requires_grad]
             for p in parameters:
@@ -142,25 +136,20 @@ class GradientRouting:
             self._owners.setdefault(member.group, []).append(member.module)
             if parameters and member.group != JOINT:
                 check_member(member)
+                # an outlet in any case, since a route may ablate its region
                 if self.edges == "parameters" or member.outlet or member.module in outputs:
                     self._swap_member(member)
         check_covered(self.model, groups)
 
     def _swap_member(self, member: Member) -> None:
         module = member.module
-        attachment = Attachment(
-            self._state, group=member.group, name=member.name, original=type(module), outlet=member.outlet
-        )
-        if self.edges == "parameters":
-            cls = routed_class(module)
-            if cls is None:
-                raise ValueError(
-                    f"the trainable parameters of {member.name!r} ({type(module).__name__}) cannot be routed: freeze them, "
-                    "or name the module in `joint` if all data may train it"
-                )
-            swap(module, cls, attachment)
-        else:
-            swap_input(module, attachment)
+        cls = routed_class(module) if self.edges == "parameters" else routed_input_class(module)
+        if cls is None:
+            raise ValueError(
+                f"the trainable parameters of {member.name!r} ({type(module).__name__}) cannot be routed: freeze them, "
+                "or name the module in `joint` if all data may train it"
+            )
+        swap(module, cls, Attachment(self._state, member.group, member.name, type(module), member.outlet))
         self._swapped.append(module)
 
     def _leave_record(self) -> None:
@@ -199,7 +188,7 @@ class GradientRouting:
         Args:
             labels: one name per example; or integers into ``list(routes)``, ``(B,)`` or ``(B, T)`` aligned with the
                 positions of the input (-100: padding).
-            weights: optional multipliers by group, ``(B,)`` or ``(B, T)``, for rules that are not a table.
+            weights: by group, factors ``(B,)`` or ``(B, T)`` on the routes' weights, such as token frequencies.
 
         Raises:
             ValueError: on an unknown label, wrong shapes, or an adapter added since attaching.
@@ -316,16 +305,10 @@ class GradientRouting:
 
     def _upstream(self) -> list[nn.Parameter]:
         """Return the base parameters that activation edges protect: those of the MLPs, output projections excepted."""
-        outputs, base = {id(m) for m in self._swapped}, {id(p) for p in self.parameters(BASE)}
-        return [
-            p
-            for mlp in find_mlps(self.model).values()
-            if id(output_projection(mlp)) in outputs
-            for m in mlp.modules()
-            if id(m) not in outputs
-            for p in m.parameters(recurse=False)
-            if id(p) in base
-        ]
+        swapped, base = set(self._swapped), set(self.parameters(BASE))
+        mlps = [mlp for mlp in find_mlps(self.model).values() if output_projection(mlp) in swapped]
+        modules = [m for mlp in mlps for m in mlp.modules() if m not in swapped]
+        return [p for m in modules for p in m.parameters(recurse=False) if p in base]
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:

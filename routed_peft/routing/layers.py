@@ -13,13 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from routed_peft.functional import (
-    routed_linear,
-    routed_module,
-    routed_parameter,
-    scale_gradient,
-    spread,
-)
+from routed_peft.functional import routed_linear, routed_module, routed_parameter, scale_gradient, spread
 from routed_peft.routing.step_weights import GroupWeights, RoutingState
 
 
@@ -43,10 +37,10 @@ class Attachment:
     outlet: bool = False
     view: nn.Module | None = None
 
-    def read(self, x: Tensor) -> GroupWeights | None:
-        """Return the step's weights; ValueError where they do not line up with the input ``x``."""
-        step = self.state.group(self.group)
-        if step is not None:
+    def read(self, x: Tensor | None = None) -> GroupWeights | None:
+        """Return the step's weights, as `RoutingState.read`; ValueError where they do not line up with an input ``x``."""
+        step = self.state.read(self.group)
+        if step is not None and x is not None:
             for m in (step.weights.m if step.weights else None, step.gate):
                 if m is not None and x.shape[: m.dim()] != m.shape:
                     raise ValueError(
@@ -95,7 +89,7 @@ class RoutedConv1D(_RoutedConv1DBase, Conv1D):
 
 class _RoutedEmbedding(Routed):
     def forward(self, ids: Tensor) -> Tensor:
-        step = self._attachment.state.group(self._attachment.group)
+        step = self._attachment.read()
         y: Tensor = super().forward(ids)  # type: ignore[misc]
         if step is None or step.weights is None:
             return y
@@ -103,13 +97,13 @@ class _RoutedEmbedding(Routed):
         if y.shape[0] == 1 and len(m) > 1:  # learned positions are looked up once for the whole batch
             y = y.expand(len(m), *y.shape[1:])
         if y.shape[: m.dim()] != m.shape:
-            self._attachment.read(ids)
+            self._attachment.read(ids)  # raises, and names the shapes
         return scale_gradient(y, m)
 
 
 class _RoutedModule(Routed):
     def forward(self, x: Tensor) -> Tensor:
-        step = self._attachment.state.group(self._attachment.group)
+        step = self._attachment.read()
         if step is None or step.weights is None:
             return super().forward(x)  # type: ignore[misc]
         view = self._attachment.view
@@ -120,7 +114,7 @@ class _RoutedModule(Routed):
 class _RoutedRMSNorm(Routed):
     # RMSNorm classes multiply by `self.weight` elementwise, so this property is enough to route them.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        step = self._attachment.state.group(self._attachment.group)
+        step = self._attachment.read()
         if step is None or step.weights is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         m = align(step.weights.m, x, self._attachment.name)
@@ -172,7 +166,11 @@ def align(m: Tensor, x: Tensor, name: str) -> Tensor:
     raise ValueError(f"labels of shape {tuple(m.shape)} do not line up with the input of {name!r}, {tuple(x.shape)}")
 
 
-_CLASSES: dict[tuple[type[nn.Module], type[Routed]], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], type[Routed]], type[nn.Module]] = {
+    (nn.Linear, _RoutedLinearBase): RoutedLinear,
+    (Conv1D, _RoutedConv1DBase): RoutedConv1D,
+}
+"""Routed classes by the class before the swap and the mixin; others than these two are made at the first need."""
 
 
 def _swapped_class(cls: type[nn.Module], mixin: type[Routed]) -> type[nn.Module]:
@@ -192,22 +190,23 @@ def routed_class(module: nn.Module) -> type[nn.Module] | None:
     True
     """
     cls = type(module)
-    if cls is nn.Linear:
-        return RoutedLinear
-    if cls is Conv1D:
-        return RoutedConv1D
     if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
         return _swapped_class(cls, _RoutedLinearBase)
     if isinstance(module, Conv1D) and cls.forward is Conv1D.forward:
         return _swapped_class(cls, _RoutedConv1DBase)
     if isinstance(module, nn.Embedding):
         return _swapped_class(cls, _RoutedEmbedding)
-    shapes = [p.dim() for p in module._parameters.values() if p is not None]
-    if cls.__name__.endswith("RMSNorm") and cls is not nn.RMSNorm and shapes == [1]:
+    axes = [p.dim() for p in module._parameters.values() if p is not None]
+    if cls.__name__.endswith("RMSNorm") and cls is not nn.RMSNorm and axes == [1]:
         return _swapped_class(cls, _RoutedRMSNorm)
-    if not list(module.children()) and (max(shapes) == 1 or isinstance(module, nn.Linear)):
+    if not list(module.children()) and (max(axes) == 1 or isinstance(module, nn.Linear)):
         return _swapped_class(cls, _RoutedModule)
     return None
+
+
+def routed_input_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that routes the gradient of ``module``'s input (activation edges)."""
+    return _swapped_class(type(module), _RoutedInput)
 
 
 def swap(module: nn.Module, cls: type[nn.Module], attachment: Attachment) -> None:
@@ -238,11 +237,6 @@ def _view(module: nn.Module) -> nn.Module:
     return view
 
 
-def swap_input(module: nn.Module, attachment: Attachment) -> None:
-    """Route the gradient of ``module``'s input (activation edges)."""
-    swap(module, _swapped_class(type(module), _RoutedInput), attachment)
-
-
 def unswap(module: nn.Module) -> None:
     """Undo `swap`."""
     attachment: Attachment = module.__dict__.pop("_attachment")
@@ -256,7 +250,7 @@ def parameter_weights(module: nn.Module) -> list[Tensor]:
     """
     if not isinstance(module, Routed):
         return []
-    step = module._attachment.state.group(module._attachment.group)
+    step = module._attachment.read()
     if step is None:
         return []
     weights = [] if step.weights is None or isinstance(module, _RoutedInput) else [step.weights.m]

@@ -50,10 +50,10 @@ class RoutingState:
     groups: dict[str, GroupWeights] | None = None
     off: int = 0
 
-    def group(self, name: str) -> GroupWeights | None:
-        """Return the step's weights for a group, or None where layers run unrouted; ValueError for training without labels."""
+    def read(self, group: str) -> GroupWeights | None:
+        """Return a group's weights, or None where layers run unrouted; ValueError for training without labels."""
         if self.groups is not None:
-            return self.groups[name]
+            return self.groups[group]
         if torch.is_grad_enabled() and not self.off:
             raise ValueError(NO_LABELS)
         return None
@@ -129,7 +129,7 @@ class RouteTable:
         for group, (weight, present) in self._tables.items():
             m = (weight * present)[labels.clamp(min=0)] * (labels != IGNORED)
             if multipliers and group in multipliers:
-                m = _broadcast(m, multipliers[group].detach().cpu().to(self.dtype), group)
+                m = _multiplied(m, multipliers[group].detach().cpu().to(self.dtype), group)
             result[group] = m
         return result
 
@@ -139,7 +139,7 @@ class RouteTable:
         result = {}
         for group, m in effective.items():
             is_real = real if m.dim() == real.dim() else real.unsqueeze(1).expand_as(m)
-            # Padding has no gradient of its own, so its weight may be whichever is cheapest.
+            # Padding has no gradient of its own, so its weight does not keep a layer from running unrouted.
             plain = bool((m[is_real] == 1).all())
             weights = None if plain else PositionWeights.from_weights(m, self.gather)
             present = self._tables[group][1][labels.clamp(min=0)]
@@ -148,18 +148,15 @@ class RouteTable:
         return result
 
 
-def _broadcast(m: Tensor, multiplier: Tensor, group: str) -> Tensor:
-    if multiplier.dim() > m.dim():
-        m = m.unsqueeze(1)
-    elif multiplier.dim() < m.dim():
-        multiplier = multiplier.unsqueeze(1)
-    if (
-        multiplier.dim() not in (1, 2)
-        or multiplier.shape[0] != m.shape[0]
-        or (m.dim() == 2 and 1 not in (m.shape[1], multiplier.shape[1]) and m.shape[1] != multiplier.shape[1])
-    ):
+def _multiplied(m: Tensor, multiplier: Tensor, group: str) -> Tensor:
+    lengths = {t.shape[1] for t in (m, multiplier) if t.dim() == 2} - {1}
+    if multiplier.dim() not in (1, 2) or len(multiplier) != len(m) or len(lengths) > 1:
         raise ValueError(
             f"`weights[{group!r}]` is one number per example or per position; got {tuple(multiplier.shape)} "
             f"for labels of shape {tuple(m.shape)}"
         )
+    if multiplier.dim() > m.dim():
+        m = m.unsqueeze(1)
+    elif multiplier.dim() < m.dim():
+        multiplier = multiplier.unsqueeze(1)
     return m * multiplier
