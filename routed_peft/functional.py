@@ -118,7 +118,7 @@ def _input_rows(x: Tensor, index: Tensor | None, *, kept: Tensor | None, lead: i
     return rows
 
 
-def _sum_over_runs(grad: Tensor, x: Tensor, runs: Runs, lead: int) -> Tensor:
+def _sum_over_runs(grad: Tensor, x: Tensor, *, runs: Runs, lead: int) -> Tensor:
     """Return the sum over runs of ``weight * grad[run].T @ x[run]``, ``(O, D)``."""
     inner = grad.shape[lead:-1].numel()  # rows per weight: T where a weight belongs to a whole example
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
@@ -159,7 +159,7 @@ class _RoutedLinear(torch.autograd.Function):
         grad_weight = grad_bias = None
         rounds_each_sum = grad.element_size() <= 2  # bfloat16 would be rounded once per run
         if needs_weight and not needs_bias and ctx.runs is not None and not rounds_each_sum:
-            grad_weight = _sum_over_runs(grad, x, ctx.runs, ctx.lead)
+            grad_weight = _sum_over_runs(grad, x, runs=ctx.runs, lead=ctx.lead)
         elif needs_weight or needs_bias:
             rows_grad = _rows(grad, index, ctx.lead)
             # only one of the two factors is weighed: the narrower one, where there is a choice
