@@ -253,7 +253,7 @@ def test_a_quantized_layer_runs_but_does_not_merge():
 def test_stock_folders_are_written_from_lora_regions_only(tmp_path):
     model = mixed()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="only a region of kind 'lora' is a LoRA, got kind 'mlp'"):
+    with pytest.raises(ValueError, match="only a region of kind 'lora' can become a stock LoRA, got kind 'mlp'"):
         to_stock_lora(tmp_path / "forget", tmp_path / "out")
     with pytest.raises(ValueError, match="`out` .* is not an empty directory"):
         to_stock_lora(tmp_path / "retain", tmp_path)
