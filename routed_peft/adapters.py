@@ -1,4 +1,8 @@
-"""A model's PEFT adapters, the modules through which they act, and the record of how the model was routed."""
+"""A model's PEFT adapters, their outlets, and the record of how the model was routed.
+
+An *outlet* of an adapter is a module inside a PEFT layer whose output is what the adapter adds to the layer's own, such as
+``lora_B[name]``. With the outputs of all its outlets multiplied by zero, the adapter is ablated.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,6 @@ from torch import nn
 
 from routed_peft.routes import Routes
 
-_LORA_OUTLETS = ("lora_B",)
-
 
 @dataclass(frozen=True)
 class RoutingRecord:
@@ -23,8 +25,7 @@ class RoutingRecord:
         routes: label -> `Route`, or None where they are not known.
         train_base: whether the model's own weights were trained, so that saving adapters alone would lose them.
         base_adapters: adapters that belong to the base.
-        kept_regions: regions that belong to the model for good (a run without routing has some), so that they are not
-            taken away from it when it is measured.
+        kept_regions: regions that are part of the model, as in a run without routing: it is measured with them.
     """
 
     routes: Routes | None = None
@@ -69,7 +70,7 @@ def adapters_in(layer: BaseTunerLayer) -> list[str]:
 
 
 def region_outlets(layer: BaseTunerLayer) -> tuple[str, ...]:
-    """Return the attributes of a PEFT layer whose modules' outputs are all that its adapters contribute.
+    """Return the names of a PEFT layer's attributes that hold outlets, each a ``ModuleDict`` by adapter.
 
     Raises:
         ValueError: for a PEFT type other than LoRA and ROUTED, whose layers do not name any.
@@ -78,7 +79,7 @@ def region_outlets(layer: BaseTunerLayer) -> tuple[str, ...]:
     if own is not None:
         return own
     if isinstance(layer, LoraLayer):
-        return _LORA_OUTLETS
+        return ("lora_B",)
     raise ValueError(
         f"a {type(layer).__module__}.{type(layer).__name__} layer cannot be ablated or routed: regions are adapters made by "
         "`RoutedConfig` or `LoraConfig`"
@@ -86,7 +87,7 @@ def region_outlets(layer: BaseTunerLayer) -> tuple[str, ...]:
 
 
 def outlet_modules(layer: BaseTunerLayer, adapter: str) -> list[nn.Module]:
-    """Return the modules of a PEFT layer through which the whole contribution of ``adapter`` passes.
+    """Return the outlets of ``adapter`` in a PEFT layer; ValueError as `region_outlets`.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 3)), LoraConfig(r=1, target_modules=["0"]), "forget")
@@ -98,10 +99,10 @@ def outlet_modules(layer: BaseTunerLayer, adapter: str) -> list[nn.Module]:
 
 
 def find_outlets(model: nn.Module, regions: Iterable[str]) -> list[nn.Module]:
-    """Return the modules through which the whole contribution of ``regions`` to ``model`` passes.
+    """Return all outlets of ``regions`` in ``model``.
 
     Raises:
-        ValueError: on an unknown or merged region, and on layers whose contribution does not pass through such modules.
+        ValueError: on an unknown or merged region, and on one with a layer that adds something past its outlets.
     """
     regions = list(dict.fromkeys(regions))
     layers = [layer for _, layer in tuner_layers(model)]

@@ -29,7 +29,7 @@ def era(region: str = "forget", base_weight: float = -0.75) -> dict[str, Route]:
 
     Use it with ``edges="activations"``. Token-frequency weights in the column ``route_weights`` let common tokens pass: a
     token's base weight is then ``w + (1 - w) * base_weight`` (`routed_peft.data.token_frequency_weights`). All data without
-    the label forget trains as usual.
+    the label forget trains as usual. The routes are the same for every ``region``; it is there as in the other methods.
 
     >>> era()["forget"].weights
     {'base': -0.75}
@@ -66,9 +66,9 @@ def gram(regions: Sequence[str]) -> dict[str, Route]:
     """One region per category (GRAM / modular pretraining, arXiv 2607.08077).
 
     Every region has three kinds of data. ``<region>`` trains the region alone (aux-isolated), ``<region>/spread`` trains
-    region and core (aux-spread), and ``<region>/robust`` is core data read with that one region on (core-robustness).
-    ``core`` is read with all regions off. In the publication, a third to a half of a category's data is spread, and a fifth
-    to a half of the core data robust.
+    region and core (aux-spread), and ``<region>/robust`` is core data read with that one region on (core-robustness). The
+    latter two have the same route; their labels tell their data apart. ``core`` is read with all regions off. In the
+    publication, a third to a half of a category's data is spread, and a fifth to a half of the core data robust.
 
     >>> list(gram(["bio", "cyber"]))
     ['core', 'bio', 'bio/spread', 'bio/robust', 'cyber', 'cyber/spread', 'cyber/robust']
@@ -109,7 +109,7 @@ def demix(region: str = "forget", other: str = "retain") -> dict[str, Route]:
 
 
 def control(labels: Sequence[str] = ("forget", "retain", "unlabeled")) -> dict[str, Route]:
-    """Return the placebo: every label trains everything, in a model with the same regions.
+    """Return routes without routing: every label trains everything, so what removal does then is due to the regions alone.
 
     >>> control(["a"])
     {'a': Route(weights={}, ablated=())}

@@ -12,8 +12,6 @@ BASE = "base"
 IGNORED = -100
 """Integer label of padding, whose positions train nothing."""
 
-_RESERVED = ("default", BASE, "ref")
-
 
 @dataclass(frozen=True)
 class Route:
@@ -101,7 +99,7 @@ def check_region_name(name: str) -> None:
     ...
     ValueError: a region cannot be called 'default': ... Pick another `adapter_name`, such as "forget".
     """
-    if name in _RESERVED or name.startswith("checkpoint-") or "." in name or not name:
+    if name in ("default", BASE, "ref") or name.startswith("checkpoint-") or "." in name or not name:
         raise ValueError(
             f"a region cannot be called {name!r}: `default`, `base`, `ref`, `checkpoint-…` and names with dots have other "
             'meanings in PEFT, TRL and Trainer. Pick another `adapter_name`, such as "forget".'

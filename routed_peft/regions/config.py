@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -10,13 +10,8 @@ from peft import LoraConfig, PeftConfig
 from routed_peft.regions.peft_type import peft_type
 
 KINDS = ("mlp", "lora", "subspace")
-"""The kinds of region."""
-
 INITS = ("zero", "model")
-"""The initializations of hidden units."""
-
 STRENGTHS = ("cut", "weights")
-"""The ways to keep the base from learning along a subspace: cutting the whole gradient, or weight gradients alone (weak)."""
 
 _OF_KIND = {
     "size": ("mlp",),
@@ -53,7 +48,8 @@ class RoutedConfig(PeftConfig):
             comparison.
         store_base_part: ``"subspace"`` only. Whether the file holds the base's component along the basis (as many numbers as
             the region has), to which `project_base` restores a trained base. None: yes, unless the base is quantized.
-        provenance: source, shape and hash of the basis, written here when the region is made.
+        provenance: source, shape (``k``, ``width``) and hash of the basis, written here when the region is made. A region
+            has a basis exactly where this is set.
         target_modules: ends of module names, or one regular expression. By default those of the model's type: its MLPs, PEFT's
             own defaults for ``"lora"``, all residual writers for ``"subspace"``. ``"lora"`` also takes ``"all-linear"``.
         exclude_modules: ends of module names, or one regular expression, to leave out of `target_modules`.
@@ -80,47 +76,20 @@ class RoutedConfig(PeftConfig):
         ValueError: `size` belongs to kind 'mlp', got `size` = 64 with kind 'lora'
     """
 
-    kind: str = field(
-        default="mlp",
-        metadata={"help": "Kind of region: 'mlp' (extra hidden units), 'lora' or 'subspace'."},
-    )
-    size: int | None = field(default=None, metadata={"help": "mlp: extra hidden units beside every targeted MLP."})
-    r: int | None = field(default=None, metadata={"help": "lora: the rank. Default: 8."})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "lora: the update is multiplied by lora_alpha / r. Default: 8."}
-    )
-    subspace: str | None = field(
-        default=None, metadata={"help": "subspace: file of the directions; lora: file of directions to stay off."}
-    )
-    strength: str | None = field(
-        default=None, metadata={"help": "subspace: 'cut' (default), or 'weights', which is weak and for comparison."}
-    )
-    store_base_part: bool | None = field(
-        default=None,
-        metadata={"help": "subspace: store the base's component along the basis. Default: unless quantized."},
-    )
-    provenance: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Source of the basis; written when the region is made."}
-    )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of modules (suffixes), or one regular expression. Default: by the model's type."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or one regular expression, that `target_modules` leaves out."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers that the region is in. Default: all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, for `layers_to_transform`."}
-    )
-    init: str | None = field(
-        default=None, metadata={"help": "mlp: 'zero', 'model', or null to choose by whether the base was pretrained."}
-    )
-    base_fingerprint: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Fingerprint of the base that the region was trained on; enforced on loading."}
-    )
+    kind: str = "mlp"
+    size: int | None = None
+    r: int | None = None
+    lora_alpha: float | None = None
+    subspace: str | None = None
+    strength: str | None = None
+    store_base_part: bool | None = None
+    provenance: dict[str, Any] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    init: str | None = None
+    base_fingerprint: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +142,7 @@ class RoutedConfig(PeftConfig):
 
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)
-        if value is None or isinstance(value, str) and value:
+        if value is None or (isinstance(value, str) and value):
             return
         if isinstance(value, str) or not value or not all(isinstance(item, str) and item for item in value):
             raise ValueError(f"`{name}` must be a list of module names or one regular expression, got {value!r}")

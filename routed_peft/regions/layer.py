@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -14,13 +14,15 @@ class RoutedLayer(BaseTunerLayer):
     """A PEFT layer that holds regions beside a module of the base.
 
     Attributes:
-        region_outlets: names of the ``nn.ModuleDict`` attributes whose modules' outputs are all that a region contributes.
-            With these outputs multiplied by zero, the region is ablated.
+        region_outlets: names of the ``nn.ModuleDict`` attributes that hold outlets (see `routed_peft.adapters`).
         base_layer: the module that the regions stand beside.
     """
 
     base_layer: nn.Module
     region_outlets: ClassVar[tuple[str, ...]] = ()
+
+    def _linear(self, part: str, adapter_name: str) -> nn.Linear:
+        return cast(nn.Linear, getattr(self, part)[adapter_name])
 
     def update_layer(self, adapter_name: str, config: RoutedConfig, *, model: nn.Module) -> None:
         """Add the region ``adapter_name``; ``model`` gives its initialization scheme."""

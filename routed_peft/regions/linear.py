@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -58,7 +58,6 @@ class LowRankLinear(nn.Module, SubspaceLayer):
         self.lora_A, self.lora_B, self.routed_M = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self._init_subspaces()
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
         self._active_adapter = adapter_name
@@ -182,9 +181,6 @@ class LowRankLinear(nn.Module, SubspaceLayer):
 
     def _oriented(self, update: Tensor) -> Tensor:
         return update.t() if isinstance(self.base_layer, Conv1D) else update
-
-    def _linear(self, part: str, name: str) -> nn.Linear:
-        return cast(nn.Linear, getattr(self, part)[name])
 
     def __repr__(self) -> str:
         return "routed." + super().__repr__()

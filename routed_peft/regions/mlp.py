@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -43,7 +43,6 @@ class RoutedMLP(nn.Module, RoutedLayer):
         self.routed_gate = nn.ModuleDict()
         self.routed_up = nn.ModuleDict()
         self.routed_down = nn.ModuleDict()
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, model=model)
@@ -154,9 +153,6 @@ class RoutedMLP(nn.Module, RoutedLayer):
         gate = self._linear("routed_gate", name) if self.layout.gated else None
         gate_weight, gate_bias = (None, None) if gate is None else (gate.weight, gate.bias)
         return HiddenUnits(up.weight, down.weight, gate_weight, up.bias, gate_bias)
-
-    def _linear(self, part: str, name: str) -> nn.Linear:
-        return cast(nn.Linear, getattr(self, part)[name])
 
     def __repr__(self) -> str:
         return "routed." + super().__repr__()

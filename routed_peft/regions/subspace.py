@@ -39,7 +39,7 @@ class SubspaceLayer(RoutedLayer):
         self.routed_U = BufferDict({}, persistent=True)
         self.routed_C0 = BufferDict({}, persistent=True)
         self.strengths: dict[str, str] = {}
-        self._checked: dict[str, torch.dtype] = {}
+        self._checked: dict[str, torch.dtype] = {}  # a cast of the model rounds the bases, so they are checked anew
 
     def _precision(self) -> torch.dtype:
         dtype = self._get_base_layer_device_and_dtype(self.base_layer)[1]
@@ -182,7 +182,6 @@ class ProtectedEmbedding(nn.Module, SubspaceLayer):
         self.base_layer = base_layer
         self.num_embeddings, self.embedding_dim = base_layer.num_embeddings, base_layer.embedding_dim
         self._init_subspaces()
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.protect(adapter_name, config, basis)

@@ -27,7 +27,7 @@ class Member:
         module: the module itself.
         group: ``"base"``, a region, or ``"joint"``.
         adapter: the PEFT adapter that it is part of, if any.
-        outlet: whether its output is a region's contribution to the model.
+        outlet: whether it is an outlet of a region (see `routed_peft.adapters`), which a route may ablate.
     """
 
     name: str

@@ -26,7 +26,7 @@ class Attachment:
         group: ``"base"`` or a region.
         name: qualified module name, for messages.
         original: the class before the swap.
-        outlet: whether the module's output is its region's contribution, which a route may ablate.
+        outlet: as in `routed_peft.routing.groups.Member`.
         view: for modules evaluated twice, the same module under its original class (it shares all parameters).
     """
 
