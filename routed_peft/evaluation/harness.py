@@ -5,9 +5,9 @@ lm-eval is an optional dependency (``pip install "routed_peft[eval]"``) and is i
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
@@ -59,7 +59,8 @@ def evaluate(
     from routed_peft.evaluation.lm_eval_model import measurement
 
     measure = measurement(model, tokenizer, tasks=tasks, metadata=metadata, limit=limit, batch_size=batch_size)
-    return _with_regions(model, measure, chosen=regions, base_adapters=base_adapters)
+    with _only(model, regions, base_adapters):
+        return measure()
 
 
 @formerly_positional("configurations", "tasks", "metadata", "limit", "batch_size", "base_adapters")
@@ -77,15 +78,8 @@ def evaluate_configurations(
     """Measure one live model under several sets of active regions; tasks and their data are built once.
 
     Args:
-        model: see `evaluate`.
-        tokenizer: see `evaluate`.
         configurations: name -> the active regions. By default "all regions", "ablated", and each of several regions alone;
-            "model" for a model without regions.
-        tasks: see `evaluate`.
-        metadata: see `evaluate`.
-        limit: see `evaluate`.
-        batch_size: see `evaluate`.
-        base_adapters: see `evaluate`.
+            "model" for a model without regions. All other arguments are those of `evaluate`.
 
     Returns:
         ``{configuration: {"task/metric": value}}``.
@@ -93,14 +87,15 @@ def evaluate_configurations(
     if configurations is None:
         configurations = default_configurations(region_names(model, base_adapters))
     for regions in configurations.values():  # a misspelled region must not cost the measurements before it
-        _others(model, regions, base_adapters)
+        _only(model, regions, base_adapters)
     from routed_peft.evaluation.lm_eval_model import measurement
 
     measure = measurement(model, tokenizer, tasks=tasks, metadata=metadata, limit=limit, batch_size=batch_size)
-    return {
-        name: _with_regions(model, measure, chosen=chosen, base_adapters=base_adapters)
-        for name, chosen in configurations.items()
-    }
+    found = {}
+    for name, regions in configurations.items():
+        with _only(model, regions, base_adapters):
+            found[name] = measure()
+    return found
 
 
 def region_names(model: nn.Module, base_adapters: Sequence[str] | None = None) -> list[str]:
@@ -159,26 +154,15 @@ def results_table(
     return table
 
 
-def _others(
-    model: nn.Module, chosen: Literal["all"] | Sequence[str] | None, base_adapters: Sequence[str] | None = None
-) -> list[str]:
-    """Return the regions to ablate, so that only those of `chosen` are active."""
+def _only(
+    model: nn.Module, chosen: Literal["all"] | Sequence[str] | None, base_adapters: Sequence[str] | None
+) -> AbstractContextManager[object]:
+    """Leave only the regions of `chosen` active for the length of a block; raise ValueError at once on unknown ones."""
     if chosen is None or chosen == "all":
-        return []
+        return nullcontext()
     names = region_names(model, base_adapters)
     if isinstance(chosen, str) or (unknown := [name for name in chosen if name not in names]):
         got = chosen if isinstance(chosen, str) else unknown
         raise ValueError(f"`regions` must be a list from {names}, got {got!r}: name regions of this model, or 'all'")
-    return [name for name in names if name not in chosen]
-
-
-def _with_regions(
-    model: nn.Module,
-    measure: Callable[[], Scores],
-    *,
-    chosen: Literal["all"] | Sequence[str] | None,
-    base_adapters: Sequence[str] | None,
-) -> Scores:
-    others = _others(model, chosen, base_adapters)
-    with ablated(model, *others) if others else contextlib.nullcontext():
-        return measure()
+    others = [name for name in names if name not in chosen]
+    return ablated(model, *others) if others else nullcontext()

@@ -21,7 +21,9 @@ try:
 except ImportError as error:
     raise ImportError('evaluation needs lm-eval, which is not installed: pip install "routed_peft[eval]"') from error
 
+from routed_peft.data.beginnings import document_tokens
 from routed_peft.eval_mode import evaluating
+from routed_peft.evaluation.text_loss import first_token
 from routed_peft.runs.silence import silenced_logger
 from routed_peft.tasks import path
 
@@ -30,11 +32,24 @@ class TextLM(HFLM):
     """lm-eval's Hugging Face model, with the loss of a text alone.
 
     lm-eval puts a begin-of-sequence token before a text. If the tokenizer adds one too (Llama, Gemma), lm-eval scores the
-    second one. Its loss has nothing to do with the text, and is large beside twenty tokens.
+    second one. Its loss has nothing to do with the text, and is large beside twenty tokens. Here the text begins once, as in
+    `TextLoss`.
     """
 
     quiet = False
-    add_bos_token: bool | None
+    _rolling = False
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no other context."""
+        custom = self.custom_prefix_token_id
+        return first_token(self.tokenizer) if custom is None else int(custom)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Return the tokens of a string; of a whole text, without its beginning."""
+        if self._rolling:
+            return document_tokens(self.tokenizer, [string])[0]
+        return list(super().tok_encode(string, *args, **kwargs))
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return for each request the log-likelihood of its continuation, and whether greedy decoding gives it."""
@@ -42,11 +57,11 @@ class TextLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, in windows of the model's length, special tokens left out."""
-        before, self.add_bos_token = self.add_bos_token, False
+        self._rolling = True
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or self.quiet)
         finally:
-            self.add_bos_token = before
+            self._rolling = False
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm or self.quiet, **kwargs)
@@ -67,11 +82,7 @@ def measurement(
     limit: int | None,
     batch_size: int,
 ) -> Callable[[], dict[str, float]]:
-    """Build tasks and data once, and return a function that measures the model in its present state.
-
-    Raises:
-        ValueError: on an unknown name in `tasks`.
-    """
+    """Build tasks and data once, and return a function that measures the model in its present state."""
     tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token
     with isolated_lm_eval():
         loaded = load_tasks(tasks, {"tokenizer": tokenizer, "special_tokens": False, **(metadata or {})})

@@ -16,11 +16,6 @@ def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
 
     The loss of performance is the cost of losing so many units. Only a larger effect of ablation belongs to the region.
 
-    Args:
-        model: a plain model of an architecture whose MLPs are known.
-        count: units of each MLP; fewer than it has.
-        seed: of the draw.
-
     Raises:
         ValueError: if the MLPs have an unknown layout, or one has no more units than ``count``.
 
@@ -35,9 +30,8 @@ def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     mlps = find_mlps(model)
     if not mlps:
-        raise ValueError(
-            f"{type(model).__name__} has no MLP of a known layout: describe its MLPs with `register_mlp_layout`"
-        )
+        name = type(model).__name__
+        raise ValueError(f"{name} has no MLP of a known layout: describe its MLPs with `register_mlp_layout`")
     for name, mlp in mlps.items():
         down: Any = output_projection(mlp)
         axis = 0 if isinstance(down, Conv1D) else 1  # of its inputs

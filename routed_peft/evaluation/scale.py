@@ -15,12 +15,7 @@ SCALES = tuple(i / 10 for i in range(11))
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """Result of `choose_scale`.
-
-    Attributes:
-        scale: the chosen one; None if the rate is not below the limit even without the region.
-        rates: scale -> rate of the detector.
-    """
+    """Result of `choose_scale`: the scale, or None if even without the region the rate is too high; and all rates."""
 
     scale: float | None
     rates: dict[float, float]
@@ -36,24 +31,16 @@ def choose_scale(
     there may be more behavior that the detector cannot see. A natural limit is the rate of the base model.
 
     Args:
-        model: as for `ablated`.
-        region: adapter name.
         rate: samples from the model, to which it holds a reference, and returns the share of flagged samples.
         limit: upper bound of the rate, itself excluded.
-        scales: to try.
 
     Raises:
         ValueError: on an unknown region, and without scales.
-
-    Example:
-        >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(r=1, target_modules=["0"]), "hack")
-        >>> layer = model.get_base_model()[0]
-        >>> _ = nn.init.ones_(layer.lora_A["hack"].weight), nn.init.ones_(layer.lora_B["hack"].weight)
-        >>> rest = layer.base_layer(torch.ones(1, 1)).item()
-        >>> choose_scale(model, "hack", rate=lambda: round(model(torch.ones(1, 1)).item() - rest, 3), limit=2.0).scale
-        0.2
+        >>> rates = iter([0.0, 0.1, 0.3])  # in place of samples from the model
+        >>> choose_scale(model, "hack", rate=lambda: next(rates), limit=0.2, scales=[0.0, 0.5, 1.0]).scale
+        0.5
     """
     if not scales:
         raise ValueError("`scales` is empty: give some between 0 and 1")

@@ -41,11 +41,7 @@ def parse_regions(regions: str | None) -> Regions:
 
 
 def open_source(src: str | Path, revision: str | None = None, **hub: Any) -> OpenRun | None:
-    """Open a run that `save_routed` wrote; return None for a plain checkpoint of transformers.
-
-    Raises:
-        ValueError: ``src`` is an adapter without its model.
-    """
+    """Open a run that `save_routed` wrote; return None for a plain checkpoint, and raise on an adapter without its model."""
     root, commit = fetch(src, revision, **hub)
     adapter = root / "adapter_config.json"
     if adapter.is_file() and not any((root / name).is_file() for name in (ROUTING, "config.json")):
@@ -137,13 +133,10 @@ def evaluate_source(
     """Load a saved run once, and measure it with all of its regions, ablated, and with any subset.
 
     Args:
-        src: directory or Hub id of a run, or of a plain checkpoint.
-        tasks: see `routed_peft.evaluation.evaluate`.
         regions: further subsets to measure: one list of names, or ``{name of the configuration: list of names}``. By
             default each region alone, where there are several.
-        metadata: see `routed_peft.evaluation.evaluate`; its ``pair`` is by default that of the run's training.
-        limit: see `routed_peft.evaluation.evaluate`.
-        batch_size: see `routed_peft.evaluation.evaluate`.
+        metadata: see `routed_peft.evaluation.evaluate`, like ``tasks``, ``limit`` and ``batch_size``; its ``pair`` is by
+            default that of the run's training.
         device: of the model; by default the choice of transformers.
         output: a JSON file to write, with results and settings.
         **load_kwargs: see `load_source`: ``revision``, ``tokenizer``, and arguments of `load_routed`.
@@ -164,27 +157,14 @@ def evaluate_source(
     model, tokenizer = load_source(src, "all", **load_kwargs)
     if device is not None:
         model.to(device)
-    results = evaluate_configurations(
-        model,
-        tokenizer,
-        configurations=configurations,
-        tasks=tasks,
-        metadata=metadata,
-        limit=limit,
-        batch_size=batch_size,
-    )
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    settings: dict[str, Any] = {"tasks": names, "metadata": metadata, "limit": limit, "configurations": configurations}
+    results = evaluate_configurations(model, tokenizer, **settings, batch_size=batch_size)
     if output is not None:
-        report = {
-            "source": str(src),
-            "revision": revision,
-            "tasks": [tasks] if isinstance(tasks, str) else list(tasks),
-            "metadata": metadata,
-            "limit": limit,
-            "configurations": configurations,
-            "versions": {name: version(name) for name in ("routed_peft", "lm_eval", "transformers", "peft", "torch")},
-            "results": results,
-        }
-        write_json(Path(output), report, default=str)
+        libraries = ("routed_peft", "lm_eval", "transformers", "peft", "torch")
+        about = {"source": str(src), "revision": revision, **settings}
+        about |= {"versions": {name: version(name) for name in libraries}, "results": results}
+        write_json(Path(output), about, default=str)
     return results
 
 
@@ -227,10 +207,8 @@ def open_plain(
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         config = AutoConfig.from_pretrained(src, revision=revision or "main")
         if config.architectures and not known & set(config.architectures) and not hasattr(config, "auto_map"):
-            raise ValueError(
-                f"{str(src)!r} is a {', '.join(config.architectures)}, not a causal language model: there is no "
-                "loss on text to relearn"
-            )
+            what = f"{', '.join(config.architectures)}, not a causal language model"
+            raise ValueError(f"{str(src)!r} is a {what}: there is no loss on text to relearn")
     regions = own_regions(run) if regions is None else regions
     model, tokenizer = load_source(src, regions, revision=revision, dtype=torch.float32)
     if isinstance(model, PeftModel):

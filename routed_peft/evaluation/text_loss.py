@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from routed_peft.data.beginnings import begin_tokens, document_tokens
 from routed_peft.eval_mode import evaluating
 from routed_peft.losses import target_losses
 from routed_peft.routes import IGNORED
@@ -43,29 +44,25 @@ def check_length(model: nn.Module, tokenizer: Any, *, length: int, argument: str
     """
     most = context_length(model, tokenizer)
     if length > most:
-        raise ValueError(
-            f"`{argument}` is {length} tokens a row, and the model reads {most} at once: set it to {most} or less"
-        )
+        got = f"`{argument}` is {length} tokens a row, and the model reads {most} at once"
+        raise ValueError(f"{got}: set it to {most} or less")
 
 
 def first_token(tokenizer: Any) -> int:
-    """Return the token to put before every text: begin-of-sequence, or else end-of-sequence."""
+    """Return the token to put before every text: the tokenizer's own, or else begin-of-sequence, or end-of-sequence."""
+    if begin := begin_tokens(tokenizer):
+        return begin[-1]
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if token is None:
-        raise ValueError(
-            "the tokenizer has neither a begin-of-sequence nor an end-of-sequence token: set `tokenizer.eos_token`"
-        )
+        problem = "the tokenizer has neither a begin-of-sequence nor an end-of-sequence token"
+        raise ValueError(f"{problem}: set `tokenizer.eos_token`")
     return int(token)
 
 
 def token_losses(model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor, targets: Tensor) -> Tensor:
     r"""Return :math:`-\log p` of every target, in nats, shaped like the targets; 0 where these are -100.
 
-    Args:
-        model: a causal language model.
-        input_ids: ``(B, T)``.
-        attention_mask: ``(B, T)``.
-        targets: ``(B, T)``, the token that follows each position.
+    All tensors are ``(B, T)``; ``targets`` are the tokens that follow each position.
     """
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     return target_losses(logits, targets)
@@ -73,13 +70,7 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor,
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a document that fits into the model's context.
-
-    Attributes:
-        document: its index.
-        inputs: tokens to read.
-        targets: tokens to score, which follow the last inputs.
-    """
+    """A part of a document, by its index, that fits into the context: tokens to read, and tokens to score, which end it."""
 
     document: int
     inputs: list[int]
@@ -125,7 +116,7 @@ class TextLoss:
 
     .. math:: L = -\frac{\sum_d \sum_i \log p(x_{d,i} \mid x_{d,<i})}{\sum_d n_d}
 
-    over documents d of :math:`n_d` tokens each. A begin-of-sequence token stands before each text and is not scored.
+    over documents d of :math:`n_d` tokens each. `first_token` stands before each text and is not scored.
     `windows` cuts documents longer than the model's context. Texts are tokenized once.
 
     Args:
@@ -138,21 +129,17 @@ class TextLoss:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> None:
-        rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        rows = document_tokens(tokenizer, texts)
         if not rows or not all(rows):
             raise ValueError(f"a loss needs texts with at least one token each, got {len(rows)} texts")
         first, length = first_token(tokenizer), context_length(model, tokenizer)
         size = vocabulary(model)
         if (largest := max(first, *map(max, rows))) >= size:
-            raise ValueError(
-                f"the tokenizer gives the token {largest}, but the model's vocabulary has {size} entries: take the "
-                "model's own tokenizer"
-            )
+            got = f"the tokenizer gives the token {largest}, but the model's vocabulary has {size} entries"
+            raise ValueError(f"{got}: take the model's own tokenizer")
         self.counts = torch.tensor([len(row) for row in rows], dtype=torch.float64)
         """Tokens of every document."""
-        cut = [
-            window for document, row in enumerate(rows) for window in windows(document, row, first=first, length=length)
-        ]
+        cut = [part for i, row in enumerate(rows) for part in windows(i, row, first=first, length=length)]
         self._batches = list(_batches(sorted(cut, key=lambda window: len(window.inputs)), size))
 
     @torch.no_grad()
@@ -165,11 +152,8 @@ class TextLoss:
         with evaluating(model):
             for owners, (ids, mask, targets) in self._batches:
                 targets = targets.to(device)
-                yield (
-                    owners,
-                    targets,
-                    token_losses(model, ids.to(device), attention_mask=mask.to(device), targets=targets),
-                )
+                losses = token_losses(model, ids.to(device), attention_mask=mask.to(device), targets=targets)
+                yield owners, targets, losses
 
     def documents(self, model: nn.Module) -> Tensor:
         """Return the summed loss of every document, in nats, in float64 on the CPU."""
@@ -205,10 +189,8 @@ def check_causal(model: nn.Module) -> None:
     """Raise ValueError unless ``model`` is a causal language model of transformers with trainable weights."""
     name = type(model).__name__
     if isinstance(model, PeftModel):
-        raise ValueError(
-            "`model` has adapters, and an attacker trains plain weights: give `model.merge_and_unload()`, or without its "
-            "regions `load_routed(run)`"
-        )
+        remedy = "give `model.merge_and_unload()`, or without its regions `load_routed(run)`"
+        raise ValueError(f"`model` has adapters, and an attacker trains plain weights: {remedy}")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`model` must be a causal language model of transformers, got {name}")
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
@@ -226,6 +208,5 @@ def check_causal(model: nn.Module) -> None:
         )
     near = 1e-5 if fits and logits.dtype in (torch.float32, torch.float64) else 1e-3
     if not fits or not torch.allclose(logits[0, :2], logits[1, :2], rtol=near, atol=near * float(logits.abs().max())):
-        raise ValueError(
-            f"`model` must be a causal language model, which {name} is not: it does not predict the next token"
-        )
+        got = f"{name} is not: it does not predict the next token"
+        raise ValueError(f"`model` must be a causal language model, which {got}")

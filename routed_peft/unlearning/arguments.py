@@ -15,10 +15,7 @@ RETAIN_LOSSES = ("ce", "kl")
 
 @dataclass
 class UnlearningArguments(TrainingArguments):
-    """`transformers.TrainingArguments` for `UnlearningTrainer`.
-
-    Raises:
-        ValueError: for an unknown method, or a number out of range.
+    """`transformers.TrainingArguments` for `UnlearningTrainer`; a ValueError names a value out of range.
 
     Example:
         >>> args = UnlearningArguments("out", method="npo", report_to="none")
@@ -27,8 +24,7 @@ class UnlearningArguments(TrainingArguments):
     """
 
     method: str = field(
-        default="graddiff",
-        metadata={"help": "Loss on forget rows; see docs/recipes.md.", "choices": METHODS},
+        default="graddiff", metadata={"help": "Loss on forget rows; see docs/recipes.md.", "choices": METHODS}
     )
     gamma: float = field(default=1.0, metadata={"help": "Weight of the forget term."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of the retain term; gradient_ascent has none."})
@@ -87,9 +83,6 @@ class UnlearningArguments(TrainingArguments):
 @dataclass
 class UndoArguments(TrainingArguments):
     """`transformers.TrainingArguments` for `undo`; ``max_steps`` limits distillation.
-
-    Raises:
-        ValueError: for a number out of range.
 
     Example:
         >>> args = UndoArguments("out", alpha=0.4, report_to="none")

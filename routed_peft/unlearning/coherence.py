@@ -19,33 +19,31 @@ MAX_ROWS = BATCH + HELD_OUT
 
 @dataclass(frozen=True)
 class Coherence:
-    """Result of the coherence steps.
+    """Result of the coherence steps."""
 
-    Attributes:
-        learning_rate: the best of those tried.
-        best_step: step of the kept weights; 0 if no step helped.
-        retain_losses: on held-out rows, in nats per token, before the first step and after every step at that rate.
-    """
-
-    learning_rate: float
-    best_step: int
-    retain_losses: list[float]
+    learning_rate: float  # the best of those tried
+    best_step: int  # step of the kept weights; 0 if no step helped
+    retain_losses: list[float]  # held-out, in nats per token, before the first step and after every step at that rate
 
 
 def restore_coherence(
-    model: PreTrainedModel, rows: Tensor, *, steps: int, learning_rates: Sequence[float] = (5e-5,)
+    model: PreTrainedModel,
+    rows: Tensor,
+    *,
+    steps: int,
+    learning_rates: Sequence[float] = (5e-5,),
+    labels: Tensor | None = None,
 ) -> Coherence:
-    """Fine-tune an ablated model on 64 retain rows as one batch, and keep the best step on other retain rows.
+    """Fine-tune an ablated model, in place, on 64 retain rows as one batch, and keep the best step on other retain rows.
 
     From gradient routing, arXiv 2410.04332, appendix on ERA: AdamW with weight decay 0.1. The paper has the rate 5e-5, a tenth
-    of that of training, and is usually at its best after a step or two.
+    of that of training, and is usually at its best after a step or two. Each rate is tried from the same start.
 
     Args:
-        model: changed in place.
         rows: ``(N, T)``, token ids of labeled retain text. The first 64, or half of fewer than 128, are trained on; up to 256
             others are held out.
         steps: at each learning rate.
-        learning_rates: each is tried from the same start.
+        labels: ``(N, T)``, with -100 where a token has no loss; by default all have one.
 
     Raises:
         ValueError: without a step, a learning rate, or two rows; and for weights in low precision, in which small steps round
@@ -65,10 +63,10 @@ def restore_coherence(
             f"{len(learning_rates)} and {len(rows)}"
         )
     if narrow := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}:
-        raise ValueError(
-            f"`model` has weights in {narrow.pop()}, in which small steps round to nothing: load it with dtype=torch.float32"
-        )
-    batch, held_out = rows[:MAX_ROWS].to(model.device).tensor_split([trained_rows(len(rows))])
+        problem = f"weights in {narrow.pop()}, in which small steps round to nothing"
+        raise ValueError(f"`model` has {problem}: load it with dtype=torch.float32")
+    both = torch.stack([rows, rows if labels is None else labels], 1)[:MAX_ROWS].to(model.device)
+    batch, held_out = both.tensor_split([trained_rows(len(rows))])
     start = kept = _weights(model)
     found: list[Coherence] = []
     with evaluating(model):  # no dropout, as published
@@ -79,7 +77,7 @@ def restore_coherence(
             losses = [first]
             for _ in range(steps):
                 optimizer.zero_grad()
-                model(input_ids=batch, labels=batch).loss.backward()
+                model(input_ids=batch[:, 0], labels=batch[:, 1]).loss.backward()
                 optimizer.step()
                 losses.append(_loss(model, held_out))
                 if losses[-1] < lowest:
@@ -105,4 +103,6 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _loss(model: PreTrainedModel, rows: Tensor) -> float:
-    return sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(BATCH)) / len(rows)
+    return sum(
+        model(input_ids=part[:, 0], labels=part[:, 1]).loss.item() * len(part) for part in rows.split(BATCH)
+    ) / len(rows)

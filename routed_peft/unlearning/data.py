@@ -25,11 +25,6 @@ class ShuffledRows(Dataset[Row]):
 
     The order depends on the seed alone; keep it (``train_sampling_strategy="sequential"``).
 
-    Args:
-        rows: at least one.
-        count: rows in the run.
-        seed: same seed, same run.
-
     Example:
         >>> run = ShuffledRows([{"input_ids": [1]}, {"input_ids": [2, 3]}], count=4)
         >>> len(run), run.tokens(), run.tokens(distinct=True)
@@ -56,16 +51,8 @@ class ShuffledRows(Dataset[Row]):
 class PairedRows(Dataset[dict[str, Row]]):
     """A run of ``count`` pairs of a forget row and a retain row.
 
-    Each side is a `ShuffledRows` of its own, so that every row of a side is used equally often.
-
-    Args:
-        forget: rows.
-        retain: rows; None for forget rows alone.
-        count: pairs in the run.
-        seed: same seed, same run.
-
-    Raises:
-        ValueError: if a side has no rows.
+    Each side is a `ShuffledRows` of its own, so that every row of a side is used equally often. ``retain`` is None for forget
+    rows alone; a side without rows is a ValueError.
 
     Example:
         >>> forget, retain = [{"input_ids": [1]}], [{"input_ids": [2]}, {"input_ids": [3]}]
@@ -112,20 +99,12 @@ def check_rows(rows: Rows, name: str) -> None:
     if rows is None or not len(rows):
         raise ValueError(f"`{name}` is empty: give tokenized rows (`routed_peft.data.pack` makes them)")
     if "input_ids" not in rows[0]:
-        raise ValueError(
-            f"`{name}` has the columns {sorted(rows[0])}, but no `input_ids`: tokenize the text first, for example with "
-            "`routed_peft.data.pack`"
-        )
+        got = f"`{name}` has the columns {sorted(rows[0])}, but no `input_ids`"
+        raise ValueError(f"{got}: tokenize the text first, for example with `routed_peft.data.pack`")
 
 
 def check_held_out(rows: Rows, held_out: Rows, *, name: str, held_out_name: str) -> None:
-    """Raise ValueError if held-out rows are also among the training rows.
-
-    >>> check_held_out([{"input_ids": [1, 2]}], [{"input_ids": [1, 2]}, {"input_ids": [2]}], name="text", held_out_name="kept")
-    Traceback (most recent call last):
-    ...
-    ValueError: 1 of 2 rows of `kept` is also in `text`, which is trained on: give held-out text
-    """
+    """Raise ValueError if held-out rows are also among the training rows."""
     known = {tuple(ids) for ids in input_ids(rows)}
     if both := sum(tuple(ids) in known for ids in input_ids(held_out)):
         raise ValueError(
@@ -138,19 +117,15 @@ def check_tokens(rows: Rows, name: str, vocabulary: int) -> None:
     """Raise ValueError if a token is beyond the model's vocabulary, as in rows of another tokenizer."""
     largest = max(max(ids, default=0) for ids in input_ids(rows))
     if largest >= vocabulary:
-        raise ValueError(
-            f"`{name}` has the token {largest}, but the model's vocabulary ends at {vocabulary - 1}: tokenize with the "
-            "model's own tokenizer"
-        )
+        got = f"`{name}` has the token {largest}, but the model's vocabulary ends at {vocabulary - 1}"
+        raise ValueError(f"{got}: tokenize with the model's own tokenizer")
 
 
 def collate(features: Sequence[Row]) -> dict[str, Tensor]:
     """Make one batch of plain rows; or of pairs, forget rows first, with the mask ``is_forget`` ``(B,)``.
 
-    Rows are padded on the right. Padding is masked in attention and has the target -100.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``.
+    It holds ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on the right. Padding is masked in
+    attention and has the target -100.
 
     Example:
         >>> batch = collate([{"forget": {"input_ids": [5, 6]}, "retain": {"input_ids": [7, 8, 9]}}])
@@ -175,8 +150,5 @@ def pad(rows: Sequence[Row]) -> dict[str, Tensor]:
         return torch.tensor([value + [fill] * (length - len(value)) for value in values])
 
     mask = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
-    return {
-        "input_ids": column("input_ids", 0),
-        "attention_mask": torch.tensor(mask),
-        "labels": column("labels", IGNORED, default="input_ids"),
-    }
+    labels = column("labels", IGNORED, default="input_ids")
+    return {"input_ids": column("input_ids", 0), "attention_mask": torch.tensor(mask), "labels": labels}

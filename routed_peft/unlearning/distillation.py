@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 
 from routed_peft.routes import IGNORED
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
@@ -49,12 +49,9 @@ def collate_distilled(features: Sequence[Row]) -> dict[str, Tensor]:
         length = batch["labels"].shape[1] - 1
         for i, name in enumerate(NAMES):
             stored = [row[TEACHER][i][:length] for row in features]
-            batch[name] = torch.stack([_filled(tensor, length) for tensor in stored])
+            filled = [torch.cat([t, t.new_zeros(length - len(t), *t.shape[1:])]) for t in stored]
+            batch[name] = torch.stack(filled)
     return batch
-
-
-def _filled(tensor: Tensor, length: int) -> Tensor:
-    return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
 
 
 class DistillationTrainer(TokenTrainer):
@@ -67,11 +64,8 @@ class DistillationTrainer(TokenTrainer):
 
     Args:
         student: the model to train, its weights in float32.
-        teacher: a causal language model over the same vocabulary; frozen here. Stored outputs replace it.
+        teacher: a causal language model over the same vocabulary; frozen here. Stored outputs (``cache``) replace it.
         args: `UndoArguments`; those for noise have no meaning here.
-        rows: tokenized rows.
-        cache: the teacher's stored outputs on these rows, instead of a forward pass each time.
-        **kwargs: as for `Trainer`.
 
     Raises:
         ValueError: on different vocabularies, without rows, and for rows of another tokenizer.
@@ -139,22 +133,15 @@ class StopAtTeacher(TrainerCallback):
 
     .. math:: L_S \le (1 + \epsilon)\, L_T
 
-    Args:
-        loss: of the teacher on the retain rows, :math:`L_T`, in nats per token.
-        tolerance: :math:`\epsilon`.
-        split: name of the compared evaluation set.
+    with the teacher's ``loss`` :math:`L_T` on the retain rows, in nats per token, and ``tolerance`` :math:`\epsilon`;
+    ``split`` is the name of the compared evaluation set.
     """
 
     def __init__(self, loss: float, tolerance: float, split: str = "retain") -> None:
         self.limit, self.key, self.stopped = (1 + tolerance) * loss, f"eval_{split}_loss", False
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: TrainerControl, metrics: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Compare, and stop."""
         if (metrics or {}).get(self.key, float("inf")) <= self.limit:
@@ -165,10 +152,8 @@ def check_vocabularies(teacher: nn.Module, student: nn.Module) -> int:
     """Return the vocabulary size of both models; raise ValueError if they differ."""
     sizes: list[int] = [model.config.get_text_config().vocab_size for model in (teacher, student)]  # type: ignore[union-attr, operator]
     if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"the teacher's vocabulary has {sizes[0]} entries and the student's {sizes[1]}: outputs can be distilled only "
-            "between models of one tokenizer"
-        )
+        got = f"the teacher's vocabulary has {sizes[0]} entries and the student's {sizes[1]}"
+        raise ValueError(f"{got}: outputs can be distilled only between models of one tokenizer")
     return sizes[0]
 
 

@@ -108,8 +108,7 @@ def register_forget_loss(name: str, loss: ForgetLoss | ForgetFunction) -> None:
     FORGET_LOSSES[name] = loss
 
 
-def _log_likelihood(outputs: Outputs, reference: Outputs | None, args: Any) -> Tensor:
-    return token_log_probs(outputs.logits, outputs.labels)
+_log_likelihood: ForgetFunction = lambda outputs, reference, args: token_log_probs(outputs.logits, outputs.labels)
 
 
 def _npo(outputs: Outputs, reference: Outputs | None, args: Any) -> Tensor:
@@ -121,10 +120,6 @@ def _simnpo(outputs: Outputs, reference: Outputs | None, args: Any) -> Tensor:
     return simnpo(outputs.log_probs(), outputs.counted.sum(1).clamp(min=1), beta=args.beta, margin=args.margin)
 
 
-def _maxent(outputs: Outputs, reference: Outputs | None, args: Any) -> Tensor:
-    return uniform_divergence(outputs.predictions())
-
-
 def _rmu(outputs: Outputs, reference: Outputs | None, args: Any) -> Tensor:
     assert outputs.target is not None
     return squared_distance(outputs.activations(), outputs.target)
@@ -134,5 +129,5 @@ register_forget_loss("gradient_ascent", ForgetLoss(_log_likelihood, uses_retain=
 register_forget_loss("graddiff", ForgetLoss(_log_likelihood))
 register_forget_loss("npo", ForgetLoss(_npo, unit="rows", reads_reference=True, beta=0.1))
 register_forget_loss("simnpo", ForgetLoss(_simnpo, unit="rows", beta=2.5))
-register_forget_loss("maxent", ForgetLoss(_maxent))
+register_forget_loss("maxent", ForgetLoss(lambda outputs, reference, args: uniform_divergence(outputs.predictions())))
 register_forget_loss("rmu", ForgetLoss(_rmu, steers=True))

@@ -16,18 +16,12 @@ from routed_peft.losses import token_losses
 
 
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    r"""Log-probability of every token under the position before it.
+    r"""Log-probability of every token under the position before it, ``(B, T - 1)`` in nats; 0 where there is no loss.
 
     .. math:: \ell_{bt} = \log p(x_{b,t+1} \mid x_{b,\le t})
 
-    Minimizing it is *gradient ascent* on the loss; maximizing it is ordinary training.
-
-    Args:
-        logits: ``(B, T, V)``.
-        targets: ``(B, T)``, token ids; -100 where there is no loss.
-
-    Returns:
-        ``(B, T - 1)`` in nats, 0 where there is no loss.
+    of ``logits`` ``(B, T, V)`` and ``targets`` ``(B, T)``, token ids or -100 where there is no loss. Minimizing it is
+    *gradient ascent* on the loss; maximizing it is ordinary training.
 
     Example:
         >>> token_log_probs(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
@@ -46,13 +40,7 @@ def npo(log_probs: Tensor, reference_log_probs: Tensor, beta: float = 0.1) -> Te
     Gradient ascent whose weight :math:`2\sigma(\beta \log \pi_\theta / \pi_{\mathrm{ref}})` fades as the row becomes less
     likely than it was; as :math:`\beta \to 0` that weight is 1 everywhere.
 
-    Args:
-        log_probs: ``(B,)``, summed over the tokens of each row.
-        reference_log_probs: ``(B,)``, of the frozen model from before.
-        beta: inverse temperature.
-
-    Returns:
-        ``(B,)``.
+    Log-probabilities ``(B,)`` are summed over the tokens of each row; the reference is the frozen model from before.
 
     Example:
         >>> npo(torch.tensor([-9.0, -50.0]), torch.tensor([-9.0, -9.0]), beta=0.1)
@@ -66,14 +54,7 @@ def simnpo(log_probs: Tensor, lengths: Tensor, *, beta: float = 2.5, margin: flo
 
     .. math:: L = -\frac{2}{\beta} \log\sigma\Bigl(-\frac{\beta}{|y|} \log\pi_\theta(y) - \gamma\Bigr)
 
-    Args:
-        log_probs: ``(B,)``, summed over the tokens of each row.
-        lengths: ``(B,)``, tokens of each row.
-        beta: inverse temperature.
-        margin: :math:`\gamma`.
-
-    Returns:
-        ``(B,)``.
+    with log-probabilities ``(B,)`` summed over the tokens of each row, and :math:`|y|` its ``lengths`` ``(B,)``.
 
     Example:
         >>> simnpo(torch.tensor([-10.0]), torch.tensor([5]), beta=2.5)
@@ -87,11 +68,7 @@ def uniform_divergence(logits: Tensor) -> Tensor:
 
     .. math:: \mathrm{KL}(U \,\|\, p) = -\log V - \frac{1}{V} \sum_v \log p_v
 
-    Args:
-        logits: ``(..., V)``.
-
-    Returns:
-        ``(...)`` in nats; 0 where all logits are equal.
+    in nats, ``(...)`` for logits ``(..., V)``; 0 where all logits are equal.
 
     Example:
         >>> uniform_divergence(torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
@@ -105,12 +82,7 @@ def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
 
     .. math:: \mathrm{KL}(T \,\|\, S) = \sum_v p^T_v \,(\log p^T_v - \log p^S_v)
 
-    Args:
-        teacher: logits ``(..., V)``.
-        logits: of the student, ``(..., V)``.
-
-    Returns:
-        ``(...)`` in nats.
+    in nats, ``(...)`` for logits ``(..., V)`` of teacher and student.
 
     Example:
         >>> divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 2.0]))
@@ -120,15 +92,10 @@ def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
 
 
 def topk_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the teacher's part of `topk_divergence`.
+    """Return the teacher's part of `topk_divergence`, from logits ``(..., V)``.
 
-    Args:
-        logits: ``(..., V)``.
-        k: entries to keep.
-
-    Returns:
-        The ``k`` largest log-probabilities ``(..., k)``, their entries ``(..., k)``, and the logarithm of the probability
-        left for all others together, ``(...)``; minus infinity where ``k`` is V.
+    It is the ``k`` largest log-probabilities ``(..., k)``, their entries ``(..., k)``, and the logarithm of the probability
+    left for all others together, ``(...)``; minus infinity where ``k`` is V.
 
     Example:
         >>> values, entries, tail = topk_log_probs(torch.tensor([3.0, 1.0, 1.0]).log(), k=1)
@@ -147,16 +114,8 @@ def topk_divergence(teacher: tuple[Tensor, Tensor, Tensor], logits: Tensor) -> T
         \sum_{v \in K} p^T_v \log\frac{p^T_v}{p^S_v} + p^T_r \log\frac{p^T_r}{p^S_r}, \qquad
         p_r = 1 - \sum_{v \in K} p_v
 
-    Both distributions still sum to one, so it is 0 only where they agree on ``K``; it never exceeds `divergence`, and equals
-    it for k = V.
-
-    Args:
-        teacher: log-probabilities ``(..., k)``, their entries ``(..., k)`` and the logarithm of the probability of all others
-            ``(...)``, from `topk_log_probs`.
-        logits: of the student, ``(..., V)``.
-
-    Returns:
-        ``(...)`` in nats.
+    in nats, ``(...)``, for ``teacher`` from `topk_log_probs` and the student's ``logits`` ``(..., V)``. Both distributions
+    still sum to one, so it is 0 only where they agree on ``K``; it never exceeds `divergence`, and equals it for k = V.
 
     Example:
         >>> teacher, student = torch.tensor([2.0, 1.0, 0.0]), torch.zeros(3)
@@ -178,12 +137,7 @@ def squared_distance(hidden: Tensor, wanted: Tensor) -> Tensor:
     .. math:: L = \frac{1}{D} \lVert h - c\,u \rVert^2 \text{ on forget rows}, \qquad
               \frac{1}{D} \lVert h - h_{\mathrm{ref}} \rVert^2 \text{ on retain rows}
 
-    Args:
-        hidden: ``(..., D)``.
-        wanted: ``(..., D)`` or ``(D,)``: `steering_vector`, or the frozen model's activations.
-
-    Returns:
-        ``(...)``.
+    of ``hidden`` ``(..., D)``, where ``wanted`` is `steering_vector` times c, ``(D,)``, or the frozen model's activations.
 
     Example:
         >>> squared_distance(torch.zeros(2, 4), torch.ones(4))

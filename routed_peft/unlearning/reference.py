@@ -22,17 +22,12 @@ def frozen_reference(model: nn.Module, reference: nn.Module | None = None) -> nn
     if reference is model:
         raise ValueError("`reference` is `model` itself, which training changes: pass a copy, or None")
     if reference is not None:
-        check_same_architecture(reference, model, "reference")
+        got, wanted = ({key: tuple(p.shape) for key, p in each.named_parameters()} for each in (reference, model))
+        if odd := sorted({key for key in got.keys() | wanted.keys() if got.get(key) != wanted.get(key)}):
+            raise ValueError(
+                f"`reference` ({type(reference).__name__}) is of another architecture than `model` ({type(model).__name__}): "
+                f"{odd[0]!r} has the shape {got.get(odd[0], 'none')}, expected {wanted.get(odd[0], 'none')}. Both must be "
+                "checkpoints of one model"
+            )
     frozen = copy.deepcopy(model) if reference is None else reference
     return frozen.requires_grad_(False).eval()
-
-
-def check_same_architecture(other: nn.Module, model: nn.Module, name: str) -> None:
-    """Raise ValueError unless both have parameters of the same names and shapes; ``name`` is the argument of ``other``."""
-    got, wanted = ({key: tuple(p.shape) for key, p in each.named_parameters()} for each in (other, model))
-    if odd := sorted({key for key in got.keys() | wanted.keys() if got.get(key) != wanted.get(key)}):
-        raise ValueError(
-            f"`{name}` ({type(other).__name__}) is of another architecture than `model` ({type(model).__name__}): "
-            f"{odd[0]!r} has the shape {got.get(odd[0], 'none')}, expected {wanted.get(odd[0], 'none')}. Both must be "
-            "checkpoints of one model"
-        )

@@ -16,11 +16,7 @@ MEASURED_ROWS = 16
 
 
 def prepare(model: PreTrainedModel, args: UnlearningArguments) -> int:
-    """Freeze all but the output projections of a few MLPs, and return the number of the steered block.
-
-    Raises:
-        ValueError: if blocks do not exist, or their MLPs have an unknown layout.
-    """
+    """Freeze all but the output projections of a few MLPs, and return the number of the steered block."""
     blocks = model.config.get_text_config().num_hidden_layers
     layer = (blocks - 1) // 2 if args.rmu_layer is None else args.rmu_layer
     if not 0 <= layer < blocks - 1:

@@ -32,10 +32,7 @@ class TeacherCache:
     ``values`` ``(N, T - 1, k)`` in float32, ``entries`` ``(N, T - 1, k)`` in int32, ``tail`` ``(N, T - 1)`` in float32. See
     `topk_log_probs`. Nothing is unpickled.
 
-    Args:
-        folder: made by `make`.
-
-    ``cache[i]`` returns the three tensors of row ``i``, ``(T - 1, k)`` or ``(T - 1,)``.
+    ``cache[i]`` returns the three tensors of row ``i``, ``(T - 1, k)`` or ``(T - 1,)``; ``folder`` was made by `make`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -53,10 +50,7 @@ class TeacherCache:
 
         Args:
             folder: a new one, or that of an earlier call with the same teacher, rows and ``k``.
-            teacher: a causal language model on its device.
-            rows: tokenized rows.
             k: outputs to keep per position; at most the size of the vocabulary.
-            batch_size: rows per forward pass.
 
         Raises:
             ValueError: if ``k`` is out of range, or the folder holds outputs of another teacher or on other rows.

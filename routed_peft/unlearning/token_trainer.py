@@ -85,9 +85,8 @@ def check_trainable(model: nn.Module) -> None:
     """Raise ValueError unless ``model`` has trainable parameters, all of them in float32 or wider."""
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
-        raise ValueError(
-            "no parameter of `model` requires a gradient: call `model.requires_grad_(True)`, or load it again"
-        )
+        remedy = "call `model.requires_grad_(True)`, or load it again"
+        raise ValueError(f"no parameter of `model` requires a gradient: {remedy}")
     narrow = {name: dtype for name, dtype in trained.items() if dtype in (torch.bfloat16, torch.float16)}
     if narrow:
         name, dtype = next(iter(narrow.items()))
@@ -121,13 +120,7 @@ def check_weights(folder: Path, model: nn.Module) -> None:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 16) -> float:
-    """Return the loss of ``model`` on ``rows``: the mean over tokens, in nats. Every process computes all of it.
-
-    Args:
-        model: a causal language model; its mode is not changed.
-        rows: tokenized rows.
-        batch_size: rows per forward pass.
-    """
+    """Return the loss of ``model`` on ``rows``: the mean over tokens, in nats. Every process computes all of it."""
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):

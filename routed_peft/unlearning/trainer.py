@@ -165,17 +165,10 @@ def unlearn(
     """Unlearn ``forget_rows`` in place, and return the model and the cost.
 
     Args:
-        model: a causal language model, its weights in float32.
-        forget_rows: tokenized rows, as `routed_peft.data.pack` makes them.
-        retain_rows: likewise; None for gradient ascent.
+        model: a causal language model, its weights in float32; with the rows and ``reference`` see `UnlearningTrainer`.
         args: method, weights of its terms, and the settings of a `Trainer`.
-        reference: see `UnlearningTrainer`.
         eval_dataset: rows, or rows by name, evaluated at the times of ``args.eval_strategy``.
         tokenizer: saved with checkpoints, if there are any.
-        callbacks: of the trainer.
-
-    Raises:
-        ValueError: see `UnlearningTrainer`.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -192,15 +185,9 @@ def unlearn(
     """
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
+        more: dict[str, Any] = {"eval_dataset": eval_dataset, "processing_class": tokenizer, "callbacks": [*callbacks]}
         trainer = UnlearningTrainer(
-            model,
-            args,
-            forget_rows=forget_rows,
-            retain_rows=retain_rows,
-            reference=reference,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
+            model, args, forget_rows=forget_rows, retain_rows=retain_rows, reference=reference, **more
         )
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finally:  # also where it diverged, and is tried again at a lower rate

@@ -34,17 +34,13 @@ UNLEARNED = "unlearning.json"
 
 @dataclass(frozen=True)
 class UndoRecord:
-    """Settings and results of `undo`.
+    """Settings and results of `undo`; losses are in nats per token.
 
     Attributes:
-        alpha: of the noise.
-        beta: of the noise.
         seed: of the noise and of the order of rows.
-        steps: of distillation.
-        max_steps: limit of ``steps``.
         stopped: whether distillation ended because the student was close enough to the teacher; None without retain rows.
         tolerance: largest relative difference in retain loss that is close enough.
-        teacher_retain_loss: in nats per token; None without retain rows.
+        teacher_retain_loss: None without retain rows.
         student_retain_loss: at the end, likewise.
         ledger: cost of noise, distillation and storing the teacher's outputs, also in earlier calls; without evaluation.
     """
@@ -95,25 +91,26 @@ def undo(
         ValueError: on different vocabularies, an empty side, or parameters unknown to the model's configuration.
     """
     teacher = _plain(teacher)
-    _check_evaluation(rows, retain_rows, args)
+    check_rows(rows, "rows")
+    if retain_rows is not None:
+        check_rows(retain_rows, "retain_rows")
+        if args.eval_strategy == "no":
+            remedy = "set `eval_strategy: steps` and `eval_steps`"
+            raise ValueError(f"`retain_rows` decide when to stop, but are never evaluated: {remedy}")
     student = _noised_student(teacher, student, args)
     nn.Module.to(teacher, args.device)
     teacher_loss, evaluated = None, dict(eval_dataset or {})
     if retain_rows is not None:
         evaluated["retain"] = retain_rows
         teacher_loss = mean_loss(teacher, retain_rows, args.per_device_eval_batch_size)
-    cache = _cache(teacher, rows, args) if args.topk else None
+    cache = None
+    if args.topk:
+        folder, batch = args.teacher_cache or Path(str(args.output_dir), "teacher"), args.per_device_eval_batch_size
+        cache = TeacherCache.make(folder, teacher, rows=rows, k=args.topk, batch_size=batch)
     stop = StopAtTeacher(math.inf if teacher_loss is None else teacher_loss, args.tolerance)
-    trainer = DistillationTrainer(
-        student,
-        teacher,
-        args=args,
-        rows=rows,
-        cache=cache,
-        eval_dataset=evaluated or None,
-        processing_class=tokenizer,
-        callbacks=[*callbacks, *([stop] if retain_rows is not None else [])],
-    )
+    more: dict[str, Any] = {"eval_dataset": evaluated or None, "processing_class": tokenizer}
+    more["callbacks"] = [*callbacks, *([stop] if retain_rows is not None else [])]
+    trainer = DistillationTrainer(student, teacher, args=args, rows=rows, cache=cache, **more)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     unwrap(student)
     unwrap(trainer.teacher)
@@ -139,16 +136,6 @@ def undo(
     )
 
 
-def _check_evaluation(rows: Rows, retain_rows: Rows | None, args: UndoArguments) -> None:
-    check_rows(rows, "rows")
-    if retain_rows is not None:
-        check_rows(retain_rows, "retain_rows")
-        if args.eval_strategy == "no":
-            raise ValueError(
-                "`retain_rows` decide when to stop, but are never evaluated: set `eval_strategy: steps` and `eval_steps`"
-            )
-
-
 def _noised_student(teacher: PreTrainedModel, student: PreTrainedModel | None, args: UndoArguments) -> PreTrainedModel:
     """Add noise to ``student``, or to a float32 copy of ``teacher``."""
     if student is teacher:
@@ -167,12 +154,6 @@ def _plain(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`teacher` must be a transformers model or a PeftModel, got {type(model).__name__}")
     return model
-
-
-def _cache(teacher: PreTrainedModel, rows: Rows, args: UndoArguments) -> TeacherCache:
-    folder = args.teacher_cache or Path(str(args.output_dir), "teacher")
-    assert args.topk is not None
-    return TeacherCache.make(folder, teacher, rows=rows, k=args.topk, batch_size=args.per_device_eval_batch_size)
 
 
 def read_cost(source: str | Path) -> TrainingCost | None:
@@ -196,13 +177,8 @@ def save_student(
 ) -> dict[str, Any]:
     """Write a plain checkpoint with ``undo.json``, atomically, and return the content of ``undo.json``.
 
-    Args:
-        student: from `undo`.
-        record: from `undo`.
-        out: directory; files with other names in it stay.
-        source: the teacher's path or Hub id. Its own cost (`read_cost`) is added to the total, which is None if that cost
-            is unknown.
-        tokenizer: saved too.
+    Files with other names in ``out`` stay. The cost of ``source``, the teacher's path or Hub id, is added to the total, which
+    is None if that cost is unknown (`read_cost`).
     """
     before = read_cost(source)
     content = {

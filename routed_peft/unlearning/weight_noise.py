@@ -22,15 +22,8 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, 
     :math:`\mu` is the mean of the parameter's initialization: 0 for matrices, biases, and norms that compute :math:`1 + w`; 1
     for the weights of other norms, each of which would otherwise scale activations by :math:`1 - \alpha`.
 
-    Args:
-        parameter: of any shape.
-        init_mean: :math:`\mu`, of that shape.
-        init_noise: :math:`n`, of that shape.
-        alpha: 0 keeps the parameter, 1 discards it.
-        beta: 0 adds no noise; 1 makes, with ``alpha`` 1, a fresh initialization.
-
-    Returns:
-        A tensor of the shape and type of ``parameter``; computed in float32 at least.
+    ``alpha`` 0 keeps the parameter, and 1 discards it. ``beta`` 0 adds no noise; 1 makes, with ``alpha`` 1, a fresh
+    initialization. All tensors have the parameter's shape; it is computed in float32 at least.
 
     Raises:
         ValueError: if ``alpha`` or ``beta`` is not in [0, 1].
@@ -52,11 +45,7 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, 
 def add_noise(model: PreTrainedModel, alpha: float, *, beta: float, seed: int = 0) -> None:
     """Apply `shrink_perturb` to every parameter of ``model``, in place; tied weights once, buffers not at all.
 
-    Args:
-        model: a plain transformers model.
-        alpha: see `shrink_perturb`.
-        beta: see `shrink_perturb`.
-        seed: of the noise. The global random state is neither read nor changed.
+    The global random state is neither read nor changed.
 
     Raises:
         ValueError: if ``alpha`` or ``beta`` is not in [0, 1], or the model does not match its configuration.

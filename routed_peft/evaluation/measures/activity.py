@@ -18,12 +18,7 @@ from routed_peft.routes import IGNORED
 
 @dataclass(frozen=True)
 class Activity:
-    """Mean absolute activation of a region's units in one layer.
-
-    Attributes:
-        forget: over the tokens of forget text.
-        retain: over the tokens of retain text.
-    """
+    """Mean absolute activation of a region's units in one layer, over the tokens of forget and of retain text."""
 
     forget: float
     retain: float
@@ -53,50 +48,33 @@ def region_activity(
 
     Args:
         model: a PEFT model with the region, which must be on.
-        tokenizer: of the model.
         region: its adapter name.
-        forget: texts.
-        retain: texts.
 
     Returns:
         Name of the layer -> its activity, in the order of the model.
 
     Raises:
         ValueError: if no layer has such a region, or the region is merged or not active.
-
-    Example:
-        >>> region_activity(nn.Linear(1, 1), None, region="forget", forget=["a"], retain=["b"])
-        Traceback (most recent call last):
-        ...
-        ValueError: no layer of this Linear has a region 'forget': give a model that was loaded with it
     """
-    outlets = _outlets(model, region)
-    if not outlets:
-        raise ValueError(
-            f"no layer of this {type(model).__name__} has a region {region!r}: give a model that was loaded with it"
-        )
-    means = {
-        side: _means(model, outlets, TextLoss(model, tokenizer, texts))
-        for side, texts in (("forget", forget), ("retain", retain))
-    }
-    if silent := [name for name in outlets if name not in means["forget"]]:
-        raise ValueError(f"the region {region!r} takes no part in {silent[0]!r}: activate it, and do not merge it")
-    return {name: Activity(means["forget"][name], means["retain"][name]) for name in outlets}
-
-
-def _outlets(model: nn.Module, region: str) -> dict[str, nn.Module]:
-    """Return layer -> the projection through which the region's whole contribution passes."""
-    return {
+    outlets = {  # layer -> the projection through which the region's whole contribution passes
         name: module
         for name, layer in tuner_layers(model)
         if region in adapters_in(layer)
         for module in outlet_modules(layer, region)
     }
+    if not outlets:
+        name = type(model).__name__
+        raise ValueError(f"no layer of this {name} has a region {region!r}: give a model that was loaded with it")
+    forget_means, retain_means = (
+        _means(model, outlets, TextLoss(model, tokenizer, texts)) for texts in (forget, retain)
+    )
+    if silent := [name for name in outlets if name not in forget_means]:
+        raise ValueError(f"the region {region!r} takes no part in {silent[0]!r}: activate it, and do not merge it")
+    return {name: Activity(forget_means[name], retain_means[name]) for name in outlets}
 
 
 def _means(model: nn.Module, outlets: dict[str, nn.Module], loss: TextLoss) -> dict[str, float]:
-    sums, tokens = dict.fromkeys(outlets, 0.0), 0
-    seen = set()
+    sums, tokens, seen = dict.fromkeys(outlets, 0.0), 0, set()
     with _inputs_of(outlets) as inputs:
         for _, targets, _ in loss.batches(model):
             scored = targets != IGNORED

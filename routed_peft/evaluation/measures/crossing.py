@@ -32,11 +32,7 @@ class Crossing:
         return self.relation != "="
 
     def as_dict(self) -> dict[str, float | str | bool]:
-        """Return plain data for JSON.
-
-        >>> Crossing(12.5).as_dict()
-        {'at': 12.5, 'relation': '=', 'censored': False}
-        """
+        """Return plain data for JSON: ``at``, ``relation`` and ``censored``."""
         return {"at": self.at, "relation": self.relation, "censored": self.censored}
 
     def __str__(self) -> str:
@@ -54,7 +50,6 @@ def crossing(places: Sequence[float], values: Sequence[float], *, target: float,
     Args:
         places: ascending, at least one.
         values: one for each, finite.
-        target: value to reach.
         log: interpolate in the logarithm of the places, which must be positive.
 
     Returns:

@@ -46,13 +46,9 @@ def recovered(ablated: float, on: float, dense: float) -> float:
     .. math:: \text{recovered} = \frac{L_\text{ablated} - L_\text{on}}{L_\text{ablated} - L_\text{dense}}
 
     with L the loss on held-out forget text, in nats per token. 1 is a model that is as good with its region as one that was
-    never routed. The definition is this library's (docs/design.md, "What a claim needs"). What an attacker brings back is
+    never routed, measured against the same model trained without routing. The definition is this library's
+    (docs/design.md, "What a claim needs"). What an attacker brings back is
     measured by `share_relearned`.
-
-    Args:
-        ablated: forget loss of the routed model, its region ablated.
-        on: forget loss of the same model with its region.
-        dense: forget loss of the same model trained on the same data without routing.
 
     Returns:
         The share; NaN where the ablated model's loss is not above the dense one's, so that nothing was removed.
@@ -74,10 +70,6 @@ def retain_tax(ablated: float, filtered: float) -> float:
     filter with the same labels. This library's definition (docs/design.md, "What a claim needs"); SGTM (arXiv 2512.05648)
     draws the same trade-off as retain loss against forget loss.
 
-    Args:
-        ablated: retain loss of the routed model, its region ablated.
-        filtered: retain loss of the filter that it is compared with.
-
     Example:
         >>> retain_tax(3.75, filtered=3.5)
         0.25
@@ -98,20 +90,13 @@ def tax(routed: float, filtered: float) -> float:
 
 
 def tokens_of_plain(loss: float, tokens: Sequence[float], losses: Sequence[float]) -> Crossing:
-    r"""Return how many tokens the plain model needs for a loss: read off its own training curve, log-linearly.
+    r"""Return how many tokens the plain model needs for a loss in nats, read off its training curve log-linearly.
 
     The T_plain of `compute_penalty` and the n of `leakage`, for both of which SGTM (arXiv 2512.05648) reads the losses of
-    plain models backwards; interpolating in the logarithm of tokens is this library's choice.
-
-    Args:
-        loss: to be reached, in nats per token.
-        tokens: of the plain model's curve, ascending and positive.
-        losses: of the plain model after so many tokens, on the same held-out text; noise that raises a loss for a while is
-            ignored, since the first crossing counts.
-
-    Returns:
-        Tokens. Nothing is extrapolated: a loss below the curve is censored (``> `` its last tokens), as is one above it
-        (``< `` its first).
+    plain models backwards; interpolating in the logarithm of tokens is this library's choice. ``losses`` are those after
+    ``tokens``, ascending and positive, on the same held-out text. The first crossing counts, so noise that raises a loss for
+    a while is ignored. Nothing is extrapolated: a loss below the curve is censored (``> `` its last tokens), as is one
+    above it (``< `` its first).
 
     Example:
         >>> print(tokens_of_plain(3.5, tokens=[1e6, 2e6, 4e6], losses=[5.0, 4.0, 3.0]))
@@ -130,11 +115,7 @@ def compute_penalty(loss: float, trained: float, *, tokens: Sequence[float], los
     the plain model has that loss. SGTM (arXiv 2512.05648) reports 5 % on general text at 254M parameters. The same number
     for forget text should be near 1.
 
-    Args:
-        loss: L, of the model with its region ablated, in nats per token.
-        trained: T.
-        tokens: see `tokens_of_plain`.
-        losses: see `tokens_of_plain`.
+    In code, L is ``loss`` and T is ``trained``; ``tokens`` and ``losses`` are those of `tokens_of_plain`.
 
     Returns:
         A share: 0 is no cost, below 0 a gain. Censored where the plain model's curve does not cover the loss: then only that
@@ -162,11 +143,7 @@ def leakage(loss: float, unlabeled: float, *, tokens: Sequence[float], losses: S
     forget tokens, among the same retain text, from which plain training has that loss. Of one unlabeled token 1 is what
     filtering leaks, by definition; SGTM finds 0.005 to 0.02 at 64M parameters (arXiv 2512.05648, section on leakage).
 
-    Args:
-        loss: L, in nats per token.
-        unlabeled: u.
-        tokens: forget tokens of several plain runs, ascending and positive.
-        losses: forget losses of these runs.
+    In code, L is ``loss`` and u is ``unlabeled``; ``tokens`` and ``losses`` are of several plain runs, tokens ascending.
 
     Returns:
         A share, censored where the plain runs do not cover the loss (``<`` where even the fewest tokens taught more).
@@ -178,9 +155,8 @@ def leakage(loss: float, unlabeled: float, *, tokens: Sequence[float], losses: S
         Crossing(at=0.001, relation='<')
     """
     if unlabeled <= 0:
-        raise ValueError(
-            f"`unlabeled` must be a positive number of tokens, got {unlabeled}: without any, nothing can leak"
-        )
+        got = f"`unlabeled` must be a positive number of tokens, got {unlabeled}"
+        raise ValueError(f"{got}: without any, nothing can leak")
     needed = tokens_of_plain(loss, tokens, losses)
     return Crossing(needed.at / unlabeled, needed.relation)
 
@@ -193,11 +169,6 @@ def absorption(loss: float, filtered: float, perfect: float) -> float:
     with L the loss on held-out forget text, in nats per token. It is 0 for the filter with the same labels, which trains on
     all that is unlabeled, and 1 where unlabeled forget data is missing as if it had been filtered. The
     phenomenon is that of gradient routing (arXiv 2410.04332, section 4.2); the formula is this library's.
-
-    Args:
-        loss: L, of the model with its region ablated.
-        filtered: of the filter with the same labels.
-        perfect: of the filter with all labels.
 
     Returns:
         The share; NaN where the perfect filter's loss is not above that of the filter, so that there is nothing to absorb.

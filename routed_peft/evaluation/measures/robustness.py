@@ -61,8 +61,6 @@ def worst_case(steps: Sequence[int], losses: Losses, allowed: Losses | None = No
         One entry a step.
 
     Raises:
-        ValueError: if no state is allowed, or a curve lacks a step.
-
     Example:
         >>> case = worst_case([0, 5, 20], {1e-3: [[5.0, 4.0, 3.5]], 1e-2: [[5.0, 3.0, 6.0]]})
         >>> [(entry.mean, entry.learning_rate, entry.at) for entry in case]
@@ -107,11 +105,6 @@ def within_utility(retain: Losses, before: float, rise: float = 0.05) -> Losses:
     model. The benchmark TamperBench limits attacks to a loss of a tenth of the accuracy on MMLU-Pro; the limit on the loss
     is this library's.
 
-    Args:
-        retain: rate -> seed by seed -> retain loss at every step.
-        before: retain loss of the attacked model at the start.
-        rise: :math:`\rho`, by default 5 %.
-
     Example:
         >>> within_utility({1e-3: [[2.0, 2.05, 3.0]]}, before=2.0)
         {0.001: [[2.0, 2.05, nan]]}
@@ -134,11 +127,7 @@ def to_recover(
     by linear interpolation between steps. An attack that does not reach it is right-censored at its last step, not
     dropped. SGTM (arXiv 2512.05648, figure on relearning) counts steps to the loss of a model without filtering.
 
-    Args:
-        places: steps or tokens of the envelope, ascending.
-        envelope: worst-case forget losses, in nats per token.
-        reference: forget loss of the model that was never unlearned.
-        tolerance: :math:`\epsilon`, in nats per token.
+    ``places`` are the envelope's steps or tokens, and :math:`\epsilon` is ``tolerance``, in nats per token.
 
     Example:
         >>> to_recover([0, 10, 20], [5.0, 4.0, 2.0], reference=2.98)
@@ -159,12 +148,6 @@ def relearning_area(steps: Sequence[int], envelope: Sequence[float], *, base: fl
 
     by trapezoids. Early steps, which are cheap for an attacker, count as much as late ones. At a single step this is the
     relative robustness of UNDO (arXiv 2506.06278).
-
-    Args:
-        steps: ascending from 0, at least two.
-        envelope: worst-case forget losses of the model in question.
-        base: forget loss of the never-unlearned model, before any attack.
-        oracle: envelope of the perfect filter under the same attack.
 
     Returns:
         A share without a unit; below 0 and above 1 are possible. NaN if the oracle is not above the base.
@@ -195,11 +178,6 @@ def share_relearned(before: float, after: float, base: float) -> float:
     with x an accuracy or a loss. On facts of which the other half was trained on, this is the recovery on disjoint facts
     of "Do unlearning methods remove information from model weights?" (RTT, arXiv 2410.08827); after fitting nothing but
     output biases it tells what was only hidden in the logits (SGTM's calibration, arXiv 2512.05648).
-
-    Args:
-        before: of the model whose knowledge was removed.
-        after: of the same model after the attack.
-        base: of the model from which nothing was removed.
 
     Returns:
         The share; 0 nothing, 1 all. NaN where nothing was removed.

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,12 +26,6 @@ class AttackedModel:
 
     Raises:
         ValueError: for a model with adapters, quantized weights, or one that is not a causal language model.
-
-    Example:
-        >>> AttackedModel(nn.Linear(1, 1))
-        Traceback (most recent call last):
-        ...
-        ValueError: `model` must be a causal language model of transformers, got Linear
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -108,9 +102,7 @@ def quantize(model: nn.Module, bits: int) -> None:
         )
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            module.weight.copy_(_rounded(module.weight, bits, axis=0 if isinstance(module, Conv1D) else 1))
-
-
-def _rounded(weight: Tensor, bits: int, axis: int) -> Tensor:
-    step = weight.abs().amax(axis, keepdim=True) / (2 ** (bits - 1) - 1)
-    return (weight / step.clamp(min=torch.finfo(weight.dtype).tiny)).round() * step
+            axis = 0 if isinstance(module, Conv1D) else 1
+            step = module.weight.abs().amax(axis, keepdim=True) / (2 ** (bits - 1) - 1)
+            step = step.clamp(min=torch.finfo(module.weight.dtype).tiny)
+            module.weight.copy_((module.weight / step).round() * step)

@@ -176,17 +176,15 @@ class Attack:
 
 def _parse_part(part: str) -> tuple[str, Any]:
     """Return the attribute that a part of an attack's name sets, and its value."""
-    if part in METHODS and part != "none":
-        return "method", part
-    if part in DATA:
-        return "data", part
+    methods = [name for name in METHODS if name != "none"]
+    if part in methods or part in DATA:
+        return ("method" if part in methods else "data"), part
     if shots := _SHOTS.fullmatch(part):
         return "documents", int(shots[1])
     if part == "perturb":
         return "perturb", 0.05
     if bits := _BITS.fullmatch(part):
         return "bits", int(bits[1])
-    methods = [name for name in METHODS if name != "none"]
     raise ValueError(
         f"`{part}` is no part of an attack: take {', '.join(methods)}; {', '.join(DATA)} or few-shot-16; perturb; int8 or "
         "int4; joined by +, as in lora+few-shot-16"

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from routed_peft.data.beginnings import begin_tokens, document_tokens
 from routed_peft.deprecation import warn_renamed
 from routed_peft.evaluation.relearning.attacks import DATA, TEXTS, Attack
 from routed_peft.evaluation.text_loss import first_token, pad
 
 Batch = tuple[Tensor, Tensor, Tensor]
+Row = tuple[list[int], list[int]]
 SCORED = ("forget_test", "retain_test")
 
 
@@ -69,9 +71,6 @@ class AttackData:
     def without_overlap(cls, **texts: Sequence[str | tuple[str, ...]]) -> AttackData:
         """Make data of texts with repetitions: scored texts are left out of training texts.
 
-        Args:
-            **texts: the attributes.
-
         Example:
             >>> train, test = ["a cell", "A gene"], ["a gene"]
             >>> AttackData.without_overlap(forget_train=train, forget_test=test, retain_test=["a cat"]).forget_train
@@ -97,11 +96,7 @@ class AttackData:
         return {name: list(getattr(self, name)) for name in (*scored, *trained)}
 
     def for_training(self, attack: Attack, seed: int) -> list[list[str]]:
-        """Return the training documents of an attack, one list for each side that shares its batches.
-
-        Raises:
-            ValueError: where there are none, or fewer than the attack needs.
-        """
+        """Return the training documents of an attack, one list for each side that shares its batches."""
         if attack.data == "facts":
             return [self.halves(seed)[0]]
         return [self._documents(attack, name, seed) for name in DATA[attack.data]]
@@ -121,10 +116,8 @@ class AttackData:
     def _documents(self, attack: Attack, name: str, seed: int) -> list[str]:
         texts = list(getattr(self, name))
         if not texts or len(texts) < (attack.documents or 0):
-            wanted = f"{attack.documents or 'some'} documents"
-            raise ValueError(
-                f"the attack {attack.name!r} trains on {wanted} of `{name}`, which has {len(texts)}: give more"
-            )
+            wanted = f"{attack.documents or 'some'} documents of `{name}`"
+            raise ValueError(f"the attack {attack.name!r} trains on {wanted}, which has {len(texts)}: give more")
         return texts if attack.documents is None else random.Random(seed).sample(texts, attack.documents)
 
 
@@ -154,27 +147,31 @@ class _KnownTexts:
 def training_batches(tokenizer: Any, sides: Sequence[Sequence[str]], *, attack: Attack, seed: int) -> Iterator[Batch]:
     """Yield batches without end: inputs, attention mask and targets for `token_losses`.
 
-    Each document stands between the tokens for the beginning and the end of a sequence; long ones become several rows. Every
+    Each document stands between the tokens for the beginning and the end of a sequence; long ones become several rows, each
+    with the tokenizer's own beginning, if it has one. Every
     side contributes equally many rows to a batch, in a new random order in every pass. A side with fewer rows contributes
     all of them to every batch.
     """
     share = attack.batch_size // len(sides)
     streams = [_stream(_rows(tokenizer, texts, attack.length), share, seed + 1000 * i) for i, texts in enumerate(sides)]
     for parts in zip(*streams, strict=True):
-        yield pad([(row[:-1], row[1:]) for part in parts for row in part])
+        yield pad([row for part in parts for row in part])
 
 
-def _rows(tokenizer: Any, texts: Sequence[str], length: int) -> list[list[int]]:
-    first, last = first_token(tokenizer), tokenizer.eos_token_id
-    rows = []
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-        tokens = [first, *ids, *([] if last is None else [last])]
-        # each row but the first begins with the token that the one before ended with, so that every token is a target once
-        rows += [tokens[start : start + length] for start in range(0, max(1, len(tokens) - 1), length - 1)]
-    return [row for row in rows if len(row) > 1]
+def _rows(tokenizer: Any, texts: Sequence[str], length: int) -> list[Row]:
+    """Return inputs of fewer than ``length`` tokens, and their last targets; every token is a target once."""
+    begin, last = begin_tokens(tokenizer), tokenizer.eos_token_id
+    first, rows = begin or [first_token(tokenizer)], []
+    size, more = max(1, length - len(first)), max(1, length - len(begin) - 1)
+    for ids in document_tokens(tokenizer, texts):
+        tokens = [*ids, *([] if last is None else [last])]
+        rows.append(([*first, *tokens[:size][:-1]], tokens[:size]))
+        for at in range(size, len(tokens), more):  # later rows repeat the token that the one before ended with
+            rows.append(([*begin, *tokens[at - 1 : at + more][:-1]], tokens[at : at + more]))
+    return [row for row in rows if row[1]]
 
 
-def _stream(rows: list[list[int]], share: int, seed: int) -> Iterator[list[list[int]]]:
+def _stream(rows: list[Row], share: int, seed: int) -> Iterator[list[Row]]:
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     while True:

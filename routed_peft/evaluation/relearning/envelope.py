@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from routed_peft.evaluation.measures import WorstCase, within_utility, worst_case
@@ -31,8 +31,7 @@ class State:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        about = {"retain": self.retain, "documents": list(self.documents), "interior": self.interior}
-        return self.case.as_dict() | about
+        return asdict(self.case) | {"retain": self.retain, "documents": list(self.documents), "interior": self.interior}
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,7 @@ class Envelope:
 
         def state(case: WorstCase) -> State:
             low, high = (
-                (math.nan, math.nan)
-                if bounds is None
-                else (_at(case, steps, losses=losses, others=end) for end in bounds)
+                math.nan if bounds is None else _at(case, steps, losses=losses, others=bounds[end]) for end in (0, 1)
             )
             inside = case.at == 0 or rates[0] < case.learning_rate < rates[-1]
             return State(case, _at(case, steps, losses=losses, others=retain), (low, high), inside)

@@ -59,12 +59,7 @@ def check_grid(
 ) -> None:
     """Raise ValueError unless rates are positive and different, seeds different, and steps ascend from 0.
 
-    Args:
-        rates: of learning.
-        seeds: of the attack.
-        steps: to measure at.
-        names: the user's names for rates and steps.
-        trains: whether anything is trained; otherwise a rate may be 0.
+    ``names`` are the user's names for rates and steps; a rate may be 0 where nothing trains.
     """
     if not rates or len(set(rates)) < len(rates) or trains and not all(0 < rate < math.inf for rate in rates):
         raise ValueError(f"`{names[0]}` must be different positive numbers, at least one, got {list(rates)}")

@@ -59,9 +59,8 @@ class SourceOptions:
         if isinstance(self.reference, int | float) and not 0 < self.reference < math.inf:
             raise ValueError(f"`reference` is a loss in nats per token, above 0, got {self.reference}")
         if self.oracle is not None and self.reference is None:
-            raise ValueError(
-                "`oracle` needs a `reference`: the area lies between the perfect filter and the reference; give both"
-            )
+            needed = "the area lies between the perfect filter and the reference; give both"
+            raise ValueError(f"`oracle` needs a `reference`: {needed}")
 
 
 @formerly_positional("out", "attacks", "learning_rates", "seeds", "steps")
@@ -87,9 +86,7 @@ def relearn_source(
         data: see `AttackData`.
         out: directory without attacks on another source.
         attacks: see `Attack`.
-        learning_rates: of full and LoRA fine-tuning; see `relearn`.
-        seeds: see `relearn`.
-        steps: see `relearn`.
+        learning_rates: of full and LoRA fine-tuning; these, ``seeds`` and ``steps`` are as for `relearn`.
         options: see `SourceOptions`.
 
     Returns:
@@ -115,9 +112,8 @@ def relearn_source(
     oracle_losses = {} if options.oracle is None else _oracle_losses(options.oracle, conditions)
     start, intervals = _start_losses(model, tokenizer, data)
     references = _reference_losses(options, model, tokenizer=tokenizer, data=data, attacks=chosen, seeds=seeds)
-    known = start | {
-        "facts": _facts_loss(model, tokenizer, data=data, seeds=seeds) if "facts" in references else math.nan
-    }
+    facts = _facts_loss(model, tokenizer, data=data, seeds=seeds) if "facts" in references else math.nan
+    known = start | {"facts": facts}
     _check_recoverable(src, references, known)
     if processes().is_main_process:
         settings: dict[str, Any] = {"attacks": [asdict(attack) for attack in chosen], "learning_rates": learning_rates}
@@ -176,10 +172,7 @@ def _conditions(
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     alike = {"steps": list(steps), "seeds": list(seeds), "tokenizer": digest(tokenizer.get_vocab())}
-    return {
-        attack.name: {"attack": asdict(attack), "texts": digest(data.relevant_to(attack)), **alike}
-        for attack in attacks
-    }
+    return {one.name: {"attack": asdict(one), "texts": digest(data.relevant_to(one)), **alike} for one in attacks}
 
 
 def _oracle_losses(oracle: str | Path, conditions: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -215,15 +208,15 @@ def _reference_losses(
         return {} if reference is None else {"forget": float(reference)}
     model, its_tokenizer = open_plain(reference, "all", device=options.device)  # with all of its regions
     own, other = (one.config.model_type for one in (attacked, model))  # type: ignore[union-attr]
+    given = f"`reference` {str(reference)!r}"
     if own != other:
         raise ValueError(
-            f"`reference` {str(reference)!r} is a {other} model and the source a {own} one: give the model from which "
-            "the source was made"
+            f"{given} is a {other} model and the source a {own} one: give the model from which the source was made"
         )
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"the tokenizer of `reference` {str(reference)!r} differs from that of the source, so their losses per token "
-            "cannot be compared: give the model from which the source was made"
+            f"the tokenizer of {given} differs from that of the source, so their losses per token cannot be compared: give "
+            "the model from which the source was made"
         )
     losses = {"forget": TextLoss(model, tokenizer, data.forget_test)(model)}
     if any(attack.target == "facts" for attack in attacks):

@@ -28,21 +28,17 @@ _RESULT = ("envelope", "curves", "verdict", "interior", "learning_rates", "start
 def summarize(
     attack: Attack, curves: Sequence[Curve], *, reference: float | None = None, oracle: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Summarize the curves of one attack.
+    """Summarize the curves of one attack: every rate with every seed, from `relearn`.
 
-    Args:
-        attack: of the curves.
-        curves: from `relearn`: every rate with every seed.
-        reference: the target's loss of the model from which nothing was removed, if known.
-        oracle: the perfect filter's loss at every step of the same attack, if known.
+    ``reference`` is the target's loss of the model from which nothing was removed, and ``oracle`` the perfect filter's loss
+    at every step of the same attack, where they are known.
 
     Returns:
         The entry of ``summary.json``:
+        The entry of ``summary.json``: the attack, its ``target`` (the loss to be lowered), the ``reference`` as given, and
 
-        - ``attack``, ``target``: the attack, and the loss to be lowered.
         - ``verdict``: see `Envelope`.
         - ``start``: name -> loss of the original model, in nats per token.
-        - ``reference``: as given.
         - ``learning_rates``: rate -> statuses of its curves, seed by seed (`Curve.status`).
         - ``envelope``: for each step the fields of `State`, and the mean ``tokens`` of the attacker so far.
         - ``interior``: at the last step; false where there was no attack.
@@ -109,14 +105,12 @@ class _EnvelopeSummary:
         if self.reference is None:
             return {"envelope": envelope}
         means, trained = [state.case.mean for state in states], self.attacked and self.steps[-1] > 0
-        recovery = {
-            "steps": to_recover(self.steps, means, reference=self.reference).as_dict() if trained else None,
-            "tokens": to_recover(self.tokens, means, reference=self.reference).as_dict()
-            if trained and self.complete
-            else None,
-            "share": share_relearned(self.before, means[-1], self.reference) if self.attacked else None,
-        }
-        return {"envelope": envelope, "recovery": recovery}
+        steps, tokens = (
+            to_recover(places, means, reference=self.reference).as_dict() if asked else None
+            for places, asked in ((self.steps, trained), (self.tokens, trained and self.complete))
+        )
+        share = share_relearned(self.before, means[-1], self.reference) if self.attacked else None
+        return {"envelope": envelope, "recovery": {"steps": steps, "tokens": tokens, "share": share}}
 
 
 def _curve(curve: Curve) -> dict[str, Any]:
@@ -127,34 +121,27 @@ def _curve(curve: Curve) -> dict[str, Any]:
 def read_summary(place: str | Path) -> dict[str, Any]:
     """Read the ``summary.json`` of a relearning run.
 
-    Args:
-        place: the file, or the directory that it is in.
-
     Raises:
         ValueError: where there is none, it belongs to something else, or another version of this library wrote it.
     """
     file = Path(place) / SUMMARY if Path(place).is_dir() else Path(place)
+    name = repr(str(file))
     if not file.is_file():
-        raise ValueError(
-            f"{str(file)!r} does not exist: was `routed-peft relearn` interrupted? The same command continues it"
-        )
+        raise ValueError(f"{name} does not exist: was `routed-peft relearn` interrupted? The same command continues it")
     summary = json.loads(file.read_text(encoding="utf-8"))
     if summary.get("kind") != KIND:
-        raise ValueError(
-            f"{str(file)!r} is no summary of relearning: give the `--out` directory of `routed-peft relearn`"
-        )
+        raise ValueError(f"{name} is no summary of relearning: give the `--out` directory of `routed-peft relearn`")
     if summary.get("format") != FORMAT:
         raise ValueError(
-            f"{str(file)!r} has the format {summary.get('format')}, this version of routed_peft reads {FORMAT}: repeat the "
+            f"{name} has the format {summary.get('format')}, this version of routed_peft reads {FORMAT}: repeat the "
             "command in its run.json; finished curves are kept"
         )
+    changed = "was the file changed by hand?"
     if not isinstance(summary.get("attacks"), dict):
-        raise ValueError(f"{str(file)!r} lacks its attacks: was the file changed by hand?")
-    for name, result in summary["attacks"].items():
+        raise ValueError(f"{name} lacks its attacks: {changed}")
+    for attack, result in summary["attacks"].items():
         if missing := [key for key in _RESULT if key not in result]:
-            raise ValueError(
-                f"the attack {name!r} of {str(file)!r} lacks {', '.join(missing)}: was the file changed by hand?"
-            )
+            raise ValueError(f"the attack {attack!r} of {name} lacks {', '.join(missing)}: {changed}")
     return dict(summary)
 
 
@@ -188,9 +175,8 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def _table(title: str, columns: Sequence[str], caption: str | None) -> Table:
-    table = Table(
-        title=title or None, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"
-    )
+    left: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
+    table = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, **left)
     for name in columns:
         table.add_column(name, justify="left" if name == "attack" else "right", no_wrap=name == "attack")
     return table

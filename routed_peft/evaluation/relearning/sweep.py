@@ -55,8 +55,9 @@ class RelearnOptions:
 
     def __post_init__(self) -> None:
         if self.measure is not None and self.records is not None and not self.names:
+            example = "names={'measure': 'accuracy'}"
             raise ValueError(
-                "`measure` with `records` needs `names` that tell its curves from others, such as names={'measure': 'accuracy'}"
+                f"`measure` with `records` needs `names` that tell its curves from others, such as {example}"
             )
 
 
@@ -79,9 +80,7 @@ def relearn(
 
     Args:
         model: a plain causal language model; changed in place and given back unchanged. Attacks compute in float32.
-        tokenizer: of the model.
         attack: an `Attack`, or its name (`Attack.parse`).
-        data: texts to train on and to score.
         learning_rates: tried first; by default those of the attack's method.
         seeds: of the choice and order of documents, and of all random draws.
         steps: to measure at, ascending from 0.
@@ -135,13 +134,8 @@ class _Sweep:
     ) -> None:
         self.attacked, self.tokenizer, self.attack, self.data = attacked, tokenizer, attack, data
         self.steps, self.options = steps, options
-        about = [
-            asdict(attack),
-            data.relevant_to(attack),
-            steps,
-            fingerprint(attacked.model),
-            _text_settings(attacked.model, tokenizer),
-        ]
+        own = (fingerprint(attacked.model), _text_settings(attacked.model, tokenizer))
+        about = [asdict(attack), data.relevant_to(attack), steps, *own]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
         self.names = {**(options.names or {}), "digest": digest}
         self.start: dict[int, Mapping[str, float]] = {}
@@ -191,18 +185,10 @@ class _Sweep:
         within = replace(attack, length=min(attack.length, context_length(model, self.tokenizer)))
         batches = training_batches(self.tokenizer, self.data.for_training(attack, seed), attack=within, seed=seed)
         with self.attacked.prepared_for(attack, seed) as parameters:
-            points = tuple(
-                run_curve(
-                    model,
-                    parameters,
-                    batches=batches,
-                    learning_rate=rate,
-                    steps=self.steps,
-                    measure=measure,
-                    tick=tick,
-                )
+            curve = run_curve(
+                model, parameters, batches=batches, learning_rate=rate, steps=self.steps, measure=measure, tick=tick
             )
-        return Curve(attack.name, attack.target, rate, seed, start, points)
+            return Curve(attack.name, attack.target, rate, seed, start, tuple(curve))
 
     def _start(self, seed: int) -> Mapping[str, float]:
         """Score the original model: once, or for each seed where the seed chooses the scored texts."""
@@ -237,10 +223,8 @@ class _Sweep:
         complete = {cell: points for cell, points in cells.items() if [p["step"] for p in points] == self.steps}
         if len(complete) < len(cells):
             records.keep(lambda p: not ours(p) or (p["learning_rate"], p["seed"]) in complete)
-        return {
-            cell: self._read(cell, points, {*about, "learning_rate", "seed", "step", "tokens"})
-            for cell, points in complete.items()
-        }
+        named = {*about, "learning_rate", "seed", "step", "tokens"}
+        return {cell: self._read(cell, points, named) for cell, points in complete.items()}
 
     def _read(self, cell: Cell, points: Sequence[Mapping[str, Any]], about: set[str]) -> Curve:
         scores = [{k: math.nan if v is None else v for k, v in point.items() if k not in about} for point in points]
