@@ -82,6 +82,10 @@ def count_tokens(tokenizer: Any, texts: Iterable[str], metadata: Row) -> list[in
     ``--model hf`` scores it as well, unless ``add_bos_token=False``. ``routed`` and `routed_peft.evaluation` never score
     it, and pass ``special_tokens=False`` here.
     """
+    if metadata.get("special_tokens") is False:
+        from routed_peft.data.beginnings import document_tokens
+
+        return [len(ids) for ids in document_tokens(tokenizer, list(texts))]
     special = metadata.get("special_tokens", metadata.get("add_bos_token"))
     keywords = {} if special is None else {"add_special_tokens": special}
     bos = tokenizer.bos_token

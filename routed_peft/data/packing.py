@@ -9,8 +9,10 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from routed_peft.data.beginnings import begin_tokens, document_tokens
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS
 from routed_peft.deprecation import formerly_positional
+from routed_peft.routes import IGNORED
 
 
 @formerly_positional("length", "by", "column", "seed", "per_token")
@@ -30,9 +32,14 @@ def pack(
     cannot reach the base through a retain neighbor. Tokens that do not fill a row at the end of a group are dropped. The
     seed shuffles documents first and rows afterwards.
 
+    A tokenizer that begins texts with a token of its own (Gemma's and Llama's ``<bos>``) does so here: before every document,
+    and before a row that begins in the middle of one. ``labels`` then say which tokens have a loss. A beginning has
+    none, and the first token of a document is predicted from it. After a beginning in the middle of a document, the
+    first token has no loss either, like the first token of every row where no tokenizer begins texts.
+
     Args:
         ds: a map-style dataset of documents.
-        tokenizer: needs an end-of-sequence token, the only special token added here.
+        tokenizer: needs an end-of-sequence token.
         length: tokens per row.
         by: columns that a row must not mix; they are kept. None: ``route_label`` and ``side``, where they exist.
         column: name of the text's column.
@@ -40,7 +47,8 @@ def pack(
         per_token: further columns, which a row may mix; they become lists with the value of each token's document.
 
     Returns:
-        A shuffled dataset of ``input_ids`` and the columns of ``by`` and ``per_token``.
+        A shuffled dataset of ``input_ids``, the columns of ``by`` and ``per_token``, and, where the tokenizer begins texts,
+        ``labels``.
 
     Raises:
         ValueError: if a column is missing or has nulls, if ``ds`` is labeled by token, or if a value of the first
@@ -64,32 +72,70 @@ def pack(
     for index in rng.permutation(len(ds)):
         groups[keys[index]].append(index)
 
-    packed, values = [], []
-    spread: dict[str, list[np.ndarray]] = {name: [] for name in per_token}
+    begin = begin_tokens(tokenizer)
+    spread: dict[str, list[np.ndarray]] = {name: [] for name in ("input_ids", *(["labels"] * bool(begin)), *per_token)}
+    values = []
     for key, members in groups.items():
-        stream = np.concatenate([tokens[index] for index in members])
-        count = len(stream) // length
-        packed.append(stream[: count * length].reshape(count, length))
-        values += [key] * count
         sizes = [len(tokens[index]) for index in members]
+        stream = np.concatenate([tokens[index] for index in members])
+        places, inserted = _row_places(sizes, length=length, begin=len(begin))
+        rows = stream[places]
+        if begin:
+            starts = np.cumsum([0, *sizes[:-1]])
+            targets = stream.copy()
+            targets[(starts[:, None] + np.arange(len(begin))).ravel()] = IGNORED
+            labels = targets[places]
+            labels[inserted, : len(begin) + 1] = IGNORED
+            rows[:, : len(begin)] = begin
+            spread["labels"] += list(labels)
+        spread["input_ids"] += list(rows)
+        values += [key] * len(places)
         for name, own in kinds.items():
-            spread[name] += list(np.repeat(own[members], sizes)[: count * length].reshape(count, length))
+            spread[name] += list(np.repeat(own[members], sizes)[places])
     _check_filled(groups, values, by=by, length=length)
-    rows, order = np.concatenate(packed), rng.permutation(len(values))
-    features = Features({"input_ids": List(Value("int32"))} | {name: ds.features[name] for name in by})
+    order = rng.permutation(len(values))
+    features = Features({name: List(Value("int32")) for name in spread} | {name: ds.features[name] for name in by})
     features |= {name: List(ds.features[name]) for name in per_token}
-    columns = {name: [values[index][i] for index in order] for i, name in enumerate(by)}
-    columns |= {name: [found[index] for index in order] for name, found in spread.items()}
-    return Dataset.from_dict({"input_ids": list(rows[order])} | columns, features=features)
+    columns: dict[str, list[Any]] = {name: [found[index] for index in order] for name, found in spread.items()}
+    columns |= {name: [values[index][i] for index in order] for i, name in enumerate(by)}
+    order_of_columns = ["input_ids", *by, *(name for name in spread if name != "input_ids")]
+    return Dataset.from_dict({name: columns[name] for name in order_of_columns}, features=features)
+
+
+def _row_places(sizes: Sequence[int], *, length: int, begin: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where in a stream of documents each row's tokens stand, and which rows begin with inserted tokens.
+
+    Args:
+        sizes: tokens of every document, its beginning and end included.
+        length: tokens per row.
+        begin: tokens that begin a document.
+
+    Returns:
+        Places ``(N, length)``, and ``(N,)`` booleans. The first ``begin`` places of rows with inserted tokens are fillers.
+    """
+    total = sum(sizes)
+    if not begin:
+        return np.arange(total // length * length).reshape(-1, length), np.zeros(total // length, dtype=bool)
+    starts = np.cumsum([0, *sizes])
+    rows, inserted, at = [], [], 0
+    while at < total:
+        start = starts[np.searchsorted(starts, at, side="right") - 1]
+        middle = bool(at - start > begin)
+        first = at - begin if middle else start  # no row begins within the beginning of a document
+        rows.append(np.arange(first, first + length))
+        inserted.append(middle)
+        at = first + length
+    kept = len(rows) - (at > total)
+    return np.array(rows[:kept]).reshape(-1, length), np.array(inserted[:kept], dtype=bool)
 
 
 def tokenize(ds: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> list[np.ndarray]:
-    """Return the tokens of each document, including the end-of-sequence token."""
-    eos = tokenizer.eos_token_id
+    """Return the tokens of each document, including those that begin it and the end-of-sequence token."""
+    begin, eos = begin_tokens(tokenizer), tokenizer.eos_token_id
     return [
-        np.array([*ids, eos], dtype=np.int32)
+        np.array([*begin, *ids, eos], dtype=np.int32)
         for batch in ds.iter(batch_size=1000)
-        for ids in tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        for ids in document_tokens(tokenizer, batch[column])
     ]
 
 
@@ -99,6 +145,9 @@ def _check(ds: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, by: 
             "packing needs a `length` of at least 1 and a `tokenizer` with an end-of-sequence token, got "
             f"{length} and {tokenizer.eos_token!r}"
         )
+    if length < 2 + len(begin := begin_tokens(tokenizer)) and begin:
+        raise ValueError(f"the tokenizer begins texts with {tokenizer.decode(begin)!r}, so `length` must be at least "
+                         f"{2 + len(begin)}, got {length}")  # fmt: skip
     if missing := [name for name in (column, *by) if name not in ds.column_names]:
         raise ValueError(f"the dataset lacks the columns {missing}, got {ds.column_names}: see `column` and `by`")
     if labeled := [name for name in (ROUTE_LABELS, ROUTE_WEIGHTS) if name in ds.column_names]:

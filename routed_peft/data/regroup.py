@@ -24,12 +24,13 @@ def document_of(ids: Tensor, separator: int) -> Tensor:
     return torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1)
 
 
-def document_means(values: Tensor, documents: Tensor) -> Tensor:
+def document_means(values: Tensor, documents: Tensor, counted: Tensor | None = None) -> Tensor:
     """Return for each token the mean of its document, ``(B, T)``; 0 for a document of one token that begins a row.
 
     Args:
         values: ``(B, T - 1)``, of the tokens after the first, which nothing predicts.
         documents: ``(B, T)``, see `document_of`.
+        counted: ``(B, T - 1)``, whether a token has a value; by default all have. The others' values are 0.
 
     Example:
         >>> documents = torch.tensor([[0, 0, 1, 1]])
@@ -38,7 +39,7 @@ def document_means(values: Tensor, documents: Tensor) -> Tensor:
     """
     zeros = values.new_zeros(documents.shape)
     sums = zeros.scatter_add(1, documents[:, 1:], values)
-    counts = zeros.scatter_add(1, documents[:, 1:], torch.ones_like(values))
+    counts = zeros.scatter_add(1, documents[:, 1:], torch.ones_like(values) if counted is None else counted.to(values))
     return (sums / counts.clamp(min=1)).gather(1, documents)
 
 

@@ -6,8 +6,10 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from routed_peft.data import check_route_columns, pack, train_tokenizer
+from routed_peft.data.beginnings import begin_tokens, document_tokens
 
 TOKENIZER = train_tokenizer(["x"], vocab_size=258)  # one token a byte
 LETTERS = {
@@ -118,3 +120,74 @@ def test_a_row_that_mixes_keeps_what_each_of_its_tokens_is():
             word = tokenizer.decode([token]).strip()
             seen.add((side, word in letters[side] if word in {*"abcd"} else None))
     assert seen == {("forget", True), ("retain", True), ("forget", None), ("retain", None)}
+
+
+def beginning_tokenizer(template="<bos> $A", **special):
+    """A tokenizer of one token a byte that begins texts, as Gemma's and Llama's do."""
+    tokenizer = train_tokenizer(["x"], vocab_size=258)
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": ["<go>"]} | special)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>", "<go>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ids)
+    return tokenizer
+
+
+TEMPLATES = {"<bos> $A": ["<bos>"], "<bos> $A <eos>": ["<bos>"], "<go> <bos> $A": ["<go>", "<bos>"], "$A <eos>": []}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_documents_begin_as_the_tokenizer_begins_them(template):
+    tokenizer = beginning_tokenizer(template)
+    begin = tokenizer.convert_tokens_to_ids(TEMPLATES[template])
+    assert begin_tokens(tokenizer) == begin
+    spelled = "".join(TEMPLATES[template]) + "ab"
+    assert document_tokens(tokenizer, ["ab", spelled]) == [tokenizer.encode("ab", add_special_tokens=False)] * 2
+    (row,) = pack(Dataset.from_dict({"text": [spelled]}), tokenizer, length=len(begin) + 3)
+    assert row["input_ids"] == [*begin, *tokenizer.encode("ab", add_special_tokens=False), tokenizer.eos_token_id]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=3, max_size=12), length=st.integers(4, 12), two=st.booleans())
+def test_every_row_begins_and_no_beginning_has_a_loss(lengths, length, two):
+    tokenizer = beginning_tokenizer("<go> <bos> $A" if two else "<bos> $A")
+    begin, eos = begin_tokens(tokenizer), tokenizer.eos_token_id
+    ds = Dataset.from_dict({"text": [chr(97 + i) * n for i, n in enumerate(lengths)], "of": list(range(len(lengths)))})
+    if sum(lengths) < 3 * length:
+        return
+    rows = pack(ds, tokenizer, length=length, per_token=["of"])
+    seen = Counter()
+    for row in rows:
+        ids, labels = row["input_ids"], row["labels"]
+        assert len(ids) == len(labels) == len(row["of"]) == length and ids[: len(begin)] == begin
+        assert all(label in (-100, token) and (label == -100 or token not in begin)
+                   for token, label in zip(ids, labels, strict=True))  # fmt: skip
+        assert -100 not in [label for token, label in zip(ids[len(begin) + 1 :], labels[len(begin) + 1 :], strict=True)
+                            if token not in begin]  # fmt: skip
+        real = [(token, of) for token, of in zip(ids, row["of"], strict=True) if token not in (*begin, eos)]
+        assert all(tokenizer.decode([token]) == chr(97 + of) for token, of in real)
+        seen.update(token for token, _ in real)
+    for i, n in enumerate(lengths):
+        assert seen[tokenizer.convert_tokens_to_ids(chr(97 + i))] <= n, "a token is in two rows"
+    lost = sum(lengths) - sum(seen.values())
+    assert lost <= length, "only the tail is dropped"
+
+
+def test_the_first_token_of_a_document_is_predicted_from_its_beginning():
+    tokenizer = beginning_tokenizer()
+    a, bos, eos = tokenizer.convert_tokens_to_ids(["a", "<bos>", "<eos>"])
+    rows = pack(Dataset.from_dict({"text": ["aaaaaa"] * 2}), tokenizer, length=4)
+    found = sorted(zip(map(tuple, rows["input_ids"]), map(tuple, rows["labels"]), strict=True))
+    begins, goes_on, ends = (bos, a, a, a), (-100, -100, a, a), (bos, a, a, eos)
+    assert found == sorted(
+        [
+            (begins, (-100, a, a, a)),
+            (begins, goes_on),
+            ((bos, eos, bos, a), (-100, -100, -100, a)),
+            (begins, goes_on),
+            (ends, (-100, -100, a, eos)),
+        ]
+    )
+
+
+def test_a_row_must_have_room_for_more_than_its_beginning():
+    with pytest.raises(ValueError, match="begins texts with '<bos>', so `length` must be at least 3"):
+        pack(ONE, beginning_tokenizer(), length=2)

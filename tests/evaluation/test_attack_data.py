@@ -3,6 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from evaluation_parts import byte_tokenizer
 from relearning_parts import DATA, FORGET, RETAIN, tokenizer
 
 from routed_peft.evaluation.relearning import (
@@ -47,6 +49,18 @@ def test_long_documents_become_rows_in_which_every_token_is_a_target_once():
     batch = next(training_batches(TOKENIZER, [[text]], attack=Attack("f", length=8, batch_size=64), seed=0))
     trained = [int(token) for row in batch[2] for token in row if token >= 0]
     assert trained == [*TOKENIZER.encode(text), TOKENIZER.eos_token_id] and batch[0].shape[1] == 7
+
+
+def test_rows_of_a_tokenizer_that_begins_texts_all_begin():
+    tokenizer, text = byte_tokenizer(adds_bos=True), " ".join(FORGET)
+    ids, mask, targets = next(
+        training_batches(tokenizer, [[text]], attack=Attack("f", length=8, batch_size=64), seed=0)
+    )
+    assert ids[:, 0].tolist() == [tokenizer.bos_token_id] * len(ids) and ids.shape[1] == 7
+    trained = [int(token) for row in targets for token in row if token >= 0]
+    assert trained == [*tokenizer.encode(text)[1:], tokenizer.eos_token_id]
+    assert (targets[1:, 0] < 0).all(), "no token in the middle of a document is predicted from its beginning"
+    assert torch.equal(ids[1:, 2:][mask[1:, 2:].bool()], targets[1:, 1:-1][mask[1:, 2:].bool()])
 
 
 def test_few_shots_are_drawn_by_the_seed():

@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from evaluation_parts import TEXTS, byte_tokenizer, log_likelihood, tiny_llama, token_loss, write_jsonl
 from families import FAMILIES
+from tokenizers import processors
 
+from routed_peft.data import DocumentArguments, evaluation_rows, pack
 from routed_peft.evaluation import evaluate
-from routed_peft.evaluation.text_loss import TextLoss, context_length
+from routed_peft.evaluation.relearning import Attack
+from routed_peft.evaluation.relearning.data import training_batches
+from routed_peft.evaluation.text_loss import TextLoss, context_length, first_token, token_losses
+from routed_peft.unlearning import mean_loss
 
 LONG = " ".join(TEXTS * 4)  # several times the context
 
@@ -33,6 +39,41 @@ def test_padding_changes_nothing(adds_bos):
     for got, count, text in zip(loss.documents(model), loss.counts, texts, strict=True):
         expected, n = log_likelihood(model, tokenizer, text)
         assert (float(got), int(count)) == (pytest.approx(-expected, abs=1e-10), n)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("text", [TEXTS[2], "<s>" + TEXTS[0]])
+def test_recipes_attacks_and_lm_eval_agree_on_a_text(adds_bos, text, tmp_path):
+    """On the same tokens behind the same beginning, all measures are one number."""
+    tokenizer, model = byte_tokenizer(adds_bos), tiny_llama(max_length=128).double()
+    loss = TextLoss(model, tokenizer, [text])
+    expected, tokens = loss(model), int(loss.counts[0])
+    file = write_jsonl(tmp_path / "forget.jsonl", [{"text": text}])
+    scores = evaluate(model, tokenizer, tasks=["routed_forget_loss"], metadata={"forget_file": file})
+    assert scores["routed_forget_loss/token_ce"] == pytest.approx(expected, abs=1e-10)
+    ids, mask, targets = next(training_batches(tokenizer, [[text]], attack=Attack("f", length=128), seed=0))
+    attacked = token_losses(model, ids, attention_mask=mask, targets=targets)[0, :tokens].mean()
+    assert attacked.item() == pytest.approx(expected, abs=1e-10)
+    if adds_bos:  # otherwise nothing predicts the first token of a packed row
+        args = DocumentArguments(train_file=file, eval_files=[f"forget={file}"], length=tokens + 1)
+        held_out = evaluation_rows(args, tokenizer)["forget"]
+        assert mean_loss(model, held_out) == pytest.approx(expected, abs=1e-10)
+    else:
+        row = pack(Dataset.from_dict({"text": [text]}), tokenizer, length=tokens)[0]["input_ids"]
+        again = mean_loss(model, [{"input_ids": [tokenizer.bos_token_id, *row]}])
+        assert again == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("template", ["<go> $A", "<go> $A </s>"])
+def test_a_beginning_that_is_no_begin_of_sequence_token(template, tmp_path):
+    tokenizer, model = byte_tokenizer(), tiny_llama(vocab_size=301).double()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<go>"]})
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<go>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    file = write_jsonl(tmp_path / "forget.jsonl", [{"text": text} for text in TEXTS])
+    scores = evaluate(model, tokenizer, tasks=["routed_forget_loss"], metadata={"forget_file": file})
+    assert TextLoss(model, tokenizer, TEXTS)(model) == pytest.approx(scores["routed_forget_loss/token_ce"], abs=1e-10)
+    assert first_token(tokenizer) == ids[0][1]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox", "falcon"])
