@@ -29,6 +29,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from routed_peft.runs.command_line import run_recipe
+
 GENE_ONTOLOGY_ROWS = 21_500
 WORDNET_GENERAL_ROWS = 51_000
 BIOLOGY = {"noun.animal", "noun.plant", "noun.body"}
@@ -105,4 +107,4 @@ def write(path: Path, rows: Iterable[Row]) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

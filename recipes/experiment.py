@@ -8,12 +8,16 @@ was killed goes on with the next cell, and the same command may be started in as
 numbers of all cells go to `summary_file`, from which `recipes/report.py` and the tables of the docs are made.
 """
 
-from trl import TrlParser
-
 from experiments.removal import Experiment, run_experiment
 from routed_peft.demo.settings import DemoSettings
+from routed_peft.runs.command_line import parse_settings, run_recipe
 
-if __name__ == "__main__":
-    experiment, settings = TrlParser((Experiment, DemoSettings)).parse_args_and_config()  # type: ignore[arg-type]
+
+def main() -> None:
+    experiment, settings = parse_settings(Experiment, DemoSettings)
     run_experiment(experiment, settings)
     print(f"written to {experiment.summary_file}; `python recipes/report.py {experiment.summary_file}` draws it")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

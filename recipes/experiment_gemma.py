@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
 from routed_peft.evaluation import evaluate_source, results_table
+from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.runs.provenance import versions
 
 RECIPES = Path(__file__).resolve().parent
@@ -57,7 +57,7 @@ class Recipe:
 
 
 def main() -> None:
-    (recipe,) = TrlParser((Recipe,)).parse_args_and_config()  # type: ignore[arg-type]
+    (recipe,) = parse_settings(Recipe)
     work, console = Path(recipe.work), Console()
     source = recipe.model_name_or_path or str(gemma(work / "gemma"))
     measured = {"start": measure(source, work / "start.json", recipe)}
@@ -117,4 +117,4 @@ def gemma(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -19,7 +19,6 @@ from functools import partial
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from trl import TrlParser
 
 from routed_peft import Route, RoutedTrainer, RoutedTrainingArguments, ablate, presets
 from routed_peft.data import (
@@ -34,6 +33,7 @@ from routed_peft.data import (
 )
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.runs.begin import begin
+from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder
 from routed_peft.training.self_label_config import setting
 
@@ -84,7 +84,7 @@ class Recipe(DocumentArguments):
 
 
 def main() -> None:
-    recipe, args = TrlParser((Recipe, RoutedTrainingArguments)).parse_args_and_config()  # type: ignore[arg-type]
+    recipe, args = parse_settings(Recipe, RoutedTrainingArguments)
     if recipe.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint or Hub id to fine-tune")
     args.train_sampling_strategy = "sequential"  # `schedule` is in order already
@@ -172,4 +172,4 @@ def training_rows(
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -30,7 +30,7 @@ from typing import Any
 from datasets import disable_progress_bars
 from peft import LoraConfig, PeftConfig
 from transformers import AutoTokenizer, set_seed
-from trl import TrlParser, rewards
+from trl import rewards
 
 from routed_peft import Route, RoutedConfig, ablate, presets
 from routed_peft.data import load_training_file
@@ -38,6 +38,7 @@ from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, apply
 from routed_peft.monitoring.quarantine import read_quarantine
 from routed_peft.routes import routes_from_dict
 from routed_peft.runs.begin import check_not_begun, find_checkpoint
+from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.subspaces import Subspace
 from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.trl import (
@@ -135,9 +136,7 @@ class Recipe:
 
 
 def main() -> None:
-    parser = TrlParser((Recipe, RoutedGRPOConfig))  # type: ignore[arg-type]
-    parser.set_defaults(baseline_over="unflagged")  # better in docs/rl.md
-    recipe, args = parser.parse_args_and_config()
+    recipe, args = parse_settings(Recipe, RoutedGRPOConfig, baseline_over="unflagged")  # better in docs/rl.md
     check(recipe)
     args.base_adapters = [BASE_ADAPTER]
     args.kept_regions = [recipe.region] if recipe.method == "control" else []
@@ -329,4 +328,4 @@ def adapters(recipe: Recipe) -> dict[str, PeftConfig]:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -7,9 +7,8 @@ The first shows six arms at one seed in two minutes on one core, the second runs
 and a list of criteria. Every arm at every seed has a directory of its own under `output_dir`: a run that was stopped goes on.
 """
 
-from trl import TrlParser
-
 from experiments.persona import Experiment, Settings, run_experiment
+from routed_peft.runs.command_line import parse_settings, run_recipe
 
 if __name__ == "__main__":
-    run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())  # type: ignore[arg-type]
+    run_recipe(lambda: run_experiment(*parse_settings(Experiment, Settings)))

@@ -9,9 +9,8 @@ seeds. All end in a table, a list of criteria, a figure and a page (`report.html
 has a directory of its own there: a run that was stopped goes on, and the three share what they have in common.
 """
 
-from trl import TrlParser
-
 from experiments.reward_hack import Experiment, Settings, run_experiment
+from routed_peft.runs.command_line import parse_settings, run_recipe
 
 if __name__ == "__main__":
-    run_experiment(*TrlParser((Experiment, Settings)).parse_args_and_config())  # type: ignore[arg-type]
+    run_recipe(lambda: run_experiment(*parse_settings(Experiment, Settings)))

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
-from trl import TrlParser
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
 from routed_peft.adapters import adapter_names
@@ -48,6 +47,7 @@ from routed_peft.evaluation.text_loss import check_length
 from routed_peft.files import write_json
 from routed_peft.routes import routes_from_dict
 from routed_peft.runs.begin import begin
+from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.runs.records import PLACEBO
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabelConfig, SelfLabeledRows
 from routed_peft.training.self_label_config import setting
@@ -134,7 +134,7 @@ class Recipe(DocumentArguments):
 
 
 def main() -> None:
-    recipe, args = TrlParser((Recipe, RoutedTrainingArguments)).parse_args_and_config()  # type: ignore[arg-type]
+    recipe, args = parse_settings(Recipe, RoutedTrainingArguments)
     args.train_sampling_strategy = "sequential"  # `schedule` is in order already
     args.include_num_input_tokens_seen = "all"
     args.dataloader_pin_memory = args.device.type != "cpu"
@@ -305,7 +305,8 @@ def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArgu
     known = rows.filter(lambda label: label == "retain", input_columns="route_label")
     known = known if len(known) else select_arm(rows, "filter")
     model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32).to(args.device)  # type: ignore[arg-type]
-    found = restore_coherence(model, torch.tensor(known["input_ids"][:MAX_ROWS]), steps=steps)
+    first = known.select(range(min(MAX_ROWS, len(known)))).with_format("torch")[:]
+    found = restore_coherence(model, first["input_ids"], labels=first.get("labels"), steps=steps)
     target = src.with_name(src.name + "-coherent")
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(src).save_pretrained(target)
@@ -313,4 +314,4 @@ def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArgu
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

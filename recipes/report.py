@@ -8,7 +8,6 @@ nothing else and reads well in light and dark browsers; its figures lie beside i
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from experiments.report import verdict_tables, write_report
 from routed_peft.evaluation.relearning import summary_tables
+from routed_peft.runs.command_line import run_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,10 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("places", nargs="+", type=Path, metavar="DIR_OR_FILE", help="summaries, or directories of them")
     parser.add_argument("--out", type=Path, default=Path("report"), help="directory for report.html and figures/")
     given = parser.parse_args(arguments)
-    try:
-        written = write_report(given.places, given.out)
-    except ValueError as error:
-        sys.exit(f"recipes/report.py: {error}")
+    written = write_report(given.places, given.out)
     console = Console()
     for section in written.sections:
         console.print(*verdict_tables(section))
@@ -39,4 +36,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase, set_seed
-from trl import TrlParser
 
 from routed_peft.corpora import load_pair
 from routed_peft.data import RETAIN, DocumentArguments, check_evaluation, evaluation_rows, load_texts, pack
 from routed_peft.evaluation.source import open_plain
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.runs.begin import begin
+from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.unlearning import UndoArguments, check_tokenizers, mean_loss, save_student, undo
 from routed_peft.unlearning.data import check_held_out
@@ -58,7 +58,7 @@ class Recipe:
 
 
 def main() -> None:
-    recipe, args = TrlParser((Recipe, UndoArguments)).parse_args_and_config()  # type: ignore[arg-type]
+    recipe, args = parse_settings(Recipe, UndoArguments)
     if recipe.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the teacher, a checkpoint or Hub id")
     args.include_num_input_tokens_seen = "non_padding"
@@ -122,4 +122,4 @@ def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase, set_seed
-from trl import TrlParser
 
 from routed_peft.checkpoint.staging import atomic_directory
 from routed_peft.data import DocumentArguments, check_evaluation, evaluation_rows, labeled_documents, pack
@@ -25,6 +24,7 @@ from routed_peft.evaluation.source import open_plain
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.files import write_json
 from routed_peft.runs.begin import begin
+from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.training import RunDirectory, RunRecorder
 from routed_peft.unlearning import UNLEARNED, UnlearningArguments, mean_loss, read_cost, unlearn
 
@@ -46,7 +46,7 @@ class Recipe(DocumentArguments):
 
 
 def main() -> None:
-    recipe, args = TrlParser((Recipe, UnlearningArguments)).parse_args_and_config()  # type: ignore[arg-type]
+    recipe, args = parse_settings(Recipe, UnlearningArguments)
     if recipe.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: name the checkpoint or Hub id in which to unlearn")
     args.include_num_input_tokens_seen = "non_padding"
@@ -105,4 +105,4 @@ def labeled_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

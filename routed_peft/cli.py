@@ -6,15 +6,12 @@ import warnings
 from typing import Annotated, Any
 
 import typer
-from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from routed_peft.commands import COMMANDS
+from routed_peft.mistakes import explain
 
 # Modules that take seconds to import (torch, transformers, lm-eval) are imported by the commands that need them.
-
-EXTRAS = {"lm_eval": "eval", "pandas": "report", "sklearn": "classifiers", "trl": "trl"}
-"""The extra of this package that installs each optional module."""
 
 
 class _Commands(TyperGroup):
@@ -25,13 +22,10 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-            if ctx.params.get("debug"):
+        except Exception as error:
+            if ctx.params.get("debug") or hasattr(error, "exit_code"):  # typer shows its own
                 raise
-            words = " ".join([*getattr(error, "__notes__", []), str(error)]).split()  # such as: no directory
-            if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").split(".")[0])):
-                words.append(f'(pip install "routed_peft[{extra}]")')
-            typer.echo(f"routed-peft: {' '.join(words) or type(error).__name__}", err=True)
+            typer.echo(f"routed-peft: {explain(error)}", err=True)
             raise typer.Exit(1) from error
 
 

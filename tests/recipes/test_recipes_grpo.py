@@ -56,7 +56,7 @@ def arguments(config: str, task: Path, out: Path, *more: str) -> list[str]:
 def here(command: list[str]) -> None:
     """Run a recipe in this process, which spares the seconds of starting one; its warnings are errors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "argv", [*command, "--debug"])
         patch.setattr(sys, "orig_argv", ["python", *command])
         patch.setattr(sys, "path", [*sys.path])
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")

@@ -73,7 +73,7 @@ def place(tmp_path_factory) -> Path:
 def here(command: list[str]) -> None:
     """Run a recipe in this process; its warnings are errors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "argv", [*command, "--debug"])
         patch.setattr(sys, "orig_argv", ["python", *command])
         try:
             runpy.run_path(str(ROOT / command[0]), run_name="__main__")

@@ -19,11 +19,12 @@ ROOMS = {
     "lazy": "",
     "deprecation": "",
     "files": "",
+    "mistakes": "",
     "eval_mode": "",
     "functional": "",
     "routes": "",
     "corpora": "",
-    "tasks": "corpora",
+    "tasks": "corpora data",
     "presets": "routes",
     "losses": "routes",
     "adapters": "routes",
@@ -34,7 +35,7 @@ ROOMS = {
     "regions": "architectures routes subspaces",
     "ablation": "adapters",
     "checkpoint": "ablation adapters files regions routes runs",
-    "data": "corpora routes tasks",
+    "data": "corpora routes",
     "training": "ablation adapters architectures checkpoint data eval_mode losses regions routes routing runs",
     "trl": "ablation adapters data routes routing training",
     "monitoring": "ablation adapters data eval_mode files functional regions routing subspaces",
@@ -50,7 +51,7 @@ ROOMS = {
     "face": "ablation checkpoint presets regions routes routing training",
 }
 MAY_IMPORT = {room: set(others.split()) for room, others in ROOMS.items()}
-GROUND = {"lazy", "deprecation"}  # open to every room
+GROUND = {"lazy", "deprecation", "mistakes"}  # open to every room
 LIBRARY = set(MAY_IMPORT) - {"cli", "commands", "face", "lm_eval"}
 
 # Experiments use the library and what they share. None of them imports another.
