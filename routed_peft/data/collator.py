@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,8 @@ from routed_peft.data.columns import (
     ROUTE_LABEL,
     ROUTE_LABELS,
     ROUTE_WEIGHTS,
-    check_has_route,
-    label_name,
     route_column,
+    route_index,
 )
 from routed_peft.routes import IGNORED
 
@@ -75,11 +75,18 @@ class RoutedCollator:
             raise ValueError(f"`max_length` must be at least 1 or None, got {self.max_length}")
         self._index = {label: index for index, label in enumerate(self.routes or {})}
 
+    def with_routes(self, routes: Mapping[str, Any] | None, class_names: Sequence[str] | None = None) -> RoutedCollator:
+        """Return a copy for other ``routes``, and other names of integers where ``class_names`` gives them."""
+        other = copy.copy(self)
+        other.routes, other.class_names = routes, class_names or self.class_names
+        other._index = {label: index for index, label in enumerate(routes or {})}
+        return other
+
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """Make a batch of the rows ``features``."""
         if self.routes is None:
             features = [{name: row[name] for name in row if name not in ROUTE_COLUMNS} for row in features]
-        keys = _common_keys(features)
+        keys = common_keys(features)
         kind = None if self.routes is None else route_column(keys)
         rows = [self._tokens(row, keys) for row in features]
         length = max(len(row["input_ids"]) for row in rows)
@@ -94,52 +101,27 @@ class RoutedCollator:
         elif kind == ROUTE_LABEL:
             batch[kind] = torch.tensor([self._resolve(row[kind]) for row in features])
         if ROUTE_WEIGHTS in keys:
-            batch[ROUTE_WEIGHTS] = self._weights(features, length)
+            batch[ROUTE_WEIGHTS] = weight_tensors(
+                features, lambda values: self._pad([self._cut(row) for row in values], ROUTE_WEIGHTS, length)
+            )
         if ROUTE_ENVIRONMENT in keys:
             batch[ROUTE_ENVIRONMENT] = [row[ROUTE_ENVIRONMENT] for row in features]
         return batch
 
     def _tokens(self, row: Feature, keys: Sequence[str]) -> dict[str, list[Any]]:
         """Read the columns of a row that have one value per token, checked and cut to `max_length`."""
-        ids = _plain(row["input_ids"])
+        ids = plain(row["input_ids"])
         columns = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
         for name in ("attention_mask", "labels", ROUTE_LABELS):
             if name in keys:
-                columns[name] = _plain(row[name])
-                _check_length(name, columns[name], ids)
+                columns[name] = plain(row[name])
+                check_length(name, columns[name], ids)
         if ROUTE_LABELS in keys:
             columns[ROUTE_LABELS] = [self._resolve(label, per_token=True) for label in columns[ROUTE_LABELS]]
         return {name: self._cut(values) for name, values in columns.items()}
 
     def _resolve(self, label: Any, per_token: bool = False) -> int:
-        label = label.item() if isinstance(label, Tensor) else label
-        if per_token and label == IGNORED:
-            return IGNORED
-        name = label_name(label, self.class_names)
-        if name not in self._index:
-            check_has_route(name, self._index)
-        return self._index[name]
-
-    def _weights(self, features: Sequence[Feature], length: int) -> dict[str, Tensor]:
-        """Make ``{group: (B,) or (B, T)}`` of the column of multipliers."""
-        groups = list(features[0][ROUTE_WEIGHTS])
-        weights = {}
-        for group in groups:
-            values = [_plain(row[ROUTE_WEIGHTS].get(group)) for row in features]
-            per_position = [isinstance(value, list) for value in values]
-            if any(value is None for value in values) or any(per_position) != all(per_position):
-                raise ValueError(
-                    f"`{ROUTE_WEIGHTS}` needs {group!r} in every row, always as a number or always as a list"
-                )
-            if any(per_position):
-                for value, row in zip(values, features, strict=True):
-                    _check_length(ROUTE_WEIGHTS, value, row["input_ids"])
-                weights[group] = self._pad([self._cut(value) for value in values], ROUTE_WEIGHTS, length)
-            else:
-                weights[group] = torch.tensor(values, dtype=torch.float32)
-            if not weights[group].isfinite().all():
-                raise ValueError(f"`{ROUTE_WEIGHTS}` must be finite numbers, got {weights[group]} for {group!r}")
-        return weights
+        return route_index(label, self._index, names=self.class_names, per_token=per_token)
 
     def _cut(self, values: list[Any]) -> list[Any]:
         if self.max_length is None:
@@ -159,6 +141,33 @@ class RoutedCollator:
         return torch.tensor(padded, dtype=torch.float32 if name == ROUTE_WEIGHTS else torch.long)
 
 
+def weight_tensors(features: Sequence[Feature], align: Callable[[list[list[float]]], Tensor]) -> dict[str, Tensor]:
+    """Make ``{group: (B,) or (B, T)}`` of the column of multipliers.
+
+    Args:
+        features: rows with ``route_weights``.
+        align: pads lists of one number per token of each row to ``(B, T)``.
+
+    Raises:
+        ValueError: if a group is missing in a row, numbers are not finite, or a list is not as long as its row.
+    """
+    weights = {}
+    for group in features[0][ROUTE_WEIGHTS]:
+        values = [plain(row[ROUTE_WEIGHTS].get(group)) for row in features]
+        per_position = [isinstance(value, list) for value in values]
+        if any(value is None for value in values) or any(per_position) != all(per_position):
+            raise ValueError(f"`{ROUTE_WEIGHTS}` needs {group!r} in every row, always as a number or always as a list")
+        if any(per_position):
+            for value, row in zip(values, features, strict=True):
+                check_length(ROUTE_WEIGHTS, value, row["input_ids"])
+            weights[group] = align(values)
+        else:
+            weights[group] = torch.tensor(values, dtype=torch.float32)
+        if not weights[group].isfinite().all():
+            raise ValueError(f"`{ROUTE_WEIGHTS}` must be finite numbers, got {weights[group]} for {group!r}")
+    return weights
+
+
 def shift(labels: Tensor) -> Tensor:
     """Move token labels ``(B, T)`` from the token to the position before it, which predicts it; the last gets -100.
 
@@ -168,12 +177,17 @@ def shift(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 
-def _common_keys(features: Sequence[Feature]) -> list[str]:
+def common_keys(features: Sequence[Feature], needs: Sequence[str] = ("input_ids",)) -> list[str]:
+    """Return the columns of a batch's rows, without those that are null.
+
+    Raises:
+        ValueError: if a row lacks a column of ``needs`` or a label, or only some rows have an optional column.
+    """
     keys = set(features[0])
     for name in ("input_ids", "attention_mask", "labels", *ROUTE_COLUMNS):
         missing = [i for i, row in enumerate(features) if row.get(name) is None]
-        if name == "input_ids" and missing:
-            raise ValueError(f"every row needs `input_ids`, got the columns {sorted(keys)}: tokenize the text first")
+        if name in needs and missing:
+            raise ValueError(f"every row needs `{name}`, got the columns {sorted(keys)}: tokenize the text first")
         if missing and len(missing) < len(features):
             raise ValueError(f"the column `{name}` is in some rows and missing or null in others, such as {missing[0]}")
         if missing and name in keys and name in (ROUTE_LABEL, ROUTE_LABELS):
@@ -181,11 +195,13 @@ def _common_keys(features: Sequence[Feature]) -> list[str]:
     return [name for name in keys if features[0][name] is not None]
 
 
-def _plain(values: Any) -> Any:
+def plain(values: Any) -> Any:
+    """Return a tensor, array or tuple as a list; anything else as it is."""
     return values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, tuple) else values
 
 
-def _check_length(name: str, values: Any, ids: Any) -> None:
+def check_length(name: str, values: Any, ids: Any) -> None:
+    """Raise ValueError where ``values`` are not one for each of a row's tokens ``ids``."""
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(ids):
         got = len(values) if isinstance(values, list) else repr(values)
         raise ValueError(f"`{name}` needs one value per token: got {got}, expected {len(ids)} values")

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, IterableDataset, List
+from datasets import ClassLabel, Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 
 from routed_peft.routes import IGNORED
 
@@ -116,14 +118,23 @@ def route_column(columns: Sequence[str]) -> str:
 def class_names(dataset: Any) -> list[str] | None:
     """Return the names of the classes where a dataset's label column holds ClassLabel integers, else None.
 
+    Parts (``torch.utils.data.Subset``) and concatenations of one list of names have the names of their datasets.
+
     >>> from datasets import Features
     >>> features = Features({"route_label": ClassLabel(names=["retain", "forget"])})
     >>> class_names(Dataset.from_dict({"route_label": [1]}, features=features))
     ['retain', 'forget']
     """
-    features = dataset.features or {}  # a streaming dataset may not know its features
-    feature = features.get(ROUTE_LABEL, features.get(ROUTE_LABELS))
-    feature = feature.feature if isinstance(feature, List) else feature
+    if isinstance(dataset, Subset):
+        return class_names(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        first, *others = (class_names(part) for part in dataset.datasets)
+        return first if all(names == first for names in others) else None
+    features = getattr(dataset, "features", None)  # None: a stream may not know its features
+    if not isinstance(features, Mapping):
+        return None
+    feature: Any = features.get(ROUTE_LABEL, features.get(ROUTE_LABELS))
+    feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
@@ -142,8 +153,9 @@ def label_name(label: Any, names: Sequence[str] | None = None) -> str:
     if isinstance(label, int | np.integer) and not isinstance(label, bool):
         if names is None:
             raise ValueError(
-                f"the integer label {label} has no name: labels are strings, or ClassLabel integers with their "
-                "`class_names` (routes are found by name, never by the number that a dataset happens to give)"
+                f"the integer label {label} has no name, and routes are found by name, never by number: write the names "
+                'themselves into the column, or give the dataset their names by `dataset.cast_column("route_label", '
+                "ClassLabel(names=[…]))`, or the collator by `RoutedCollator(…, class_names=[…])`"
             )
         if 0 <= label < len(names):
             return names[int(label)]
@@ -168,12 +180,36 @@ def check_has_route(label: str, routes: Mapping[str, Any] | Sequence[str]) -> No
         raise ValueError(f"the label {label!r} has no route, got routes for {list(routes)}: {hint}")
 
 
-def check_route_columns(dataset: Dataset, routes: Mapping[str, Any]) -> Counter[str]:
+def route_index(
+    label: Any, indices: Mapping[str, int], *, names: Sequence[str] | None = None, per_token: bool = False
+) -> int:
+    """Return the index of a label's route, found by name; -100 remains where labels are ``per_token``.
+
+    Raises:
+        ValueError: if the label is null, an integer without a name, or has no route.
+
+    Example:
+        >>> route_index(1, {"forget": 0, "retain": 1}, names=["retain", "forget"])
+        0
+    """
+    label = label.item() if isinstance(label, Tensor | np.generic) else label
+    if per_token and label == IGNORED:
+        return IGNORED
+    name = label_name(label, names)
+    if name not in indices:
+        check_has_route(name, indices)
+    return indices[name]
+
+
+def check_route_columns(
+    dataset: Dataset, routes: Mapping[str, Any], names: Sequence[str] | None = None
+) -> Counter[str]:
     """Check before training that every row of a map-style dataset has a label, and every label a route.
 
     Args:
         dataset: with the column ``route_label``, or ``route_labels`` and ``input_ids``.
         routes: label -> route.
+        names: names of integer labels; those of the dataset's ClassLabel column by default.
 
     Returns:
         How many rows, or tokens, carry each label. A label of the routes that is missing here never occurs.
@@ -186,7 +222,7 @@ def check_route_columns(dataset: Dataset, routes: Mapping[str, Any]) -> Counter[
         >>> check_route_columns(Dataset.from_dict({"route_label": ["a", "b", "a"]}), {"a": ..., "b": ...})
         Counter({'a': 2, 'b': 1})
     """
-    column, names = route_column(dataset.column_names), class_names(dataset)
+    column, names = route_column(dataset.column_names), class_names(dataset) or names
     ids = ["input_ids"] * (column == ROUTE_LABELS and "input_ids" in dataset.column_names)
     found: Counter[Any] = Counter()
     start = 0
@@ -226,3 +262,27 @@ def _check_lengths(labels: pa.ListArray, ids: pa.ListArray | None, start: int) -
             f"`{ROUTE_LABELS}` needs one label per token: got {got[row]} labels for {expected[row]} tokens in row "
             f"{start + row}. Truncate both alike (TRL's `max_length` cuts `input_ids` only)"
         )
+
+
+def check_texts(ds: Dataset, column: str, name: str = "the dataset") -> None:
+    """Raise ValueError unless a column holds strings, none of them missing or blank.
+
+    Example:
+        >>> check_texts(Dataset.from_dict({"text": [12]}), "text")
+        Traceback (most recent call last):
+        ...
+        ValueError: the dataset needs strings in the column `text`, got int64: write numbers and dates as strings
+    """
+    feature = ds.features[column]
+    if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+        kind = getattr(feature, "dtype", type(feature).__name__)
+        raise ValueError(f"{name} needs strings in the column `{column}`, got {kind}: write numbers and dates as strings")
+    start = 0
+    for table in ds.select_columns(column).with_format("arrow").iter(batch_size=10_000):
+        values = table[column].cast(pa.large_string())
+        blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
+        if (at := pc.index(blank, True).as_py()) >= 0:
+            raise ValueError(
+                f"{name} must hold a non-empty `{column}` in every row, got {values[at].as_py()!r} in row {start + at + 1}"
+            )
+        start += len(table)

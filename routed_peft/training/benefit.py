@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routed_peft.ablation import ablated
-from routed_peft.data.columns import ROUTE_LABEL
-from routed_peft.data.labels import UNLABELED
+from routed_peft.data.labeled_batches import labeled_batches
 from routed_peft.data.regroup import document_means, document_of
 from routed_peft.eval_mode import evaluating
 from routed_peft.losses import token_losses
@@ -108,10 +107,11 @@ def score_rows(
     accelerator = trainer.accelerator
     each = -(-len(indices) // accelerator.num_processes)
     mine = np.resize(indices, each * accelerator.num_processes)[accelerator.process_index * each :][:each]
+    collate = labeled_batches(trainer.data_collator, None)
     with trainer.compute_loss_context_manager(), torch.no_grad():
         scores = []
         for part in np.array_split(mine, -(-len(mine) // batch_size)):
-            batch = trainer.data_collator([{**rows[int(index)], ROUTE_LABEL: UNLABELED} for index in part])
+            batch = collate([rows[int(index)] for index in part])
             benefit = region_benefit(trainer.model, batch, trainer.routing.regions)
             scores.append(_batch_scores(benefit, batch, separator))
     found = accelerator.gather(torch.cat(scores).to(accelerator.device)).cpu()[: len(indices)]
@@ -123,5 +123,6 @@ def _batch_scores(benefit: Tensor, batch: dict[str, Tensor], separator: int | No
     if separator is None:
         return row_means(benefit, batch["labels"].to(benefit.device))[:, None]
     documents = document_of(batch["input_ids"].to(benefit.device), separator)
+    counted = batch["labels"].to(benefit.device)[:, 1:] != IGNORED
     begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
-    return document_means(benefit, documents).masked_fill(~begins, NO_DOCUMENT)
+    return document_means(benefit, documents, counted).masked_fill(~begins, NO_DOCUMENT)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +16,9 @@ from transformers.trainer_utils import HubStrategy
 
 from routed_peft.ablation import ablated
 from routed_peft.checkpoint.save import check_kept_regions
-from routed_peft.data import RoutedCollator, check_route_columns
+from routed_peft.data import RoutedCollator, check_route_columns, class_names
 from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT, ROUTE_QUARANTINE
+from routed_peft.data.labeled_batches import LabeledBatches, labeled_batches
 from routed_peft.losses import check_finite
 from routed_peft.regions.subspace import has_subspace
 from routed_peft.routes import IGNORED, Routes
@@ -55,6 +56,10 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
 
     optimizer: torch.optim.Optimizer
     observer: BatchObserver | None = None
+    labels_in_rows = True
+    """Whether labels are columns of the rows; otherwise the trainer labels batches itself."""
+    _loader_checked = False
+    _class_names: list[str] | None = None  # of a dataset that the host has processed since
 
     # Setting up
 
@@ -123,8 +128,10 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
         return output
 
     def _check_before_training(self) -> None:
+        self._loader_checked = False
         if isinstance(self.train_dataset, Dataset):
-            self._check_labels_occur(check_route_columns(self.train_dataset, self.routing.routes))
+            names = self._label_names(self.train_dataset)
+            self._check_labels_occur(check_route_columns(self.train_dataset, self.routing.routes, names))
 
     def _check_under_way(self) -> None:
         """Check the labels of a stream, once, after `check_labels_after` steps; they cannot be known before."""
@@ -137,6 +144,58 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
     def _check_after_training(self) -> None:
         if not isinstance(self.train_dataset, Dataset):
             self._check_labels_occur(self.tokens_per_route)
+
+    # Batches
+
+    def _label_names(self, dataset: Any) -> list[str] | None:
+        """Return the names of integer labels, from the dataset or else the collator."""
+        names, own = class_names(dataset) or self._class_names, getattr(self.data_collator, "class_names", None)
+        if names and own and list(own) != names:
+            raise ValueError(
+                f"the collator's `class_names` are {list(own)}, and the dataset's label column has the classes {names}: leave "
+                "`class_names` out"
+            )
+        return names or own
+
+    @contextmanager
+    def _labeled(self, routes: Routes | None, names: list[str] | None = None) -> Iterator[None]:
+        """Have loaders that are made within the block label their batches by ``routes``, or leave route columns out."""
+        collator = self.data_collator
+        if self.labels_in_rows:
+            self.data_collator = labeled_batches(collator, routes, names)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the training loader; whatever collator makes its batches, labels are found by name."""
+        with self._labeled(self.routing.routes, self._label_names(self.train_dataset)):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return the evaluation loader; its rows need no route columns."""
+        with self._labeled(None):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Return the loader of `predict`; its rows need no route columns."""
+        with self._labeled(None):
+            return super().get_test_dataloader(test_dataset)
+
+    def _check_loader(self) -> None:
+        """Refuse integer labels of a loader that somebody else made, unless it has a collator that finds them by name."""
+        self._loader_checked = True
+        collate = getattr(self.callback_handler.train_dataloader, "collate_fn", None)
+        collate = getattr(collate, "data_collator", collate)  # of RemoveColumnsCollator
+        known = isinstance(collate, RoutedCollator | LabeledBatches) and list(collate.routes or ()) == [
+            *self.routing.routes
+        ]
+        if self.labels_in_rows and not known:
+            raise ValueError(
+                "the training loader is not the trainer's own, and its integer labels have no names: give it "
+                "`collate_fn=RoutedCollator(tokenizer, routes)` with the trainer's routes, or pass `data_collator` instead"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer as `Trainer` does, then split its groups by routing group."""
@@ -170,6 +229,8 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
                 "a training batch came without `route_label` or `route_labels`: is the column in the dataset, and does the "
                 "collator keep it? (`packing=True` drops it; `routed_peft.data.pack` does not)"
             )
+        if not self._loader_checked:
+            self._check_loader()
         if not self._checked:
             self._checked = True
             self._check_routing(model, inputs)
@@ -233,16 +294,6 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
         drop_idle_gradients(self.optimizer, {group for group, count in zip(groups, taught, strict=False) if not count})
 
     # Evaluation
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Return the evaluation loader; its rows need no route columns."""
-        collator = self.data_collator
-        if isinstance(collator, RoutedCollator):
-            self.data_collator = replace(collator, routes=None)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collator
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import Trainer
 
@@ -30,7 +29,8 @@ class RoutedTrainer(RoutingMixin, Trainer):
         model: a model with adapters; see `GradientRouting`.
         args: `RoutedTrainingArguments`.
         routes: label -> `Route`.
-        data_collator: a `RoutedCollator` for ``processing_class`` by default.
+        data_collator: a `RoutedCollator` for ``processing_class`` by default. Any other makes batches of rows without
+            their route columns, and the trainer adds the labels.
         **kwargs: as for `Trainer`.
 
     Raises:
@@ -51,8 +51,7 @@ class RoutedTrainer(RoutingMixin, Trainer):
             if processing_class is None:
                 raise ValueError("`RoutedTrainer` needs `processing_class` (the tokenizer) or a `data_collator`")
             dataset = kwargs.get("train_dataset")
-            names = class_names(dataset) if isinstance(dataset, Dataset | IterableDataset) else None
-            data_collator = RoutedCollator(processing_class, routes, class_names=names)
+            data_collator = RoutedCollator(processing_class, routes, class_names=class_names(dataset))
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         self._attach(routes)
 

@@ -54,8 +54,6 @@ class RoutedGRPOTrainer(SamplingMixin):
 
     Args:
         model: a PeftModel; or a model, path or Hub id together with ``peft_config``.
-        reward_funcs: as for TRL.
-        args: `RoutedGRPOConfig`.
         train_dataset: as for TRL; its columns reach ``label_fn``.
         routes: label -> `Route`; `presets.classic` and `presets.exclusive` are the published ones.
         label_fn: labels rollouts; called by keyword with the attributes of `Rollouts` and the dataset's columns, and
@@ -67,6 +65,8 @@ class RoutedGRPOTrainer(SamplingMixin):
     Raises:
         ValueError: where routing cannot be attached, and on options that routing would make wrong: see ``docs/rl.md``.
     """
+
+    labels_in_rows = False
 
     def __init__(
         self,
@@ -82,9 +82,8 @@ class RoutedGRPOTrainer(SamplingMixin):
         **kwargs: Any,
     ) -> None:
         args = check_grpo_arguments(args, ref_model, kwargs)
-        model = with_adapters(
-            model, peft_config, args=args, quantization_config=kwargs.pop("quantization_config", None)
-        )
+        quantization_config = kwargs.pop("quantization_config", None)
+        model = with_adapters(model, peft_config, args=args, quantization_config=quantization_config)
         check_arguments(args, model)
         if args.use_vllm:
             check_foldable(model, adapter_names(model))
@@ -143,9 +142,8 @@ class RoutedGRPOTrainer(SamplingMixin):
                 '`label_fn` returned advantages of its own, and `baseline_over="unflagged"` makes others: set it to "group"'
             )
         if answer.advantages is not None:
-            batch["advantages"] = advantage_tensor(
-                answer.advantages, batch["completion_ids"].shape[1], batch["advantages"].device
-            )
+            length, device = batch["completion_ids"].shape[1], batch["advantages"].device
+            batch["advantages"] = advantage_tensor(answer.advantages, length, device)
         elif self.args.baseline_over == "unflagged" and self.model.training:
             batch["advantages"] = self._unflagged_advantages(rewards, answer)
         batch |= label_tensors(answer, self.routing.routes, batch)
@@ -198,13 +196,9 @@ class RoutedGRPOTrainer(SamplingMixin):
         return bool({row} & set(self.args.flagged_labels)) if isinstance(row, str) else any(map(self._is_flagged, row))
 
     def _unflagged_advantages(self, rewards: Tensor, answer: RolloutLabels) -> Tensor:
-        flagged = torch.tensor([self._is_flagged(row) for row in answer.labels], device=rewards.device)
-        advantages = unflagged_advantages(
-            rewards,
-            self.accelerator.gather(flagged),
-            num_generations=self.num_generations,
-            scale_rewards=self.args.scale_rewards,
-        )
+        flags = torch.tensor([self._is_flagged(row) for row in answer.labels], device=rewards.device)
+        flagged, size, scale = self.accelerator.gather(flags), self.num_generations, self.args.scale_rewards
+        advantages = unflagged_advantages(rewards, flagged, num_generations=size, scale_rewards=scale)
         log = self._logs["advantages"]  # TRL has logged its own
         for _ in range(len(advantages)):
             log.pop()
@@ -265,9 +259,8 @@ class RoutedGRPOTrainer(SamplingMixin):
     def _has_loss(self, inputs: Mapping[str, Any]) -> Tensor:
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         at_prompt = torch.zeros_like(inputs["prompt_mask"][:, 1:])
-        return torch.cat(
-            [at_prompt, mask, torch.zeros_like(mask[:, :1])], dim=1
-        ).bool()  # position i predicts token i + 1
+        # position i predicts token i + 1
+        return torch.cat([at_prompt, mask, torch.zeros_like(mask[:, :1])], dim=1).bool()
 
     def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         seen = inputs["completion_mask"].any().reshape(1).to(self.args.device)

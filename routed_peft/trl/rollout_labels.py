@@ -25,9 +25,8 @@ class ColumnLabels:
     Raises:
         ValueError: (when called) if a row lacks the column, or its label is null or a number without a name.
 
-    Example:
-        >>> ColumnLabels()(rows=[{"route_label": "flagged"}])
-        ['flagged']
+    >>> ColumnLabels()(rows=[{"route_label": "flagged"}])
+    ['flagged']
     """
 
     column: str = ROUTE_LABEL
@@ -39,23 +38,25 @@ class ColumnLabels:
 
 
 def labels_from_dataset(dataset: Any, eval_dataset: Any = None) -> ColumnLabels:
-    """Return labels from the column ``route_label`` of the dataset, and of all evaluation sets.
-
-    Raises:
-        ValueError: where one of them lacks the column.
-    """
+    """Return labels from the column ``route_label``, which the dataset and all evaluation sets must have."""
     if dataset is None or ROUTE_LABEL not in (dataset.column_names or [ROUTE_LABEL]):
         raise ValueError(
             f"rollouts have no labels: give `label_fn`, or a column `{ROUTE_LABEL}` in `train_dataset`; see "
             "`routed_peft.trl.rollout_labels`"
         )
-    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
     if any(ds is not None and ROUTE_LABEL not in (ds.column_names or [ROUTE_LABEL]) for ds in evaluated):
         raise ValueError(
             f"`eval_dataset` lacks the column `{ROUTE_LABEL}`, and its rollouts are labeled like those of training: add it, "
             "or give a `label_fn` that does not need it"
         )
-    return ColumnLabels(names=class_names(dataset))
+    known = [names for ds in (dataset, *evaluated) if (names := class_names(ds))]
+    if other := [names for names in known if names != known[0]]:
+        raise ValueError(
+            f"`{ROUTE_LABEL}` has the classes {known[0]} in one dataset and {other[0]} in another: cast both to one "
+            "ClassLabel, or to strings"
+        )
+    return ColumnLabels(names=known[0] if known else None)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,8 @@ class EnvironmentLabels:
     Raises:
         ValueError: (when called) on an environment that is not in ``labels``, where there is no ``default``.
 
-    Example:
-        >>> EnvironmentLabels({"hackable": "flagged"}, default="unflagged")(rows=[{"environment": "secure"}])
-        ['unflagged']
+    >>> EnvironmentLabels({"hackable": "flagged"}, default="unflagged")(rows=[{"environment": "secure"}])
+    ['unflagged']
     """
 
     labels: Mapping[str, str]
@@ -98,9 +98,8 @@ class AdvantageLabels:
         above: the threshold; 0 labels by the sign.
         size: compare the absolute value of the advantage.
 
-    Example:
-        >>> AdvantageLabels(above=1.0)(advantages=[1.5, -2.0]), AdvantageLabels(above=1.0, size=True)(advantages=[0.5, -2.0])
-        (['flagged', 'unflagged'], ['unflagged', 'flagged'])
+    >>> AdvantageLabels(above=1.0)(advantages=[1.5, -2.0]), AdvantageLabels(above=1.0, size=True)(advantages=[0.5, -2.0])
+    (['flagged', 'unflagged'], ['unflagged', 'flagged'])
     """
 
     above: float = 0.0
@@ -134,11 +133,10 @@ class ImperfectDetector:
     Raises:
         ValueError: on a share out of range, or (when called) where ``detector`` labels token by token.
 
-    Example:
-        >>> hacks = lambda completions, **_: ["flagged" if "!" in c else "unflagged" for c in completions]
-        >>> labels = ImperfectDetector(hacks, recall=0.5)(completions=["!"] * 1000, generation=(0, 0, 0))
-        >>> 450 < labels.count("flagged") < 550
-        True
+    >>> hacks = lambda completions, **_: ["flagged" if "!" in c else "unflagged" for c in completions]
+    >>> labels = ImperfectDetector(hacks, recall=0.5)(completions=["!"] * 1000, generation=(0, 0, 0))
+    >>> 450 < labels.count("flagged") < 550
+    True
     """
 
     detector: LabelFunction

@@ -27,10 +27,9 @@ class RoutedSFTTrainer(TRLMixin, SFTTrainer):
 
     Args:
         model: a PeftModel; or a model, path or Hub id together with ``peft_config``.
-        args: `RoutedSFTConfig`.
-        data_collator: must keep the route columns; a `RoutedCollator` that pads on the right, as TRL does, by default.
+        data_collator: a `RoutedCollator` that pads on the right, as TRL does, by default. Any other makes batches of rows
+            without their route columns, and the trainer adds the labels.
         train_dataset: in any format that TRL takes, with ``route_label``.
-        routes: label -> `Route`.
         peft_config: ``{adapter name: config}``.
         **kwargs: as for `trl.SFTTrainer`.
 
@@ -51,17 +50,16 @@ class RoutedSFTTrainer(TRLMixin, SFTTrainer):
         **kwargs: Any,
     ) -> None:
         _check_arguments(args)
-        model = with_adapters(
-            model, peft_config, args=args, quantization_config=kwargs.pop("quantization_config", None)
-        )
+        quantization_config = kwargs.pop("quantization_config", None)
+        model = with_adapters(model, peft_config, args=args, quantization_config=quantization_config)
         check_arguments(args, model)
+        self._class_names = class_names(train_dataset)  # a stream that TRL has processed does not know them
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("rows with images cannot be routed here: TRL's vision collator drops the route columns")
         if data_collator is None:
-            self.data_collator = _collator(
-                self.processing_class, routes, dataset=train_dataset, multiple=args.pad_to_multiple_of
-            )
+            multiple = args.pad_to_multiple_of
+            self.data_collator = _collator(self.processing_class, routes, dataset=train_dataset, multiple=multiple)
         self._attach(routes)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

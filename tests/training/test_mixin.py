@@ -8,7 +8,6 @@ from training_parts import arguments, model_of, rows, train
 from transformers import Trainer
 
 from routed_peft import RoutedTrainer, presets
-from routed_peft.data import RoutedCollator
 
 
 def refused(tmp_path, tokenizer, message: str, dataset=None, **options):
@@ -65,13 +64,3 @@ def test_a_failing_self_check_stops_the_run(tmp_path, tokenizer, monkeypatch):
         classmethod(lambda cls, m, gather=True: cls(m, None, None)),
     )
     refused(tmp_path, tokenizer, "must not train 'base'")
-
-
-def test_a_batch_without_labels_stops_the_run(tmp_path, tokenizer):
-    """The dataset has the column; the collator loses it."""
-    trainer = RoutedTrainer(
-        model_of(), arguments(tmp_path), routes=presets.sgtm("forget"), data_collator=RoutedCollator(tokenizer, None),
-        train_dataset=rows(),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="a training batch came without `route_label` or `route_labels`"):
-        trainer.train()

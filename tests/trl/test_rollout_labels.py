@@ -15,7 +15,9 @@ from routed_peft.trl import (
     EnvironmentLabels,
     ImperfectDetector,
 )
+from routed_peft.trl.rollout_labels import labels_from_dataset
 
+KINDS = ["flagged", "unflagged"]
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
 
 
@@ -57,6 +59,14 @@ def test_labels_of_evaluation_rollouts_are_asked_for_before_training(tmp_path):
     data = prompts().add_column("route_label", ["flagged", "unflagged"] * 4)
     with pytest.raises(ValueError, match="`eval_dataset` lacks the column `route_label`"):
         trainer_of(tmp_path, dataset=data, label_fn=None, more={"eval_dataset": {"test": prompts()}})
+
+
+def test_labels_of_evaluation_rollouts_mean_the_same_classes(tmp_path):
+    data = prompts().add_column("route_label", ["flagged", "unflagged"] * 4)
+    train, other = (data.cast_column("route_label", ClassLabel(names=names)) for names in (KINDS, KINDS[::-1]))
+    with pytest.raises(ValueError, match="cast both to one"):
+        trainer_of(tmp_path, dataset=train, label_fn=None, more={"eval_dataset": other})
+    assert labels_from_dataset(data, {"a": train})(rows=[{"route_label": 1}]) == ["unflagged"]
 
 
 def test_imperfect_detectors_have_the_recall_and_precision_asked_for():

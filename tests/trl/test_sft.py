@@ -12,6 +12,7 @@ from places import ROOT
 from torch import nn
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl_parts import VOCABULARY, assert_same, lora, moved, two_loras, weights, word_tokenizer
 
 from routed_peft import Route, RoutedConfig, ablated, load_routed, presets
@@ -272,4 +273,21 @@ def test_class_labels_need_no_strings(tmp_path):
     data = Dataset.from_dict({"text": ["a + b"] * 6, "route_label": [0, 1, 2] * 2}, features=features)
     trainer = trainer_of(tmp_path, dataset=data, max_steps=2)
     trainer.train()
+    assert set(trainer.tokens_per_route) == set(LABELS)
+
+
+@pytest.mark.parametrize("kind", ["names", "integers", "stream"])
+def test_labels_are_found_by_name_with_trls_own_collator(tmp_path, kind):
+    names = ["retain", "unlabeled", "forget"]  # not the order of the routes
+    data = rows() if kind == "names" else rows().cast_column("route_label", ClassLabel(names=names))
+    data = data.to_iterable_dataset() if kind == "stream" else data
+    own = {"data_collator": DataCollatorForLanguageModeling(pad_token_id=0)}
+    found = []
+    for options in ({}, own):
+        trainer = trainer_of(
+            tmp_path, dataset=data, trainer_options=options, max_steps=2, train_sampling_strategy="sequential"
+        )
+        trainer.train()
+        found.append(weights(trainer.model))
+    assert_same(*found)
     assert set(trainer.tokens_per_route) == set(LABELS)

@@ -1,0 +1,226 @@
+"""Labels for the batches of any collator: route columns are taken out of the rows first, and added to the batch by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from routed_peft.data.collator import (
+    Feature,
+    RoutedCollator,
+    check_length,
+    common_keys,
+    plain,
+    shift,
+    weight_tensors,
+)
+from routed_peft.data.columns import (
+    ROUTE_COLUMNS,
+    ROUTE_ENVIRONMENT,
+    ROUTE_LABEL,
+    ROUTE_LABELS,
+    ROUTE_QUARANTINE,
+    ROUTE_WEIGHTS,
+    label_name,
+    route_column,
+    route_index,
+)
+from routed_peft.routes import IGNORED
+
+Collator = Callable[[Any], Any]
+
+_OURS = (*ROUTE_COLUMNS, ROUTE_QUARANTINE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The part of a row that stands in a batch: ``count`` tokens, from ``source`` on in the row, from ``start`` on there."""
+
+    start: int
+    source: int
+    count: int
+
+    def put(self, values: Sequence[Any], length: int, fill: Any) -> list[Any]:
+        """Return one value for each of ``length`` positions, ``fill`` outside the row.
+
+        >>> Place(start=1, source=0, count=2).put([7, 8], 4, 0)
+        [0, 7, 8, 0]
+        """
+        own = list(values[self.source : self.source + self.count])
+        return [fill] * self.start + own + [fill] * (length - self.start - self.count)
+
+
+@dataclass
+class LabeledBatches:
+    """Add labels, as indices of routes, to the batches of a collator that knows nothing of routes.
+
+    The collator gets rows without route columns. One that cannot do without them gets them, integers as their names, and
+    what it makes of them is replaced.
+
+    Attributes:
+        collator: makes a batch of rows, in their order.
+        routes: label -> route, whose order gives the indices; None, as in evaluation, leaves labels out.
+        class_names: names of ClassLabel integers.
+
+    Raises:
+        ValueError: as `RoutedCollator` does; also where the batch has other rows than it was made of, or another order, and
+            where labels per token cannot be aligned with what the collator padded or cut.
+
+    Example:
+        >>> collate = LabeledBatches(lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+        ...                          {"forget": ..., "retain": ...}, class_names=["retain", "forget"])
+        >>> collate([{"input_ids": [5, 6], "route_label": 0}, {"input_ids": [7, 8], "route_label": 1}])["route_label"]
+        tensor([1, 0])
+    """
+
+    collator: Collator
+    routes: Mapping[str, Any] | None
+    class_names: Sequence[str] | None = None
+    _index: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._index = {label: index for index, label in enumerate(self.routes or {})}
+
+    def __call__(self, features: Sequence[Feature]) -> Any:
+        """Make a batch of the rows ``features``."""
+        if not all(isinstance(row, Mapping) for row in features):
+            raise ValueError(f"rows are dictionaries with `{ROUTE_LABEL}`, got {type(features[0]).__name__}")
+        if self.routes is None:
+            return self._collate(features, features)
+        keys = common_keys(features, needs=())
+        kind = route_column(keys)
+        batch = self._collate(features, [{**row, kind: self._named(row[kind])} for row in features])
+        size = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), None)
+        if size != len(features):
+            raise ValueError(
+                f"the collator made a batch of {size} rows out of {len(features)}, so their labels do not line up: collate row "
+                "by row, without packing or flattening"
+            )
+        places = _find_places(features, batch)
+        if kind == ROUTE_LABEL:
+            batch[kind] = torch.tensor([self._resolve(row[kind]) for row in features])
+        else:
+            batch[kind] = self._token_labels(features, batch, places)
+        if ROUTE_WEIGHTS in keys:
+            batch[ROUTE_WEIGHTS] = weight_tensors(
+                features, lambda values: torch.tensor(_put(values, batch, places, name=ROUTE_WEIGHTS, fill=1.0))
+            )
+        if ROUTE_ENVIRONMENT in keys:
+            batch[ROUTE_ENVIRONMENT] = [row[ROUTE_ENVIRONMENT] for row in features]
+        return batch
+
+    def _collate(self, features: Sequence[Feature], named: Sequence[Feature]) -> Any:
+        bare = [{name: value for name, value in row.items() if name not in _OURS} for row in features]
+        try:
+            batch = self.collator(bare)
+        except (KeyError, ValueError) as error:
+            if not any(set(row) & set(_OURS) for row in named):
+                raise
+            try:  # it may read them itself
+                batch = self.collator(named)
+            except Exception:
+                raise error from None
+        for name in _OURS:
+            if name in batch:
+                del batch[name]
+        return batch
+
+    def _named(self, value: Any) -> Any:
+        value = plain(value)
+        if isinstance(value, list):
+            return [label if label == IGNORED else label_name(label, self.class_names) for label in value]
+        return label_name(value, self.class_names)
+
+    def _resolve(self, label: Any, per_token: bool = False) -> int:
+        return route_index(label, self._index, names=self.class_names, per_token=per_token)
+
+    def _token_labels(self, features: Sequence[Feature], batch: Any, places: Sequence[list[Place]]) -> Tensor:
+        rows = []
+        for row in features:
+            labels = plain(row[ROUTE_LABELS])
+            check_length(ROUTE_LABELS, labels, plain(row.get("input_ids")) or [])
+            rows.append([self._resolve(label, per_token=True) for label in labels])
+        labels = torch.tensor(_put(rows, batch, places, name=ROUTE_LABELS, fill=IGNORED))
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == labels.shape:
+            padding = mask == 0
+            return shift(labels.masked_fill(padding, IGNORED)).masked_fill(padding, IGNORED)
+        return shift(labels)
+
+
+def labeled_batches(
+    collator: Collator, routes: Mapping[str, Any] | None, class_names: Sequence[str] | None = None
+) -> Collator:
+    """Return a collator that makes the batches of ``collator`` and labels them by ``routes``; None leaves labels out.
+
+    >>> labeled_batches(list, None).collator
+    <class 'list'>
+    """
+    if isinstance(collator, RoutedCollator):
+        return collator.with_routes(routes, class_names)
+    return LabeledBatches(collator, routes, class_names)
+
+
+def _find_places(features: Sequence[Feature], batch: Any) -> list[list[Place]]:
+    """Return all places of each row's tokens in its row of the batch; none where the collator changed the tokens.
+
+    Raises:
+        ValueError: where the batch has the rows in another order.
+    """
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not all("input_ids" in row for row in features):
+        return [[] for _ in features]
+    sources, found = [plain(row["input_ids"]) for row in features], ids.tolist()
+    mask = batch.get("attention_mask")
+    masks = mask.tolist() if isinstance(mask, Tensor) and mask.shape == ids.shape else [None] * len(found)
+    places = [_places(*each) for each in zip(sources, found, masks, strict=True)]
+    for index, own in enumerate(places):
+        if own:
+            continue
+        if other := [i for i, ids in enumerate(sources) if _places(ids, found[index], masks[index])]:
+            raise ValueError(
+                f"the collator changes the order of rows (row {other[0]} of the batch came out as row {index}), so labels "
+                "do not line up: leave rows in their order"
+            )
+    return places
+
+
+def _places(ids: list[int], found: list[int], mask: list[int] | None) -> list[Place]:
+    """Return where in a row of a batch the tokens ``ids`` stand, padded or cut on either side."""
+    attended = [i for i, value in enumerate(mask or []) if value]
+    span = attended[-1] - attended[0] + 1 if attended else len(found)
+    for count in dict.fromkeys((min(len(ids), len(found)), min(len(ids), span))):  # whole rows first
+        tried = {Place(start, source, count) for start in (0, len(found) - count) for source in (0, len(ids) - count)}
+        fits = [
+            place
+            for place in tried
+            if found[place.start : place.start + count] == ids[place.source : place.source + count]
+            and (not attended or (place.start <= attended[0] and attended[-1] < place.start + count))
+        ]
+        if fits and count:
+            return fits
+    return []
+
+
+def _put(
+    rows: Sequence[list[Any]], batch: Any, places: Sequence[list[Place]], *, name: str, fill: Any
+) -> list[list[Any]]:
+    """Return values per token at the places of their tokens in the batch.
+
+    Raises:
+        ValueError: where a row has no such place, or several that give it other values.
+    """
+    result = []
+    for index, (values, found) in enumerate(zip(rows, places, strict=True)):
+        options = [place.put(values, batch["input_ids"].shape[1], fill) for place in found]
+        if not options or any(option != options[0] for option in options):
+            raise ValueError(
+                f"`{name}` has one value per token, and the tokens of row {index} cannot be found in the batch that the "
+                "collator made: pad or cut rows on one side only, or take `RoutedCollator`"
+            )
+        result.append(options[0])
+    return result
