@@ -42,9 +42,6 @@ WRITERS: dict[str, tuple[str, ...]] = {
 }
 """By model type, the ends of the names of the residual writers: linear layers whose output is added to the stream as it is."""
 
-POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
-"""Children of a decoder layer that normalize a writer's output before it is added (Gemma 2 and 3, OLMo 2 and 3, GLM-4)."""
-
 _EXPERTS = ("experts", "router", "shared_expert", "block_sparse_moe")
 """Names by which a mixture-of-experts block is recognized."""
 
@@ -150,14 +147,14 @@ def mlp_layout(mlp: nn.Module) -> MLPLayout:
     known = (names for names in _LAYOUTS if all(name in children for name in names[:3] if name))
     projections = next(known, None)
     if projections is None:
-        raise ValueError(_refusal(mlp, "mixture-of-experts blocks" if _is_moe(mlp) else None))
+        stacked = any(p.dim() == 3 for p in mlp.parameters(recurse=False))  # experts' matrices in one tensor
+        experts = stacked or any(hasattr(mlp, name) for name in _EXPERTS)
+        raise ValueError(_refusal(mlp, "mixture-of-experts blocks" if experts else None))
     gate, up, down, fused = projections
     act = next((name for name in _ACTIVATIONS if callable(getattr(mlp, name, None))), None)
     if act is None:
         raise ValueError(_refusal(mlp, f"an MLP without an activation under one of the names {tuple(_ACTIVATIONS)}"))
-    others = [
-        n for n, child in children.items() if n not in (gate, up, down, act) and any(True for _ in child.parameters())
-    ]
+    others = [n for n, child in children.items() if n not in (gate, up, down, act) and [*child.parameters()]]
     if others:
         raise ValueError(
             _refusal(mlp, f"a block that holds more than an MLP (here {others}; OPT's layers are like this)")
@@ -165,10 +162,6 @@ def mlp_layout(mlp: nn.Module) -> MLPLayout:
     if len(_required_arguments(mlp)) != 1:
         raise ValueError(_refusal(mlp, "an MLP that adds the residual itself (Bloom, MPT)"))
     return MLPLayout(gate, up, down, act, fused)
-
-
-def _is_moe(mlp: nn.Module) -> bool:
-    return any(hasattr(mlp, name) for name in _EXPERTS) or any(p.dim() == 3 for p in mlp.parameters(recurse=False))
 
 
 def _required_arguments(mlp: nn.Module) -> list[str]:
@@ -210,8 +203,7 @@ def find_mlps(model: nn.Module) -> dict[str, nn.Module]:
 
 def output_projection(mlp: nn.Module) -> nn.Module:
     """Return the projection of an MLP out of its hidden units; errors as `mlp_layout`."""
-    down: nn.Module = getattr(mlp, mlp_layout(mlp).down)
-    return down
+    return mlp.get_submodule(mlp_layout(mlp).down)
 
 
 def mlp_forward(mlp: nn.Module, layout: MLPLayout, x: Tensor) -> Tensor:
@@ -269,12 +261,8 @@ def is_plain(weight: Tensor | None) -> bool:
     >>> is_plain(nn.Linear(1, 1).weight), is_plain(torch.zeros(2, dtype=torch.int8))
     (True, False)
     """
-    ordinary = type(weight) in (nn.Parameter, Tensor)
-    return (
-        weight is not None
-        and ordinary
-        and weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    )
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return weight is not None and type(weight) in (nn.Parameter, Tensor) and weight.dtype in dtypes
 
 
 def width(projection: nn.Module, side: str) -> int:
@@ -305,10 +293,8 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
     >>> list(decoder_layers(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))))
     [0, 1]
     """
-    found = {}
-    for name, module in model.named_modules():
-        if match := re.fullmatch(f".*{_LAYER_NAME}", name):
-            found[int(match[1])] = module
+    modules = model.named_modules()
+    found = {int(m[1]): module for name, module in modules if (m := re.fullmatch(f".*{_LAYER_NAME}", name))}
     if not found:
         raise ValueError(f"{type(model).__name__} has no decoder layers under the names `layers`, `h` or `blocks`")
     return found

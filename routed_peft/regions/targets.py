@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from routed_peft.architectures import (
     MLP_TARGETS,
-    POST_NORMS,
     WRITERS,
     find_mlps,
     is_plain,
@@ -39,6 +38,9 @@ _DEFAULTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "subspace": WRITERS,
 }
 """Default `target_modules`, by kind of region and model type."""
+
+_POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
+"""Children of a decoder layer that normalize a writer's output before it is added (Gemma 2 and 3, OLMo 2 and 3, GLM-4)."""
 
 _DROPOUTS = (
     "resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "embd_pdrop", "embed_dropout", "embedding_dropout",
@@ -151,7 +153,7 @@ def _matching_modules(model: nn.Module, config: RoutedConfig) -> dict[str, nn.Mo
 
 def _check_residual_stream(model: nn.Module, config: RoutedConfig) -> None:
     """Refuse models in which a writer's output differs from what arrives in the residual stream."""
-    norms = sorted({name for path, _ in model.named_modules() if (name := path.rpartition(".")[2]) in POST_NORMS})
+    norms = sorted({name for path, _ in model.named_modules() if (name := path.rpartition(".")[2]) in _POST_NORMS})
     if norms:
         raise ValueError(
             f"{type(model).__name__} normalizes what a layer writes before it is added (`{norms[0]}`), so a subspace of the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,8 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy, get_last_check
 from transformers.utils.hub import PushInProgress
 
 from routed_peft.checkpoint import load_weights, push_to_hub, save_routed
+from routed_peft.checkpoint.layout import ROUTING
+from routed_peft.files import read_json
 from routed_peft.routing.gradient_routing import GradientRouting
 from routed_peft.runs.resuming import check_resumable
 from routed_peft.training.arguments import RoutedTrainingArguments
@@ -75,7 +76,7 @@ class SavingMixin(_Host):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model, resume_from_checkpoint)
-        saved = json.loads(Path(resume_from_checkpoint, "routing.json").read_text())
+        saved = read_json(Path(resume_from_checkpoint, ROUTING))
         self.tokens_per_route = Counter(saved["tokens_per_route"])
         if isinstance(self.train_dataset, ChangingDataset):
             self.train_dataset.restore(saved["extra"])
