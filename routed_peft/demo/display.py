@@ -12,12 +12,7 @@ from routed_peft.demo.settings import ARMS, Arm, DemoSettings
 
 
 class Display:
-    """Progress bars; a context manager. The unit is about the time of one training step.
-
-    Args:
-        console: where to.
-        settings: tell how much there is to do.
-    """
+    """Progress bars; a context manager. The unit is about the time of one training step."""
 
     def __init__(self, console: Console, settings: DemoSettings) -> None:
         self.console = console
@@ -65,12 +60,7 @@ class Display:
 
 
 class Watcher(TrainerCallback):
-    """Moves the bar of an arm with every training step.
-
-    Args:
-        display: holds the bar.
-        arm: whose it is.
-    """
+    """A callback that moves the bar of an arm with every training step."""
 
     def __init__(self, display: Display, arm: Arm) -> None:
         self.display, self.arm, self.text = display, arm, "training"
@@ -79,14 +69,7 @@ class Watcher(TrainerCallback):
         """Move on by one."""
         self.display.status(self.arm, self.text, advance=1)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Show the loss."""
         if logs and "loss" in logs:
             self.text = f"training, loss {float(logs['loss']):.2f}"

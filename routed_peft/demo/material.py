@@ -37,35 +37,22 @@ ERA_WEIGHT = presets.era()[FORGET].weight(BASE)
 
 @dataclass(frozen=True)
 class Material:
-    """Data that all arms share.
+    """Data that all arms share."""
 
-    Attributes:
-        tokenizer: trained on the training text of both sides.
-        documents: training documents, with their text and the ``route_label`` that they came with.
-        rows: packed training rows, with ``side`` (the truth; of each token where rows mix sides) and ``route_label`` (the
-            label that it came with).
-        validation: side -> packed rows for the curves.
-        files: input of the lm-eval tasks: ``forget_file``, ``retain_file``.
-        attacker: forget documents of the validation split, for relearning.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    documents: Dataset
-    rows: Dataset
-    validation: dict[str, Dataset]
-    files: dict[str, str]
-    attacker: list[str]
+    tokenizer: PreTrainedTokenizerBase  # trained on the training text of both sides
+    documents: Dataset  # for training, with their text and the `route_label` that they came with
+    rows: Dataset  # packed, with `route_label` and `side` (the truth; of each token where rows mix sides)
+    validation: dict[str, Dataset]  # side -> packed rows for the curves
+    files: dict[str, str]  # input of the lm-eval tasks: `forget_file`, `retain_file`
+    attacker: list[str]  # forget documents of the validation split, for relearning
 
     @classmethod
     def prepare(
         cls, settings: DemoSettings, folder: Path, relabel: Callable[[Dataset], Dataset] | None = None
     ) -> Material:
-        """Load the pair, train the tokenizer, label, pack, and write held-out text to ``folder``.
+        """Load the pair, train the tokenizer, label, pack, and write held-out text to the new directory ``folder``.
 
-        Args:
-            settings: of the run.
-            folder: a new directory.
-            relabel: changes the ``route_label`` of training documents: a classifier, say.
+        ``relabel`` changes the ``route_label`` of training documents, as a classifier would.
         """
         train = _per_side(load_pair(settings.pair, "train"), settings.documents)
         tokenizer = train_tokenizer(train["text"][:], settings.vocab_size)
@@ -100,19 +87,12 @@ class Material:
         if not arm.routed:
             return schedule(rows, count, seed=settings.seed)
         if settings.frequency_weights and not settings.self_labels:
-            raise ValueError(
-                "`frequency_weights` needs `self_labels`: the weights belong to rows that count as forget by then"
-            )
-        first, share, seed = settings.labeled_first, settings.forget_share, settings.seed
+            problem = "the weights belong to rows that count as forget by then"
+            raise ValueError(f"`frequency_weights` needs `self_labels`: {problem}")
+        seed = settings.seed
         if not settings.self_labels:
-            return schedule(
-                rows,
-                count,
-                labeled_first=first,
-                forget_share=share,
-                seed=seed,
-                first_forget_share=settings.first_forget_share,
-            )
+            shares = {name: getattr(settings, name) for name in ("labeled_first", "forget_share", "first_forget_share")}
+            return schedule(rows, count, seed=seed, **shares)
         weights = self._frequency_weights() if settings.frequency_weights else None
         if weights is not None:
             weights = weights + (1 - weights) * settings.base_weight

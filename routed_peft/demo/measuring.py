@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,13 +52,7 @@ def measure_model(model: nn.Module, settings: DemoSettings, material: Material) 
 
 
 def attack(
-    place: Path,
-    arm: str,
-    *,
-    settings: DemoSettings,
-    material: Material,
-    records: RunDirectory,
-    tick: Callable[[], None],
+    place: Path, arm: str, *, settings: DemoSettings, material: Material, records: RunDirectory, tick: Callable[[], Any]
 ) -> dict[int, float]:
     """Relearn a plain checkpoint at each learning rate; return step -> forget loss on test text in the worst case."""
     scored = {side: read_texts(material.files[f"{side}_file"], side, settings.relearn_limit) for side in SIDES}
@@ -71,15 +66,9 @@ def attack(
             records.log(arm=arm, phase="relearning", split=FORGET, **about)
         tick()
 
-    curves = relearn(
-        model,
-        material.tokenizer,
-        attack=Attack("forget", batch_size=settings.relearn_documents, length=settings.length),
-        data=data,
-        learning_rates=settings.relearn_learning_rates,
-        seeds=[settings.seed],
-        steps=steps,
-        options=RelearnOptions(extensions=0, measure=lambda attacked: {FORGET: loss(attacked)}, on_curve=note),
-    )
+    of = Attack("forget", batch_size=settings.relearn_documents, length=settings.length)
+    options = RelearnOptions(extensions=0, measure=lambda attacked: {FORGET: loss(attacked)}, on_curve=note)
+    grid = {"learning_rates": settings.relearn_learning_rates, "seeds": [settings.seed], "steps": steps}
+    curves = relearn(model, material.tokenizer, attack=of, data=data, **grid, options=options)
     worst = worst_case(steps, {curve.learning_rate: [curve.losses(FORGET)] for curve in curves})
     return {entry.step: entry.mean for entry in worst}

@@ -16,6 +16,7 @@ from routed_peft.demo.settings import ARMS, DemoSettings
 from routed_peft.evaluation.measures import removed, retain_tax
 from routed_peft.files import write_bytes
 from routed_peft.report.drawing import LIGHT, Axes, Draw, Line, Style, Theme, draw_lines, render
+from routed_peft.report.numbers import share
 from routed_peft.report.page import environment, picture
 from routed_peft.training import RunDirectory
 
@@ -52,14 +53,7 @@ CAPTIONS = {
 
 
 def write_report(records: RunDirectory, summary: Mapping[str, Any], *, settings: DemoSettings, file: Path) -> None:
-    """Draw ``curves.png`` beside ``file``, then write the page aside and rename it.
-
-    Args:
-        records: with the points of the run.
-        summary: as `routed_peft.demo.run_demo` returns it.
-        settings: of the run.
-        file: of the page; written last.
-    """
+    """Draw ``curves.png`` beside ``file``, then write the page aside and rename it; ``summary`` is that of `run_demo`."""
     points = records.points()
     drawn = {name: panel(points, summary) for name, panel in PANELS.items()}
     write_bytes(file.with_name("curves.png"), render(list(drawn.values()), LIGHT, format="png"))
@@ -136,12 +130,8 @@ def _draw_before_and_after(models: Mapping[str, Any], axes: Axes, theme: Theme) 
             axes.plot([loss, loss], [low, high], color=color, linewidth=2.5)
             if not place:
                 axes.text(loss, high + 0.08, f"{NAMES[key]} ", ha="center", color=color)
-    axes.set(
-        title="The routed model, before and after",
-        xlabel="loss (nats per token)",
-        yticks=[-0.5, -3.1],
-        ylim=(-4.4, 1.1),
-    )
+    title = "The routed model, before and after"
+    axes.set(title=title, xlabel="loss (nats per token)", yticks=[-0.5, -3.1], ylim=(-4.4, 1.1))
     axes.set_yticklabels(sides.values())
     axes.grid(axis="y", visible=False)
 
@@ -161,8 +151,7 @@ def _lines(axes: Axes, theme: Theme, lines: Mapping[str, Sequence[tuple[float, f
 def derive(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the removal of the routed arm and of the filter with the same labels, before and after relearning, and its taxes.
 
-    Args:
-        models: key of `ROWS` -> its numbers: ``forget_loss``, ``retain_loss``, ``relearned`` (step -> forget loss), …
+    ``models`` maps the keys of `ROWS` to numbers: ``forget_loss``, ``retain_loss``, ``relearned`` (step -> forget loss), …
     """
 
     def share_removed(key: str, step: int | None = None) -> float:
@@ -183,15 +172,6 @@ def derive(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def percent(share: float) -> str:
-    """Write a share as a percentage.
-
-    >>> percent(0.756), percent(float("nan"))
-    ('76 %', 'not measurable')
-    """
-    return "not measurable" if math.isnan(share) else f"{100 * share:.0f} %"
-
-
 def verdict(derived: Mapping[str, Any]) -> str:
     """Return the result in one sentence.
 
@@ -207,8 +187,8 @@ def verdict(derived: Mapping[str, Any]) -> str:
             f"nothing can be removed. Routing and ablating {price} nats per token of other text."
         )
     return (
-        f"With half of the labels missing, routing and ablating removed {percent(derived['removed'])} of what training on "
-        f"biology had taught (filtering by the same labels: {percent(derived['removed_by_filter'])}), and {price} nats per "
+        f"With half of the labels missing, routing and ablating removed {share(derived['removed'])} of what training on "
+        f"biology had taught (filtering by the same labels: {share(derived['removed_by_filter'])}), and {price} nats per "
         "token of other text against that filter."
     )
 

@@ -32,7 +32,7 @@ def run_demo(
     settings: DemoSettings | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train four arms on real text, ablate the routed one, measure and attack all, and write a report.
+    """Train four arms on real text, ablate the routed one, measure and attack all, write a report, and return the summary.
 
     An illustration: one seed, one small model, one pair of corpora. Under ``out``: ``report.html``, ``curves.png``,
     ``summary.json``, ``metrics.jsonl``, ``run.json``, ``data/`` and one directory per arm, with its run and its plain
@@ -44,26 +44,16 @@ def run_demo(
         settings: what to train; by default `DemoSettings`.
         console: where progress and results are shown; by default the terminal.
 
-    Returns:
-        The content of ``summary.json``.
-
     Raises:
         ImportError: lm-eval is not installed.
         ValueError: ``out`` is a file, or a directory with something in it.
-
-    Example:
-        >>> run_demo(__file__)
-        Traceback (most recent call last):
-        ...
-        ValueError: `out` ... must be absent or an empty directory: ...
     """
     out = Path(out).expanduser().resolve()
     _check(out)
     settings = settings or (DemoSettings.quick() if quick else DemoSettings())
     console = console or Console()
-    console.print(
-        f"Four arms, {settings.tokens / 1e6:.2f} million tokens each, one seed: an illustration, not a result."
-    )
+    tokens = f"{settings.tokens / 1e6:.2f} million tokens"
+    console.print(f"Four arms, {tokens} each, one seed: an illustration, not a result.")
     began = time.monotonic()
     records = RunDirectory(out)
     records.start(asdict(settings) | {"bf16": bf16_helps()}, seeds={"seed": settings.seed})
@@ -72,10 +62,9 @@ def run_demo(
         material = Material.prepare(settings, out / "data")
         arms: dict[str, Any] = {}
         models: dict[str, dict[str, Any]] = {}
+        shared: dict[str, Any] = {"material": material, "records": records, "display": display}
         for arm in ARMS:
-            arms[arm.key], measured = _run_arm(
-                arm, settings, material=material, folder=out / arm.key, records=records, display=display
-            )
+            arms[arm.key], measured = _run_arm(arm, settings, folder=out / arm.key, **shared)
             models |= measured
         display.overall_status("writing the report")
         derived = derive(models)
@@ -99,10 +88,8 @@ def run_demo(
 def _check(out: Path) -> None:
     """Raise where the demo could not write or measure."""
     if in_use(out):
-        raise ValueError(
-            f"`out` {out} must be absent or an empty directory: name another with `--out`, or remove it (an interrupted demo "
-            "leaves its files)"
-        )
+        raise ValueError(f"`out` {out} must be absent or an empty directory: name another with `--out`, or remove it "
+                         "(an interrupted demo leaves its files)")  # fmt: skip
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError('the demo measures with lm-eval, which is not installed: pip install "routed_peft[eval]"')
 
@@ -113,10 +100,8 @@ def _run_arm(
     """Return facts about the arm's training, and its measured models by their keys."""
     display.start(arm)
     run = material.run_of(arm, settings)
-    began = time.monotonic()
-    seen = train_arm(
-        arm, settings, material=material, run=run, folder=folder, records=records, watcher=Watcher(display, arm)
-    )
+    began, watcher = time.monotonic(), Watcher(display, arm)
+    seen = train_arm(arm, settings, material=material, run=run, folder=folder, records=records, watcher=watcher)
     facts = {
         "name": arm.name,
         "about": arm.about,
@@ -126,18 +111,14 @@ def _run_arm(
         "seconds_training": round(time.monotonic() - began, 1),
     }
     display.status(arm, "measuring")
-    models: dict[str, dict[str, Any]] = {
-        arm.key: dict(measure_model(open_model(folder / arm.plain), settings, material))
-    }
+    measure = lambda place, *regions: dict(measure_model(open_model(folder / place, regions), settings, material))
+    models: dict[str, dict[str, Any]] = {arm.key: measure(arm.plain)}
     if arm.routed:
-        models["routed_on"] = dict(measure_model(open_model(folder / "run", [REGION]), settings, material))
+        models["routed_on"] = measure("run", REGION)
     elif arm.drop is None:
-        models["placebo"] = dict(measure_model(open_model(folder / "run"), settings, material))
+        models["placebo"] = measure("run")
     display.status(arm, "relearning", advance=display.measuring)
-
-    def tick() -> None:
-        display.status(arm, "relearning", advance=display.attacking)
-
+    tick = lambda: display.status(arm, "relearning", advance=display.attacking)
     models[arm.key]["relearned"] = attack(
         folder / arm.plain, arm.key, settings=settings, material=material, records=records, tick=tick
     )

@@ -12,50 +12,29 @@ from routed_peft.evaluation.measures import Crossing, Spread
 
 @dataclass(frozen=True)
 class Relearning:
-    """One attack on one condition, or on one checkpoint.
+    """One attack on one condition, or on one checkpoint; a result that is not known is None or empty."""
 
-    Attributes:
-        steps: at which losses were taken, ascending from 0.
-        forget: lowest forget loss that the attacker has by each step, over seeds.
-        retain: retain loss of the model that they then have, at the last step.
-        useful: lowest forget loss by the last step among states whose retain loss rose by at most 5 %.
-        verdict: "attack"; or "no attack" where no learning rate lowered the loss, "diverged" where all of them diverged; where
-            seeds differ, "attack in 2 of 3 seeds, diverged in 1".
-        interior: whether the best rate lies inside the grid in every seed, so that none beyond it would do better.
-        learning_rates: all that were tried.
-        best_rates: the best one by the last step, each once.
-        recovery: steps until the never-unlearned model's forget loss is reached by the mean over seeds; None where that
-            loss is not known.
-        recovery_by_seed: the same in every seed.
-        recovery_tokens: tokens of the attacker until then, where a checkpoint was attacked.
-        halfway: steps until the mean over seeds is midway between never-unlearned model and perfect filter, both before any
-            attack; None where these are not known. Reached by weaker attacks than a whole recovery.
-        share_relearned: share of what was removed that the last step has brought back (`share_relearned`); None likewise,
-            and where hardly anything was removed.
-        reference: loss of the never-unlearned model before any attack, on the text that is scored; None where not known.
-        area: normalised area under the relearning curve (`relearning_area`); None where there is nothing to compare with.
-        documents: between which losses it would end with other documents of the same kind, in 95 of 100 bootstrap draws; None
-            where that is not known.
-        removed: at each step, with all three models under the same attack (`removed`); empty or None where not known.
-    """
-
-    steps: tuple[int, ...]
-    forget: tuple[Spread, ...]
-    retain: Spread | None
-    useful: Spread | None
+    steps: tuple[int, ...]  # at which losses were taken, ascending from 0
+    forget: tuple[Spread, ...]  # lowest forget loss that the attacker has by each step, over seeds
+    retain: Spread | None  # retain loss of the model that they then have, at the last step
+    useful: Spread | None  # lowest forget loss among states whose retain loss rose by at most 5 %
+    # "attack"; "no attack" where no learning rate lowered the loss; "diverged" where all of them diverged; where seeds differ,
+    # "attack in 2 of 3 seeds, diverged in 1"
     verdict: str
-    interior: bool
-    learning_rates: tuple[float, ...]
-    best_rates: tuple[float, ...]
-    recovery: Crossing | None = None
+    interior: bool  # the best rate lies inside the grid in every seed, so that none beyond it would do better
+    learning_rates: tuple[float, ...]  # all that were tried
+    best_rates: tuple[float, ...]  # the best one by the last step, each once
+    recovery: Crossing | None = None  # steps until the mean over seeds has the never-unlearned model's forget loss
     recovery_by_seed: tuple[Crossing, ...] = ()
-    recovery_tokens: Crossing | None = None
+    recovery_tokens: Crossing | None = None  # tokens of the attacker until then, where a checkpoint was attacked
+    # steps until the mean over seeds is midway between never-unlearned model and perfect filter, both before any attack
     halfway: Crossing | None = None
+    # share of what was removed that the last step has brought back; None too where hardly anything was removed
     share_relearned: Spread | None = None
-    reference: float | None = None
-    area: Spread | None = None
-    documents: tuple[float, float] | None = None
-    removed: tuple[Spread | None, ...] = ()
+    reference: float | None = None  # loss of the never-unlearned model before any attack, on the text that is scored
+    area: Spread | None = None  # see `relearning_area`
+    documents: tuple[float, float] | None = None  # confidence interval over documents, see `State.documents`
+    removed: tuple[Spread | None, ...] = ()  # at each step, with all three models under the same attack
 
     @property
     def attacked(self) -> bool:
@@ -85,18 +64,12 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 
 def from_summary(result: Mapping[str, Any]) -> Relearning:
-    """Return one attack of a summary that ``routed-peft relearn`` wrote.
-
-    Args:
-        result: as `routed_peft.evaluation.relearning.summarize` returns it.
-    """
+    """Return one attack of a summary that ``routed-peft relearn`` wrote, from an entry of `summarize`."""
     envelope = result["envelope"]
     count = len({curve["seed"] for curve in result["curves"]})
     recovery = result.get("recovery") or {}
     share, area = recovery.get("share"), result.get("area")
-    steps, tokens = (
-        found and Crossing(found["at"], found["relation"]) for found in map(recovery.get, ("steps", "tokens"))
-    )
+    steps, tokens = (one and Crossing(one["at"], one["relation"]) for one in map(recovery.get, ("steps", "tokens")))
     last = envelope[-1]
     low, high = map(nan_if_none, last.get("documents") or (None, None))
     useful = result.get("useful", {}).get("envelope")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,17 +37,14 @@ class Checkpoint:
 
     @property
     def caveats(self) -> list[str]:
-        """Doubts that the results themselves tell of."""
-        return list(caveats_of_attacks(self.attacks))
-
-
-def caveats_of_attacks(attacks: Mapping[str, Relearning]) -> Iterator[str]:
-    """Yield the doubts about the attacks on one checkpoint: those that lowered no loss, or were best at the edge of a grid."""
-    for name, one in attacks.items():
-        if not one.attacked:
-            yield f"“{name}” lowered no loss ({one.verdict}): that is no robustness."
-        elif not one.interior:
-            yield f"“{name}”: the best learning rate lies at the edge of those tried."
+        """Doubts that the results themselves tell of: no loss was lowered, or the best rate is at the edge of a grid."""
+        return [
+            f"“{name}” lowered no loss ({one.verdict}): that is no robustness."
+            if not one.attacked
+            else f"“{name}”: the best learning rate lies at the edge of those tried."
+            for name, one in self.attacks.items()
+            if not (one.attacked and one.interior)
+        ]
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,6 @@ def write_report(places: Sequence[str | Path], out: str | Path) -> Report:
     Args:
         places: files that ``routed-peft relearn`` wrote, and directories of them (see `read_sources`).
         out: directory, for ``report.html`` and ``figures/`` (PNG and SVG). Files of these names there are replaced.
-
-    Raises:
-        ValueError: see `read_sources`; nothing is written then.
     """
     checkpoints = [Checkpoint(source) for source in read_sources(places)]
     content = environment().get_template(TEMPLATE).render(page_values(checkpoints))
@@ -87,12 +81,7 @@ def page_values(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
 
 
 def write_figures(folder: Path, figures: Mapping[str, Iterable[Figure]]) -> None:
-    """Write figures as PNG and SVG to a directory.
-
-    Args:
-        folder: made where it does not exist.
-        figures: beginning of the files' names -> figures; those without panels are left out.
-    """
+    """Write figures as PNG and SVG, their names beginning with the keys of ``figures``; those without panels are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in ((name, one) for name, own in figures.items() for one in own if one.panels):
         for format in ("png", "svg"):
@@ -143,14 +132,8 @@ def attack_panel(
 ) -> list[Panel]:
     """Return the panel of one attack, or nothing where it was measured at one step alone.
 
-    Args:
-        lines: to draw.
-        own: name -> the attack on it, for the axis of steps.
-        attack: its name.
-        about: the end of title and caption.
-        level: height of a dotted line.
-        ideal: highest loss of the perfect filter; the plot ends not far above it.
-        folded: whether a page should not show it at once.
+    ``own`` maps names to the attack, for the axis of steps; ``about`` ends title and caption; for ``level`` and ``ideal`` see
+    `plot`.
     """
     steps = max((one.steps for one in own.values()), key=len, default=())
     if len(steps) < 2:

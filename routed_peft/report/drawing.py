@@ -28,58 +28,38 @@ class Theme:
 
     def rc(self) -> Any:
         """Return matplotlib's settings."""
-        return {
-            "figure.facecolor": self.background,
-            "axes.facecolor": self.background,
-            "savefig.facecolor": self.background,
-            "text.color": self.text,
-            "axes.labelcolor": self.text,
-            "axes.edgecolor": self.grid,
-            "xtick.color": self.text,
-            "ytick.color": self.text,
-            "grid.color": self.grid,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.labelsize": 9.5,
-            "xtick.labelsize": 9,
-            "ytick.labelsize": 9,
-            "font.size": 9.5,
-            "lines.linewidth": 2,
-            "svg.hashsalt": "routed_peft",
-        }
+        background = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), self.background)
+        text = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), self.text)
+        grid = dict.fromkeys(("axes.edgecolor", "grid.color"), self.grid)
+        return {**background, **text, **grid, **_RC}
 
 
-LIGHT = Theme(
-    "#ffffff",
-    "#24292f",
-    "#d8dee4",
-    {
-        "grey": "#6e7781",
-        "orange": "#c9650a",
-        "blue": "#1f6fd0",
-        "sky": "#4a86cf",
-        "green": "#1b8a5a",
-        "purple": "#a03fb5",
-    },
-)
-DARK = Theme(
-    "#161b22",
-    "#d8dee6",
-    "#343c46",
-    {
-        "grey": "#9aa4af",
-        "orange": "#f0994a",
-        "blue": "#6cb1ff",
-        "sky": "#5590d6",
-        "green": "#4cc38a",
-        "purple": "#d58be6",
-    },
-)
+_RC = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "font.size": 9.5,
+    "lines.linewidth": 2,
+    "svg.hashsalt": "routed_peft",
+}
+
+
+def _hues(*values: str) -> dict[str, str]:
+    return dict(zip(("grey", "orange", "blue", "sky", "green", "purple"), values, strict=True))
+
+
+_ON_LIGHT = _hues("#6e7781", "#c9650a", "#1f6fd0", "#4a86cf", "#1b8a5a", "#a03fb5")
+_ON_DARK = _hues("#9aa4af", "#f0994a", "#6cb1ff", "#5590d6", "#4cc38a", "#d58be6")
+LIGHT = Theme("#ffffff", "#24292f", "#d8dee4", _ON_LIGHT)
+DARK = Theme("#161b22", "#d8dee6", "#343c46", _ON_DARK)
+Draw = Callable[[Axes, Theme], None]
 Draw = Callable[[Axes, Theme], None]
 
 
@@ -95,31 +75,18 @@ class Style:
 
 @dataclass(frozen=True)
 class Line:
-    """A line with a name at its end.
-
-    Attributes:
-        name: at the end.
-        points: x, y.
-        band: lowest and highest y at every point; None for no band.
-    """
+    """A line with a name at its end."""
 
     name: str
     points: Sequence[tuple[float, float]]
     style: Style
-    band: Sequence[tuple[float, float]] | None = None
+    band: Sequence[tuple[float, float]] | None = None  # lowest and highest y at every point
 
 
 def render(
     draws: Sequence[Draw], theme: Theme, *, format: str = "svg", size: tuple[float, float] = (5.6, 3.7)
 ) -> bytes:
-    """Return a figure of panels, two abreast.
-
-    Args:
-        draws: one function a panel.
-        theme: colors.
-        format: "svg" or "png".
-        size: of a panel, in inches.
-    """
+    """Return a figure of panels, two abreast, each by one function and of one size in inches; as "svg" or "png"."""
     columns, rows = min(2, len(draws)), math.ceil(len(draws) / 2)
     with rc_context(theme.rc()):
         figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
@@ -134,12 +101,8 @@ def render(
 def draw_lines(axes: Axes, theme: Theme, *, lines: Sequence[Line], gap: float = 0.075, top: float = math.inf) -> None:
     """Draw lines and name each at its end, names pushed apart where ends are close.
 
-    Args:
-        axes: to draw on.
-        theme: colors.
-        lines: those without points are left out.
-        gap: least distance of two names, as a share of the height.
-        top: upper end of the plot; a line that ends above is named there, with its value.
+    ``gap`` is the least distance of two names, as a share of the height, and ``top`` the upper end of the plot; a line that
+    ends above is named there, with its value. Lines without points are left out.
     """
     lines = [line for line in lines if line.points]
     for line in lines:
@@ -164,16 +127,10 @@ def draw_lines(axes: Axes, theme: Theme, *, lines: Sequence[Line], gap: float = 
     for line, (x, y), height in zip(lines, ends, heights, strict=True):
         color = theme.colors[line.style.color]
         leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-        axes.annotate(
-            line.name if y <= high else f"{line.name} ↑ {y:.1f}",
-            (x, min(y, high)),
-            (x, height),
-            textcoords=beside,
-            va="center",
-            color=color,
-            annotation_clip=False,
-            arrowprops=leader if abs(height - min(y, high)) > gap / 3 else None,
-        )
+        name, end = line.name if y <= high else f"{line.name} ↑ {y:.1f}", min(y, high)
+        look = {"color": color, "va": "center", "annotation_clip": False}
+        arrow = leader if abs(height - end) > gap / 3 else None
+        axes.annotate(name, (x, end), (x, height), textcoords=beside, arrowprops=arrow, **look)
 
 
 def _along(points: Sequence[tuple[float, float]], x: float) -> float:

@@ -40,15 +40,8 @@ def plot(
 ) -> Draw:
     """Return a function that draws lines.
 
-    Args:
-        lines: to draw.
-        title: of the panel.
-        x_label: of the horizontal axis.
-        ticks: place -> its label, on that axis.
-        y_label: of the vertical axis.
-        ideal: highest loss of the perfect filter; the plot ends not far above it, so that a broken model does not press all
-            others flat.
-        level: height of a dotted line.
+    ``ticks`` maps places on the horizontal axis to labels; ``ideal`` is the highest loss of the perfect filter, and the plot
+    ends not far above it, so that a broken model does not press all others flat; ``level`` is the height of a dotted line.
     """
     heights = [y for one in lines for _, y in one.points]
     top = math.inf if ideal is None or not heights else ideal + 0.4 * max(0.1, ideal - min(heights))

@@ -20,16 +20,11 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 def environment(*folders: Path) -> jinja2.Environment:
     """Return the templates, with filters for numbers; a name that a template uses and does not get is an error.
 
-    Args:
-        folders: with templates of one's own, which may extend and import those of this library.
+    ``folders`` hold templates of one's own, which may extend and import those of this library.
     """
-    result = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([*folders, TEMPLATES]),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    loader = jinja2.FileSystemLoader([*folders, TEMPLATES])
+    style: dict[str, bool] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    result = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **style)
     result.filters |= {"number": number, "percent": share, "place": place, "part": part, "ends": ends}
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,14 @@ _EXPERIMENT = {"experiment", "settings", "cells"}
 
 @dataclass(frozen=True)
 class SummaryKind:
-    """A kind of summary that a page can show.
+    """A kind of summary that a page can show."""
 
-    Attributes:
-        name: for messages, such as "relearning".
-        origin: the commands that write such a file, for messages.
-        matches: tells whether the content of a JSON file is of this kind.
-        read: returns the content of such a file; raises ValueError where it is damaged.
-    """
-
-    name: str
-    origin: str
-    matches: Callable[[Any], bool]
-    read: Callable[[Path], Mapping[str, Any]]
+    name: str  # for messages, such as "relearning"
+    origin: str  # the commands that write such a file, for messages
+    matches: Callable[[Any], bool]  # tells whether the content of a JSON file is of this kind
+    read: Callable[
+        [Path], Mapping[str, Any]
+    ]  # returns the content of such a file; raises ValueError where it is damaged
 
 
 ATTACKED = SummaryKind(
@@ -43,23 +38,14 @@ ATTACKED = SummaryKind(
 
 @dataclass(frozen=True)
 class Source:
-    """One summary.
+    """One summary."""
 
-    Attributes:
-        name: for readers and file names, different for every source of a report.
-        file: the file it was read from.
-        kind: its kind.
-        summary: the content of the file.
-        digest: the first digits of the file's SHA-256.
-        run: the content of the ``run.json`` beside it; empty where there is none.
-    """
-
-    name: str
-    file: Path
+    name: str  # for readers and file names, different for every source of a report
+    file: Path  # it was read from
     kind: SummaryKind
-    summary: Mapping[str, Any]
-    digest: str
-    run: Mapping[str, Any]
+    summary: Mapping[str, Any]  # the content of the file
+    digest: str  # the first digits of the file's SHA-256
+    run: Mapping[str, Any]  # the content of the ``run.json`` beside it; empty where there is none
 
 
 def read_sources(places: Sequence[str | Path], kinds: Sequence[SummaryKind] = (ATTACKED,)) -> list[Source]:
@@ -90,11 +76,7 @@ def read_sources(places: Sequence[str | Path], kinds: Sequence[SummaryKind] = (A
 
 
 def load_json(file: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        ValueError: the file is not JSON.
-    """
+    """Return the content of a JSON file; raise ValueError where it is not JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -121,19 +103,20 @@ def unique_names(files: Sequence[Path]) -> list[str]:
 
 
 def _summaries_in(folder: Path, kinds: Sequence[SummaryKind]) -> list[Path]:
-    contents = {file: _load_if_json(file) for file in _candidates(folder)}
+    files = sorted(file for file in (*folder.glob("*.json"), *folder.glob(f"*/{SUMMARY}")) if file.is_file())
+    contents = {file: _load_if_json(file) for file in files}
     found = [file for file, content in contents.items() if _kind_of(content, kinds) is not None]
     if not found:
-        elsewhere = any(map(is_experiment, contents.values()))
-        raise ValueError(
-            f"{str(folder)!r} holds no summary of {_listed(kinds)}: "
-            + (_command_for_experiments(folder) if elsewhere else "; ".join(kind.origin for kind in kinds))
+        raise _refusal(
+            f"{str(folder)!r} holds", folder, kinds=kinds, experiments=any(map(is_experiment, contents.values()))
         )
     return found
 
 
-def _candidates(folder: Path) -> Iterable[Path]:
-    return sorted(file for file in (*folder.glob("*.json"), *folder.glob(f"*/{SUMMARY}")) if file.is_file())
+def _refusal(subject: str, place: Path, *, kinds: Sequence[SummaryKind], experiments: bool) -> ValueError:
+    remedy = f"`python recipes/report.py {place}`, in a clone of the repository, shows experiments"
+    remedy = remedy if experiments else "; ".join(kind.origin for kind in kinds)
+    return ValueError(f"{subject} no summary of {' or of '.join(kind.name for kind in kinds)}: {remedy}")
 
 
 def _load_if_json(file: Path) -> Any:
@@ -154,19 +137,8 @@ def _read(file: Path, name: str, kinds: Sequence[SummaryKind]) -> Source:
     content = load_json(file)
     kind = _kind_of(content, kinds)
     if kind is None:
-        raise ValueError(
-            f"{str(file)!r} is no summary of {_listed(kinds)}: "
-            + (_command_for_experiments(file) if is_experiment(content) else "; ".join(kind.origin for kind in kinds))
-        )
+        raise _refusal(f"{str(file)!r} is", file, kinds=kinds, experiments=is_experiment(content))
     summary = kind.read(file)
     run = file.with_name(RUN)
     about = load_json(run) if file.name == SUMMARY and run.is_file() else {}
     return Source(name, file, kind, summary, hashlib.sha256(file.read_bytes()).hexdigest()[:12], about)
-
-
-def _listed(kinds: Sequence[SummaryKind]) -> str:
-    return " or of ".join(kind.name for kind in kinds)
-
-
-def _command_for_experiments(place: Path) -> str:
-    return f"`python recipes/report.py {place}`, in a clone of the repository, shows experiments"

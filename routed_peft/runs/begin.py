@@ -24,11 +24,8 @@ def begin(run: RunDirectory, recipe: Any, *, args: TrainingArguments, own: Colle
     A resumed run must have the same settings as at its beginning: `SCHEDULE`, the rows per step, ``own``, and all of
     ``recipe`` except ``ablate_to``.
 
-    Args:
-        run: the records of the run.
-        recipe: the recipe's dataclass of settings.
-        args: the training arguments; ``resume_from_checkpoint`` is replaced by a directory or None.
-        own: fields of ``args`` that must stay the same when the run resumes.
+    ``own`` are the fields of ``args`` that must stay the same when the run resumes; ``args.resume_from_checkpoint`` is
+    replaced by a directory or None.
 
     Raises:
         ValueError: the directory holds a run that has finished, began with other settings, or could be resumed but is not;
@@ -52,26 +49,17 @@ def begin(run: RunDirectory, recipe: Any, *, args: TrainingArguments, own: Colle
 
 
 def check_not_begun(run: Path, processes: int = 1) -> None:
-    """Raise ValueError if the directory holds an interrupted run that can resume, so that it does not restart by accident.
-
-    >>> check_not_begun(Path("nowhere"))
-    """
+    """Raise ValueError if the directory holds an interrupted run that can resume, so that it does not restart by accident."""
     if not (run / SUMMARY).exists() and latest_resumable(run, processes) is not None:
-        raise ValueError(
-            f"{run} holds checkpoints of a run that has not finished: resume it (`resume_from_checkpoint: true`), name "
-            "another directory, or move them away"
-        )
+        raise ValueError(f"{run} holds checkpoints of a run that has not finished: resume it (`resume_from_checkpoint: "
+                         "true`), name another directory, or move them away")  # fmt: skip
 
 
 def find_checkpoint(run: Path, asked: str | bool | None, processes: int = 1) -> str | None:
     """Return the checkpoint to resume from: ``asked``, or the newest of the run for "true"; None to begin.
 
-    Raises:
-        ValueError: there is no such checkpoint.
-
-    Example:
-        >>> find_checkpoint(Path("run"), None), find_checkpoint(Path("run"), "false")
-        (None, None)
+    >>> find_checkpoint(Path("run"), None), find_checkpoint(Path("run"), "false")
+    (None, None)
     """
     word = str(asked).lower()
     if word in ("none", "false", ""):
@@ -79,15 +67,11 @@ def find_checkpoint(run: Path, asked: str | bool | None, processes: int = 1) -> 
     newest = latest_resumable(run, processes)
     if word == "true":
         if newest is None:
-            raise ValueError(
-                f"`resume_from_checkpoint` is {word}, but {run} holds no complete checkpoint: leave it out to begin anew, and "
-                "save during training (`save_strategy`)"
-            )
+            raise ValueError(f"`resume_from_checkpoint` is {word}, but {run} holds no complete checkpoint: leave it "
+                             "out to begin anew, and save during training (`save_strategy`)")  # fmt: skip
         return newest
     if not Path(str(asked)).expanduser().is_dir():
         there = f"the newest there is {newest!r}" if newest else "there is none to resume from"
-        raise ValueError(
-            f"`resume_from_checkpoint` {asked!r} is no directory: name a checkpoint of {run}, or `true` for its newest "
-            f"({there})"
-        )
+        raise ValueError(f"`resume_from_checkpoint` {asked!r} is no directory: name a checkpoint of {run}, or `true` "
+                         f"for its newest ({there})")  # fmt: skip
     return str(Path(str(asked)).expanduser())

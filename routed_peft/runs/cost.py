@@ -25,10 +25,9 @@ class TrainingCost:
         tokens: tokens trained on, repetitions included.
         labeled_forget_tokens: distinct tokens that somebody had to label forget.
 
-    Example:
-        >>> step = TrainingCost.from_counts(parameters=100, tokens=10, steps=1, labeled_forget_tokens=5)
-        >>> step + TrainingCost.from_counts(parameters=100, tokens=10, steps=1, teacher_tokens=10)
-        TrainingCost(flops=14000, serial_steps=2, tokens=20, labeled_forget_tokens=5)
+    >>> step = TrainingCost.from_counts(parameters=100, tokens=10, steps=1, labeled_forget_tokens=5)
+    >>> step + TrainingCost.from_counts(parameters=100, tokens=10, steps=1, teacher_tokens=10)
+    TrainingCost(flops=14000, serial_steps=2, tokens=20, labeled_forget_tokens=5)
     """
 
     flops: int = 0
@@ -47,15 +46,9 @@ class TrainingCost:
         teacher_tokens: int = 0,
         teacher_parameters: int | None = None,
     ) -> TrainingCost:
-        """Return the cost of one run from the counts in the formula above.
+        """Return the cost of one run: N ``parameters`` (`matmul_parameters`), D ``tokens``, and those of the teacher.
 
-        Args:
-            parameters: N, see `matmul_parameters`.
-            tokens: D.
-            steps: optimizer steps.
-            labeled_forget_tokens: distinct tokens labeled forget.
-            teacher_tokens: :math:`D_T`, tokens that a frozen model saw.
-            teacher_parameters: :math:`N_T`; N by default.
+        ``teacher_parameters`` are N by default, and ``labeled_forget_tokens`` distinct.
         """
         teacher = parameters if teacher_parameters is None else teacher_parameters
         return cls(6 * parameters * tokens + 2 * teacher * teacher_tokens, steps, tokens, labeled_forget_tokens)
@@ -69,14 +62,10 @@ class TrainingCost:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingCost:
-        """Read what `to_dict` returned.
+        """Read what `to_dict` returned; raise ValueError where entries are missing or unknown.
 
-        Raises:
-            ValueError: entries are missing or unknown.
-
-        Example:
-            >>> TrainingCost.from_dict(TrainingCost(flops=6).to_dict()).flops
-            6
+        >>> TrainingCost.from_dict(TrainingCost(flops=6).to_dict()).flops
+        6
         """
         expected = {field.name for field in fields(cls)}
         if set(data) != expected:

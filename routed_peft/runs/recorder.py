@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from routed_peft.runs.records import RunDirectory
 
@@ -16,36 +16,27 @@ class RunRecorder(TrainerCallback):
     A point has ``split`` ("train", or the name of the evaluation set), ``ablated`` (whether regions were off), ``step``,
     ``tokens`` (if ``include_num_input_tokens_seen`` is on), the metrics without their prefix, and ``names``.
 
-    Args:
-        run: the records to append to.
-        **names: entries of every point, such as ``method="sgtm", arm="routed"``.
+    ``names`` are entries of every point, such as ``method="sgtm", arm="routed"``.
 
-    Example:
-        >>> import tempfile
-        >>> recorder = RunRecorder(RunDirectory(tempfile.mkdtemp()), arm="routed")
-        >>> state = TrainerState(global_step=5, is_world_process_zero=True)
-        >>> recorder.on_log(TrainingArguments(), state, TrainerControl(), {"eval_ablated_forget_loss": 4.0, "epoch": 1})
-        >>> recorder.run.points()
-        [{'arm': 'routed', 'split': 'forget', 'ablated': True, 'step': 5, 'loss': 4.0, 'epoch': 1}]
+    >>> import tempfile
+    >>> from transformers import TrainerControl, TrainingArguments
+    >>> recorder = RunRecorder(RunDirectory(tempfile.mkdtemp()), arm="routed")
+    >>> state = TrainerState(global_step=5, is_world_process_zero=True)
+    >>> recorder.on_log(TrainingArguments(), state, TrainerControl(), {"eval_ablated_forget_loss": 4.0, "epoch": 1})
+    >>> recorder.run.points()
+    [{'arm': 'routed', 'split': 'forget', 'ablated': True, 'step': 5, 'loss': 4.0, 'epoch': 1}]
     """
 
     def __init__(self, run: RunDirectory, **names: Any) -> None:
         self.run, self.names = run, names
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Drop the points after the step at which training resumes."""
         if state.is_world_process_zero:
             self.run.keep(lambda point: point.get("step", 0) <= state.global_step or not self._ours(point))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Append one point for ``logs``."""
         if not state.is_world_process_zero or not logs or "train_loss" in logs:  # the last is a mean over the run

@@ -28,17 +28,13 @@ class RunDirectory:
     ``run.json`` and ``summary.json`` are written aside and renamed. ``metrics.jsonl`` grows by whole lines, so that
     measurements before an interruption stay readable. Numbers that are not finite are written as null.
 
-    Args:
-        path: directory; the first write makes it.
-
-    Example:
-        >>> import tempfile
-        >>> run = RunDirectory(tempfile.mkdtemp())
-        >>> run.start({"method": "sgtm"}, seeds={"seed": 0})
-        >>> run.log(arm="routed", split="forget", step=10, loss=2.5)
-        >>> run.finish({"forget": 2.5})
-        >>> run.points()
-        [{'arm': 'routed', 'split': 'forget', 'step': 10, 'loss': 2.5}]
+    >>> import tempfile
+    >>> run = RunDirectory(tempfile.mkdtemp())
+    >>> run.start({"method": "sgtm"}, seeds={"seed": 0})
+    >>> run.log(arm="routed", split="forget", step=10, loss=2.5)
+    >>> run.finish({"forget": 2.5})
+    >>> run.points()
+    [{'arm': 'routed', 'split': 'forget', 'step': 10, 'loss': 2.5}]
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,9 +53,7 @@ class RunDirectory:
 
         Args:
             config: all settings; values that JSON cannot hold are written as strings.
-            seeds: name -> seed.
             command: arguments that started the run; by default those of this process.
-            resume: keep the points.
             same: part of the config that a resumed run must share with its beginning, see `check_same`.
 
         Raises:
@@ -84,12 +78,6 @@ class RunDirectory:
         """Raise ValueError if writing a model made from ``source`` would overwrite something in this directory.
 
         Refused are ``source`` itself, a finished run that is not resumed, and files that do not belong to a run.
-
-        Example:
-            >>> RunDirectory("run").check_separate("run")
-            Traceback (most recent call last):
-            ...
-            ValueError: ... is the source of the model and would be overwritten: name another directory
         """
         if self.path == Path(source).expanduser().resolve():
             raise ValueError(f"{self.path} is the source of the model and would be overwritten: name another directory")
@@ -101,22 +89,11 @@ class RunDirectory:
 
     def _check_unfinished(self, resume: bool) -> None:
         if (self.path / SUMMARY).exists() and not resume:
-            raise ValueError(
-                f"{self.path} holds a finished run ({SUMMARY}): name another directory, resume it, or move it away"
-            )
+            remedy = "name another directory, resume it, or move it away"
+            raise ValueError(f"{self.path} holds a finished run ({SUMMARY}): {remedy}")
 
     def check_same(self, config: Mapping[str, Any]) -> None:
-        """Raise ValueError if ``run.json`` and ``config`` differ in a setting that both of them have.
-
-        Example:
-            >>> import tempfile
-            >>> run = RunDirectory(tempfile.mkdtemp())
-            >>> run.start({"recipe": {"alpha": 0.1}, "logging": 10}, seeds={})
-            >>> run.check_same({"recipe": {"alpha": 0.2}})
-            Traceback (most recent call last):
-            ...
-            ValueError: ... holds a run with other settings: `alpha` is 0.1 there, got 0.2. Repeat the original command, ...
-        """
+        """Raise ValueError if ``run.json`` and ``config`` differ in a setting that both of them have."""
         if not (self.path / RUN).is_file():
             return
         before = read_json(self.path / RUN).get("config", {})
@@ -147,12 +124,8 @@ class RunDirectory:
 
         Call it before training, so that a directory in use is refused early.
 
-        Raises:
-            ValueError: the directory is not empty.
-
-        Example:
-            >>> RunDirectory("run").ablation_target().name, RunDirectory("run").ablation_target("no")
-            ('run-ablated', None)
+        >>> RunDirectory("run").ablation_target().name, RunDirectory("run").ablation_target("no")
+        ('run-ablated', None)
         """
         if asked == "no":
             return None
@@ -180,10 +153,8 @@ def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         if isinstance(now[key], Mapping) and isinstance(before[key], Mapping):
             _check_same(place, before[key], now[key])
         elif before[key] != now[key]:
-            raise ValueError(
-                f"{place} holds a run with other settings: `{key}` is {before[key]!r} there, got {now[key]!r}. Repeat the "
-                "original command, or name another directory"
-            )
+            raise ValueError(f"{place} holds a run with other settings: `{key}` is {before[key]!r} there, got "
+                             f"{now[key]!r}. Repeat the original command, or name another directory")  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
@@ -200,11 +171,7 @@ def _plain(value: Any) -> Any:
 
 
 def records_directory(src: str | Path) -> Path:
-    """Return the directory with the records of a model: its own, or that of the run from which it was ablated.
-
-    >>> records_directory("nowhere").name
-    'nowhere'
-    """
+    """Return the directory with the records of a model: its own, or that of the run from which it was ablated."""
     folder = Path(src).expanduser()
     for record in (ABLATION, PLACEBO):
         if (folder / record).is_file() and not (folder / RUN).is_file():
@@ -214,11 +181,7 @@ def records_directory(src: str | Path) -> Path:
 
 
 def read_recipe(src: str | Path) -> dict[str, Any]:
-    """Return the settings of the recipe that trained a model, from its ``run.json``; empty without one.
-
-    >>> read_recipe("nowhere")
-    {}
-    """
+    """Return the settings of the recipe that trained a model, from its ``run.json``; empty without one."""
     file = records_directory(src) / RUN
     if not file.is_file():
         return {}

@@ -16,15 +16,9 @@ logger = logging.get_logger(__name__)
 def check_resumable(checkpoint: str | Path, *, process_index: int = 0, processes: int = 1, fsdp: bool = False) -> None:
     """Raise ValueError if a checkpoint lacks the state of the optimizer, the schedule, the random numbers or the run.
 
-    Args:
-        checkpoint: directory of a Trainer's checkpoint.
-        process_index: index of this process, whose random state is needed.
-        processes: number of processes that resume. Another number than at the beginning logs a warning, since the random
-            states do not fit.
-        fsdp: whether the optimizer is sharded; its files have other names then.
-
-    Raises:
-        ValueError: names the missing files and, if there is one, the latest complete checkpoint before this one.
+    ``process_index`` is that of this process, whose random state is needed. Another number of ``processes`` than at the
+    beginning logs a warning, since the random states do not fit. With ``fsdp`` the optimizer is sharded, and its files have
+    other names. The message names the missing files and, if there is one, the latest complete checkpoint before this one.
     """
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
@@ -57,14 +51,10 @@ def latest_resumable(run: str | Path, processes: int = 1) -> str | None:
     """Return the newest complete checkpoint of a run, or None.
 
     A checkpoint that a kill cut short is skipped: `Trainer` writes in place, the state of the run last.
-
-    Args:
-        run: directory of the run.
-        processes: number of processes that resume.
     """
     found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
     complete = [
-        path for path in found if not all(_missing(path, processes=processes, fsdp=fsdp) for fsdp in (False, True))
+        one for one in found if not all(_missing(one, processes=processes, fsdp=fsdp) for fsdp in (False, True))
     ]
     return str(max(complete, key=_step)) if complete else None
 
