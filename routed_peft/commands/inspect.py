@@ -70,9 +70,8 @@ def _show(about: Mapping[str, Any]) -> None:
 
 
 def _adapters(adapters: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
-    table = Table(
-        "name", "role", "type", "size", "parameters", "labels", "here", title="Adapters", title_justify="left"
-    )
+    columns = ("name", "role", "type", "size", "parameters", "labels", "here")
+    table = Table(*columns, title="Adapters", title_justify="left")
     for role, entry in adapters:
         size = entry.get("size") or entry.get("r")
         parameters = f"{entry['parameters']:,}" if "parameters" in entry else "–"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from routed_peft.commands.options import Revision, Source, pairs_table
+from routed_peft.commands.options import Revision, Source, TextColumn, TextTemplate, pairs_table
 
 if TYPE_CHECKING:
     from routed_peft.unlearning import UndoArguments
@@ -17,47 +18,30 @@ if TYPE_CHECKING:
 def undo(
     src: Source,
     out: Annotated[Path, typer.Argument(help="Directory for the new checkpoint.", show_default=False)],
-    text: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FILE",
-            help="JSONL or Parquet with `text` like that of pretraining; needs no labels; may be repeated.",
-        ),
-    ],
-    retain: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Held-out retain text: stop once the student is as good there as the teacher."
-        ),
-    ] = None,
-    alpha: Annotated[
-        float,
-        typer.Option(help="Share of the way from the weights to an initialization: 0 moves nothing, 1 all the way."),
-    ] = 0.6,
+    text: Annotated[list[str], typer.Option(metavar="FILE", help="Text like that of pretraining: JSONL, JSON, Parquet or "
+                                            "plain text; needs no labels; may be repeated.")],
+    retain: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out retain text: stop once the student is as good "
+                                                "there as the teacher.")] = None,
+    text_column: TextColumn = "text",
+    text_template: TextTemplate = None,
+    alpha: Annotated[float, typer.Option(help="Share of the way from the weights to an initialization: 0 moves nothing, 1 all "
+                                         "the way.")] = 0.6,
     beta: Annotated[float, typer.Option(help="Scale of the noise in that initialization.")] = 0.1,
     tolerance: Annotated[
-        float, typer.Option(help="Share by which the student's retain loss may exceed the teacher's at the stop.")
-    ] = 0.05,
+        float, typer.Option(help="Share by which the student's retain loss may exceed the teacher's at the stop.")] = 0.05,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps, at most.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate; a cosine schedule decays it.")] = 3e-4,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step and process.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
     eval_steps: Annotated[
-        int, typer.Option(min=1, help="Steps between comparisons with the teacher, and between checkpoints.")
-    ] = 50,
-    topk: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="First store the teacher's N largest logits per token in OUT/teacher. Default: run the teacher along.",
-        ),
-    ] = None,
+        int, typer.Option(min=1, help="Steps between comparisons with the teacher, and between checkpoints.")] = 50,
+    topk: Annotated[int | None, typer.Option(min=1, metavar="N", help="First store the teacher's N largest logits per token in "
+                                             "OUT/teacher. Default: run the teacher along.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the order of rows.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay in float32.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Use no GPU.")] = False,
     revision: Revision = None,
-) -> None:
+) -> None:  # fmt: skip
     """Unlearn, noise, distill (UNDO): add noise to a copy of a model, and distill the original's outputs into it.
 
     SRC is any checkpoint in which knowledge is suppressed; of a routed run, the ablated model. OUT is a plain checkpoint, and
@@ -77,8 +61,10 @@ def undo(
         "source": src,
         "revision": revision,
         "text": list(text),
-        "retain": retain and str(retain),
+        "retain": retain,
     }
+    settings |= {"text_column": text_column} if text_column != "text" else {}
+    settings |= {"text_template": text_template} if text_template else {}
     settings |= {"alpha": alpha, "beta": beta, "tolerance": tolerance, "steps": steps, "learning_rate": learning_rate}
     settings |= {"batch_size": batch_size, "length": length, "eval_steps": eval_steps, "topk": topk, "seed": seed}
     look = min(eval_steps, steps)
@@ -117,7 +103,8 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
     from rich.console import Console
 
     from routed_peft.data import load_texts, pack
-    from routed_peft.evaluation.source import open_plain
+    from routed_peft.data.loading import TextFormat
+    from routed_peft.evaluation.source import load_tokenizer, open_plain
     from routed_peft.evaluation.text_loss import check_length
     from routed_peft.regions.fingerprint import fingerprint
     from routed_peft.runs.resuming import latest_resumable
@@ -131,8 +118,14 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
         run.check_separate(src)
     run.check_same(settings)
     read_cost(src)  # a wrong record is reported before anything is computed
-    documents, retain, length = load_texts(settings["text"]), settings["retain"], settings["length"]
-    held_out = None if retain is None else load_texts([retain])
+    form = TextFormat(
+        settings.get("text_column", "text"),
+        settings.get("text_template"),
+        partial(load_tokenizer, src, settings["revision"]),
+    )
+    documents = load_texts(settings["text"], argument="--text", form=form)
+    retain, length = settings["retain"], settings["length"]
+    held_out = None if retain is None else load_texts([retain], argument="--retain", form=form)
     teacher, tokenizer = open_plain(src, revision=settings["revision"])
     check_length(teacher, tokenizer, length=length, argument="--length")
     rows = pack(documents, tokenizer, length=length, by=[])
@@ -144,14 +137,8 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
     args.resume_from_checkpoint = latest_resumable(out, args.world_size)
     if args.process_index == 0:
         run.start(settings, {"seed": args.seed}, resume=args.resume_from_checkpoint is not None)
-    student, record = undo(
-        teacher,
-        rows,
-        args=args,
-        retain_rows=retain_rows,
-        tokenizer=tokenizer,
-        callbacks=[RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)],
-    )
+    recorder = RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)
+    student, record = undo(teacher, rows, args=args, retain_rows=retain_rows, tokenizer=tokenizer, callbacks=[recorder])
     if args.process_index == 0:
         content = save_student(student, record, out=out, source=src, tokenizer=tokenizer)
         run.finish(content)
