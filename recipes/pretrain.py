@@ -1,11 +1,11 @@
 """Train a small language model with a region, from scratch or from a checkpoint, and ablate the region at the end.
 
-    accelerate launch recipes/pretrain.py --config recipes/configs/sgtm.yaml
-    accelerate launch recipes/pretrain.py --config recipes/configs/sgtm.yaml --labeled 0.25 --seed 1 --output_dir runs/s1
-    accelerate launch recipes/pretrain.py --config recipes/configs/sgtm.yaml --arm filter --output_dir runs/filter
+    accelerate launch recipes/pretrain.py --config recipes/configs/self_labels.yaml
+    accelerate launch recipes/pretrain.py --config recipes/configs/self_labels.yaml --labeled 0.25 --output_dir runs/quarter
+    accelerate launch recipes/pretrain.py --config recipes/configs/self_labels.yaml --arm filter --output_dir runs/filter
 
 A YAML file holds fields of `Recipe` and of `RoutedTrainingArguments`; flags of the same names override it. Choose a preset
-with ``method``, or write the routes of another method under ``routes``.
+with ``method``, or write the routes of another method under ``routes``. By default the region labels unlabeled rows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ from routed_peft.data import (
 )
 from routed_peft.evaluation import load_source
 from routed_peft.evaluation.placebo import silence_random_units
-from routed_peft.evaluation.source import open_plain
+from routed_peft.evaluation.source import load_tokenizer, open_plain
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.files import write_json
 from routed_peft.routes import routes_from_dict
@@ -50,13 +51,14 @@ from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.runs.records import PLACEBO
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabelConfig, SelfLabeledRows
-from routed_peft.training.self_label_config import setting
+from routed_peft.training.self_label_config import SETTING_NAMES, setting
 from routed_peft.unlearning import mean_loss
 from routed_peft.unlearning.coherence import MAX_ROWS, restore_coherence
 
 logger = logging.get_logger(__name__)
 
 PLACEBOS = ("control", "random")
+RECOMMENDED = SelfLabelConfig(robust_share=0.05)
 
 
 @dataclass
@@ -87,18 +89,23 @@ class Recipe(DocumentArguments):
         },
     )
     region: str = field(default="forget", metadata={"help": "Name of the region."})
-    size: int = field(default=256, metadata={"help": "Number of hidden units that the region adds to every MLP."})
+    size: int = field(default=64, metadata={"help": "Number of hidden units that the region adds to every MLP."})
 
     vocab_size: int = field(default=2048, metadata={"help": "Entries of the new tokenizer if no model is given."})
-    self_labels: bool = field(
-        default=False, metadata={"help": "Let the region label the unlabeled rows after `labeled_first` of the run."}
+    self_labels: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let the region label the unlabeled rows after `labeled_first` of the run. By default it does with "
+            "`method: sgtm`, if rows of either side have labels."
+        },
     )
-    labeled_first: float = setting("labeled_first", 0.0)
-    first_forget_share: float = setting("first_forget_share", 0.5)
+    # With None, `self_labels` has the values of `RECOMMENDED`; without it, all labels are taken in their natural shares.
+    labeled_first: float | None = setting("labeled_first", None)
+    first_forget_share: float | None = setting("first_forget_share", None)
     forget_share: float | None = setting("forget_share", None)
     threshold: str = setting("threshold")
     score_again_at: float | None = setting("score_again_at")
-    robust_share: float = setting("robust_share")
+    robust_share: float | None = setting("robust_share", None)
     overrule: bool = setting("overrule")
     by_document: bool = field(
         default=False,
@@ -145,11 +152,12 @@ def main() -> None:
     set_seed(args.seed)
     disable_progress_bars()  # while data is prepared
 
-    documents = labeled_documents(recipe)
+    place = recipe.model_name_or_path
+    documents = labeled_documents(recipe, partial(load_tokenizer, place) if place else None)
     model, tokenizer = build(recipe, args, documents)
     args.kept_regions = kept_regions(recipe, args, model)
     check_length(model, tokenizer, length=recipe.length)
-    held_out = evaluation_rows(recipe, tokenizer)
+    held_out = evaluation_rows(recipe, tokenizer, documents=documents)
     check_evaluation(args, held_out)
     routes = make_routes(recipe)
     by = ["route_label"] if recipe.by_document else None  # rows may mix documents of one label
@@ -196,22 +204,26 @@ def in_order(
     if recipe.arm != "routed":
         return schedule(rows, count, seed=args.seed)
     own = ("threshold", "score_again_at", "robust_share", "overrule", "by_document")
-    if not recipe.self_labels and (odd := [name for name in own if getattr(recipe, name) != getattr(Recipe, name)]):
+    with_self_labels = recipe.self_labels
+    if with_self_labels is None:
+        sides = {"forget", "retain", UNLABELED} <= set(rows["route_label"])
+        with_self_labels = recipe.method == "sgtm" and not recipe.routes and sides
+    if not with_self_labels and (odd := [name for name in own if getattr(recipe, name) != getattr(Recipe, name)]):
         raise ValueError(f"`{odd[0]}` needs `--self_labels true`: add that, or leave it out")
-    if recipe.self_labels:
+    if with_self_labels:
         if not recipe.overrule and UNLABELED not in rows["route_label"][:]:
             logger.warning("`self_labels` has no effect: every row has a label, and `overrule` is off")
         separator = tokenizer.eos_token_id if recipe.by_document else None
-        return SelfLabeledRows(
-            rows, count, config=SelfLabelConfig.from_settings(recipe), seed=args.seed, separator=separator
-        )
+        given = {name: value for name in SETTING_NAMES if (value := getattr(recipe, name)) is not None}
+        config = replace(RECOMMENDED, **given)
+        return SelfLabeledRows(rows, count, config=config, seed=args.seed, separator=separator)
     run = schedule(
         rows,
         count,
-        labeled_first=recipe.labeled_first,
+        labeled_first=recipe.labeled_first or 0.0,
         forget_share=recipe.forget_share,
         seed=args.seed,
-        first_forget_share=recipe.first_forget_share,
+        first_forget_share=0.5 if recipe.first_forget_share is None else recipe.first_forget_share,
     )
     if not recipe.frequency_weights or recipe.method in PLACEBOS:
         return run
@@ -239,6 +251,8 @@ def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> 
             kwargs["dtype"] = torch.float32  # master weights; `bf16` computes in lower precision
         model, tokenizer = load_source(recipe.model_name_or_path, attn_implementation=attention, **kwargs)
     else:
+        if "text" not in documents.column_names:
+            raise ValueError("`input_ids` are tokens of a model: name it in `model_name_or_path`")
         tokenizer = train_tokenizer(documents["text"], recipe.vocab_size)  # on all text, so that arms are comparable
         config = LlamaConfig(
             vocab_size=len(tokenizer),

@@ -43,7 +43,7 @@ app = typer.Typer(
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Gradient routing: train data into a removable region, then remove it.
 
-    Train with `accelerate launch recipes/pretrain.py --config recipes/configs/sgtm.yaml`, or with `RoutedTrainer` in Python.
+    Train with `accelerate launch recipes/pretrain.py --config recipes/configs/self_labels.yaml`, or with `RoutedTrainer` in Python.
     """
     # peft reads transformers' old name of the property
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from datasets import enable_progress_bars
+from datasets import Dataset, enable_progress_bars
 from evaluation_parts import byte_tokenizer
 from families import tiny
 from places import ROOT
@@ -20,11 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.report.reading import read_sources
-from routed_peft import RoutedTrainer
+from routed_peft import RoutedTrainer, RoutedTrainingArguments
 from routed_peft.checkpoint import inspect_checkpoint
-from routed_peft.data import DocumentArguments, evaluation_rows
+from routed_peft.data import DocumentArguments, evaluation_rows, schedule
 from routed_peft.runs.cost import TrainingCost
-from routed_peft.training import RunDirectory
+from routed_peft.training import RunDirectory, SelfLabelConfig
 from routed_peft.unlearning import mean_loss
 
 CONFIGS = {file.stem: file for file in sorted((ROOT / "recipes/configs").glob("*.yaml"))}
@@ -214,7 +215,7 @@ def test_random_units_are_silenced_in_place_of_the_region(runs, files):
 
 def test_rivals_differ_from_routing_in_nothing_else():
     """Files of settings that are compared: the same but for what they are about."""
-    own = {"output_dir", "method", "arm", "labeled", "labeled_first"}
+    own = {"output_dir", "method", "arm", "labeled", "labeled_first", "self_labels"}
     settings = {
         name: yaml.safe_load(CONFIGS[name].read_text())
         for name in ("sgtm", "control", "random", "filter", "perfect_filter")
@@ -262,6 +263,23 @@ def test_nothing_is_overwritten(runs, files, tmp_path):
 def test_settings_of_self_labels_are_not_ignored(files, tmp_path):
     with pytest.raises(ValueError, match="`score_again_at` needs `--self_labels true`: add that, or leave it"):
         here([*arguments("sgtm", tmp_path, files), "--score_again_at", "0.4"])
+
+
+def test_self_labels_are_the_default_where_labels_allow_it(tmp_path):
+    pretrain = runpy.run_path(str(ROOT / "recipes/pretrain.py"))
+    rows = Dataset.from_dict({"input_ids": [[1]] * 6, "route_label": ["forget", "retain", "unlabeled"] * 2})
+    labeled = rows.filter(lambda label: label != "unlabeled", input_columns="route_label")
+    args = RoutedTrainingArguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to="none")
+
+    def ordered(rows: Dataset = rows, **settings: object) -> Any:
+        return pretrain["in_order"](pretrain["Recipe"](**settings), args, rows, rows, None)
+
+    assert ordered().config == SelfLabelConfig(robust_share=0.05)
+    assert ordered(self_labels=True, forget_share=0.2).config == SelfLabelConfig(forget_share=0.2, robust_share=0.05)
+    routes = {"forget": {}, "retain": {}, "unlabeled": {}}
+    for other in ({"method": "era"}, {"self_labels": False}, {"arm": "none"}, {"routes": routes}, {"rows": labeled}):
+        found = ordered(**other)
+        assert found[:] == schedule(other.get("rows", rows), 8, seed=args.seed)[:], other
 
 
 @pytest.mark.slow
