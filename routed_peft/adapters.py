@@ -26,12 +26,14 @@ class RoutingRecord:
         train_base: whether the model's own weights were trained, so that saving adapters alone would lose them.
         base_adapters: adapters that belong to the base.
         kept_regions: regions that are part of the model, as in a run without routing: it is measured with them.
+        continues_base: whether the model was loaded, for training, from a run that trained its base.
     """
 
     routes: Routes | None = None
     train_base: bool = False
     base_adapters: tuple[str, ...] = ()
     kept_regions: tuple[str, ...] = ()
+    continues_base: bool = False
 
 
 def routing_record(model: nn.Module) -> RoutingRecord:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,9 @@ BASE = "base"
 
 IGNORED = -100
 """Integer label of padding, whose positions train nothing."""
+
+_RESERVED = ("default", BASE, "ref", "joint", "all", "none", "ablated")
+_LONGEST = 64
 
 
 @dataclass(frozen=True)
@@ -92,31 +96,47 @@ def routes_from_dict(data: Mapping[str, Any]) -> dict[str, Route]:
 
 
 def check_region_name(name: str) -> None:
-    """Raise ValueError where ``name`` has a meaning of its own in PEFT, TRL or Trainer.
+    """Raise ValueError where ``name`` cannot be that of a region or base adapter, which is also the name of its folder.
 
     >>> check_region_name("default")
     Traceback (most recent call last):
     ...
     ValueError: a region cannot be called 'default': ... Pick another `adapter_name`, such as "forget".
     """
-    if name in ("default", BASE, "ref") or name.startswith("checkpoint-") or "." in name or not name:
+    plain = isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name) and len(name.encode()) <= _LONGEST
+    if not plain or name.lower() in _RESERVED or name.startswith("checkpoint-"):
         raise ValueError(
-            f"a region cannot be called {name!r}: `default`, `base`, `ref`, `checkpoint-…` and names with dots have other "
-            'meanings in PEFT, TRL and Trainer. Pick another `adapter_name`, such as "forget".'
+            f"a region cannot be called {name!r}: a name has letters, digits, `_` and `-`, {_LONGEST} bytes at most, and "
+            f"{', '.join(_RESERVED)} and checkpoint-… have other meanings in PEFT, TRL, Trainer and here. Pick another "
+            '`adapter_name`, such as "forget".'
         )
 
 
-def validate_routes(routes: Routes, regions: Iterable[str], base: bool = True) -> None:
+def named_in(routes: Routes) -> set[str]:
+    """Return the names that occur in the weights or the ablated regions of any route.
+
+    >>> sorted(named_in({"forget": Route(weights={"base": 0.0}), "retain": Route(ablated=("bio",))}))
+    ['base', 'bio']
+    """
+    return {name for route in routes.values() for name in (*route.weights, *route.ablated)}
+
+
+def validate_routes(routes: Routes, regions: Iterable[str], base: bool = True, *, frozen: Collection[str] = ()) -> None:
     """Check ``routes`` against the ``regions`` of a model.
+
+    A region is named by a route if it occurs in its weights or among its ablated regions. Where there are several regions
+    and routes differ from ordinary training, all regions must be named: one that was left out by mistake, such as a
+    ``retain`` adapter that belongs to the base, would learn from all data and go with the regions.
 
     Args:
         routes: label -> `Route`.
         regions: names of the model's regions.
         base: whether anything outside the regions is trained.
+        frozen: regions that are not trained.
 
     Raises:
-        ValueError: on an empty table, a label that is not a string, an unknown region, a region that no route trains, or
-            a route that trains nothing.
+        ValueError: on an empty table, a label that is not a string, an unknown region, a region that no route names or
+            trains, a route that trains nothing, or one that names the base where none is trained.
 
     Example:
         >>> validate_routes({"forget": Route(weights={"bsae": 0.0})}, ["forget"])
@@ -127,6 +147,7 @@ def validate_routes(routes: Routes, regions: Iterable[str], base: bool = True) -
     regions = list(regions)
     if not routes:
         raise ValueError('`routes` is empty: give one route per label, for example `presets.sgtm("forget")`')
+    trained = [name for name in regions if name not in frozen] + [BASE] * base
     for label, route in routes.items():
         if not isinstance(label, str) or not isinstance(route, Route):
             raise ValueError(f"`routes` maps a label (str) to a Route, got {label!r}: {route!r}")
@@ -135,15 +156,36 @@ def validate_routes(routes: Routes, regions: Iterable[str], base: bool = True) -
                 raise ValueError(
                     f"the route of label {label!r} names {name!r}; this model has 'base' and the regions {regions}"
                 )
-        names = regions + [BASE] * base
-        if not any(route.weight(name) for name in names):
+        if not any(route.weight(name) for name in trained):
             raise ValueError(
-                f"the route of label {label!r} blocks everything: no trained group among {names} has a weight other than "
-                "zero. Leave such rows out of the data, or train the base (`train_base=True` or `base_adapters`)."
+                f"the route of label {label!r} blocks everything: no trained group among {trained} has a weight other than "
+                "zero. Leave such rows out of the data, or train the base (`train_base=True` or `base_adapters`)"
+                + (f", or load the frozen {list(frozen)} with `is_trainable=True`." if frozen else ".")
             )
+    _check_named(routes, regions, base=base)
     for region in regions:
-        if not any(route.weight(region) for route in routes.values()):
+        if region not in frozen and not any(route.weight(region) for route in routes.values()):
             raise ValueError(
                 f"no route trains the region {region!r}: in {list(routes)} its weight is 0 or it is ablated. Let one of them "
                 "train it, or name it in `base_adapters`"
             )
+
+
+def _check_named(routes: Routes, regions: Sequence[str], *, base: bool) -> None:
+    named = named_in(routes)
+    nameless = [name for name in regions if name not in named]
+    plain = all(route == Route(dict.fromkeys(route.weights, 1.0)) for route in routes.values())
+    if nameless and len(regions) > 1 and not plain:
+        stay = nameless if len(nameless) < len(regions) else ["retain"]
+        raise ValueError(
+            f"no route names {nameless} of the adapters {regions}, so they would learn from all data and be ablated with the "
+            f"regions: name those that stay with the base, as in `base_adapters={stay}`, and a region that does learn "
+            f"from all data in a route, as in `Route(weights={{{nameless[0]!r}: 1.0}})`"
+        )
+    if BASE in named and not base:
+        labels = [label for label, route in routes.items() if BASE in route.weights]
+        raise ValueError(
+            f"the routes of {labels} name 'base', but no base is trained: all adapters, {regions}, are regions, and the "
+            "model's own weights are frozen. Say `train_base=True`, or name the adapters that stay in `base_adapters`, as in "
+            '`base_adapters=["retain"]`'
+        )

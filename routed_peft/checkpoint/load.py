@@ -88,6 +88,8 @@ def load_run(
         check_fingerprint(model, read_json(folder / REGION)["base_fingerprint"])
     for name, folder in folders.items():
         model = _add_adapter(model, name, folder=folder, is_trainable=is_trainable)
+    if folders or base is not None or not layout.saved_base:  # a saved one is verified; an adapter can change its base
+        check_fingerprint(model, layout.data["base"]["fingerprint"])
     if folders:
         assert isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
         model.base_model.set_adapter(list(folders), inference_mode=not is_trainable)
@@ -97,6 +99,7 @@ def load_run(
             routes=None if routes is None else routes_from_dict(routes),
             base_adapters=tuple(layout.base_adapters),
             kept_regions=tuple(layout.kept_regions),
+            continues_base=is_trainable and bool(layout.data["train_base"]),
         )
         set_routing_record(model, record)
     return model
@@ -129,8 +132,9 @@ def _load_base(layout: Layout, base: str | Path | None, kwargs: dict[str, Any]) 
 
 def _add_adapter(model: nn.Module, name: str, *, folder: Path, is_trainable: bool) -> PeftModel:
     tensors = read_tensors(folder / WEIGHTS)
-    cast = is_trainable or any(tensor.dtype == torch.float32 for tensor in tensors.values())
-    arguments: dict[str, Any] = {"is_trainable": is_trainable, "autocast_adapter_dtype": cast}
+    # PEFT casts low-precision adapters to float32 when told to; those saved in low precision stay as they are, unless trained
+    to_float32 = is_trainable or any(tensor.dtype == torch.float32 for tensor in tensors.values())
+    arguments: dict[str, Any] = {"is_trainable": is_trainable, "autocast_adapter_dtype": to_float32}
     if isinstance(model, PeftModel):
         model.load_adapter(str(folder), name, **arguments)
     else:
@@ -151,7 +155,8 @@ def load_weights(model: nn.Module, path: str | Path, train_base: bool | None = N
         ValueError: adapters, tensor names or shapes differ, files are damaged, or a frozen base is another one.
             Files and adapters are checked before the first weight is changed.
     """
-    layout = Layout.read(Path(path).expanduser().resolve(), str(path))
+    root, _ = fetch(path)
+    layout = Layout.read(root, str(path))
     train_base = layout.data["train_base"] if train_base is None else train_base
     saved, have = {*layout.regions, *layout.base_adapters}, set(adapter_configs(model))
     if saved != have:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from routed_peft.adapters import adapter_names
+from routed_peft.adapters import adapter_names, adapters_in, outlet_modules
 from routed_peft.routes import check_region_name
 from routed_peft.routing.groups import Member
 from routed_peft.routing.layers import Routed
@@ -38,9 +38,10 @@ def check_model(
             f"this model has no region: its adapters are {names}, `base_adapters` {list(base_adapters)}. Add one with "
             '`get_peft_model(model, RoutedConfig(…), adapter_name="forget")` or a LoraConfig of that name.'
         )
+    for name in (*base_adapters, *regions):
+        check_region_name(name)
+    configs: Any = model.peft_config
     for region in regions:
-        check_region_name(region)
-        configs: Any = model.peft_config
         if getattr(configs[region], "use_dora", False):
             raise ValueError(f"the adapter {region!r} uses DoRA, whose magnitudes cannot be routed: use plain LoRA")
     if train_base and getattr(model, "is_quantized", False):
@@ -48,7 +49,9 @@ def check_model(
             "`train_base=True` on a quantized model: its weights cannot be trained. Route into LoRA regions, and "
             "name the adapters that stay in `base_adapters`"
         )
+    check_auxiliary_loss(model)
     embeddings = _embedding_weight(model)
+    holding: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Routed):
             raise ValueError(
@@ -62,6 +65,13 @@ def check_model(
             )
         if isinstance(module, BaseTunerLayer):
             _check_layer(name, module, embeddings)
+            holding.update(adapters_in(module))
+    for adapter in (*regions, *base_adapters):
+        if adapter not in holding:
+            raise ValueError(
+                f"the adapter {adapter!r} ({configs[adapter].peft_type}) has no layer in this model, so it cannot be routed: "
+                "regions are `RoutedConfig` adapters or plain LoRA on linear layers"
+            )
 
 
 def _embedding_weight(model: nn.Module) -> torch.Tensor | None:
@@ -73,11 +83,30 @@ def _embedding_weight(model: nn.Module) -> torch.Tensor | None:
 def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | None) -> None:
     if layer.merged:
         raise ValueError(f"adapters are merged into {name!r}: call `unmerge_adapter()` before routing")
+    if layer.disable_adapters:
+        raise ValueError(f"adapters are switched off in {name!r}: call `enable_adapter_layers()` before routing")
+    if isinstance(layer, ParamWrapper):
+        raise ValueError(
+            f"{name!r} has LoRA on the parameter {layer.parameter_name!r} (`target_parameters`; fused experts of a mixture), "
+            "which is read outside its adapter's modules and cannot be routed: leave it out, and target linear layers, such "
+            "as those of attention (`target_modules`)"
+        )
+    if isinstance(layer, MultiheadAttention):
+        raise ValueError(
+            f"{name!r} has LoRA on `nn.MultiheadAttention`, which reads weights outside their modules and cannot be routed: "
+            "leave it out of `target_modules`"
+        )
     variants = getattr(layer, "lora_variant", {})
     if variants:
         raise ValueError(
             f"{name!r} has a LoRA variant for {sorted(variants)}, but only plain LoRA can be routed: train that"
         )
+    for adapter in adapters_in(layer):
+        if not outlet_modules(layer, adapter):
+            raise ValueError(
+                f"the adapter {adapter!r} on {name!r} ({type(layer).__name__}) cannot be routed: regions are `RoutedConfig` "
+                "adapters or plain LoRA on linear layers. Leave it out of `target_modules`"
+            )
     base = layer.get_base_layer()
     tied = embeddings is not None and getattr(base, "weight", None) is embeddings
     if tied and isinstance(layer, LoraLayer) and not isinstance(base, nn.Embedding):
@@ -85,6 +114,45 @@ def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | No
             f"{name!r} shares its weight with the embeddings, so LoRA on it cannot be merged without changing them: leave "
             "it out of `target_modules`, or load the model with `tie_word_embeddings=False`"
         )
+
+
+def check_auxiliary_loss(model: nn.Module, asked: bool = False) -> None:
+    """Refuse a load-balancing loss of routers (mixtures of experts), which depends on all rows of a batch together.
+
+    Args:
+        model: whose configuration may ask for it.
+        asked: whether the caller of its forward pass asks for it.
+
+    Raises:
+        ValueError: where it would be added to the loss with a coefficient other than zero.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config: Any = getattr(inner, "config", None)
+    configs = [config, getattr(config, "text_config", None)]
+    if not asked and not any(getattr(c, "output_router_logits", False) for c in configs):
+        return
+    places = [[inner], configs]  # a model reads its own attribute, where it has one
+    found = [
+        {
+            name: value
+            for place in group
+            for name, value in vars(place or object).items()
+            if _is_coefficient(name, value)
+        }
+        for group in places
+    ]
+    coefficients = found[0] or found[1]
+    if coefficients and not any(coefficients.values()):
+        return
+    raise ValueError(
+        f"`output_router_logits=True` adds the routers' load-balancing loss ({coefficients or 'coefficient unknown'}), which "
+        "depends on all rows of a batch, so forget rows would train the base: set `model.config.output_router_logits = "
+        "False` and do not pass it (in TRL, `router_aux_loss_coef=0.0`)"
+    )
+
+
+def _is_coefficient(name: str, value: Any) -> bool:
+    return isinstance(value, int | float) and name.endswith(("aux_loss_coef", "z_loss_coef"))
 
 
 def check_member(member: Member) -> None:

@@ -15,6 +15,7 @@ from routed_peft.adapters import adapter_names, routing_record, set_routing_reco
 from routed_peft.architectures import find_mlps, output_projection
 from routed_peft.deprecation import warn_renamed
 from routed_peft.routes import BASE, Routes, validate_routes
+from routed_peft.routing.adapter_state import AdapterState, active_adapters, frozen_adapters
 from routed_peft.routing.compatibility import check_covered, check_member, check_model
 from routed_peft.routing.groups import JOINT, Member, find_members
 from routed_peft.routing.layers import Attachment, routed_class, routed_input_class, swap, unswap
@@ -37,8 +38,10 @@ class GradientRouting:
     Args:
         model: a PeftModel, or a transformers model with adapters, whose adapters are regions.
         routes: label -> `Route`; its order gives the integer labels.
-        train_base: unfreeze and train the model's own weights too, rather than adapters alone.
-        base_adapters: adapters that belong to the base, such as a ``retain`` LoRA.
+        train_base: unfreeze and train the model's own weights too, rather than adapters alone. None: as in the run that
+            the model was loaded from (``load_routed(…, is_trainable=True)``), otherwise False.
+        base_adapters: adapters that belong to the base, such as a ``retain`` LoRA. None: those of the run that the model
+            was loaded from, or of the routing before on this model. Adapters loaded with ``is_trainable=False`` stay frozen.
         edges: ``"parameters"`` routes parameter gradients exactly. ``"activations"`` scales the gradient at the input of
             every MLP's output projection, as published for ERA; other parameters then learn from all data.
         layers: decoder layers whose base is routed; None for all. The base elsewhere learns from all data.
@@ -73,8 +76,8 @@ class GradientRouting:
         model: nn.Module,
         routes: Routes,
         *,
-        train_base: bool = False,
-        base_adapters: Collection[str] = (),
+        train_base: bool | None = None,
+        base_adapters: Collection[str] | None = None,
         edges: Literal["parameters", "activations"] = "parameters",
         layers: Collection[int] | None = None,
         joint: Collection[str] = (),
@@ -83,16 +86,23 @@ class GradientRouting:
         if edges not in ("parameters", "activations"):
             raise ValueError(f'`edges` is "parameters" or "activations", got {edges!r}')
         self.model, self.routes, self.edges = model, dict(routes), edges
-        self.train_base, self.base_adapters = train_base, list(base_adapters)
-        self._adapters = adapter_names(model)
-        self.regions = [name for name in self._adapters if name not in base_adapters]
-        check_model(model, self.regions, base_adapters=base_adapters, train_base=train_base)
-        validate_routes(routes, self.regions, base=train_base or bool(base_adapters))
+        record, adapters = routing_record(model), adapter_names(model)
+        if base_adapters is None:
+            base_adapters = [name for name in record.base_adapters if name in adapters]
+        self.train_base = record.continues_base if train_base is None else train_base
+        self.base_adapters = list(base_adapters)
+        self.regions = [name for name in adapters if name not in self.base_adapters]
+        check_model(model, self.regions, base_adapters=self.base_adapters, train_base=self.train_base)
         members = find_members(model, self.base_adapters, joint=joint, layers=layers)
+        self._frozen = frozen_adapters(model, members)
+        trained_base = self.train_base or any(name not in self._frozen for name in self.base_adapters)
+        validate_routes(
+            routes, self.regions, trained_base, frozen=[name for name in self.regions if name in self._frozen]
+        )
         self._state = RoutingState()
         self._swapped: list[nn.Module] = []
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._active: list[str] = next((layer.active_adapters for _, layer in tuner_layers(model)), [])
+        self._active = active_adapters(model)
         self._owners: dict[str, list[nn.Module]] = {}  # rather than the parameters, which FSDP replaces
         try:
             self._unfreeze(members)
@@ -100,6 +110,7 @@ class GradientRouting:
         except BaseException:
             self.detach()
             raise
+        self._adapter_state = AdapterState.from_model(model, members)
         self.groups = [group for group in (BASE, JOINT, *self.regions) if self.parameters(group)]
         dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
         self._table = RouteTable(self.routes, self.regions, gather=gather, dtype=dtype)
@@ -109,13 +120,17 @@ class GradientRouting:
 
     def _unfreeze(self, members: Sequence[Member]) -> None:
         names = [*self.base_adapters, *self.regions]
-        if sorted(self._active) != sorted(names):
+        if any(set(layer.active_adapters) != set(names) for _, layer in tuner_layers(self.model)):
             set_adapter(self.model, names)
         for member in members:
             for name, p in member.module.named_parameters(recurse=False):
-                if member.adapter or self.train_base:
+                if member.adapter in self._frozen:
+                    p.requires_grad_(False)
+                elif member.adapter in self._active:
+                    p.requires_grad_(self._requires_grad.get(f"{member.name}.{name}", p.requires_grad))
+                elif member.adapter is None and self.train_base:
                     p.requires_grad_(p.is_floating_point())
-                elif p.requires_grad:
+                elif member.adapter is None and p.requires_grad:
                     raise ValueError(
                         f"{member.name}.{name} is trainable, but it belongs to no adapter and `train_base` is False: "
                         "freeze it, or train the whole base with `train_base=True`"
@@ -134,9 +149,9 @@ class GradientRouting:
                         f"{member.group!r} (tied embeddings?): put both or neither into `joint`"
                     )
             self._owners.setdefault(member.group, []).append(member.module)
-            if parameters and member.group != JOINT:
+            if member.outlet or (parameters and member.group != JOINT):
                 check_member(member)
-                # an outlet in any case, since a route may ablate its region
+                # an outlet in any case, frozen or not, since a route may ablate its region
                 if self.edges == "parameters" or member.outlet or member.module in outputs:
                     self._swap_member(member)
         check_covered(self.model, groups)
@@ -174,7 +189,7 @@ class GradientRouting:
         for module in self._swapped:
             unswap(module)
         self._swapped = []
-        if self._active and sorted(self._active) != sorted([*self.base_adapters, *self.regions]):
+        if self._active and set(self._active) != {*self.base_adapters, *self.regions}:
             set_adapter(self.model, self._active)
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._requires_grad.get(name, p.requires_grad))
@@ -191,15 +206,12 @@ class GradientRouting:
             weights: by group, factors ``(B,)`` or ``(B, T)`` on the routes' weights, such as token frequencies.
 
         Raises:
-            ValueError: on an unknown label, wrong shapes, or an adapter added since attaching.
+            ValueError: on an unknown label, wrong shapes, and adapters that were added, merged, switched or frozen since
+                attaching.
         """
         if not self._swapped:
             raise ValueError("this GradientRouting is detached: make a new one")
-        if adapter_names(self.model) != self._adapters:
-            raise ValueError(
-                f"the adapters were {self._adapters} when routing was attached and are {adapter_names(self.model)} now: "
-                "detach, and attach again with routes for all of them"
-            )
+        self.check_adapters()
         if self._state.groups is not None:
             raise ValueError("`with routing(...)` cannot be nested: leave the outer block first")
         indices = label_indices(labels, self.routes)
@@ -210,6 +222,14 @@ class GradientRouting:
             yield
         finally:
             self._state.groups = None
+
+    def check_adapters(self) -> None:
+        """Raise ValueError where PEFT's verbs added, merged, switched or froze adapters since attaching.
+
+        Every ``with routing(...)`` begins with it; call it before a step of the optimizer, too, where others could come
+        between (`RoutedTrainer` does).
+        """
+        self._adapter_state.check(self.model)
 
     @contextmanager
     def off(self) -> Iterator[None]:

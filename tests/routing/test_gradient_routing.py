@@ -182,7 +182,13 @@ def test_activation_edges_scale_what_flows_into_the_out_projection():
     """Base in-projections of the target layer are reversed, its out-projection and the other layer learn as usual."""
     model, batch = two_regions("gpt_neox"), batch_of(2, padded=False)
     names = [n for n, p in model.named_parameters()]
-    routing = GradientRouting(model, presets.era(), train_base=True, edges="activations", layers=[1])
+    routing = GradientRouting(
+        model,
+        presets.era() | {"b": Route(weights={"forget": 1.0, "bio": 1.0})},
+        train_base=True,
+        edges="activations",
+        layers=[1],
+    )
     grads = {}
     for label in ("unlabeled", "forget"):
         model.zero_grad()

@@ -11,7 +11,10 @@ from routed_peft.routing.gradient_routing import GradientRouting
 def test_joint_modules_learn_from_everything():
     model, batch = two_regions("llama"), batch_of(2)
     routing = GradientRouting(
-        model, presets.sgtm("forget") | {"b": Route()}, train_base=True, joint=["embeddings", "norms", "head"]
+        model,
+        presets.sgtm("forget") | {"b": Route(weights={"bio": 1.0})},
+        train_base=True,
+        joint=["embeddings", "norms", "head"],
     )
     with routing(["forget", "forget"]):
         loss_of(model, batch).backward()

@@ -10,7 +10,7 @@ from routed_peft.routing.gradient_routing import GradientRouting
 
 def test_self_check_passes_and_reports():
     model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(model, presets.sgtm("forget") | {"b": Route()}, train_base=True)
+    routing = GradientRouting(model, presets.sgtm("forget") | {"b": Route(weights={"bio": 1.0})}, train_base=True)
     received = routing.self_check(batch)
     assert received["forget"] == {"base": False, "forget": True, "bio": True}
     assert received["retain"] == {"base": True, "forget": False, "bio": True}
@@ -20,14 +20,16 @@ def test_self_check_passes_and_reports():
 @pytest.mark.parametrize("options", [{"joint": ["norms"]}, {"edges": "activations"}])
 def test_self_check_leaves_no_gradient_behind(options):
     model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(model, presets.era() | {"b": Route()}, train_base=True, **options)
+    routing = GradientRouting(
+        model, presets.era() | {"b": Route(weights={"forget": 1.0, "bio": 1.0})}, train_base=True, **options
+    )
     routing.self_check(batch)
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_self_check_finds_a_weight_read_from_outside():
     model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(model, presets.sgtm("forget"), train_base=True)
+    routing = GradientRouting(model, presets.sgtm("forget") | {"b": Route(weights={"bio": 1.0})}, train_base=True)
 
     def fused(model, inputs):
         hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
@@ -39,7 +41,7 @@ def test_self_check_finds_a_weight_read_from_outside():
 
 def test_self_check_finds_a_dead_region():
     model, batch = two_regions("llama"), batch_of(2)
-    routing = GradientRouting(model, presets.sgtm("forget"), train_base=True)
+    routing = GradientRouting(model, presets.sgtm("forget") | {"b": Route(weights={"bio": 1.0})}, train_base=True)
     for name, p in model.named_parameters():
         if ".forget." in name:
             p.data.zero_()

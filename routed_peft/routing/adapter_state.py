@@ -1,0 +1,138 @@
+"""State of a model's adapters under routing: those that stay frozen, and changes since attaching, which are refused.
+
+PEFT's own verbs (``set_adapter``, ``disable_adapter_layers``, ``merge_adapter`` …) work on an attached model too. Each would
+quietly end the training of a region, so the state that they change is looked at in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from routed_peft.adapters import adapter_names, tuner_layers
+from routed_peft.routing.groups import JOINT, Member
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the adapters that are switched on in some PEFT layer of ``model``."""
+    return list(dict.fromkeys(name for _, layer in tuner_layers(model) for name in layer.active_adapters))
+
+
+def frozen_adapters(model: nn.Module, members: Sequence[Member]) -> list[str]:
+    """Return the adapters that are not to be trained.
+
+    These were loaded with ``is_trainable=False``, or are switched on and have no parameter that requires a gradient. (An
+    adapter that was added beside another has none either, because PEFT switches on the first alone; it is to be trained.)
+
+    Raises:
+        ValueError: on a frozen adapter that is switched off.
+    """
+    configs: Any = getattr(model, "peft_config", {})
+    active = active_adapters(model)
+    learning = {m.adapter for m in members for p in m.module.parameters(recurse=False) if p.requires_grad}
+    frozen = []
+    for name in adapter_names(model):
+        if configs[name].inference_mode and name not in active:
+            raise ValueError(
+                f"the adapter {name!r} is loaded for inference and switched off, but routing runs with all adapters of a "
+                f"model: remove it (`model.delete_adapter({name!r})`), switch it on beside {active} (`set_adapter`), or load "
+                "it with `is_trainable=True`"
+            )
+        if configs[name].inference_mode or (name in active and name not in learning):
+            frozen.append(name)
+    return frozen
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    name: str
+    layer: BaseTunerLayer
+    parent: nn.Module
+    attribute: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterState:
+    """Adapters and trained parameters of a model at the time of attaching.
+
+    Attributes:
+        names: of all adapters.
+        layers: PEFT layers, with the modules that hold them.
+        trained: (module's name, module, parameter's name, whether it is trained, whether it is an adapter's), for every
+            parameter whose gradient is routed, or would have to be.
+    """
+
+    names: list[str]
+    layers: list[_Layer]
+    trained: list[tuple[str, nn.Module, str, bool, bool]]
+
+    @classmethod
+    def from_model(cls, model: nn.Module, members: Sequence[Member]) -> AdapterState:
+        """Read the state of ``model``, whose routing has just been attached."""
+        modules = dict(model.named_modules())
+        places = [(name, layer, *name.rpartition(".")[::2]) for name, layer in tuner_layers(model)]
+        return cls(
+            adapter_names(model),
+            [_Layer(name, layer, modules[parent], attribute) for name, layer, parent, attribute in places],
+            [
+                (m.name, m.module, name, p.requires_grad, m.adapter is not None)
+                for m in members
+                if m.group != JOINT
+                for name, p in m.module.named_parameters(recurse=False)
+            ],
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError where adapters of ``model`` were added, switched, merged, removed or frozen since attaching.
+
+        Parameters of adapters that were frozen then are frozen again.
+        """
+        if adapter_names(model) != self.names:
+            raise ValueError(
+                f"the adapters were {self.names} when routing was attached and are {adapter_names(model)} now: "
+                "detach, and attach again with routes for all of them"
+            )
+        expected = set(self.names)
+        for place in self.layers:
+            layer = place.layer
+            # merging tools put the plain layer back; wrappers of FSDP or checkpointing are other modules
+            if place.parent._modules.get(place.attribute) is layer.base_layer:
+                raise ValueError(
+                    f"the adapters are gone from {place.name!r} (`unload`, `merge_and_unload`), but the routing is attached: "
+                    "train the model first, and save or ablate it afterwards (`save_routed`, `ablate`)"
+                )
+            if layer.merged_adapters or layer.disable_adapters or expected != set(layer.active_adapters):
+                _refuse(place.name, layer, expected)
+        for module_name, module, name, trained, in_adapter in self.trained:
+            p = module._parameters.get(name)
+            if p is not None and p.requires_grad and in_adapter and not trained:
+                p.requires_grad_(False)  # PEFT unfreezes whatever it switches on, as at the end of `disable_adapter`
+            elif p is not None and p.requires_grad != trained and (in_adapter or p.requires_grad):
+                verb = "requires no gradient any more" if trained else "requires a gradient now"
+                raise ValueError(
+                    f"{module_name}.{name} {verb}, unlike when routing was attached (`set_adapter`, `requires_grad_`): "
+                    "restore it, or detach and attach again, with a new optimizer"
+                )
+
+
+def _refuse(name: str, layer: BaseTunerLayer, expected: Collection[str]) -> None:
+    if layer.merged_adapters:
+        raise ValueError(
+            f"the adapters {list(layer.merged_adapters)} are merged into {name!r} (`merge_adapter`), where neither can be "
+            "routed: call `unmerge_adapter()` before the next step"
+        )
+    if layer.disable_adapters:
+        raise ValueError(
+            f"the adapters of {name!r} are switched off (`disable_adapter`, `disable_adapter_layers`), so no region could "
+            "learn: call `enable_adapter_layers()` before the next step. Use `routed_peft.ablated(model, region)` to run a "
+            "model without a region"
+        )
+    raise ValueError(
+        f"the adapters {sorted(layer.active_adapters)} of {name!r} are active (`set_adapter`), of {sorted(expected)} when "
+        f"routing was attached: call `model.base_model.set_adapter({sorted(expected)})` before the next step. Use "
+        "`routed_peft.ablated(model, region)` to run a model without a region"
+    )
