@@ -10,17 +10,7 @@ from routed_peft.monitoring.probe import Effect
 from routed_peft.monitoring.quarantine import apply_quarantine
 from routed_peft.monitoring.rollback import rollback, run_with_rollback
 
-__all__ = [
-    "Alarms",
-    "Cusum",
-    "Effect",
-    "Growth",
-    "Incident",
-    "MonitorConfig",
-    "RegionMonitor",
-    "apply_quarantine",
-    "rollback",
-    "run_with_rollback",
-]
+__all__ = ["Alarms", "Cusum", "Effect", "Growth", "Incident", "MonitorConfig", "RegionMonitor", "apply_quarantine"]
+__all__ += ["rollback", "run_with_rollback"]
 
 __getattr__ = renamed(__name__, {"treated": "apply_quarantine"})

@@ -24,21 +24,14 @@ class Cusum:
     with mean and standard deviation of the first ``calibration`` values, slack ``k`` and threshold ``h``. No single value
     counts more than the threshold, so that one outlier alone raises no alarm. A value that is not finite counts as ``h``.
 
-    Attributes:
-        calibration: values to calibrate on; S is 0 meanwhile.
-        slack: k.
-        threshold: h; the alarm is ``level > threshold``.
-        count: values so far.
-        mean: of the values calibrated on.
-        squares: sum of squared deviations from the mean, of these.
-        level: S.
+    ``level`` is S, and above ``threshold`` an alarm. ``mean`` and ``squares`` (of deviations from it) are of the ``count``
+    values calibrated on.
 
-    Example:
-        >>> cusum = Cusum(calibration=4)
-        >>> for x in [1.0, 3.0, 1.0, 3.0, 2.0, 4.0, 9.0, 9.0]:
-        ...     cusum.update(x)
-        >>> cusum.spread, cusum.level
-        (1.15..., 11.2...)
+    >>> cusum = Cusum(calibration=4)
+    >>> for x in [1.0, 3.0, 1.0, 3.0, 2.0, 4.0, 9.0, 9.0]:
+    ...     cusum.update(x)
+    >>> cusum.spread, cusum.level
+    (1.15..., 11.2...)
     """
 
     calibration: int = 20
@@ -77,23 +70,14 @@ class Cusum:
 
 @dataclass
 class Series:
-    """A watched number over the steps.
+    """A watched number over the steps."""
 
-    Attributes:
-        cusum: its cumulative sum, or None if only the limit counts.
-        limit: a value above it is an alarm at once.
-        value: the last one.
-        clean: whether the sum is 0 and the value within the limit.
-        clean_step: the last clean step, after which any trouble began.
-        streak: successive observations with an alarm.
-    """
-
-    cusum: Cusum | None
-    limit: float | None = None
-    value: float = 0.0
-    clean: bool = True
-    clean_step: int = 0
-    streak: int = 0
+    cusum: Cusum | None  # None if only the limit counts
+    limit: float | None = None  # a value above it is an alarm at once
+    value: float = 0.0  # the last one
+    clean: bool = True  # the sum is 0 and the value within the limit
+    clean_step: int = 0  # the last clean step, after which any trouble began
+    streak: int = 0  # successive observations with an alarm
 
     def observe(self, step: int, value: float) -> None:
         """Add the value of a step."""
@@ -113,12 +97,11 @@ class Series:
 class Alarms:
     """All series of a run, by name ``region/metric``, and the status of the run.
 
-    Example:
-        >>> alarms = Alarms(MonitorConfig(patience=2, max_kl=0.1))
-        >>> for step in (10, 11, 12):
-        ...     alarms.observe(step, {"forget/kl": 0.01 if step == 10 else 0.2})
-        >>> alarms.status, alarms.onset_step
-        ('halt', 10)
+    >>> alarms = Alarms(MonitorConfig(patience=2, max_kl=0.1))
+    >>> for step in (10, 11, 12):
+    ...     alarms.observe(step, {"forget/kl": 0.01 if step == 10 else 0.2})
+    >>> alarms.status, alarms.onset_step
+    ('halt', 10)
     """
 
     def __init__(self, config: MonitorConfig) -> None:

@@ -39,15 +39,6 @@ class MonitorConfig:
         samples: rows per environment in an incident.
         by_layer: log sizes and contributions of every layer as well.
         random_subspaces: number of random subspaces to compare with a subspace region's energy share.
-
-    Raises:
-        ValueError: on values out of range.
-
-    Example:
-        >>> MonitorConfig(patience=0)
-        Traceback (most recent call last):
-        ...
-        ValueError: `patience` must be at least 1, got 0
     """
 
     every: int = 20
@@ -75,9 +66,8 @@ class MonitorConfig:
             if getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}")
         if self.slack < 0 or self.threshold <= 0:
-            raise ValueError(
-                f"`slack` must not be negative and `threshold` positive, got {self.slack} and {self.threshold}"
-            )
+            got = f"{self.slack} and {self.threshold}"
+            raise ValueError(f"`slack` must not be negative and `threshold` positive, got {got}")
         if not 0 < self.blame <= 1:
             raise ValueError(f"`blame` is a share, above 0 and at most 1, got {self.blame}")
         if unknown := sorted(set(self.watch) - set(METRICS)):

@@ -16,20 +16,14 @@ from routed_peft.data.columns import ROUTE_ENVIRONMENT, column_values
 def list_environments(dataset: Any, column: str = ROUTE_ENVIRONMENT) -> list[str]:
     """Return the environments in a map-style dataset, in the order of its integers if it has such.
 
-    Raises:
-        ValueError: without such a column, and for a dataset that would have to be read through.
-
-    Example:
-        >>> list_environments(Dataset.from_dict({"route_environment": ["b", "a", "b"]}))
-        ['a', 'b']
+    >>> list_environments(Dataset.from_dict({"route_environment": ["b", "a", "b"]}))
+    ['a', 'b']
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"`environments` of a {type(dataset).__name__} cannot be read from it: list their names")
     if column not in dataset.column_names:
-        raise ValueError(
-            f"the dataset has no column `{column}`, got {dataset.column_names}: add it (the name of each row's environment), "
-            "or list the `environments` if they come with the batches"
-        )
+        raise ValueError(f"the dataset has no column `{column}`, got {dataset.column_names}: add it (the name of each "
+                         "row's environment), or list the `environments` if they come with the batches")  # fmt: skip
     feature, values = dataset.features[column], column_values(dataset, column)
     if None in values:
         raise ValueError(f"the column `{column}` is null in row {values.index(None)}: every row needs an environment")
@@ -43,23 +37,12 @@ def list_environments(dataset: Any, column: str = ROUTE_ENVIRONMENT) -> list[str
 def rows_by_environment(
     given: Any, names: Sequence[str], *, size: int, column: str = ROUTE_ENVIRONMENT
 ) -> dict[str, Tensor]:
-    """Return the rows of a batch by environment.
+    """Return the indices of the rows of each environment in ``names``, for those with rows.
 
-    Args:
-        given: ``size`` names, or integers ``(B,)`` into ``names``.
-        names: all environments.
-        size: B.
-        column: name of the dataset's column, for messages.
+    ``given`` holds ``size`` names, or integers ``(B,)`` into ``names``; ``column`` is its name in the dataset, for messages.
 
-    Returns:
-        Environment -> indices of its rows, for those with rows.
-
-    Raises:
-        ValueError: on an unknown environment, and on another number of rows.
-
-    Example:
-        >>> rows_by_environment(["b", "a", "b"], ["a", "b"], size=3)
-        {'a': tensor([1]), 'b': tensor([0, 2])}
+    >>> rows_by_environment(["b", "a", "b"], ["a", "b"], size=3)
+    {'a': tensor([1]), 'b': tensor([0, 2])}
     """
     if given is None and column != ROUTE_ENVIRONMENT:
         raise ValueError(
@@ -67,18 +50,14 @@ def rows_by_environment(
             f"`{column}` of the dataset (`environment_column` in the arguments names another)"
         )
     if given is None:
-        raise ValueError(
-            f"a training batch came without `{ROUTE_ENVIRONMENT}`, which the monitor needs: add the column to the dataset, and "
-            "let the collator keep it"
-        )
+        raise ValueError(f"a training batch came without `{ROUTE_ENVIRONMENT}`, which the monitor needs: add the "
+                         "column to the dataset, and let the collator keep it")  # fmt: skip
     values = given.tolist() if isinstance(given, Tensor) else list(given)
     if len(values) != size:
         raise ValueError(f"`{column}` names {len(values)} rows, and the batch has {size}")
-    found = [_name(value, names, column) for value in values]
+    found = [_name(value, names, column) for value in values]  # in the order of `names`, in all processes
     return {
-        name: torch.tensor([i for i, other in enumerate(found) if other == name])
-        for name in names  # in this order, in all processes
-        if name in found
+        name: torch.tensor([i for i, other in enumerate(found) if other == name]) for name in names if name in found
     }
 
 

@@ -26,23 +26,14 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """A region at one layer.
+    """A region at one layer."""
 
-    Attributes:
-        name: of the layer.
-        layer: the PEFT layer.
-        a: the linear module that holds ``A``.
-        b: the one that holds ``B``, or None where that is fixed and orthonormal.
-        scale: ``s``.
-        off: a basis that ``B`` is projected off in the forward pass, or None.
-    """
-
-    name: str
-    layer: nn.Module
-    a: nn.Linear
-    b: nn.Linear | None
-    scale: float = 1.0
-    off: Tensor | None = None
+    name: str  # of the layer
+    layer: nn.Module  # of PEFT
+    a: nn.Linear  # holds A
+    b: nn.Linear | None  # holds B; None where that is fixed and orthonormal
+    scale: float = 1.0  # s
+    off: Tensor | None = None  # a basis that B is projected off in the forward pass
 
     @property
     def modules(self) -> list[nn.Linear]:
@@ -70,21 +61,15 @@ def gather_full(tensor: Tensor) -> Tensor:
 
 
 def find_factors(model: nn.Module, region: str) -> list[Factors]:
-    """Return the layers of ``region``.
-
-    Raises:
-        ValueError: if a layer is no product of two linear modules, or there is no such region.
-    """
+    """Return the layers of ``region``; raise ValueError without any, and on one that is no product of two linear modules."""
     found = []
     for name, layer in tuner_layers(model):
         parts = _parts(layer, region)
         if parts is None:
             continue
         if not all(isinstance(module, nn.Linear) for module in parts[:2] if module is not None):
-            raise ValueError(
-                f"the region {region!r} has a {type(layer).__name__} at {name!r}, which the monitor cannot read: use "
-                "`RoutedConfig` regions, or plain LoRA on linear layers"
-            )
+            raise ValueError(f"the region {region!r} has a {type(layer).__name__} at {name!r}, which the monitor "
+                             "cannot read: use `RoutedConfig` regions, or plain LoRA on linear layers")  # fmt: skip
         assert isinstance(layer, nn.Module)
         found.append(Factors(name.removeprefix("base_model.model."), layer, *parts))
     if not found:
@@ -128,18 +113,14 @@ def sensitivities(before: Pair, after: Pair, scale: float) -> Sequence[Tensor]:
         V_A = s\,\bar B^\top (D + D'), \qquad V_B = s\,(D + D') \bar A^\top
 
     because :math:`\Delta = s (\delta B\,\bar A + \bar B\,\delta A)`. Parts of a step then have parts of the growth that add
-    up, the quadratic term included.
+    up, the quadratic term included. The shapes are ``(r, D)`` and, unless ``B`` is fixed, ``(O, r)``.
 
-    Returns:
-        ``V_A`` ``(r, D)`` and, unless ``B`` is fixed, ``V_B`` ``(O, r)``.
-
-    Example:
-        >>> import torch
-        >>> old, new = (Pair(torch.randn(2, 5), torch.randn(4, 2)) for _ in range(2))
-        >>> v_a, v_b = sensitivities(old, new, 0.5)
-        >>> growth = (v_a * (new.a - old.a)).sum() + (v_b * (new.b - old.b)).sum()
-        >>> torch.allclose(growth, squared_norm(new, 0.5) - squared_norm(old, 0.5), rtol=1e-4, atol=1e-4)
-        True
+    >>> import torch
+    >>> old, new = (Pair(torch.randn(2, 5), torch.randn(4, 2)) for _ in range(2))
+    >>> v_a, v_b = sensitivities(old, new, 0.5)
+    >>> growth = (v_a * (new.a - old.a)).sum() + (v_b * (new.b - old.b)).sum()
+    >>> torch.allclose(growth, squared_norm(new, 0.5) - squared_norm(old, 0.5), rtol=1e-4, atol=1e-4)
+    True
     """
     (a, b), (a_, b_) = before, after
     if b is None or b_ is None:

@@ -25,15 +25,14 @@ class EnvironmentGradients:
         sums: module -> environment -> gradient of its weight, ``(O, D)``, summed since `start`; in the units of ``.grad``
             before clipping and before any reduction over processes.
 
-    Example:
-        >>> linear, x = nn.Linear(1, 1), torch.tensor([[1.0], [2.0], [3.0]])
-        >>> gradients = EnvironmentGradients([linear])
-        >>> gradients.start()
-        >>> gradients.expect_batch({"a": torch.tensor([0, 2]), "b": torch.tensor([1])}, 3)
-        >>> linear(x).sum().backward()
-        >>> gradients.stop()
-        >>> {name: g.item() for name, g in gradients.sums[linear].items()}, linear.weight.grad.item()
-        ({'a': 4.0, 'b': 2.0}, 6.0)
+    >>> linear, x = nn.Linear(1, 1), torch.tensor([[1.0], [2.0], [3.0]])
+    >>> gradients = EnvironmentGradients([linear])
+    >>> gradients.start()
+    >>> gradients.expect_batch({"a": torch.tensor([0, 2]), "b": torch.tensor([1])}, 3)
+    >>> linear(x).sum().backward()
+    >>> gradients.stop()
+    >>> {name: g.item() for name, g in gradients.sums[linear].items()}, linear.weight.grad.item()
+    ({'a': 4.0, 'b': 2.0}, 6.0)
     """
 
     def __init__(self, modules: Iterable[nn.Linear]) -> None:

@@ -53,20 +53,12 @@ class Growth:
 
 @dataclass
 class GrowthMeter:
-    """A meter of `Growth` over one optimizer step: call `before` it (after clipping), and `after` it.
+    """A meter of `Growth` over one optimizer step: call `before` it (after clipping), and `after` it."""
 
-    Attributes:
-        factors: region -> its layers.
-        gradients: recorded in the step's backward passes.
-        environments: names, in the order of the columns.
-        reduce: sums a tensor over processes.
-        processes: their number.
-    """
-
-    factors: Mapping[str, Sequence[Factors]]
-    gradients: EnvironmentGradients
-    environments: Sequence[str]
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    factors: Mapping[str, Sequence[Factors]]  # region -> its layers
+    gradients: EnvironmentGradients  # recorded in the step's backward passes
+    environments: Sequence[str]  # in the order of the columns
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor  # sums over processes
     processes: int = 1
     _old: dict[str, list[Pair]] = field(default_factory=dict)
     _matches: dict[str, Tensor] = field(default_factory=dict)
@@ -90,11 +82,7 @@ class GrowthMeter:
 
     @torch.no_grad()
     def after(self, optimizer: Any) -> dict[str, Growth]:
-        """Return the growth of every region.
-
-        Args:
-            optimizer: after its step.
-        """
+        """Return the growth of every region; ``optimizer`` has made its step."""
         return {region: self._growth(region, optimizer) for region in self.factors}
 
     def _growth(self, region: str, optimizer: Any) -> Growth:
@@ -114,23 +102,19 @@ class GrowthMeter:
                     column = self.environments.index(name)
                     contributions[i, column] -= (v * rates[module.weight] * g).sum() * clipped
                     raw[i, column] -= (v * g).sum() * clipped
-        both = torch.stack([contributions, raw])
-        contributions, raw = self.reduce(both) / self.processes
+        contributions, raw = self.reduce(torch.stack([contributions, raw])) / self.processes
         squares = torch.stack([squared_norm(pair, f.scale) for f, pair in zip(layers, new, strict=True)])
         former = torch.stack([squared_norm(p, f.scale) for f, p in zip(layers, self._old[region], strict=True)])
         norms = squares.sum().sqrt() + former.sum().sqrt()
+        used, both_ways, seen = match.tolist()
         return Growth(
             size=float(squares.sum().sqrt()),
             growth=float(_ratio(moved, norms)),
             layer_sizes=squares.sqrt().cpu(),
             contributions=_ratio(contributions, norms).cpu(),
             raw=_ratio(raw, steepness.sqrt()).cpu(),
-            captured=self._captured(match),
+            captured=both_ways / (used * seen) ** 0.5 if self.processes == 1 and used * seen > 0 else float("nan"),
         )
-
-    def _captured(self, match: Tensor) -> float:
-        used, across, seen = match.tolist()
-        return across / (used * seen) ** 0.5 if self.processes == 1 and used * seen > 0 else float("nan")
 
 
 def _ratio(parts: Tensor, total: Tensor) -> Tensor:
@@ -143,11 +127,10 @@ def step_sizes(optimizer: Any, parameters: set[Tensor]) -> dict[Tensor, Tensor |
     :math:`\eta / (\sqrt{\hat v} + \epsilon)` for Adam and its kin (whose state has ``exp_avg_sq``), the learning rate
     :math:`\eta` for all others.
 
-    Example:
-        >>> p = torch.nn.Parameter(torch.tensor([1.0])); p.grad = torch.tensor([4.0])
-        >>> adam = torch.optim.Adam([p], lr=0.1); adam.step()
-        >>> step_sizes(adam, {p})[p]
-        tensor([0.0250])
+    >>> p = torch.nn.Parameter(torch.tensor([1.0])); p.grad = torch.tensor([4.0])
+    >>> adam = torch.optim.Adam([p], lr=0.1); adam.step()
+    >>> step_sizes(adam, {p})[p]
+    tensor([0.0250])
     """
     rates: dict[Tensor, Tensor | float] = {}
     for group in optimizer.param_groups:

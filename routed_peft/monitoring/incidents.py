@@ -43,11 +43,7 @@ class Incident:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Incident:
-        """Read ``incident.json``, or that of a run's directory.
-
-        Raises:
-            ValueError: if it is missing or damaged.
-        """
+        """Read ``incident.json``, or that of a run's directory; raise ValueError if it is missing or damaged."""
         file = Path(path) / INCIDENT if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"{file} does not exist: the run was not halted, or has been rolled back already")
@@ -66,29 +62,17 @@ def describe_incident(
     blame: float,
     exempt: Collection[str] = (),
 ) -> Incident:
-    """Describe the incident of a run with alarms.
+    """Describe the incident of a run with alarms, which names environments for the share ``blame`` of positive contributions.
 
-    Args:
-        step: of the halt.
-        alarms: with some raised.
-        contributions: of all environments.
-        samples: rows by environment.
-        blame: share of all positive contributions since onset that the named environments must reach.
-        exempt: environments that are ranked but never named; their contributions do not count.
+    ``samples`` are rows by environment. Those that are ``exempt`` are ranked but never named; they do not count.
     """
     raised, onset = alarms.raised, alarms.onset_step
     regions = sorted({name.partition("/")[0] for name in raised})
-    table, named = rank_environments(
-        contributions.since(onset, regions), contributions.total(regions), blame=blame, exempt=exempt
-    )
+    since, total = contributions.since(onset, regions), contributions.total(regions)
+    table, named = rank_environments(since, total, blame=blame, exempt=exempt)
     numbers = {
-        name: {
-            "value": series.value,
-            "limit": series.limit,
-            "cusum": series.cusum.level if series.cusum else None,
-            "clean_step": series.clean_step,
-        }
-        for name, series in raised.items()
+        name: {"value": s.value, "limit": s.limit, "cusum": s.cusum and s.cusum.level, "clean_step": s.clean_step}
+        for name, s in raised.items()
     }
     return Incident(step, onset, numbers, table, named, [dict(row) for name in named for row in samples.get(name, ())])
 
@@ -101,13 +85,12 @@ def rank_environments(
     If no environment that can be named has contributed since, contributions over the run count: a hack that always pays
     has no gradient any more.
 
-    Example:
-        >>> rank_environments({"a": -1.0, "b": 3.0, "c": 1.0}, {"a": 5.0, "b": 3.0, "c": 1.0}, blame=0.5)[1]
-        ['b']
-        >>> rank_environments({"a": 9.0, "b": 3.0}, {"a": 9.0, "b": 3.0}, blame=0.5, exempt=["a"])[1]
-        ['b']
-        >>> rank_environments({"a": 0.0, "b": -1.0}, {"a": 1.0, "b": 3.0}, blame=0.5)[1]
-        ['b']
+    >>> rank_environments({"a": -1.0, "b": 3.0, "c": 1.0}, {"a": 5.0, "b": 3.0, "c": 1.0}, blame=0.5)[1]
+    ['b']
+    >>> rank_environments({"a": 9.0, "b": 3.0}, {"a": 9.0, "b": 3.0}, blame=0.5, exempt=["a"])[1]
+    ['b']
+    >>> rank_environments({"a": 0.0, "b": -1.0}, {"a": 1.0, "b": 3.0}, blame=0.5)[1]
+    ['b']
     """
     recent = {name: since_onset.get(name, 0.0) for name in cumulative}
     ranked = sorted(recent, key=lambda name: -recent[name])

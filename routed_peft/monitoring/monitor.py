@@ -53,7 +53,6 @@ class RegionMonitor(TrainerCallback, ExportableState):
 
     Args:
         trainer: a `RoutedTrainer`, or another trainer on `RoutingMixin`.
-        config: `MonitorConfig`.
         environments: their names; by default those in the training dataset.
         reward: ``reward(model, environment)``, a mean over some rollouts. The reward gap is the difference between its value
             with the region on and with the region ablated, under the same random numbers and without gradients.
@@ -87,9 +86,8 @@ class RegionMonitor(TrainerCallback, ExportableState):
         self.factors = {region: find_factors(trainer.model, region) for region in trainer.routing.regions}
         layers = (f for factors in self.factors.values() for f in factors)
         self.gradients = EnvironmentGradients(module for f in layers for module in f.modules)
-        self.meter = GrowthMeter(
-            self.factors, self.gradients, self.environments, self._reduce, trainer.accelerator.num_processes
-        )
+        processes = trainer.accelerator.num_processes
+        self.meter = GrowthMeter(self.factors, self.gradients, self.environments, self._reduce, processes)
         self.energies = {
             region: EnergyShare(factors, region, environments=self.environments, draws=self.config.random_subspaces)
             for region, factors in self.factors.items()
@@ -126,15 +124,11 @@ class RegionMonitor(TrainerCallback, ExportableState):
         self.alarms.restore(kept["alarms"])
         self.contributions.restore(kept["ledger"])
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start afresh, or from the state in the checkpoint."""
         if Path(str(args.output_dir), INCIDENT).exists():
-            raise ValueError(
-                f"{args.output_dir} holds {INCIDENT}: the run was halted. Go back with `routed_peft.monitoring.rollback`, use "
-                "`run_with_rollback`, or move the file away"
-            )
+            raise ValueError(f"{args.output_dir} holds {INCIDENT}: the run was halted. Go back with "
+                             "`routed_peft.monitoring.rollback`, use `run_with_rollback`, or move the file away")  # fmt: skip
         self._reset()
         callbacks: Any = state.stateful_callbacks or {}
         saved = callbacks.get(type(self).__name__)
@@ -143,9 +137,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
 
     # A step
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Prepare to observe the step, if it is its turn."""
         step, alarmed = state.global_step + 1, self.status != OK and self.config.action != "log"
         self._observing = step % self.config.every == 0 or alarmed
@@ -160,12 +152,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
             self._stack.callback(watcher.stop)
 
     def observe(self, inputs: Mapping[str, Any], environments: Any) -> None:
-        """Take a batch that is about to be trained on; the trainer calls it.
-
-        Args:
-            inputs: the batch.
-            environments: of each row: a name, or an integer into `environments`.
-        """
+        """Take a batch that is about to be trained on, and each row's environment, as a name or an index."""
         first = inputs["prompt_ids" if "prompt_ids" in inputs else "input_ids"]
         rows = rows_by_environment(environments, self.environments, size=len(first), column=self.column)
         if not self._observing:
@@ -176,9 +163,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
         self.probe.keep(inputs, self.trainer._has_loss(inputs), rows=rows, environments=self.environments)
         self._samples.keep(inputs, rows, self.trainer.state.global_step + 1)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Copy the regions' factors before the step."""
         if not self._observing:
             return
@@ -189,9 +174,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
             )
         self.meter.before()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the growth of the regions."""
         if not self._observing:
             return
@@ -199,11 +182,9 @@ class RegionMonitor(TrainerCallback, ExportableState):
         self.gradients.clear()
         for region, growth in self._growth.items():
             if growth.captured < _LEAST_CAPTURED:
-                raise ValueError(
-                    f"the gradients that the monitor saw are not those that train the region {region!r} (cosine "
-                    f"{growth.captured:.2f}): compute all of the loss through the model's forward pass, without hooks that "
-                    "change gradients"
-                )
+                raise ValueError(f"the gradients that the monitor saw are not those that train the region {region!r} "
+                                 f"(cosine {growth.captured:.2f}): compute all of the loss through the model's forward "
+                                 "pass, without hooks that change gradients")  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the effect of the regions, log all numbers, and act on alarms."""
@@ -216,10 +197,9 @@ class RegionMonitor(TrainerCallback, ExportableState):
             self.contributions.add(step, region, report.contributions)
             watched = report.alarm_metrics(self.config.exempt)
             self.alarms.observe(step, {f"{region}/{name}": value for name, value in watched.items()})
+        # before the first gap is known, trouble may date from the start
         if self.reward is None or any("/reward_gap" in name for name in self.alarms.series):
-            self.contributions.forget_until(
-                self.alarms.clean_step
-            )  # before the first gap is known, trouble may date from the start
+            self.contributions.forget_until(self.alarms.clean_step)
         self.status = self.alarms.status
         self._log()
         if self.config.action == "log" or self.status == OK:
@@ -253,9 +233,8 @@ class RegionMonitor(TrainerCallback, ExportableState):
         if self.reward is None or (step % self.config.reward_every and self.status == OK):
             return {}
         mean = lambda tensor: self._reduce(tensor.to(self.trainer.args.device)) / self.meter.processes
-        return reward_gaps(
-            self.reward, self.trainer.model, regions=self.factors, environments=self.environments, mean=mean, seed=step
-        )
+        of: dict[str, Any] = {"regions": self.factors, "environments": self.environments}
+        return reward_gaps(self.reward, self.trainer.model, **of, mean=mean, seed=step)
 
     def _log(self) -> None:
         logs: dict[str, float] = {"monitor/status": _CODES[self.status]}
@@ -273,26 +252,17 @@ class RegionMonitor(TrainerCallback, ExportableState):
         control.should_save = True
         control.should_training_stop = True
         samples = self._samples.decode(self.trainer.processing_class)
-        gone = [name for name in self.contributions.total(self.factors) if name not in self.environments]
-        blame, exempt = self.config.blame, [*self.config.exempt, *gone]
+        step, log, config = state.global_step, self.contributions, self.config
+        gone = [name for name in log.total(self.factors) if name not in self.environments]
+        exempt = [*config.exempt, *gone]
         incident = describe_incident(
-            state.global_step,
-            self.alarms,
-            contributions=self.contributions,
-            samples=samples,
-            blame=blame,
-            exempt=exempt,
+            step, self.alarms, contributions=log, samples=samples, blame=config.blame, exempt=exempt
         )
         if state.is_world_process_zero:
             path = incident.write(str(args.output_dir))
-            logger.warning(
-                "halted at step %d: %s. It began after step %d, and %s contributed most; see %s",
-                incident.step,
-                self._alarms_in_words(),
-                incident.onset_step,
-                incident.named or "no environment",
-                path,
-            )
+            words, named = self._alarms_in_words(), incident.named or "no environment"
+            message = "halted at step %d: %s. It began after step %d, and %s contributed most; see %s"
+            logger.warning(message, step, words, incident.onset_step, named, path)
 
 
 def _eager() -> AbstractContextManager[Any]:

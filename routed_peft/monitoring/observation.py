@@ -15,58 +15,48 @@ from routed_peft.monitoring.probe import Effect
 
 @dataclass(frozen=True)
 class RegionReport:
-    """Measurements of one region at one step.
-
-    Attributes:
-        layers: names of its L layers.
-        environments: names of the E environments.
-        growth: of the step.
-        effect: after the step.
-        extra: further numbers by environment (reward gap, energy share), by name.
-        weight_drift: of the base along its subspace, if it has one.
-    """
+    """Measurements of one region of L layers at one step, in E environments."""
 
     layers: Sequence[str]
     environments: Sequence[str]
     growth: Growth
-    effect: Effect
-    extra: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    weight_drift: float | None = None
+    effect: Effect  # after the step
+    extra: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # name -> environment -> reward gap, energy share
+    weight_drift: float | None = None  # of the base along the region's subspace, if it has one
 
     @property
     def contributions(self) -> dict[str, float]:
         """Signed contribution to the step's growth, by environment."""
         return dict(zip(self.environments, self.growth.contributions.sum(0).tolist(), strict=True))
 
+    def _by_environment(self) -> dict[str, Mapping[str, float]]:
+        tensors = {
+            "raw_contribution": self.growth.raw.sum(0),
+            "functional_size": self.effect.overall,
+            "kl": self.effect.kl,
+        }
+        measured = {name: self._named(values) for name, values in tensors.items()}
+        return {"contribution": self.contributions, **measured, **self.extra}
+
     def alarm_metrics(self, exempt: Collection[str] = ()) -> dict[str, float]:
         """Return the measured metrics for alarms, without the parts of ``exempt`` environments."""
-        largest = {
-            "raw_contribution": self._named(self.growth.raw.sum(0)),
-            "functional_size": self._named(self.effect.overall),
-            "kl": self._named(self.effect.kl),
-            "reward_gap": self.extra.get("reward_gap", {}),
-        }
         drift = {} if self.weight_drift is None else {"weight_drift": self.weight_drift}
         growth = self.growth.growth - sum(v for name, v in self.contributions.items() if name in exempt)
-        counted = {
-            metric: [v for name, v in values.items() if name not in exempt] for metric, values in largest.items()
-        }
-        return {"growth": growth, **drift} | {metric: max(values) for metric, values in counted.items() if values}
+        found, measured = {"growth": growth, **drift}, self._by_environment()
+        for metric in ("raw_contribution", "functional_size", "kl", "reward_gap"):
+            if counted := [v for name, v in measured.get(metric, {}).items() if name not in exempt]:
+                found[metric] = max(counted)
+        return found
 
     def flatten(self, by_layer: bool) -> dict[str, float]:
         """Return all numbers under names such as ``kl/ENVIRONMENT``; with ``by_layer`` those of every layer too."""
         g, e = self.growth, self.effect
         numbers = {"size": g.size, "growth": g.growth, "rest": g.rest, "weight_drift": self.weight_drift}
         numbers["captured"] = g.captured
-        by_environment = {
-            "contribution": self.contributions,
-            "raw_contribution": self._named(g.raw.sum(0)),
-            "functional_size": self._named(e.overall),
-            "kl": self._named(e.kl),
-            **self.extra,
-        }
         found = {name: value for name, value in numbers.items() if value is not None and not math.isnan(value)}
-        for name, values in by_environment.items():
+        for name, values in self._by_environment().items():
             found |= {f"{name}/{environment}": value for environment, value in values.items()}
         for i, layer in enumerate(self.layers if by_layer else ()):
             found[f"{layer}/size"] = float(g.layer_sizes[i])
@@ -82,12 +72,11 @@ class RegionReport:
 class ContributionLog:
     """Contributions of every environment to every region: over the whole run, and since a step.
 
-    Example:
-        >>> log = ContributionLog()
-        >>> for step in (10, 20, 30):
-        ...     log.add(step, "forget", {"a": 1.0, "b": -1.0})
-        >>> log.since(10, ["forget"]), log.total(["forget"])
-        ({'a': 2.0, 'b': -2.0}, {'a': 3.0, 'b': -3.0})
+    >>> log = ContributionLog()
+    >>> for step in (10, 20, 30):
+    ...     log.add(step, "forget", {"a": 1.0, "b": -1.0})
+    >>> log.since(10, ["forget"]), log.total(["forget"])
+    ({'a': 2.0, 'b': -2.0}, {'a': 3.0, 'b': -3.0})
     """
 
     def __init__(self) -> None:
@@ -120,10 +109,8 @@ class ContributionLog:
 
     def state(self) -> dict[str, Any]:
         """Return the state as plain data."""
-        return {
-            "cumulative": {region: dict(values) for region, values in self.cumulative.items()},
-            "recent": [list(entry) for entry in self.recent],
-        }
+        cumulative = {region: dict(values) for region, values in self.cumulative.items()}
+        return {"cumulative": cumulative, "recent": [list(entry) for entry in self.recent]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a state from `state`."""

@@ -18,17 +18,11 @@ from routed_peft.monitoring.factors import Factors
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a batch.
+    """Some rows of a batch."""
 
-    Attributes:
-        inputs: of the model.
-        predicts: bool ``(B, T)``, the positions from which a token with a loss is predicted.
-        environment: number of each row's environment, ``(B,)``.
-    """
-
-    inputs: dict[str, Tensor]
-    predicts: Tensor
-    environment: Tensor
+    inputs: dict[str, Tensor]  # of the model
+    predicts: Tensor  # bool (B, T), the positions from which a token with a loss is predicted
+    environment: Tensor  # (B,), number of each row's environment
 
 
 @dataclass
@@ -48,34 +42,20 @@ class Effect:
 
 @dataclass
 class Probe:
-    """Rows of one step, for extra forward passes without gradients.
+    """Rows of one step, for extra forward passes without gradients."""
 
-    Attributes:
-        per_batch: rows to keep of each batch.
-        batches: number of batches to keep rows of.
-        turn: shifts the first environment, so that all have their turn over the steps.
-    """
-
-    per_batch: int
-    batches: int = 1
-    turn: int = 0
+    per_batch: int  # rows to keep of each batch
+    batches: int = 1  # to keep rows of
+    turn: int = 0  # shifts the first environment, so that all have their turn over the steps
     kept: list[Rows] = field(default_factory=list)
 
     def keep(
-        self,
-        inputs: Mapping[str, Any],
-        predicts: Tensor,
-        *,
-        rows: Mapping[str, Tensor],
-        environments: Sequence[str],
+        self, inputs: Mapping[str, Any], predicts: Tensor, *, rows: Mapping[str, Tensor], environments: Sequence[str]
     ) -> None:
         """Keep some rows of a batch, of as many environments as possible.
 
-        Args:
-            inputs: the batch: ``input_ids`` and ``attention_mask``; or prompts and completions, as in TRL's GRPO.
-            predicts: bool ``(B, T)``, the positions from which a token with a loss is predicted.
-            rows: environment -> indices of its rows.
-            environments: all of them.
+        ``inputs`` hold ``input_ids`` and ``attention_mask``, or prompts and completions as in TRL's GRPO; ``predicts`` is
+        bool ``(B, T)``, see `Rows`; ``rows`` are the indices of each environment's rows, out of all ``environments``.
         """
         if len(self.kept) == self.batches:
             return
@@ -92,14 +72,7 @@ class Probe:
     def measure(
         self, model: nn.Module, factors: Mapping[str, Sequence[Factors]], *, environments: int, reduce: Any
     ) -> dict[str, Effect]:
-        """Return the effect of every region, over the rows of all processes.
-
-        Args:
-            model: is run in evaluation mode.
-            factors: region -> its layers.
-            environments: E.
-            reduce: sums a tensor over processes.
-        """
+        """Return the effect of every region, in evaluation mode and over the rows of all processes, which ``reduce`` sums."""
         try:
             sums = {region: _Sums(layers, environments) for region, layers in factors.items()}
             with evaluating(model):
@@ -132,12 +105,11 @@ class _Sums:
 
             return hook
 
-        handles = []
-        for i, f in enumerate(self.layers):
-            handles += [
-                f.outlet.register_forward_hook(watch(0, i, f.scale)),
-                f.layer.register_forward_hook(watch(1, i, 1.0)),
-            ]
+        handles = [
+            module.register_forward_hook(watch(kind, i, scale))
+            for i, f in enumerate(self.layers)
+            for kind, module, scale in ((0, f.outlet, f.scale), (1, f.layer, 1.0))
+        ]
         try:
             yield
         finally:

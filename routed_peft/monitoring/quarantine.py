@@ -47,20 +47,16 @@ def apply_quarantine(
     `RoutedGRPOTrainer`.
 
     Args:
-        dataset: with the column ``route_environment``.
         quarantine: environment -> "drop": its rows are left out; "fix": they go through ``fix``; "route": they get ``label``.
-        fix: row -> row.
         label: a name in `routes`, such as "forget" or "flagged".
-        column: with the environment's name.
 
     Raises:
         ValueError: on an unknown treatment, or one without its ``fix`` or ``label``; on an unknown environment; on "route" with
             labels per token (``route_labels``).
 
-    Example:
-        >>> rows = Dataset.from_dict({"route_environment": ["a", "b", "c"], "route_label": ["retain"] * 3})
-        >>> apply_quarantine(rows, {"a": "drop", "c": "route"}, label="forget")["route_label"][:]
-        ['retain', 'forget']
+    >>> rows = Dataset.from_dict({"route_environment": ["a", "b", "c"], "route_label": ["retain"] * 3})
+    >>> apply_quarantine(rows, {"a": "drop", "c": "route"}, label="forget")["route_label"][:]
+    ['retain', 'forget']
     """
     check_treatments(quarantine)
     for treatment, needed, name in ((FIX, fix, "fix"), (ROUTE, label, "label")):
@@ -82,9 +78,8 @@ def apply_quarantine(
     left = [name for name in names if quarantine.get(name) != DROP]
     columns = [ROUTE_LABEL] * (ROUTE_LABEL in dataset.column_names)
     if ROUTE in quarantine.values():
-        dataset = dataset.add_column(
-            ROUTE_QUARANTINE, [label if quarantine.get(name) == ROUTE else None for name in left]
-        )
+        labels = [label if quarantine.get(name) == ROUTE else None for name in left]
+        dataset = dataset.add_column(ROUTE_QUARANTINE, labels)
 
     def treat(row: dict[str, Any], index: int) -> dict[str, Any]:
         treatment = quarantine.get(left[index])

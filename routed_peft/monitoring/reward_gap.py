@@ -27,14 +27,7 @@ def reward_gaps(
     """Return region -> environment -> reward with the region on minus reward with it ablated.
 
     Both are measured in evaluation mode and under the same random numbers. The run's own generators are not changed.
-
-    Args:
-        reward: called for every environment, with every region ablated in turn, and with none.
-        model: with ``regions``.
-        regions: their names.
-        environments: their names.
-        mean: of a tensor, over processes.
-        seed: of the random numbers.
+    ``mean`` is that of a tensor over processes.
     """
 
     def rewards() -> Tensor:

@@ -36,8 +36,9 @@ def run_with_rollback(
 ) -> tuple[Any, list[Incident]]:
     """Train until the run finishes; after each halt by a `RegionMonitor`, roll back, treat the data and continue.
 
-    No data is skipped after an incident (``ignore_data_skip``), because the data has changed. An interrupted call can be
-    repeated: it continues from the last checkpoint, or from the pending incident.
+    The trainer that finished is returned with the incidents on the way. No data is skipped after an incident
+    (``ignore_data_skip``), because the data has changed. An interrupted call can be repeated: it continues from the last
+    checkpoint, or from the pending incident.
 
     Args:
         make_trainer: quarantine (environment -> "drop", "fix" or "route"; empty at first) -> a new trainer with a monitor and
@@ -47,9 +48,6 @@ def run_with_rollback(
         max_incidents: in the whole run.
         decide: incident -> treatment of each environment; by default the named ones are dropped.
 
-    Returns:
-        The trainer that finished, and the incidents on the way.
-
     Raises:
         RuntimeError: after more than ``max_incidents``, and if ``decide`` names nothing. ``incident.json`` stays.
         ValueError: if a trainer has another ``output_dir``.
@@ -58,10 +56,8 @@ def run_with_rollback(
     while True:
         quarantine = read_quarantine(root)
         trainer = make_trainer(dict(quarantine))
-        if Path(str(trainer.args.output_dir)).resolve() != root.resolve():
-            raise ValueError(
-                f"`make_trainer` gave a trainer with `output_dir` {trainer.args.output_dir}, expected {root}"
-            )
+        if Path(own := str(trainer.args.output_dir)).resolve() != root.resolve():
+            raise ValueError(f"`make_trainer` gave a trainer with `output_dir` {own}, expected {root}")
         if not (root / INCIDENT).is_file():
             _train(trainer, root, quarantine)
         if not (root / INCIDENT).is_file():
@@ -90,19 +86,12 @@ def _train(trainer: Trainer, root: Path, quarantine: Mapping[str, str]) -> None:
 def _decided(
     root: Path, incident: Incident, *, max_incidents: int, decide: Callable[[Incident], Mapping[str, str]]
 ) -> dict[str, str]:
-    before = len(past_incidents(root))
-    if before >= max_incidents:
-        raise RuntimeError(
-            f"halted at step {incident.step}, after {before} incidents (`max_incidents` = {max_incidents}): look at "
-            f"{root / INCIDENT}"
-        )
-    treatment = dict(decide(incident))
-    if not treatment:
-        raise RuntimeError(
-            f"halted at step {incident.step}, but no environment is to blame, so the same would happen again: look at "
-            f"{root / INCIDENT}"
-        )
-    return treatment
+    halted, look = f"halted at step {incident.step}", f"look at {root / INCIDENT}"
+    if (before := len(past_incidents(root))) >= max_incidents:
+        raise RuntimeError(f"{halted}, after {before} incidents (`max_incidents` = {max_incidents}): {look}")
+    if treatment := dict(decide(incident)):
+        return treatment
+    raise RuntimeError(f"{halted}, but no environment is to blame, so the same would happen again: {look}")
 
 
 def rollback(
@@ -126,7 +115,7 @@ def rollback(
     """
     root = Path(run_dir)
     incident = Incident.read(root) if incident is None else incident
-    treatment = dict.fromkeys(incident.named, DROP) if treatment is None else dict(treatment)
+    treatment = drop_named_environments(incident) if treatment is None else dict(treatment)
     check_treatments(treatment)
     quarantine = {**read_quarantine(root), **treatment}
     write_json(root / QUARANTINE, quarantine)

@@ -13,17 +13,13 @@ from routed_peft.monitoring.probe import model_inputs
 
 
 class RowSamples:
-    """The last rows of every environment.
+    """The last ``size`` rows of every environment.
 
-    Args:
-        size: rows per environment.
-
-    Example:
-        >>> samples = RowSamples(size=1)
-        >>> ids = torch.tensor([[1, 2], [3, 4]])
-        >>> samples.keep({"input_ids": ids}, {"a": torch.tensor([0, 1])}, step=5)
-        >>> samples.decode(tokenizer=None)
-        {'a': [{'environment': 'a', 'step': 5, 'input_ids': [1, 2], 'text': None}]}
+    >>> samples = RowSamples(size=1)
+    >>> ids = torch.tensor([[1, 2], [3, 4]])
+    >>> samples.keep({"input_ids": ids}, {"a": torch.tensor([0, 1])}, step=5)
+    >>> samples.decode(tokenizer=None)
+    {'a': [{'environment': 'a', 'step': 5, 'input_ids': [1, 2], 'text': None}]}
     """
 
     def __init__(self, size: int) -> None:
@@ -31,13 +27,7 @@ class RowSamples:
         self._rows: dict[str, deque[dict[str, Any]]] = {}
 
     def keep(self, inputs: Mapping[str, Any], rows: Mapping[str, Tensor], step: int) -> None:
-        """Keep the first rows of each environment in a batch, without padding.
-
-        Args:
-            inputs: the batch.
-            rows: environment -> indices of its rows.
-            step: of the batch.
-        """
+        """Keep the first rows of each environment in a batch, without padding; ``rows`` are their indices."""
         tokens = model_inputs(inputs)
         mask = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"])) != 0
         for name, index in rows.items():

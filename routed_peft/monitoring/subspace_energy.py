@@ -23,12 +23,6 @@ class EnergyShare:
     over the positions of the environment's rows and the region's writers, with the gradient ``g`` of a writer's output. A
     random subspace captures :math:`k/d` of isotropic gradients. Real gradients are far from isotropic, so a few fixed
     random subspaces are measured too.
-
-    Args:
-        factors: layers of a region; those without a basis are skipped.
-        region: its name.
-        environments: names.
-        draws: random subspaces.
     """
 
     def __init__(self, factors: Sequence[Factors], region: str, *, environments: Sequence[str], draws: int) -> None:
@@ -72,12 +66,7 @@ class EnergyShare:
             self._sums[:, self.environments.index(name)] += squares[:, index].sum(1)
 
     def shares(self, reduce: Any, device: torch.device) -> dict[str, dict[str, float]]:
-        """Return ``{"energy": {environment: share}, "energy_random": ...}``; empty if the region has no subspace.
-
-        Args:
-            reduce: sums a tensor over processes.
-            device: for ``reduce``.
-        """
+        """Return ``{"energy": {environment: share}, "energy_random": ...}``; empty if the region has no subspace."""
         if not self.layers:
             return {}
         total, *captured = reduce(self._sums.to(device)).cpu()

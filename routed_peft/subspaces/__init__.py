@@ -6,17 +6,5 @@ from routed_peft.subspaces.placebos import energy_matched, haar
 from routed_peft.subspaces.sources import contrastive_pca, difference_of_means, sae_latents, tensor_file, weight_change
 from routed_peft.subspaces.validation import Validation, validate
 
-__all__ = [
-    "Subspace",
-    "Validation",
-    "contrastive_pca",
-    "difference_of_means",
-    "drift",
-    "energy_matched",
-    "haar",
-    "leak",
-    "sae_latents",
-    "tensor_file",
-    "validate",
-    "weight_change",
-]
+__all__ = ["Subspace", "Validation", "contrastive_pca", "difference_of_means", "drift", "energy_matched", "haar"]
+__all__ += ["leak", "sae_latents", "tensor_file", "validate", "weight_change"]

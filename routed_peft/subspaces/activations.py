@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from routed_peft.architectures import decoder_layers, find_writers, layer_index
 from routed_peft.eval_mode import evaluating
 
 Conversation = tuple[str, str]
-"""A prompt and its response, in the form that the model reads (chat template applied)."""
+Conversations = Sequence[Conversation]
+"""Prompts and their responses, in the form that the model reads (chat template applied)."""
 
 
 def check_layers(model: nn.Module, layers: Sequence[int]) -> None:
@@ -25,33 +26,13 @@ def check_layers(model: nn.Module, layers: Sequence[int]) -> None:
 
 
 def response_means(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    conversations: Sequence[Conversation],
-    layers: Sequence[int],
-    batch_size: int = 8,
+    model: nn.Module, tokenizer: Tokenizer, *, conversations: Conversations, layers: Sequence[int], batch_size: int = 8
 ) -> dict[int, Tensor]:
-    """Return the mean residual stream behind each layer over the tokens of each response.
-
-    Args:
-        model: a transformers model, with or without adapters; it runs in evaluation mode.
-        tokenizer: its tokenizer.
-        conversations: prompts and responses; each response has one token or more.
-        layers: decoder layers, from 0.
-        batch_size: conversations per batch.
-
-    Returns:
-        By layer, float32 ``(n, d)`` on the CPU, in the order of ``conversations``.
-
-    Raises:
-        ValueError: for an unknown layer or an empty response.
-    """
+    """Return the mean residual stream behind each decoder layer over the tokens of each response: float32 ``(n, d)``."""
     means: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    streams = _residual_streams(model, tokenizer, conversations=conversations, layers=layers, batch_size=batch_size)
     with torch.no_grad():
-        for hidden, mask in _residual_streams(
-            model, tokenizer, conversations=conversations, layers=layers, batch_size=batch_size
-        ):
+        for hidden, mask in streams:
             weights = mask.float().unsqueeze(2)
             for layer, h in hidden.items():
                 means[layer].append(((h.float() * weights).sum(1) / weights.sum(1)).cpu())
@@ -59,19 +40,13 @@ def response_means(
 
 
 def covariance(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    conversations: Sequence[Conversation],
-    layer: int,
-    batch_size: int = 8,
+    model: nn.Module, tokenizer: Tokenizer, *, conversations: Conversations, layer: int, batch_size: int = 8
 ) -> Tensor:
     """Return the uncentered second moment ``(d, d)`` of the residual stream behind ``layer`` over all response tokens."""
     total: Tensor | float = 0.0
+    streams = _residual_streams(model, tokenizer, conversations=conversations, layers=[layer], batch_size=batch_size)
     with torch.no_grad():
-        for hidden, mask in _residual_streams(
-            model, tokenizer, conversations=conversations, layers=[layer], batch_size=batch_size
-        ):
+        for hidden, mask in streams:
             h = hidden[layer][mask].cpu().double()
             total = total + h.T @ h
     assert isinstance(total, Tensor)
@@ -79,7 +54,7 @@ def covariance(
 
 
 def writer_gradients(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, conversations: Sequence[Conversation], batch_size: int = 8
+    model: nn.Module, tokenizer: Tokenizer, *, conversations: Conversations, batch_size: int = 8
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (layer, gradient ``(N, d)`` by position) of the responses' loss at each residual writer's output.
 
@@ -109,12 +84,7 @@ def writer_gradients(
 
 
 def _residual_streams(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    conversations: Sequence[Conversation],
-    layers: Sequence[int],
-    batch_size: int,
+    model: nn.Module, tokenizer: Tokenizer, *, conversations: Conversations, layers: Sequence[int], batch_size: int
 ) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
     """Yield, by batch, the residual stream behind each layer ``(B, T, d)`` and the mask of response tokens ``(B, T)``."""
     check_layers(model, layers)
@@ -135,7 +105,7 @@ def _residual_streams(
 
 
 def _batches(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, conversations: Sequence[Conversation], batch_size: int
+    model: nn.Module, tokenizer: Tokenizer, *, conversations: Conversations, batch_size: int
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     if not conversations:
         raise ValueError("no conversations were given: pass (prompt, response) pairs")

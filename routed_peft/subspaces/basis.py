@@ -27,22 +27,13 @@ _TOLERANCE = 1e-4
 
 
 def check_basis(u: Tensor, what: str = "`U`") -> None:
-    """Raise ValueError unless ``u`` is an orthonormal basis ``(d, k)`` with ``1 <= k < d``.
-
-    Example:
-        >>> check_basis(2 * torch.eye(3)[:, :1])
-        Traceback (most recent call last):
-        ...
-        ValueError: `U` is not orthonormal: its columns' inner products differ from the identity by 3, allowed is 0.0001. ...
-    """
+    """Raise ValueError unless ``u`` is an orthonormal basis ``(d, k)`` with ``1 <= k < d``."""
     if u.dim() != 2 or not u.is_floating_point():
         raise ValueError(f"{what} must be a floating-point matrix (d, k), got {u.dtype} of shape {tuple(u.shape)}")
     d, k = u.shape
     if not 1 <= k < d:
-        raise ValueError(
-            f"{what} has {k} directions in a residual stream of width {d}: there must be at least one, and fewer than {d} "
-            "(preferably a handful: the model itself cannot learn along them)"
-        )
+        raise ValueError(f"{what} has {k} directions in a residual stream of width {d}: there must be at least one, "
+                         f"and fewer than {d} (preferably a handful: the model itself cannot learn along them)")  # fmt: skip
     wide = u.cpu().double()  # on the CPU, because not every GPU has float64
     error = float((wide.T @ wide - torch.eye(k, dtype=torch.float64)).abs().max())
     if not error <= _TOLERANCE:
@@ -77,10 +68,9 @@ class Subspace:
     Raises:
         ValueError: where a basis is not orthonormal, has too many directions, or bases differ in shape.
 
-    Example:
-        >>> subspace = Subspace.from_directions(torch.tensor([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), source="by hand")
-        >>> subspace.width, subspace.k, subspace.layers
-        (4, 2, None)
+    >>> subspace = Subspace.from_directions(torch.tensor([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), source="by hand")
+    >>> subspace.width, subspace.k, subspace.layers
+    (4, 2, None)
     """
 
     bases: Tensor | Mapping[int, Tensor]
@@ -129,20 +119,12 @@ class Subspace:
         return None if isinstance(self.bases, Tensor) else list(self.bases)
 
     def at(self, layer: int) -> Tensor:
-        """Return the basis for a decoder layer; ValueError where there is none.
-
-        >>> Subspace({2: torch.eye(3)[:, :1]}).at(0)
-        Traceback (most recent call last):
-        ...
-        ValueError: this subspace has no basis for layer 0, only for [2]: measure it there, or choose `layers_to_transform`
-        """
+        """Return the basis for a decoder layer; ValueError where there is none."""
         if isinstance(self.bases, Tensor):
             return self.bases
         if layer not in self.bases:
-            raise ValueError(
-                f"this subspace has no basis for layer {layer}, only for {self.layers}: measure it there, or choose "
-                "`layers_to_transform`"
-            )
+            problem = f"this subspace has no basis for layer {layer}, only for {self.layers}"
+            raise ValueError(f"{problem}: measure it there, or choose `layers_to_transform`")
         return self.bases[layer]
 
     @property
@@ -155,14 +137,9 @@ class Subspace:
 
     def describe(self) -> dict[str, Any]:
         """Return the provenance, shape and hash as plain data for JSON."""
-        return {
-            **self.provenance,
-            "width": self.width,
-            "k": self.k,
-            "layers": self.layers,
-            "layer_convention": "resid_post of decoder layer, from 0",
-            "sha256": self.sha256,
-        }
+        shape = {"width": self.width, "k": self.k, "layers": self.layers}
+        convention = "resid_post of decoder layer, from 0"
+        return {**self.provenance, **shape, "layer_convention": convention, "sha256": self.sha256}
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file: ``U``, or ``U.0``, ``U.1``, …, with the provenance as JSON in its metadata."""
@@ -173,11 +150,7 @@ class Subspace:
 
     @classmethod
     def load(cls, path: str | Path) -> Subspace:
-        """Read the file of `save`.
-
-        Raises:
-            ValueError: where the file is damaged, holds no subspace, or its values differ from the saved ones.
-        """
+        """Read the file of `save`; ValueError where it is damaged, is no subspace, or its values are not the saved ones."""
         if not Path(path).is_file():
             raise ValueError(f"there is no subspace file {str(path)!r}: write one with `Subspace.save`")
         try:
@@ -187,10 +160,8 @@ class Subspace:
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is truncated or not a safetensors file ({error}): get it again") from error
         if metadata is None:
-            raise ValueError(
-                f"{str(path)!r} is not a subspace file: it holds {sorted(tensors)[:3]} and no provenance. Make one with "
-                "`routed_peft.subspaces` and `Subspace.save`"
-            )
+            raise ValueError(f"{str(path)!r} is not a subspace file: it holds {sorted(tensors)[:3]} and no provenance. "
+                             "Make one with `routed_peft.subspaces` and `Subspace.save`")  # fmt: skip
         described = json.loads(metadata)
         derived = ("width", "k", "layers", "layer_convention", "sha256")
         provenance = {name: value for name, value in described.items() if name not in derived}

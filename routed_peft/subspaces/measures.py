@@ -15,19 +15,11 @@ def leak(weight: Tensor, initial: Tensor, u: Tensor) -> float:
     .. math:: \mathrm{leak}(W) = \frac{\lVert U^\top (W - W_0) \rVert^2}{\lVert W - W_0 \rVert^2}
 
     A change in random directions has k / d. After `routed_peft.regions.project_base` only rounding is left, about 1e-14 in
-    float32. More than 1e-6 in float32, or 1e-3 in bfloat16, is an alarm.
+    float32. More than 1e-6 in float32, or 1e-3 in bfloat16, is an alarm. Weights are ``(d, n)``, so transpose those of a Conv1D
+    or an embedding, and ``u`` is ``(d, k)``; 0 where nothing changed.
 
-    Args:
-        weight: ``(d, n)``; transpose that of a Conv1D or an embedding.
-        initial: the same before training.
-        u: ``(d, k)``.
-
-    Returns:
-        A share from 0 to 1; 0 where nothing changed.
-
-    Example:
-        >>> leak(torch.tensor([[3.0], [4.0]]), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]]))
-        0.36
+    >>> leak(torch.tensor([[3.0], [4.0]]), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]]))
+    0.36
     """
     check_basis(u)
     change = weight.cpu().double() - initial.cpu().double()  # on the CPU, because not every GPU has float64
@@ -42,16 +34,11 @@ def drift(hidden: Tensor, reference: Tensor, u: Tensor) -> float:
     .. math:: d_U = \frac{\lVert U^\top (h - h_0) \rVert}{\lVert U^\top h_0 \rVert}
 
     The cut removes the gradient along the subspace, which is a first-order protection. This measures the movement that
-    remains, on fixed texts, with the region ablated.
+    remains, on fixed texts, with the region ablated. Hidden states are residual streams ``(..., d)``; the reference is that of
+    the untrained model; ``u`` is ``(d, k)``.
 
-    Args:
-        hidden: ``(..., d)``, residual stream of the trained model, its region ablated.
-        reference: the same of the untrained model.
-        u: ``(d, k)``.
-
-    Example:
-        >>> drift(torch.tensor([3.0, 9.0]), torch.tensor([2.0, 0.0]), torch.tensor([[1.0], [0.0]]))
-        0.5
+    >>> drift(torch.tensor([3.0, 9.0]), torch.tensor([2.0, 0.0]), torch.tensor([[1.0], [0.0]]))
+    0.5
     """
     check_basis(u)
     basis = u.cpu().double()

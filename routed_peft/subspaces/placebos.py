@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from routed_peft.deprecation import formerly_positional
-from routed_peft.subspaces.activations import Conversation, covariance
+from routed_peft.subspaces.activations import Conversations, covariance
 from routed_peft.subspaces.basis import Subspace
 
 
@@ -31,13 +31,7 @@ def haar(like: Subspace, seed: int) -> Subspace:
 
 @formerly_positional("tokenizer", "texts", "seed", "layer")
 def energy_matched(
-    like: Subspace,
-    model: nn.Module,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Conversation],
-    seed: int,
-    layer: int | None = None,
+    like: Subspace, model: nn.Module, *, tokenizer: Tokenizer, texts: Conversations, seed: int, layer: int | None = None
 ) -> Subspace:
     r"""Return a random subspace with the same energy in *generic* activations as ``like``, direction by direction.
 
@@ -47,15 +41,9 @@ def energy_matched(
     energy, because a few directions hold most of a residual stream's.
 
     Args:
-        like: the subspace to be matched.
-        model: the model that it belongs to.
-        tokenizer: its tokenizer.
+        like: the subspace to be matched, which belongs to ``model``.
         texts: conversations that have nothing to do with the trait.
-        seed: of the draw.
         layer: decoder layer of the activations, for a basis that serves all layers; by default the one where it was measured.
-
-    Raises:
-        ValueError: where ``layer`` is needed and unknown.
     """
     generator = torch.Generator().manual_seed(seed)
     common = like.provenance.get("measured_at") if layer is None else layer
@@ -66,9 +54,8 @@ def energy_matched(
         at = own if own is not None else cast(int, common)
         return matched_directions(u, covariance(model, tokenizer, conversations=texts, layer=at), generator)
 
-    return _of_the_same_shape(
-        like, draw, source="energy_matched", seed=seed, in_place_of=like.sha256, measured_at=common
-    )
+    about = {"seed": seed, "in_place_of": like.sha256, "measured_at": common}
+    return _of_the_same_shape(like, draw, source="energy_matched", **about)
 
 
 def matched_directions(u: Tensor, moment: Tensor, generator: torch.Generator) -> Tensor:

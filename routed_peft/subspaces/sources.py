@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from routed_peft.architectures import decoder_layers, find_writers, layer_index
 from routed_peft.deprecation import formerly_positional
-from routed_peft.subspaces.activations import Conversation, response_means
+from routed_peft.subspaces.activations import Conversations, response_means
 from routed_peft.subspaces.basis import Subspace
 
 Layers = int | Sequence[int] | None
@@ -27,24 +28,12 @@ _SITES = {None: 0, "hook_resid_post": 0, "hook_mlp_out": 0, "hook_attn_out": 0, 
 
 @formerly_positional("positive", "negative", "layers")
 def difference_of_means(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation],
-    layers: Layers,
+    model: nn.Module, tokenizer: Tokenizer, *, positive: Conversations, negative: Conversations, layers: Layers
 ) -> Subspace:
     """Return the direction from responses without a trait to responses with it (persona vectors, arXiv 2507.21509).
 
-    Args:
-        model: the model to be trained, as it is before.
-        tokenizer: its tokenizer.
-        positive: conversations that show the trait.
-        negative: conversations that do not; the numbers may differ.
-        layers: see `Layers`.
-
-    Raises:
-        ValueError: for an unknown layer or an empty response.
+    ``model`` is the one to be trained, as it is before; ``positive`` conversations show the trait, and ``negative`` ones,
+    perhaps of another number, do not. A ValueError names an unknown layer or an empty response.
     """
     chosen = _chosen(model, layers)
     with_trait, without = (
@@ -57,31 +46,16 @@ def difference_of_means(
 
 @formerly_positional("positive", "negative", "layers", "k")
 def contrastive_pca(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation],
-    layers: Layers,
-    k: int,
+    model: nn.Module, tokenizer: Tokenizer, *, positive: Conversations, negative: Conversations, layers: Layers, k: int
 ) -> Subspace:
     """Return the k leading directions of the differences within pairs of conversations, without centering.
 
-    Args:
-        model: the model to be trained, as it is before.
-        tokenizer: its tokenizer.
-        positive: conversations that show the trait.
-        negative: their counterparts without it, in the same order.
-        layers: see `Layers`.
-        k: number of directions, at most that of pairs.
-
-    Raises:
-        ValueError: where the two are not pairs, or are fewer than ``k``.
+    ``model`` is the one to be trained, as it is before; ``negative`` are the counterparts of ``positive``, in the same
+    order, and there are at least ``k`` pairs.
     """
     if len(positive) != len(negative):
-        raise ValueError(
-            f"`positive` and `negative` must be pairs, got {len(positive)} and {len(negative)} conversations"
-        )
+        got = f"{len(positive)} and {len(negative)} conversations"
+        raise ValueError(f"`positive` and `negative` must be pairs, got {got}")
     if not 1 <= k <= len(positive):
         raise ValueError(f"`k` must be from 1 to the number of pairs, {len(positive)}, got {k}")
     chosen = _chosen(model, layers)
@@ -97,7 +71,6 @@ def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
 
     Args:
         folder: with ``cfg.json`` and ``sae_weights.safetensors``, whose ``W_dec`` is ``(d_sae, d)``.
-        latents: ids of latents.
 
     Raises:
         ValueError: for a missing file or tensor, a latent out of range, or an autoencoder of anything else than the residual
@@ -125,15 +98,9 @@ def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
         if not latents or not all(0 <= i < size for i in latents):
             raise ValueError(f"`latents` must be ids from 0 to {size - 1}, got {list(latents)}")
         rows = torch.cat([decoder[i : i + 1] for i in latents])
-    return Subspace.from_directions(
-        rows,
-        source="sae_latents",
-        model=settings.get("model_name"),
-        hook_point=hook,
-        measured_at=int(found[1]) + _SITES[found[2]],
-        latents=[int(i) for i in latents],
-        normalize_activations=settings.get("normalize_activations"),
-    )
+    about = {"model": settings.get("model_name"), "hook_point": hook, "measured_at": int(found[1]) + _SITES[found[2]]}
+    about |= {"latents": list(map(int, latents)), "normalize_activations": settings.get("normalize_activations")}
+    return Subspace.from_directions(rows, source="sae_latents", **about)
 
 
 @formerly_positional("key", "rows")
@@ -154,9 +121,6 @@ def tensor_file(
         rows: meaning of row i: ``"resid_post"``, the residual stream behind decoder layer i (Assistant Axis), or
             ``"hidden_states"``, transformers' numbering, in which row 0 is the embedding (persona vectors).
         **provenance: further plain data to store: model, revision, …
-
-    Raises:
-        ValueError: for a file without such a tensor, or without a row for a layer.
     """
     files = [Path(p).expanduser() for p in ([paths] if isinstance(paths, str | Path) else paths)]
     if rows not in ("resid_post", "hidden_states"):
@@ -165,16 +129,13 @@ def tensor_file(
     read = {str(path): _tensor(path, key) for path in files}
     flat = all(t.dim() == 1 for t in read.values())
     if flat and not isinstance(layers, int):
-        raise ValueError(
-            "files of one direction serve all layers: give the one that they were measured at, as `layers`"
-        )
+        remedy = "give the one that they were measured at, as `layers`"
+        raise ValueError(f"files of one direction serve all layers: {remedy}")
     count = min(1 if flat else len(t) - shift for t in read.values())
     chosen = [layers] if isinstance(layers, int) else list(range(count) if layers is None else layers)
     if not flat and not all(0 <= layer < count for layer in chosen):
         raise ValueError(f"`layers` must be from 0 to {count - 1}, the rows of {list(read)} as {rows}, got {chosen}")
-    directions = {
-        layer: torch.stack([(t if flat else t[layer + shift]).float() for t in read.values()]) for layer in chosen
-    }
+    directions = {i: torch.stack([(t if flat else t[i + shift]).float() for t in read.values()]) for i in chosen}
     names = [path.name for path in files]
     return _measured(directions, layers, source="tensor_file", files=names, key=key, rows=rows, **provenance)
 
@@ -187,11 +148,7 @@ def weight_change(
 
     .. math:: \Delta = [\,W'_o - W_o \;|\; W'_{down} - W_{down}\,] = U \Sigma V^\top, \qquad U_k = U_{:, 1 \ldots k}
 
-    Args:
-        before: a model or checkpoint, such as an honest one.
-        after: the same after training, such as a reward-hacking one.
-        k: number of directions.
-        layers: see `Layers`.
+    from ``before``, a model or checkpoint such as an honest one, to ``after``, such as a reward-hacking one.
 
     Raises:
         ValueError: where the two have different writers, or a layer changed in fewer than ``k`` directions.
@@ -237,10 +194,7 @@ def _chosen(model: nn.Module, layers: Layers) -> list[int]:
 
 def _origin(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
-    return {
-        "model": getattr(config, "_name_or_path", None) or None,
-        "revision": getattr(config, "_commit_hash", None),
-    }
+    return {"model": getattr(config, "_name_or_path", None) or None, "revision": getattr(config, "_commit_hash", None)}
 
 
 def _model(model: nn.Module | str | Path) -> nn.Module:
@@ -264,12 +218,10 @@ def _tensor(path: Path, key: str | None) -> Tensor:
         if key is None and len(content) == 1:
             key = next(iter(content))
         if key not in content:
-            raise ValueError(
-                f"{str(path)!r} holds {sorted(map(str, content))[:10]}: name one of them as `key`, got {key!r}"
-            )
+            names = sorted(map(str, content))[:10]
+            raise ValueError(f"{str(path)!r} holds {names}: name one of them as `key`, got {key!r}")
         content = content[key]
     if not isinstance(content, Tensor) or content.dim() not in (1, 2):
-        raise ValueError(
-            f"{str(path)!r} must hold a tensor (n_layers, d) or (d,), got {getattr(content, 'shape', content)}"
-        )
+        got = getattr(content, "shape", content)
+        raise ValueError(f"{str(path)!r} must hold a tensor (n_layers, d) or (d,), got {got}")
     return content

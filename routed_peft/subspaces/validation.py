@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from routed_peft.deprecation import formerly_positional
-from routed_peft.subspaces.activations import Conversation, response_means, writer_gradients
+from routed_peft.subspaces.activations import Conversations, response_means, writer_gradients
 from routed_peft.subspaces.basis import Subspace
 from routed_peft.subspaces.placebos import haar
 
@@ -24,37 +24,22 @@ _FEWEST = 5
 
 @dataclass(frozen=True)
 class LayerValidation:
-    """The validation of one layer.
+    """The validation of one layer, beside the same numbers for random subspaces."""
 
-    Attributes:
-        layer: decoder layer, from 0.
-        auroc: AUROC by which coordinates in the subspace separate held-out texts with the trait from those without.
-        random_auroc: the same for each random subspace.
-        energy: share of the gradient of the trait's loss, at this layer's writers, within the subspace.
-        random_energy: the same for each random subspace; about k / d.
-    """
-
-    layer: int
-    auroc: float
+    layer: int  # of the decoder, from 0
+    auroc: float  # by which coordinates in the subspace separate held-out texts with the trait from those without
     random_auroc: tuple[float, ...]
-    energy: float
-    random_energy: tuple[float, ...]
+    energy: float  # share of the gradient of the trait's loss, at this layer's writers, within the subspace
+    random_energy: tuple[float, ...]  # about k / d
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The result of `validate`.
+    """The result of `validate`."""
 
-    Attributes:
-        width: width of the residual stream.
-        k: number of directions.
-        texts: numbers of conversations with and without the trait.
-        layers: one entry per layer.
-    """
-
-    width: int
-    k: int
-    texts: tuple[int, int]
+    width: int  # of the residual stream
+    k: int  # directions
+    texts: tuple[int, int]  # numbers of conversations with and without the trait
     layers: tuple[LayerValidation, ...]
 
     @property
@@ -62,22 +47,17 @@ class Validation:
         """Reasons against routing into this subspace, one sentence each; empty where there are none."""
         found = []
         if self.k > MOST_OF_THE_WIDTH * self.width:
-            found.append(
-                f"{self.k} of {self.width} directions are more than 1/{round(1 / MOST_OF_THE_WIDTH)}: the base would be kept "
-                "from learning much else"
-            )
+            many = f"{self.k} of {self.width} directions are more than 1/{round(1 / MOST_OF_THE_WIDTH)}"
+            found.append(f"{many}: the base would be kept from learning much else")
         for at in self.layers:
+            name, auroc, energy = f"layer {at.layer}", max(at.random_auroc), max(at.random_energy)
             if at.auroc < _GOOD_AUROC:
-                found.append(f"layer {at.layer}: AUROC {at.auroc:.2f} on held-out texts is below {_GOOD_AUROC}")
-            if at.auroc <= max(at.random_auroc):
-                found.append(
-                    f"layer {at.layer}: a random subspace tells the texts apart as well ({max(at.random_auroc):.2f})"
-                )
-            if at.energy <= max(at.random_energy):
-                found.append(
-                    f"layer {at.layer}: a random subspace holds as much of the gradient ({max(at.random_energy):.3f}, this one "
-                    f"{at.energy:.3f})"
-                )
+                found.append(f"{name}: AUROC {at.auroc:.2f} on held-out texts is below {_GOOD_AUROC}")
+            if at.auroc <= auroc:
+                found.append(f"{name}: a random subspace tells the texts apart as well ({auroc:.2f})")
+            if at.energy <= energy:
+                shares = f"{energy:.3f}, this one {at.energy:.3f}"
+                found.append(f"{name}: a random subspace holds as much of the gradient ({shares})")
         return found
 
     @property
@@ -103,9 +83,9 @@ def validate(
     subspace: Subspace,
     model: nn.Module,
     *,
-    tokenizer: PreTrainedTokenizerBase,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    positive: Conversations,
+    negative: Conversations,
     layers: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> Validation:
@@ -115,11 +95,7 @@ def validate(
     gradient is that of the loss on ``positive``, at the outputs of the residual writers.
 
     Args:
-        subspace: as `routed_peft.subspaces` makes it.
-        model: the model to be trained.
-        tokenizer: its tokenizer.
-        positive: held-out conversations that show the trait, at least five.
-        negative: held-out conversations without it, at least five.
+        positive: held-out conversations that show the trait, at least five; ``negative`` as many or more without it.
         layers: decoder layers; by default those with bases, or the one where a single basis was measured.
         seeds: seeds of the random subspaces to compare with, at least three.
 
@@ -141,7 +117,7 @@ def validate(
     with_trait, without = (
         response_means(model, tokenizer, conversations=texts, layers=chosen) for texts in (positive, negative)
     )
-    energies = _energies(candidates, model, tokenizer=tokenizer, conversations=positive, layers=chosen)
+    energies = _energies(candidates, model, tokenizer=tokenizer, texts=positive, layers=chosen)
     found = []
     for layer in chosen:
         aurocs = [_auroc(with_trait[layer], without[layer], candidate.at(layer)) for candidate in candidates]
@@ -170,14 +146,14 @@ def _energies(
     candidates: Sequence[Subspace],
     model: nn.Module,
     *,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    texts: Conversations,
     layers: Sequence[int],
 ) -> dict[int, list[float]]:
     """Return, by layer and candidate, the share of the gradient at the layer's writers that is within the candidate."""
     totals = dict.fromkeys(layers, 0.0)
     parts = {layer: [0.0] * len(candidates) for layer in layers}
-    for layer, gradient in writer_gradients(model, tokenizer, conversations=conversations):
+    for layer, gradient in writer_gradients(model, tokenizer, conversations=texts):
         if layer in totals:
             totals[layer] += float(gradient.square().sum())
             for i, candidate in enumerate(candidates):

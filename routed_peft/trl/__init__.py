@@ -24,17 +24,6 @@ from routed_peft.trl.rollout_reward import RolloutReward  # noqa: E402
 from routed_peft.trl.rollouts import RolloutLabels, Rollouts  # noqa: E402
 from routed_peft.trl.sft import RoutedSFTTrainer  # noqa: E402
 
-__all__ = [
-    "SUPPORTED_TRL",
-    "AdvantageLabels",
-    "ColumnLabels",
-    "EnvironmentLabels",
-    "ImperfectDetector",
-    "RolloutLabels",
-    "RolloutReward",
-    "Rollouts",
-    "RoutedGRPOConfig",
-    "RoutedGRPOTrainer",
-    "RoutedSFTConfig",
-    "RoutedSFTTrainer",
-]
+__all__ = ["SUPPORTED_TRL", "AdvantageLabels", "ColumnLabels", "EnvironmentLabels", "ImperfectDetector"]
+__all__ += ["RolloutLabels", "RolloutReward", "Rollouts", "RoutedGRPOConfig", "RoutedGRPOTrainer", "RoutedSFTConfig"]
+__all__ += ["RoutedSFTTrainer"]

@@ -16,19 +16,13 @@ def unflagged_advantages(rewards: Tensor, flagged: Tensor, *, num_generations: i
     Flagged rewards would otherwise raise the baseline and lower the advantages of honest rollouts. Where a whole group is
     flagged, the mean is over the whole group. The standard deviation always is.
 
-    Args:
-        rewards: ``(N,)`` in TRL's global order, groups together; NaN where a rollout could not be scored.
-        flagged: bool ``(N,)``.
-        num_generations: G.
-        scale_rewards: TRL's ``"group"``, ``"batch"`` or ``"none"``.
+    ``rewards`` ``(N,)`` are in TRL's global order, groups together, NaN where a rollout could not be scored; ``flagged`` is
+    bool ``(N,)``; ``scale_rewards`` is TRL's ``"group"``, ``"batch"`` or ``"none"``. The result ``(N,)`` is 0 for rollouts
+    without a score, and equal to TRL's where nothing is flagged.
 
-    Returns:
-        ``(N,)``; 0 for rollouts without a score. Equal to TRL's where nothing is flagged.
-
-    Example:
-        >>> unflagged_advantages(torch.tensor([0.0, 2.0, 9.0]), torch.tensor([False, False, True]), num_generations=3,
-        ...                      scale_rewards="none")
-        tensor([-1.,  1.,  8.])
+    >>> unflagged_advantages(torch.tensor([0.0, 2.0, 9.0]), torch.tensor([False, False, True]), num_generations=3,
+    ...                      scale_rewards="none")
+    tensor([-1.,  1.,  8.])
     """
     grouped, flags = rewards.view(-1, num_generations), flagged.view(-1, num_generations)
     honest = grouped.masked_fill(flags, torch.nan)

@@ -13,10 +13,9 @@ from routed_peft.training import RoutedArguments
 class RoutedSFTConfig(RoutedArguments, SFTConfig):
     """`trl.SFTConfig` for `RoutedSFTTrainer`.
 
-    Example:
-        >>> args = RoutedSFTConfig("out", base_adapters=["retain"], bf16=False, report_to="none")
-        >>> args.max_length, args.base_adapters
-        (1024, ['retain'])
+    >>> args = RoutedSFTConfig("out", base_adapters=["retain"], bf16=False, report_to="none")
+    >>> args.max_length, args.base_adapters
+    (1024, ['retain'])
     """
 
     def __post_init__(self) -> None:
@@ -31,17 +30,16 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
     ``clip_per_group`` is on by default: rewards come in bursts, and a burst of the region's gradient would otherwise
     shrink the update of the base.
 
-    Example:
-        >>> args = RoutedGRPOConfig("out", anchor_environments=["secure"], bf16=False, report_to="none")
-        >>> args.anchor_share, args.baseline_over, args.clip_per_group
-        (0.25, 'group', True)
+    >>> args = RoutedGRPOConfig("out", anchor_environments=["secure"], bf16=False, report_to="none")
+    >>> args.anchor_share, args.baseline_over, args.clip_per_group
+    (0.25, 'group', True)
 
     Raises:
         ValueError: on an ``anchor_share`` outside [0, 1), an unknown ``baseline_over``, and combinations of the two with
             options of TRL that would make them wrong.
     """
 
-    clip_per_group: bool = field(
+    clip_per_group: bool | None = field(
         default=True,
         metadata={
             "help": "Clip base and regions to `max_grad_norm` separately, so that neither shrinks the other's update."
@@ -93,10 +91,8 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
         if self.anchor_environments is not None and not self.anchor_share:
             raise ValueError("`anchor_environments` is set, but `anchor_share` is 0: set a share, such as 0.25")
         if self.anchor_share and self.use_transformers_continuous_batching:
-            raise ValueError(
-                "`anchor_share` with `use_transformers_continuous_batching`: it mixes rows whose regions differ. "
-                "Use ordinary generation"
-            )
+            problem = "it mixes rows whose regions differ. Use ordinary generation"
+            raise ValueError(f"`anchor_share` with `use_transformers_continuous_batching`: {problem}")
 
 
 def _no_unused_parameters(args: RoutedSFTConfig | RoutedGRPOConfig) -> None:

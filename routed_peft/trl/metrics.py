@@ -19,23 +19,15 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Return the metrics of one generation batch.
 
-    Args:
-        labels: of each rollout; that of its first token where labels are per token.
-        rewards: ``(N,)``, NaN where there is none.
-        anchor: bool ``(N,)``.
-        tokens: label -> completion tokens that carry it.
-        flagged: labels that count as flagged.
-        environments: of each rollout; all None where the dataset has no such column.
+    ``labels`` are those of each rollout, or of its first token; ``rewards`` ``(N,)`` are NaN where there is none; ``anchor``
+    is bool ``(N,)``; ``tokens`` counts the completion tokens of each label; ``environments`` are all None where the dataset
+    has no such column. The metrics are ``routing/flag_rate``, ``routing/anchor_share``; by label ``routing/share/…``,
+    ``routing/tokens/…`` and ``routing/reward/…``; by environment ``routing/environment/…/flag_rate`` and ``…/reward``.
 
-    Returns:
-        ``routing/flag_rate``, ``routing/anchor_share``; by label ``routing/share/…``, ``routing/tokens/…`` and
-        ``routing/reward/…``; by environment ``routing/environment/…/flag_rate`` and ``…/reward``.
-
-    Example:
-        >>> found = rollout_metrics(["flagged", "unflagged"], torch.tensor([1.0, 0.5]), anchor=torch.tensor([False, True]),
-        ...                         tokens={"flagged": 3, "unflagged": 4}, flagged=["flagged"], environments=["B", "A"])
-        >>> found["routing/flag_rate"], found["routing/reward/flagged"], found["routing/environment/B/flag_rate"]
-        (0.5, 1.0, 1.0)
+    >>> found = rollout_metrics(["flagged", "unflagged"], torch.tensor([1.0, 0.5]), anchor=torch.tensor([False, True]),
+    ...                         tokens={"flagged": 3, "unflagged": 4}, flagged=["flagged"], environments=["B", "A"])
+    >>> found["routing/flag_rate"], found["routing/reward/flagged"], found["routing/environment/B/flag_rate"]
+    (0.5, 1.0, 1.0)
     """
     flags = torch.tensor([label in flagged for label in labels])
     metrics = {"routing/flag_rate": _mean(flags), "routing/anchor_share": _mean(anchor)}

@@ -77,40 +77,26 @@ _COUNTERS = ("_metrics", "_total_train_tokens", "_entropy_window_stats", "entrop
 
 
 def check_arguments(args: Any, model: Any) -> None:
-    """Refuse options that no routed TRL trainer supports, before TRL builds anything.
-
-    Raises:
-        ValueError: names the option and its replacement.
-    """
+    """Raise ValueError on options that no routed TRL trainer supports, before TRL builds anything."""
     if args.use_liger_kernel:
         raise ValueError("`use_liger_kernel` reads weights outside their modules, past the routing: set it to False")
     if args.train_base and getattr(args, "cast_lm_head_to_fp32", False):
-        raise ValueError(
-            "`cast_lm_head_to_fp32` with `train_base=True`: a head with a forward of its own goes by the routing. "
-            "Load the model in float32 and train with `bf16=True`"
-        )
+        raise ValueError("`cast_lm_head_to_fp32` with `train_base=True`: a head with a forward of its own goes by the "
+                         "routing. Load the model in float32 and train with `bf16=True`")  # fmt: skip
     if isinstance(model, nn.Module):
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel | PeftModel) else None
         if isinstance(head, BaseTunerLayer):
-            raise ValueError(
-                "an adapter sits on the output embeddings (`lm_head`), which TRL's fused head reads past it: leave `lm_head` "
-                "out of `target_modules`"
-            )
+            problem = "an adapter sits on the output embeddings (`lm_head`), which TRL's fused head reads past it"
+            raise ValueError(f"{problem}: leave `lm_head` out of `target_modules`")
 
 
 def check_grpo_arguments(args: Any, ref_model: Any, kwargs: Mapping[str, Any]) -> RoutedGRPOConfig:
-    """Return the configuration of a GRPO trainer, after refusing options that routing would make wrong or useless.
-
-    Raises:
-        ValueError: names the option and its replacement.
-    """
+    """Return the configuration of a GRPO trainer; raise ValueError on options that routing would make wrong or useless."""
     if not isinstance(args, RoutedGRPOConfig):
         raise ValueError(f"`args` is a `RoutedGRPOConfig`, got {type(args).__name__}")
     if args.beta and args.train_base and ref_model is None:
-        raise ValueError(
-            "`beta > 0` with `train_base=True`: the base moves, so no original is left to be the reference. Pass it as "
-            "`ref_model` (a second copy of the model), or set `beta=0.0`"
-        )
+        raise ValueError("`beta > 0` with `train_base=True`: the base moves, so no original is left to be the "
+                         "reference. Pass it as `ref_model` (a second copy of the model), or set `beta=0.0`")  # fmt: skip
     if ref_model is not None and not args.beta:
         raise ValueError("`ref_model` is given, but `beta` is 0, so it would not be used: set `beta`, or leave it out")
     if args.sync_ref_model:
@@ -125,21 +111,13 @@ def check_grpo_arguments(args: Any, ref_model: Any, kwargs: Mapping[str, Any]) -
 def with_adapters(model: Any, peft_config: Any, *, args: Any, quantization_config: Any = None) -> nn.Module | str:
     """Return ``model`` with the adapters of ``peft_config``, which maps names to configurations.
 
-    Args:
-        model: a PeftModel where ``peft_config`` is None, otherwise a transformers model, or a path or Hub id.
-        peft_config: adapter name -> `peft.PeftConfig`, in the order in which they are added; or None.
-        args: TRL's configuration.
-        quantization_config: as for TRL's trainers.
-
-    Raises:
-        ValueError: on a nameless ``peft_config``, on one beside a PeftModel, and on a model without adapters.
+    ``model`` is a PeftModel where ``peft_config`` is None, otherwise a transformers model, or a path or Hub id. Adapters are
+    added in the order of ``peft_config``.
     """
     if peft_config is None:
         if not isinstance(model, nn.Module) or not getattr(model, "peft_config", None):
-            raise ValueError(
-                "this model has no adapters, so no region: pass a PeftModel, or "
-                '`peft_config={"forget": LoraConfig(…)}` with the name of each adapter'
-            )
+            remedy = 'pass a PeftModel, or `peft_config={"forget": LoraConfig(…)}` with the name of each adapter'
+            raise ValueError(f"this model has no adapters, so no region: {remedy}")
         return model
     if isinstance(peft_config, PeftConfig) or not isinstance(peft_config, Mapping) or not peft_config:
         raise ValueError(

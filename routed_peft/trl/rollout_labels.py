@@ -40,22 +40,16 @@ class ColumnLabels:
 def labels_from_dataset(dataset: Any, eval_dataset: Any = None) -> ColumnLabels:
     """Return labels from the column ``route_label``, which the dataset and all evaluation sets must have."""
     if dataset is None or ROUTE_LABEL not in (dataset.column_names or [ROUTE_LABEL]):
-        raise ValueError(
-            f"rollouts have no labels: give `label_fn`, or a column `{ROUTE_LABEL}` in `train_dataset`; see "
-            "`routed_peft.trl.rollout_labels`"
-        )
+        raise ValueError(f"rollouts have no labels: give `label_fn`, or a column `{ROUTE_LABEL}` in `train_dataset`; "
+                         "see `routed_peft.trl.rollout_labels`")  # fmt: skip
     evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
     if any(ds is not None and ROUTE_LABEL not in (ds.column_names or [ROUTE_LABEL]) for ds in evaluated):
-        raise ValueError(
-            f"`eval_dataset` lacks the column `{ROUTE_LABEL}`, and its rollouts are labeled like those of training: add it, "
-            "or give a `label_fn` that does not need it"
-        )
+        raise ValueError(f"`eval_dataset` lacks the column `{ROUTE_LABEL}`, and its rollouts are labeled like those of "
+                         "training: add it, or give a `label_fn` that does not need it")  # fmt: skip
     known = [names for ds in (dataset, *evaluated) if (names := class_names(ds))]
     if other := [names for names in known if names != known[0]]:
-        raise ValueError(
-            f"`{ROUTE_LABEL}` has the classes {known[0]} in one dataset and {other[0]} in another: cast both to one "
-            "ClassLabel, or to strings"
-        )
+        raise ValueError(f"`{ROUTE_LABEL}` has the classes {known[0]} in one dataset and {other[0]} in another: cast "
+                         "both to one ClassLabel, or to strings")  # fmt: skip
     return ColumnLabels(names=known[0] if known else None)
 
 
@@ -129,9 +123,6 @@ class ImperfectDetector:
         recall: in [0, 1].
         precision: in (0, 1].
         seed: same seed, same misses, also after resuming.
-
-    Raises:
-        ValueError: on a share out of range, or (when called) where ``detector`` labels token by token.
 
     >>> hacks = lambda completions, **_: ["flagged" if "!" in c else "unflagged" for c in completions]
     >>> labels = ImperfectDetector(hacks, recall=0.5)(completions=["!"] * 1000, generation=(0, 0, 0))

@@ -37,9 +37,8 @@ class RolloutLabels:
         weights: group -> multipliers of the route's weight; see ``route_weights``.
         advantages: replace those of TRL.
 
-    Example:
-        >>> RolloutLabels(["flagged", "unflagged"], weights={"base": [1.0, 0.5]}).weights["base"]
-        [1.0, 0.5]
+    >>> RolloutLabels(["flagged", "unflagged"], weights={"base": [1.0, 0.5]}).weights["base"]
+    [1.0, 0.5]
     """
 
     labels: Sequence[str] | Sequence[Sequence[str]]
@@ -85,21 +84,19 @@ LabelFunction = Callable[..., Sequence[str] | Sequence[Sequence[str]] | RolloutL
 
 
 def label_rollouts(label_fn: LabelFunction, rollouts: Rollouts, routes: Mapping[str, Any]) -> RolloutLabels:
-    """Call a label function and check its answer; a label in ``route_quarantine`` replaces that of its row.
-
-    Raises:
-        ValueError: where the answer's length is not the number of rollouts (or tokens), or a label has no route.
-    """
+    """Call a label function and check its answer; a label in ``route_quarantine`` replaces that of its row."""
     answer = label_fn(**rollouts.arguments())
     answer = answer if isinstance(answer, RolloutLabels) else RolloutLabels(answer)
-    answer = RolloutLabels(
-        _plain(answer.labels),
-        {group: _plain(values) for group, values in answer.weights.items()},
-        _plain(answer.advantages),
-    )
+    weights = {group: _plain(values) for group, values in answer.weights.items()}
+    answer = RolloutLabels(_plain(answer.labels), weights, _plain(answer.advantages))
     name = getattr(label_fn, "__name__", type(label_fn).__name__)
     _check_shape(name, "labels", values=answer.labels, rollouts=rollouts)
-    answer = replace(answer, labels=_quarantined(answer.labels, rollouts.rows))
+    forced = [row.get(ROUTE_QUARANTINE) for row in rollouts.rows]
+    labels = [
+        label if new is None else [new] * len(label) if _is_list(label) else new
+        for label, new in zip(answer.labels, forced, strict=True)
+    ]
+    answer = replace(answer, labels=labels)
     for label in {label for row in answer.labels for label in (row if _is_list(row) else [row])}:
         check_has_route(label_name(label), routes)
     for group, values in answer.weights.items():
@@ -126,14 +123,6 @@ def _check_finite(name: str, what: str, values: Numbers) -> None:
             )
 
 
-def _quarantined(labels: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-    forced = [row.get(ROUTE_QUARANTINE) for row in rows]
-    return [
-        label if new is None else [new] * len(label) if _is_list(label) else new
-        for label, new in zip(labels, forced, strict=True)
-    ]
-
-
 def _is_list(value: Any) -> bool:
     return not isinstance(value, str) and hasattr(value, "__len__")
 
@@ -151,28 +140,18 @@ def _check_shape(name: str, what: str, *, values: Any, rollouts: Rollouts) -> No
     pairs = enumerate(zip(values, rollouts.completion_ids, strict=True)) if any(per_token) else ()
     for index, (value, ids) in pairs:
         if len(value) != len(ids):
-            raise ValueError(
-                f"the label function {name!r} returned {len(value)} {what} for the {len(ids)} tokens of rollout {index}: "
-                "return one per token of the completion (`completion_ids`)"
-            )
+            raise ValueError(f"the label function {name!r} returned {len(value)} {what} for the {len(ids)} tokens of "
+                             f"rollout {index}: return one per token of the completion (`completion_ids`)")  # fmt: skip
 
 
 def position_values(values: Numbers, prompt_mask: Tensor, *, completions: int, fill: float) -> Tensor:
-    """Place values of completion tokens at the positions that predict these tokens.
+    """Place values of completion tokens, one list per rollout, at the positions that predict them: float ``(B, P + C)``.
 
-    Prompt positions before the last take the value of the first token; padding takes ``fill``.
+    Prompt positions before the last take the value of the first token; padding takes ``fill``. ``prompt_mask`` is ``(B, P)``,
+    padded on the left, and ``completions`` C, the padded length of the completions.
 
-    Args:
-        values: one list per rollout.
-        prompt_mask: ``(B, P)``, padded on the left.
-        completions: C, the padded length of the completions.
-
-    Returns:
-        float ``(B, P + C)``.
-
-    Example:
-        >>> position_values([[5, 6]], torch.tensor([[0, 1, 1]]), completions=3, fill=-100).tolist()
-        [[-100.0, 5.0, 5.0, 6.0, -100.0, -100.0]]
+    >>> position_values([[5, 6]], torch.tensor([[0, 1, 1]]), completions=3, fill=-100).tolist()
+    [[-100.0, 5.0, 5.0, 6.0, -100.0, -100.0]]
     """
     batch, prompts = prompt_mask.shape
     grid = torch.full((batch, prompts + completions), float(fill))

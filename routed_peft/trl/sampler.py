@@ -15,12 +15,11 @@ class EpochSampler(RepeatSampler):
     with the first permutation, and see other prompts than an uninterrupted run. `Trainer` calls `set_epoch` at the
     beginning of every epoch, also when it resumes.
 
-    Example:
-        >>> whole, resumed = (EpochSampler(range(8), 1, seed=0) for _ in range(2))
-        >>> epochs = [list(whole) for whole.epoch in range(3)]
-        >>> resumed.set_epoch(2)
-        >>> list(resumed) == epochs[2] and epochs[2] != epochs[0]
-        True
+    >>> whole, resumed = (EpochSampler(range(8), 1, seed=0) for _ in range(2))
+    >>> epochs = [list(whole) for whole.epoch in range(3)]
+    >>> resumed.set_epoch(2)
+    >>> list(resumed) == epochs[2] and epochs[2] != epochs[0]
+    True
     """
 
     epoch = 0
@@ -28,14 +27,8 @@ class EpochSampler(RepeatSampler):
     @classmethod
     def from_sampler(cls, sampler: RepeatSampler) -> EpochSampler:
         """Return an `EpochSampler` with the arguments of ``sampler``."""
-        return cls(
-            sampler.data_source,
-            sampler.mini_repeat_count,
-            sampler.batch_size,
-            sampler.repeat_count,
-            sampler.shuffle,
-            sampler.seed,
-        )
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        return cls(*(getattr(sampler, name) for name in names))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, counted from 0, whose order the next iteration gives."""

@@ -59,12 +59,8 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
             return torch.zeros(len(rows), dtype=torch.bool)
         size = self.num_generations
         environments = self._gather(self._environments(rows))
-        chosen = anchor_groups(
-            environments[::size],
-            self.args.anchor_share,
-            trusted=self.args.anchor_environments,
-            seed=[self.args.seed, *self._moment()],
-        )
+        share, trusted, seed = self.args.anchor_share, self.args.anchor_environments, [self.args.seed, *self._moment()]
+        chosen = anchor_groups(environments[::size], share, trusted=trusted, seed=seed)
         everywhere = torch.from_numpy(chosen).repeat_interleave(size)
         start = self.accelerator.process_index * len(rows)
         return everywhere[start : start + len(rows)]
@@ -167,9 +163,8 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
     def _check_dropout(self) -> None:
         """Refuse dropout where completions are scored a second time, for the importance ratio."""
         args = self.args
-        ablating = next(
-            (f"the route {label!r}" for label, r in self.routing.routes.items() if label != ANCHOR and r.ablated), ""
-        )
+        labels = (label for label, route in self.routing.routes.items() if label != ANCHOR and route.ablated)
+        ablating = next((f"the route {label!r}" for label in labels), "")
         if args.anchor_share:
             self._check_no_dropout("`anchor_share`")
         elif args.gradient_accumulation_steps % ((args.steps_per_generation or 1) * args.num_iterations):

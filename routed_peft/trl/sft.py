@@ -72,11 +72,9 @@ def _check_arguments(args: Any) -> None:
     if not isinstance(args, RoutedSFTConfig):
         raise ValueError(f"`args` is a `RoutedSFTConfig`, got {type(args).__name__}")
     if args.packing or args.eval_packing or args.padding_free:
-        raise ValueError(
-            "`packing`, `eval_packing` and `padding_free` put documents of different labels into one row, and TRL drops "
-            "their labels: set all three to False. (`routed_peft.data.pack` packs documents of one label; give its rows to "
-            "`RoutedTrainer`.)"
-        )
+        raise ValueError("`packing`, `eval_packing` and `padding_free` put documents of different labels into one "
+                         "row, and TRL drops their labels: set all three to False. (`routed_peft.data.pack` packs "
+                         "documents of one label; give its rows to `RoutedTrainer`.)")  # fmt: skip
 
 
 def _collator(tokenizer: Any, routes: Routes, *, dataset: Any, multiple: Any) -> RoutedCollator:

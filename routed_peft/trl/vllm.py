@@ -7,18 +7,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from routed_peft.adapters import adapters_in, tuner_layers
 
 
 def check_foldable(model: nn.Module, adapters: Collection[str]) -> None:
-    """Refuse adapters that are more than an update of a weight: the engine has the base's shapes and operations only.
-
-    Raises:
-        ValueError: names the layer.
-    """
+    """Refuse adapters that are more than an update of a weight: the engine has the base's shapes and operations only."""
     for name, layer in tuner_layers(model):
         if not (here := set(adapters_in(layer)) & set(adapters)):
             continue
@@ -37,17 +32,14 @@ def folded_parameters(model: nn.Module, adapters: Collection[str]) -> Iterator[t
 
     The model is not touched: merging and unmerging every few steps, as TRL does, would leave rounding errors in the base.
 
-    Args:
-        model: a PeftModel whose ``adapters`` passed `check_foldable`.
-        adapters: adapters to fold in; regions left out are ablated in the engine.
+    Regions left out of ``adapters``, which passed `check_foldable`, are ablated in the engine.
 
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]), "forget")
-        >>> [name for name, _ in folded_parameters(model, ["forget"])]
-        ['0.weight', '0.bias']
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]), "forget")
+    >>> [name for name, _ in folded_parameters(model, ["forget"])]
+    ['0.weight', '0.bias']
     """
-    updated: dict[str, tuple[BaseTunerLayer, list[str]]] = {}
+    updated: dict[str, tuple[Any, list[str]]] = {}
     own: tuple[str, ...] = ()
     for name, layer in tuner_layers(model):
         here = adapters_in(layer)
@@ -59,10 +51,5 @@ def folded_parameters(model: nn.Module, adapters: Collection[str]) -> Iterator[t
         owner, folded = updated.get(name, (None, []))
         value = p.data
         for adapter in folded:
-            value = value + _update(owner, adapter).to(value.device, value.dtype)
+            value = value + owner.get_delta_weight(adapter).to(value.device, value.dtype)
         yield name.removeprefix("base_model.model.").replace(".base_layer", ""), value
-
-
-def _update(layer: Any, adapter: str) -> Tensor:
-    update: Tensor = layer.get_delta_weight(adapter)
-    return update
