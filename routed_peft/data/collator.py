@@ -79,7 +79,7 @@ class RoutedCollator:
         """Return a copy for other ``routes``, and other names of integers where ``class_names`` gives them."""
         other = copy.copy(self)
         other.routes, other.class_names = routes, class_names or self.class_names
-        other._index = {label: index for index, label in enumerate(routes or {})}
+        other.__post_init__()
         return other
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
@@ -97,7 +97,8 @@ class RoutedCollator:
         batch["labels"].masked_fill_(padding, IGNORED)
         batch["labels"][:, 1:].masked_fill_(padding[:, :-1], IGNORED)  # padding predicts nothing
         if kind == ROUTE_LABELS:
-            batch[kind] = shift(batch[kind].masked_fill_(padding, IGNORED)).masked_fill_(padding, IGNORED)
+            shifted = shift(batch[kind].masked_fill_(padding, IGNORED))
+            batch[kind] = shifted.masked_fill_(padding, IGNORED)  # left padding got the first token's label
         elif kind == ROUTE_LABEL:
             batch[kind] = torch.tensor([self._resolve(row[kind]) for row in features])
         if ROUTE_WEIGHTS in keys:

@@ -236,7 +236,7 @@ def check_route_columns(
                 )
             _check_lengths(values, table["input_ids"].combine_chunks() if ids else None, start)
             values = values.flatten()
-        if values.null_count or pc.any(pc.equal(values, -1) if names else pa.array([False])).as_py():
+        if values.null_count or (names and pc.any(pc.equal(values, -1)).as_py()):  # -1 is how ClassLabel writes a null
             raise ValueError(f"the column `{column}` has nulls in rows {start} to {start + len(table) - 1}: every row "
                              'needs a label; "unlabeled" is a label too')  # fmt: skip
         for item in values.value_counts().to_pylist():
@@ -276,7 +276,9 @@ def check_texts(ds: Dataset, column: str, name: str = "the dataset") -> None:
     feature = ds.features[column]
     if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
         kind = getattr(feature, "dtype", type(feature).__name__)
-        raise ValueError(f"{name} needs strings in the column `{column}`, got {kind}: write numbers and dates as strings")
+        raise ValueError(
+            f"{name} needs strings in the column `{column}`, got {kind}: write numbers and dates as strings"
+        )
     start = 0
     for table in ds.select_columns(column).with_format("arrow").iter(batch_size=10_000):
         values = table[column].cast(pa.large_string())

@@ -201,10 +201,9 @@ def labels_from_classifier(
     return _add_labels(ds, column, label=label, batch_size=batch_size)
 
 
-Labeler = Callable[[list[Any]], list[str]]
-
-
-def _add_labels(ds: AnyDataset, column: str, *, label: Labeler, batch_size: int = 1000) -> AnyDataset:
+def _add_labels(
+    ds: AnyDataset, column: str, *, label: Callable[[list[Any]], list[str]], batch_size: int = 1000
+) -> AnyDataset:
     return add_column(ds, ROUTE_LABEL, needs=[column], values=lambda batch: label(batch[column]), batch_size=batch_size)
 
 

@@ -93,6 +93,7 @@ def _oriented(projection: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _appended(tensor: Tensor, extras: list[Tensor], axis: int) -> Tensor:
+    """Append to each of the equal parts of ``tensor`` (gate and up in a fused matrix, otherwise one) its own extra."""
     parts = zip(tensor.chunk(len(extras), axis), extras, strict=True)
     return torch.cat([piece for old, extra in parts for piece in (old, extra.detach().to(tensor))], axis)
 
@@ -120,11 +121,10 @@ def _set_width(mlp: Any, layout: MLPLayout) -> None:
 
 def check_uniform(model: nn.Module) -> None:
     """Raise ValueError unless one field of the configuration gives the width of every MLP of ``model``."""
-    widths = {count_hidden_units(mlp, mlp_layout(mlp)) for mlp in find_mlps(model).values()}
     if not isinstance(model, PreTrainedModel):
         return
-    config = _text_config(model)
-    field = _width_field(config)
+    widths = {count_hidden_units(mlp, mlp_layout(mlp)) for mlp in find_mlps(model).values()}
+    config, field = _width_field(model)
     configured = getattr(config, field, None) if field else None
     if field is None or len(widths) != 1 or configured not in (None, *widths):
         raise ValueError(
@@ -144,15 +144,12 @@ def pad_to_widest(model: nn.Module) -> None:
             check_widenable(mlp, layout)
             widen(mlp, layout, HiddenUnits.zeros(missing, width(getattr(mlp, layout.down), "out")))
     if isinstance(model, PreTrainedModel):
-        config = _text_config(model)
-        field = _width_field(config)
+        config, field = _width_field(model)
         assert field is not None, "check_uniform comes first"
         setattr(config, field, widest)
 
 
-def _text_config(model: PreTrainedModel) -> PretrainedConfig:
-    return model.config.get_text_config(decoder=True)
-
-
-def _width_field(config: PretrainedConfig) -> str | None:
-    return next((field for field in _WIDTH_FIELDS if hasattr(config, field)), None)
+def _width_field(model: PreTrainedModel) -> tuple[PretrainedConfig, str | None]:
+    """Return the configuration of a model's decoder, and the name of its field for the width of MLPs, if it has one."""
+    config = model.config.get_text_config(decoder=True)
+    return config, next((field for field in _WIDTH_FIELDS if hasattr(config, field)), None)

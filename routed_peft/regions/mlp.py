@@ -40,9 +40,7 @@ class RoutedMLP(nn.Module, RoutedLayer):
         super().__init__()
         self.layout = mlp_layout(base_layer)
         self.base_layer = base_layer
-        self.routed_gate = nn.ModuleDict()
-        self.routed_up = nn.ModuleDict()
-        self.routed_down = nn.ModuleDict()
+        self.routed_gate, self.routed_up, self.routed_down = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, model=model)
