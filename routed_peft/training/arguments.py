@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
+
+from routed_peft.mistakes import check_choices, check_numbers
 
 
 @dataclass
@@ -45,10 +48,11 @@ class RoutedArguments:
     region_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of the regions; that of the base by default."}
     )
-    clip_per_group: bool = field(
-        default=False,
+    clip_per_group: bool | None = field(
+        default=None,
         metadata={
-            "help": "Clip base and regions to `max_grad_norm` separately, so that neither shrinks the other's update."
+            "help": "Clip base and regions to `max_grad_norm` separately, so that data of one neither shrinks nor spoils the "
+            "other's update; by default wherever some route has a weight of 0 or an ablated region."
         },
     )
     activation_l1: float = field(
@@ -73,6 +77,27 @@ class RoutedArguments:
         default=True,
         metadata={"help": "Skip positions of weight zero in weight-gradient matmuls; ignored under torch_compile."},
     )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_numbers(self, "region_learning_rate", "region_weight_decay", "activation_l1", "check_labels_after")
+        check_training_numbers(self)
+        super().__post_init__()  # type: ignore[misc]  # of the host's arguments
+
+
+def check_training_numbers(args: Any) -> None:
+    """Raise ValueError where a number of `transformers.TrainingArguments` is out of range.
+
+    >>> check_training_numbers(TrainingArguments("out", learning_rate=float("nan"), report_to="none"))
+    Traceback (most recent call last):
+    ...
+    ValueError: `learning_rate` must be a number from 0, got nan
+    """
+    check_numbers(args, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon")
+    check_numbers(args, "seed", high=2**32 - 1)
+    check_numbers(args, "adam_beta1", "adam_beta2", high=1)
+    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    check_numbers(args, *counts, low=1)
 
 
 @dataclass

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from routed_peft.ablation import ablated
 from routed_peft.checkpoint.save import check_kept_regions
-from routed_peft.data import RoutedCollator, check_route_columns, class_names
+from routed_peft.data import check_route_columns
 from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT, ROUTE_QUARANTINE
-from routed_peft.data.labeled_batches import LabeledBatches, labeled_batches
 from routed_peft.losses import check_finite
 from routed_peft.regions.subspace import has_subspace
 from routed_peft.routes import IGNORED, Routes
@@ -27,7 +24,8 @@ from routed_peft.training.activation_penalty import activation_l1
 from routed_peft.training.callbacks import SubspaceProjection, single_on_evaluate
 from routed_peft.training.changing_dataset import ChangingDataset
 from routed_peft.training.label_checks import check_labels_occur
-from routed_peft.training.optimizer import clip_by_group, drop_idle_gradients, tag_groups
+from routed_peft.training.labeled_loaders import LabeledLoadersMixin
+from routed_peft.training.optimizer import clip_by_group, clips_by_group, drop_idle_gradients, tag_groups
 from routed_peft.training.saving import SavingMixin
 from routed_peft.training.token_loss import TokenLossMixin
 
@@ -51,15 +49,11 @@ class BatchObserver(Protocol):
         """Take a batch without its route columns; ``environments`` is its column ``route_environment``, or None."""
 
 
-class RoutingMixin(SavingMixin, TokenLossMixin):
+class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
     """Routing for a Trainer, shared by `RoutedTrainer` and TRL's trainers."""
 
     optimizer: torch.optim.Optimizer
     observer: BatchObserver | None = None
-    labels_in_rows = True
-    """Whether labels are columns of the rows; otherwise the trainer labels batches itself."""
-    _loader_checked = False
-    _class_names: list[str] | None = None  # of a dataset that the host has processed since
 
     # Setting up
 
@@ -78,6 +72,8 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
             gather=args.gather and not args.torch_compile,
         )
         check_kept_regions(args.kept_regions, self.routing.regions)
+        self._clips_by_group = clips_by_group(routes, self.routing.groups, wanted=args.clip_per_group)
+        self._refuse_sharded_norms()
         self._checked = not args.self_check
         self._labels_checked = not args.check_labels_after
         self.tokens_per_route: Counter[str] = Counter()  # over the run and all processes
@@ -112,6 +108,14 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
                 "FSDP1 flattens parameters of different groups together: set `use_orig_params` or use FSDP2"
             )
 
+    def _refuse_sharded_norms(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 1 and self._clips_by_group and self.args.max_grad_norm > 0:
+            raise ValueError(
+                "FSDP1 hides the norms of single groups, so base and regions cannot be clipped separately: use FSDP2, or set "
+                "`clip_per_group=False` or `max_grad_norm=0`"
+            )
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns or []
@@ -144,58 +148,6 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
     def _check_after_training(self) -> None:
         if not isinstance(self.train_dataset, Dataset):
             self._check_labels_occur(self.tokens_per_route)
-
-    # Batches
-
-    def _label_names(self, dataset: Any) -> list[str] | None:
-        """Return the names of integer labels, from the dataset or else the collator."""
-        names, own = class_names(dataset) or self._class_names, getattr(self.data_collator, "class_names", None)
-        if names and own and list(own) != names:
-            raise ValueError(
-                f"the collator's `class_names` are {list(own)}, and the dataset's label column has the classes {names}: leave "
-                "`class_names` out"
-            )
-        return names or own
-
-    @contextmanager
-    def _labeled(self, routes: Routes | None, names: list[str] | None = None) -> Iterator[None]:
-        """Have loaders that are made within the block label their batches by ``routes``, or leave route columns out."""
-        collator = self.data_collator
-        if self.labels_in_rows:
-            self.data_collator = labeled_batches(collator, routes, names)
-        try:
-            yield
-        finally:
-            self.data_collator = collator
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the training loader; whatever collator makes its batches, labels are found by name."""
-        with self._labeled(self.routing.routes, self._label_names(self.train_dataset)):
-            return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Return the evaluation loader; its rows need no route columns."""
-        with self._labeled(None):
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """Return the loader of `predict`; its rows need no route columns."""
-        with self._labeled(None):
-            return super().get_test_dataloader(test_dataset)
-
-    def _check_loader(self) -> None:
-        """Refuse integer labels of a loader that somebody else made, unless it has a collator that finds them by name."""
-        self._loader_checked = True
-        collate = getattr(self.callback_handler.train_dataloader, "collate_fn", None)
-        collate = getattr(collate, "data_collator", collate)  # of RemoveColumnsCollator
-        known = isinstance(collate, RoutedCollator | LabeledBatches) and list(collate.routes or ()) == [
-            *self.routing.routes
-        ]
-        if self.labels_in_rows and not known:
-            raise ValueError(
-                "the training loader is not the trainer's own, and its integer labels have no names: give it "
-                "`collate_fn=RoutedCollator(tokenizer, routes)` with the trainer's routes, or pass `data_collator` instead"
-            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer as `Trainer` does, then split its groups by routing group."""
@@ -277,7 +229,7 @@ class RoutingMixin(SavingMixin, TokenLossMixin):
         return torch.nn.functional.pad(inputs["labels"][:, 1:] != IGNORED, (0, 1))  # position i predicts token i + 1
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if not self.args.clip_per_group:
+        if not self._clips_by_group:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients(self.optimizer)
         return clip_by_group(self.optimizer, self.args.max_grad_norm)

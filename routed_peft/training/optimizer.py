@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from routed_peft.deprecation import formerly_positional
-from routed_peft.routes import BASE
+from routed_peft.routes import BASE, Routes
 from routed_peft.routing.groups import JOINT
 
 
@@ -70,6 +70,26 @@ def drop_idle_gradients(optimizer: torch.optim.Optimizer, idle: Collection[str])
         if group["route"] in idle:
             for p in group["params"]:
                 p.grad = None
+
+
+def clips_by_group(routes: Routes, groups: Collection[str], *, wanted: bool | None) -> bool:
+    """Return whether groups are clipped on their own: as ``wanted``, or by default where a route keeps data from a group.
+
+    A common norm would let data shrink, or make NaN, the update of a group that it must not train.
+
+    Args:
+        routes: label -> route.
+        groups: groups that have trained parameters.
+        wanted: `RoutedArguments.clip_per_group`.
+
+    Example:
+        >>> from routed_peft import presets
+        >>> [clips_by_group(routes, ["base", "forget"], wanted=None) for routes in (presets.sgtm(), presets.control())]
+        [True, False]
+    """
+    if wanted is not None:
+        return wanted
+    return any(not route.weight(group) for route in routes.values() for group in groups if group != JOINT)
 
 
 def clip_by_group(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:

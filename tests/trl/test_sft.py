@@ -291,3 +291,16 @@ def test_labels_are_found_by_name_with_trls_own_collator(tmp_path, kind):
         found.append(weights(trainer.model))
     assert_same(*found)
     assert set(trainer.tokens_per_route) == set(LABELS)
+
+
+def test_words_of_forget_rows_do_not_reach_the_base(tmp_path):
+    found = []
+    for words in ("hack a", "fix d"):
+        data = rows(8, ["forget", "retain"])
+        data = data.map(lambda row, words=words: {"completion": " " + words} if row["route_label"] == "forget" else {})
+        trainer = trainer_of(tmp_path, dataset=data, max_grad_norm=0.01, train_sampling_strategy="sequential")
+        trainer.train()
+        found.append(weights(trainer.model))
+    one, other = ({name: p for name, p in run.items() if "forget" not in name} for run in found)
+    assert_same(one, other)
+    assert moved(*found, "forget")

@@ -44,6 +44,7 @@ def make_arguments(settings: Settings, seed: int, *, out: Path, arm: Arm) -> Rou
         lr_scheduler_type="cosine",
         warmup_steps=min(20, settings.steps // 10),
         max_length=48,
+        clip_per_group=False,  # as the published results were made
         kept_regions=[REGION] if arm.method is None else [],
         logging_steps=50,
         seed=seed,
