@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+HIDDEN = ".routed_peft-"
+"""Beginning of the names of files and directories that are being written; random digits follow."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it is renamed to ``path`` at the end of the block, unless that raises.
 
-    An interrupted write leaves the previous file as it was. Processes of one machine that write the same file do not mix.
+    An interrupted write leaves the previous file as it was. Processes that write the same file do not mix.
     Missing parent directories are made.
 
     Example:
@@ -26,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         ('{}', False)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f"{HIDDEN}{secrets.token_hex(8)}.tmp")
     try:
         yield aside
         os.replace(aside, path)
@@ -34,9 +39,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def journals(path: Path) -> list[Path]:
+    """Return the journals of saves into the directory ``path`` that were decided and then interrupted."""
+    return sorted(path.glob(f"{HIDDEN}{'[0-9a-f]' * 16}.json"))
+
+
 def in_use(path: Path) -> bool:
-    """Return whether ``path`` exists and is not an empty directory."""
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    """Return whether ``path`` exists and is not an empty directory; the remains of an interrupted write do not count."""
+    if not path.is_dir():
+        return path.exists() or path.is_symlink()
+    ours = {Path(name).parts[0] for journal in journals(path) for name in read_json(journal)["move"]}
+    return any(entry.name not in ours and not entry.name.startswith(HIDDEN) for entry in path.iterdir())
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError unless files can be made in ``path``, or in the directory where it will be made."""
+    while not path.exists() and path.parent != path:
+        path = path.parent
+    with tempfile.TemporaryFile(dir=path):
+        pass
 
 
 def write_bytes(path: Path, content: bytes) -> None:

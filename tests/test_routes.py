@@ -46,7 +46,11 @@ def test_bad_tables_are_refused(routes, base, message):
         validate_routes(routes, ["forget"], base=base)
 
 
-@pytest.mark.parametrize("name", ["default", "base", "ref", "checkpoint-3", "a.b", ""])
+BAD_NAMES = ["default", "Base", "ref", "joint", "all", "none", "ablated", "checkpoint-3", "a.b", "", "bio+cyber", "a/b"]
+BAD_NAMES += ["/tmp/region", "..", "a\\b", "a b", "-x", "a\n", "é" * 33, "x" * 65, "x" * 242, 3, None]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_with_another_meaning_are_refused(name):
     with pytest.raises(ValueError, match="a region cannot be called"):
         check_region_name(name)

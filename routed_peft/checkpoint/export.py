@@ -128,7 +128,7 @@ def export(
     merged = [*layout.base_adapters, *kept]
     adapter_attributes = _adapter_attributes(model)
     plain = _merged_model(model, merged)
-    with atomic_directory(target) as aside:
+    with atomic_directory(target, fresh=True) as aside:
         plain.save_pretrained(aside)
         del model, plain
         _copy_companions(run, aside, from_pretrained_kwargs.get("base"))
@@ -219,7 +219,7 @@ def _verified(folder: Path, batch: Tensor, *, expected: Tensor, exact: bool, kwa
     skip = {*HUB_ARGUMENTS, "base", "dtype", "torch_dtype", "use_safetensors"}
     arguments = {name: value for name, value in kwargs.items() if name not in skip}
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **arguments)
-    difference = (_logits(model, batch).cpu().double() - expected.cpu().double()).abs().max().item()
+    difference = (_logits(model, batch).double() - expected.double()).abs().max().item()
     scale = max(1.0, expected.abs().max().item())
     tolerance = 0.0 if exact else scale * _TOLERANCE.get(expected.dtype, _FLOAT32_TOLERANCE)
     if not difference <= tolerance:

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub import snapshot_download
 
-from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES
+from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, recover
 
 ROOT_FILES = ("*.safetensors", "*.json", "*.txt", "*.md", *TOKENIZER_FILES, *NOTICE_FILES)
 FOLDER_FILES = ("*.safetensors", "*.json", "*.md")
@@ -26,8 +25,9 @@ def fetch(
 ) -> tuple[Path, str | None]:
     """Return the directory with the files of ``source``, and their commit (None for a directory).
 
-    A ``source`` that is not a directory is a Hub id. Files of its repository that match ``patterns`` are downloaded,
-    except those in sub-folders (see `fetch_folder`) and those that would have to be unpickled.
+    An interrupted save into a directory is completed. A ``source`` that is not a directory is a Hub id. Files of its
+    repository that match ``patterns`` are downloaded, except those in sub-folders (see `fetch_folder`) and those that
+    would have to be unpickled.
 
     Raises:
         ValueError: ``source`` is neither a directory nor a Hub id, or ``revision`` is given with a directory.
@@ -39,6 +39,7 @@ def fetch(
             raise ValueError(
                 f"`revision` needs a Hub id, got {revision!r} with the directory {str(source)!r}: leave it out"
             )
+        recover(local)
         return local.resolve(), None
     if local.is_absolute() or str(source).startswith((".", "~")) or local.exists():
         raise ValueError(f"{str(source)!r} is no directory: give the directory of a run, or a Hub id")
@@ -48,7 +49,7 @@ def fetch(
                 str(source),
                 revision=revision,
                 allow_patterns=list(patterns),
-                ignore_patterns=["*/*", "training_args.bin"],
+                ignore_patterns=["*/*", ".*", "training_args.bin"],
                 **arguments,
             )
         )
@@ -67,17 +68,3 @@ def fetch_folder(
     wanted = [f"{folder}/{pattern}" for pattern in patterns]
     root = snapshot_download(str(source), revision=commit, allow_patterns=wanted, **arguments)
     return Path(root) / folder
-
-
-def cached_commit(repo: str) -> str | None:
-    """Return the commit of ``repo`` in the local cache: the only one, or that of the main branch if there are several.
-
-    transformers does not record the commit of a loaded model. If this is a wrong guess, the check of the base's
-    fingerprint fails on loading.
-    """
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
-    commits = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if len(commits) == 1:
-        return commits[0]
-    main = try_to_load_from_cache(repo, "config.json") if commits else None
-    return Path(main).parent.name if isinstance(main, str) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
@@ -14,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, WEIGHTS, Layout
 from routed_peft.checkpoint.model_card import model_card
 from routed_peft.checkpoint.open_run import OpenRun
-from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, files_in
+from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, files_in, inside, sha256
 from routed_peft.deprecation import formerly_positional
 from routed_peft.files import read_json
 
@@ -103,21 +104,23 @@ def _verified_layout(src: Path, *, regions: bool) -> Layout:
 
 def _base_files(layout: Layout, repo: str, regions_repo: str | None) -> dict[str, Path | str]:
     """Return the files for ``repo``: path in the repository -> local file or content."""
-    weights = {name for name in layout.data["files"] if "/" not in name}
+    listed = {name: hash_ for name, hash_ in layout.data["files"].items() if "/" not in name}
     patterns = (*_PLAIN, *TOKENIZER_FILES, *NOTICE_FILES)
-    own = [name for name in files_in(layout.root) if name in weights or _matches(name, patterns)]
-    files: dict[str, Path | str] = {name: layout.root / name for name in own}
+    own = [name for name in files_in(layout.root) if name in listed or _matches(name, patterns)]
+    files: dict[str, Path | str] = {name: inside(layout.root, name) for name in own}
     files |= _region_files(layout, layout.base_adapters, (repo, None) if layout.saved_base else None)
-    kept = {**layout.data, "regions_repo": regions_repo}
-    for key in ("files", "other_files"):
-        pushed = [name for name in layout.data.get(key, ()) if name in files]
-        kept[key] = {name: layout.data[key][name] for name in pushed} if key == "files" else pushed
-    if layout.saved_base and isinstance(source := (layout.data["base"].get("trained_from") or {}).get("id"), str):
-        local = Path(source).is_absolute()
-        kept["base"] = {**layout.data["base"], **({"trained_from": None} if local else {})}
-    files[ROUTING] = json.dumps(kept, indent=2) + "\n"
+    record = {**layout.data, "regions_repo": regions_repo, "other_files": []}
+    record["files"] = {name: listed.get(name) or _hash(content) for name, content in files.items()}
+    source = (layout.data["base"].get("trained_from") or {}).get("id")
+    if layout.saved_base and source is not None and Path(source).is_absolute():  # a path says nothing to others
+        record["base"] = {**layout.data["base"], "trained_from": None}
+    files[ROUTING] = json.dumps(record, indent=2) + "\n"
     files["README.md"] = model_card(layout, repo, regions_repo=regions_repo, of_regions=False)
     return files
+
+
+def _hash(content: Path | str) -> str:
+    return sha256(content) if isinstance(content, Path) else hashlib.sha256(content.encode()).hexdigest()
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -133,8 +136,10 @@ def _region_files(layout: Layout, names: Iterable[str], base: tuple[str, str | N
         if base is not None:
             config["base_model_name_or_path"], config["revision"] = base
             about["base"] = {"id": base[0], "revision": base[1]}
+        text = json.dumps(config, indent=2) + "\n"
+        about["files"] |= {CONFIG: _hash(text)}
         files |= {
-            f"{name}/{CONFIG}": json.dumps(config, indent=2) + "\n",
+            f"{name}/{CONFIG}": text,
             f"{name}/{REGION}": json.dumps(about, indent=2) + "\n",
             f"{name}/{WEIGHTS}": folder / WEIGHTS,
         }

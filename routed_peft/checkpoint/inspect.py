@@ -10,7 +10,18 @@ from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
 from routed_peft.checkpoint.fetch import fetch
-from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, WEIGHTS, Layout, verify_adapter, verify_files
+from routed_peft.checkpoint.layout import (
+    CONFIG,
+    REGION,
+    ROUTING,
+    WEIGHTS,
+    Layout,
+    describe_leftovers,
+    foreign_weights,
+    verify_adapter,
+    verify_files,
+    verify_weights,
+)
 from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.files import read_json
 
@@ -42,20 +53,31 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
         ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
     """
     root, commit = fetch(src, revision, **hub)
+    left = describe_leftovers(root)
     about: dict[str, Any] = {"source": str(src), "revision": commit}
     if (root / ROUTING).is_file():
-        return about | _describe_run(OpenRun(Layout.read(root, str(src)), commit, hub))
-    if (root / CONFIG).is_file():
+        about |= _describe_run(OpenRun(Layout.read(root, str(src)), commit, hub))
+    elif (root / CONFIG).is_file():
         problems = _problems(lambda: verify_adapter(root, str(src)))
-        return about | _describe_adapter(root) | {"kind": "region", "problems": problems}
-    if (root / "config.json").is_file():
-        record = root / "ablation.json"
-        ablation = read_json(record) if record.is_file() else None
-        problems = _problems(lambda: verify_files(root, (ablation or {}).get("sha256", {}), str(src)))
-        return about | {"kind": "plain checkpoint", "ablation": ablation, "problems": problems}
-    raise ValueError(
-        f"{str(src)!r} holds none of {ROUTING}, {CONFIG} and config.json: it is no run, region or checkpoint"
-    )
+        about |= _describe_adapter(root) | {"kind": "region", "problems": problems}
+    elif (root / "config.json").is_file():
+        about |= _describe_plain(root, str(src))
+    else:
+        raise ValueError(
+            f"{str(src)!r} holds none of {ROUTING}, {CONFIG} and config.json: it is no run, region or checkpoint"
+            + "".join(f". {sentence}" for sentence in left)
+        )
+    about["problems"] += left
+    return about
+
+
+def _describe_plain(root: Path, source: str) -> dict[str, Any]:
+    record = root / "ablation.json"
+    ablation = read_json(record) if record.is_file() else None
+    expected = (ablation or {}).get("sha256", {})
+    problems = _problems(lambda: verify_files(root, expected, source))
+    problems += _problems(lambda: verify_weights(root, expected or foreign_weights(root), source))
+    return {"kind": "plain checkpoint", "ablation": ablation, "problems": problems}
 
 
 def _describe_run(run: OpenRun) -> dict[str, Any]:
@@ -69,6 +91,8 @@ def _describe_run(run: OpenRun) -> dict[str, Any]:
             return entry  # regions of a pushed run are stored elsewhere
         if run.commit is None:
             problems.extend(_problems(lambda: layout.adapter_folder(name)))
+        else:
+            problems.extend(_problems(lambda: layout.verify_listed(name, folder, only=".json")))
         entry |= _describe_adapter(folder) if folder.is_dir() else {}
         if (folder / REGION).is_file():
             entry["fingerprint_ok"] = (

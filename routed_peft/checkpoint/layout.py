@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from routed_peft.checkpoint.staging import LAST, sha256
+from routed_peft.checkpoint.staging import LAST, inside, leftovers, sha256
 from routed_peft.files import read_json
-from routed_peft.routes import Route, routes_from_dict
+from routed_peft.routes import Route, check_region_name, routes_from_dict
 
 ROUTING = LAST
 REGION = "region.json"
@@ -35,11 +35,10 @@ class Layout:
 
     @classmethod
     def read(cls, root: Path, source: str) -> Layout:
-        """Read ``root/routing.json``; ValueError if it is missing or was not written by `save_routed`."""
+        """Read ``root/routing.json``; ValueError if it is missing, was not written by `save_routed`, or names bad paths."""
         path = root / ROUTING
         if not path.is_file():
-            left = sorted(root.glob(".*.old"))
-            hint = f" An interrupted save left the files before it in {left[0]}." if left else ""
+            hint = "".join(f" {sentence}" for sentence in describe_leftovers(root))
             raise ValueError(
                 f"{source!r} has no {ROUTING}, so it is no run saved by `save_routed` (or a piece of it is missing; "
                 f"found {sorted(p.name for p in root.iterdir())[:12]}). A plain checkpoint loads with "
@@ -55,6 +54,10 @@ class Layout:
                 f"{path} has format version {data['format_version']}, this routed_peft reads up to {VERSION}: upgrade "
                 "it"
             )
+        for name in (*data["regions"], *data["base_adapters"]):
+            check_region_name(name)
+        for name in (*data["files"], *data.get("other_files", ())):
+            inside(root, name)
         return cls(root, data, source)
 
     @property
@@ -103,17 +106,24 @@ class Layout:
         return names
 
     def verify_base(self) -> None:
-        """Raise ValueError unless the base's weights in `root` are exactly those that were written."""
-        if not self.saved_base:
-            return
-        expected = {name: hash_ for name, hash_ in self.data["files"].items() if "/" not in name}
+        """Raise ValueError unless the files directly in `root` are exactly those that were written.
+
+        A run of an earlier version lists its weights only: the hashes of its other files are not known, and not compared.
+        """
+        expected = {name: hash_ for name, hash_ in self.data["files"].items() if self._owner(name) is None}
         verify_files(self.root, expected, self.source)
-        strangers = sorted(foreign_weights(self.root) - set(expected))
-        if strangers:
-            raise ValueError(
-                f"{self.source!r} holds {strangers}, which `save_routed` did not write and transformers would load: "
-                "move them elsewhere"
-            )
+        if self.saved_base:
+            verify_weights(self.root, expected, self.source)
+
+    def _owner(self, name: str) -> str | None:
+        """Return the adapter in whose folder a file is."""
+        first = name.split("/")[0]
+        return first if "/" in name and first in (*self.regions, *self.base_adapters) else None
+
+    def verify_listed(self, name: str, folder: Path, *, only: str = "") -> None:
+        """Raise ValueError unless the files of an adapter are those listed here; those whose names end with ``only``."""
+        listed = {key.split("/", 1)[1]: value for key, value in self.data["files"].items() if self._owner(key) == name}
+        verify_files(folder, {k: v for k, v in listed.items() if k.endswith(only)}, f"{self.source}/{name}")
 
     def adapter_folder(self, name: str) -> Path:
         """Return the verified folder of a region or base adapter of this run."""
@@ -124,10 +134,13 @@ class Layout:
                 f"{self.source!r} lacks the folder {name!r} of the {self.role(name)} of that name. Copy it there; or, "
                 f"where regions have a repository or directory of their own, load with regions={{{name!r}: {place!r}}}"
             )
-        verify_adapter(folder, f"{self.source}/{name}")
-        prefix = f"{name}/"
-        expected = {k.removeprefix(prefix): v for k, v in self.data["files"].items() if k.startswith(prefix)}
-        verify_files(folder, expected, f"{self.source}/{name}")
+        about = verify_adapter(inside(self.root, name), f"{self.source}/{name}")
+        if about["base_fingerprint"] != self.data["base"]["fingerprint"]:
+            raise ValueError(
+                f"{name!r} in {self.source!r} belongs to another base model than the one of this run: restore its folder from a "
+                "copy of the run"
+            )
+        self.verify_listed(name, folder)
         return folder
 
     def labels(self, region: str) -> list[str]:
@@ -160,7 +173,7 @@ def verify_adapter(folder: Path, source: str) -> dict[str, Any]:
 def verify_files(root: Path, expected: Mapping[str, str], source: str) -> None:
     """Raise ValueError if a file under ``root`` is missing, or its SHA-256 differs from that in ``expected``."""
     for name, hash_ in expected.items():
-        path = root / name
+        path = inside(root, name)
         if not path.is_file():
             raise ValueError(f"{source!r} lacks the file {name}: download it again, or restore it from a copy")
         got = sha256(path)
@@ -169,6 +182,28 @@ def verify_files(root: Path, expected: Mapping[str, str], source: str) -> None:
                 f"{name} in {source!r} is truncated or was tampered with: its SHA-256 is {got[:16]}…, {hash_[:16]}… "
                 "was written. Download it again, or restore it from a copy."
             )
+
+
+def verify_weights(root: Path, expected: Container[str], source: str) -> None:
+    """Raise ValueError if transformers would load weights from ``root`` that are not ``expected``."""
+    strangers = {name for name in foreign_weights(root) if name not in expected}
+    for index in root.glob("*.index.json"):
+        entries = set(map(str, read_json(index).get("weight_map", {}).values()))
+        strangers |= {name for name in entries if name not in expected or "/" in name}
+    if strangers:
+        raise ValueError(
+            f"{source!r} holds {sorted(strangers)}, which `save_routed` did not write and transformers would load: move "
+            "them elsewhere, and restore an index (*.index.json) that names them from a copy"
+        )
+
+
+def describe_leftovers(root: Path) -> list[str]:
+    """Return sentences about the hidden directories that interrupted saves into ``root`` left."""
+    return [
+        f"An interrupted save left {left}, which may hold a copy of a region, unless a process is saving now: the next save "
+        "removes it, or remove it yourself."
+        for left in leftovers(root)
+    ]
 
 
 def foreign_weights(root: Path) -> set[str]:

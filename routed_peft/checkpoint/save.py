@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -13,12 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from routed_peft.adapters import routing_record
-from routed_peft.checkpoint.fetch import cached_commit
-from routed_peft.checkpoint.layout import REGION, ROUTING, VERSION, WEIGHTS, foreign_weights
-from routed_peft.checkpoint.staging import atomic_directory, files_in, sha256
-from routed_peft.checkpoint.tensors import adapter_configs, adapter_state_dict, inner_model, plain_state_dict
+from routed_peft.checkpoint.frozen_base import find_base
+from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, VERSION, WEIGHTS, foreign_weights
+from routed_peft.checkpoint.staging import atomic_directory, files_in, inside, recover, sha256
+from routed_peft.checkpoint.tensors import (
+    adapter_configs,
+    adapter_state_dict,
+    check_own_weights,
+    inner_model,
+    plain_state_dict,
+)
 from routed_peft.deprecation import formerly_positional
-from routed_peft.files import read_json, write_json
+from routed_peft.files import check_writable, read_json, write_json
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.routes import Routes, check_region_name, routes_to_dict
 from routed_peft.runs.provenance import versions
@@ -30,7 +38,7 @@ class SaveDetails(TypedDict, total=False):
     Attributes:
         tokens_per_route: label -> tokens seen in training, for the record.
         extra: more plain data for ``routing.json``.
-        base_revision: commit of a frozen base on the Hub; by default the one in the local cache.
+        base_revision: commit of a frozen base on the Hub; by default the one in the local cache with the same weights.
     """
 
     tokens_per_route: Mapping[str, int] | None
@@ -54,8 +62,9 @@ def save_routed(
     """Save a run: the base in ``path`` itself, each region in a folder of its own.
 
     With a trained base, ``AutoModelForCausalLM.from_pretrained(path)`` gives the ablated model. With a frozen base,
-    ``routing.json`` names its location; a base that was never saved is saved too. Weights are safetensors. The
-    directory is written aside and renamed. Files of an earlier save at ``path`` are replaced; all others
+    ``routing.json`` names its location; a base that is in no checkpoint as it is in memory (never saved, a resized
+    vocabulary, a merged LoRA) is saved too. Weights are safetensors. A kill at any moment leaves the earlier save or the
+    new one, see `routed_peft.checkpoint.staging`. Files of an earlier save at ``path`` are replaced; all others
     (``checkpoint-…``, trainer state) stay.
 
     Args:
@@ -74,8 +83,7 @@ def save_routed(
         The resolved path.
 
     Raises:
-        ValueError: the model has no adapter or merged ones, a base adapter or kept region is unknown, a name cannot be
-            a region's, or ``path`` holds files of others that would be mistaken for the base.
+        ValueError: see `check_can_save`.
         OSError: writing failed; ``path`` is as it was.
 
     Example:
@@ -98,30 +106,31 @@ def save_routed(
     routes = routed.routes if routes is None else routes
     train_base = routed.train_base if train_base is None else bool(train_base)
     base_adapters = list(routed.base_adapters if base_adapters is None else base_adapters)
-    _check_adapters(configs, base_adapters)
     regions = [name for name in configs if name not in base_adapters]
-    kept = check_kept_regions(_remembered_regions(model, regions) if kept_regions is None else kept_regions, regions)
-    plain = plain_state_dict(model, state_dict)
-    original = _base_location(inner, details.get("base_revision"))
-    moved = train_base or _init_changes_base(configs)
-    base = {"id": None, "revision": None, "trained_from": original} if moved else original
+    if kept_regions is None:  # the model may have been loaded without some of them
+        kept_regions = [name for name in routed.kept_regions if name in regions]
+    kept_regions = list(kept_regions)
+    check_can_save(model, path, base_adapters=base_adapters, kept_regions=kept_regions, tokenizer=tokenizer)
+    plain, print_ = plain_state_dict(model, state_dict), fingerprint(model)
+    original = find_base(inner, plain, revision=details.get("base_revision"), content=print_["content"])
+    named = {"id": inner.name_or_path or None, "revision": details.get("base_revision")}
+    base = {"id": None, "revision": None, "trained_from": named} if train_base or original["id"] is None else original
     tokens = details.get("tokens_per_route")
-    ours = _previous_files(path, configs)
     record: dict[str, Any] = {
         "format": "routed_peft",
         "format_version": VERSION,
         "train_base": train_base,
         "model_class": [type(inner).__module__, type(inner).__name__],
-        "base": {**base, "fingerprint": fingerprint(model)},
+        "base": {**base, "fingerprint": print_},
         "regions": regions,
-        "kept_regions": kept,
+        "kept_regions": kept_regions,
         "base_adapters": base_adapters,
         "routes": None if routes is None else routes_to_dict(routes),
         "tokens_per_route": None if tokens is None else dict(tokens),
         "versions": versions(),
         "extra": dict(details.get("extra") or {}),
     }
-    with atomic_directory(path, ours) as aside:
+    with atomic_directory(path, partial(_previous_files, path, configs)) as aside:
         if base["id"] is None:
             _save_base(inner, plain, aside)
         if tokenizer is not None:
@@ -129,11 +138,43 @@ def save_routed(
         for name, config in configs.items():
             tensors = adapter_state_dict(model, name, state_dict)
             _save_adapter(aside / name, config, tensors=tensors, record=record, run=str(path))
-        names = files_in(aside)
-        record["files"] = {name: sha256(aside / name) for name in names if name.endswith(".safetensors")}
-        record["other_files"] = [name for name in names if not name.endswith(".safetensors")]
+        record["files"] = {name: sha256(aside / name) for name in files_in(aside)}
         write_json(aside / ROUTING, record)
     return path
+
+
+def check_can_save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    base_adapters: Iterable[str] = (),
+    kept_regions: Iterable[str] = (),
+    tokenizer: Any = None,
+) -> None:
+    """Refuse whatever `save_routed` would refuse: call it before training, so that no finished run is lost.
+
+    Configurations and tokenizer are written into a temporary directory for trial.
+
+    Raises:
+        ValueError: the model has no adapter or merged ones, a base adapter or kept region is unknown, a name cannot be
+            a region's, a configuration is invalid, or ``path`` holds files of others that would be mistaken for the base.
+        OSError: ``path`` cannot be written.
+    """
+    path = Path(path).expanduser().resolve()
+    inner, configs = inner_model(model), adapter_configs(model)
+    base_adapters = list(base_adapters)
+    _check_adapters(configs, base_adapters)
+    check_kept_regions(kept_regions, [name for name in configs if name not in base_adapters])
+    check_own_weights(inner)
+    recover(path)
+    _previous_files(path, configs)
+    check_writable(path)
+    with tempfile.TemporaryDirectory() as trial:
+        inner.config.save_pretrained(trial)
+        if inner.can_generate() and inner.generation_config is not None:
+            inner.generation_config.save_pretrained(trial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(trial)
 
 
 def _check_adapters(configs: Mapping[str, PeftConfig], base_adapters: Iterable[str]) -> None:
@@ -164,25 +205,6 @@ def check_kept_regions(kept: Iterable[str], regions: Iterable[str]) -> list[str]
     return kept
 
 
-def _remembered_regions(model: nn.Module, regions: list[str]) -> list[str]:
-    """Return the kept regions of the run that the model was loaded from, perhaps without all of its regions."""
-    return [name for name in routing_record(model).kept_regions if name in regions]
-
-
-def _base_location(inner: PreTrainedModel, revision: str | None) -> dict[str, str | None]:
-    """Return the path or Hub id and the revision of a frozen base; id None if it was never saved."""
-    name = inner.name_or_path or None
-    if name is None or Path(name).expanduser().is_dir():
-        return {"id": None if name is None else str(Path(name).expanduser().resolve()), "revision": None}
-    return {"id": name, "revision": revision or cached_commit(name)}
-
-
-def _init_changes_base(configs: Mapping[str, PeftConfig]) -> bool:
-    """Return whether an adapter's initialization (PiSSA, OLoRA …) changed the base, so that its name no longer fits."""
-    inits = [getattr(config, "init_lora_weights", True) for config in configs.values()]
-    return any(isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal") for init in inits)
-
-
 def _previous_files(path: Path, folders: Iterable[str]) -> list[str]:
     """Return the files of an earlier save at ``path``; ValueError if foreign files would pass for ours."""
     if not path.exists():
@@ -191,6 +213,8 @@ def _previous_files(path: Path, folders: Iterable[str]) -> list[str]:
         raise ValueError(f"`path` {path} is a file: name a directory")
     data = read_json(path / ROUTING) if (path / ROUTING).is_file() else {}
     ours = [*data.get("files", {}), *data.get("other_files", []), *([ROUTING] if data else [])]
+    for name in ours:
+        inside(path, name)
     strangers = foreign_weights(path) - set(ours)
     strangers |= {f"{name}/" for name in folders if (path / name).exists() and f"{name}/{REGION}" not in ours}
     if strangers:
@@ -222,7 +246,7 @@ def _save_adapter(
     config.inference_mode = True
     config.base_model_name_or_path, config.revision = base["id"] or run, base["revision"]
     if isinstance(config, LoraConfig) and isinstance(config.init_lora_weights, str):
-        config.init_lora_weights = True  # done once; loading must not do it again
+        config.init_lora_weights = True  # done once; loading must not do it again, since some change the base
     if hasattr(config, "base_fingerprint"):
         config.base_fingerprint = base["fingerprint"]
     # without a task type PEFT finds the model's class by these names
@@ -236,6 +260,6 @@ def _save_adapter(
         "base": {"id": base["id"] or run, "revision": base["revision"]},
         "base_fingerprint": base["fingerprint"],
         **{key: record[key] for key in ("routes", "tokens_per_route", "versions")},
-        "files": {WEIGHTS: sha256(folder / WEIGHTS)},
+        "files": {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)},
     }
     write_json(folder / REGION, about)

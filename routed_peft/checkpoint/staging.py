@@ -1,29 +1,50 @@
-"""Write directories aside and rename them, so that a full disk or an interruption leaves nothing half-written."""
+"""Write directories so that a kill at any moment leaves the old files or the new ones, and never a mixture.
+
+New files are written into a hidden directory with a random name inside the target. The rename of a journal decides: before
+it the old files stand, after it the new ones. Files then move into place, which can be repeated; the journal goes last.
+Whoever next opens the target completes a journal that is there.
+"""
 
 from __future__ import annotations
 
-import errno
+import glob
 import hashlib
+import json
 import os
+import secrets
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from transformers.utils import logging
+
+from routed_peft.files import HIDDEN, in_use, journals, read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows, which cannot open a directory either
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
 
 LAST = "routing.json"
-"""Removed first and written last: a directory without it does not count as a saved run."""
+"""Moved last: a directory without it does not count as a saved run."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "qwen.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
 NOTICE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
@@ -40,29 +61,57 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def inside(root: Path, name: str) -> Path:
+    """Return the path of the file ``name`` under ``root``.
+
+    Raises:
+        ValueError: ``name``, which a manifest gave, leads out of ``root``, by itself or through a link. The links of the
+            Hub's cache are let through.
+
+    Example:
+        >>> inside(Path("run"), "../mine.txt")
+        Traceback (most recent call last):
+        ...
+        ValueError: '../mine.txt' is named as a file of run, but leads out of it: ...
+    """
+    path, home = root / str(name), root.resolve()
+    homes = [home, *(folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots")]
+    plain = isinstance(name, str) and "\\" not in name and PurePosixPath(name).as_posix() == name and name != "."
+    if not plain or ".." in path.parts[len(root.parts) :] or not any(map(path.resolve().is_relative_to, homes)):
+        raise ValueError(
+            f"{name!r} is named as a file of {root}, but leads out of it: do not use this directory, or remove the name "
+            "or link if you trust where it comes from"
+        )
+    return path
+
+
 def copy_matching(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of ``source`` that match ``patterns`` and do not exist in ``target``."""
+    """Copy the files of ``source`` that match ``patterns`` and do not exist in ``target``; links out of it are left."""
     for pattern in patterns:
         for path in source.glob(pattern):
-            copy = target / path.relative_to(source)
-            if path.is_file() and not copy.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+            name = path.relative_to(source)
+            if path.is_file() and not (target / name).exists():
+                with suppress(ValueError):
+                    inside(source, name.as_posix())
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target / name)
 
 
 @contextmanager
-def atomic_directory(path: Path, ours: Iterable[str] = ()) -> Iterator[Path]:
-    """Yield an empty directory on the file system of ``path``; move its content to ``path`` if the block succeeds.
+def atomic_directory(path: Path, ours: Callable[[], Iterable[str]] = tuple, *, fresh: bool = False) -> Iterator[Path]:
+    """Yield an empty directory on the file system of ``path``; its files become those of ``path`` if the block succeeds.
 
-    A path that does not exist or is empty appears in one rename. At a path that holds files, only files of the same
-    name and those in ``ours`` are replaced. An error while files are moved puts every file back.
+    Only one process at a time writes into ``path``; others wait. At a path that holds files, those of the same name and
+    those of ``ours`` are replaced. An error within the block, or a kill, leaves ``path`` as it was.
 
     Args:
-        path: directory.
-        ours: files of an earlier save, relative to ``path``.
+        path: directory; made if it does not exist.
+        ours: function that returns the files of an earlier save, relative to ``path``; called when no other process writes.
+        fresh: refuse a path with files that are not the result of an interrupted write.
 
     Raises:
-        OSError: writing or moving failed; ``path`` is as it was.
+        ValueError: ``path`` is not free where it must be ``fresh``, or holds a directory in the place of a file.
+        OSError: writing failed, and ``path`` is as it was; or moving failed, and the next who opens ``path`` completes it.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -73,31 +122,127 @@ def atomic_directory(path: Path, ours: Iterable[str] = ()) -> Iterator[Path]:
         ['numbers.json']
     """
     path = path.resolve()
-    fresh = not path.exists() or (path.is_dir() and not path.is_mount() and not any(path.iterdir()))
-    parent = path.parent if fresh else path
-    parent.mkdir(parents=True, exist_ok=True)
-    aside = parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    aside.mkdir()
-    try:
-        yield aside
-        _flush(aside)
-        if not (fresh and _renamed(aside, path)):
-            _swap(aside, path, ours)
-        _flush_directory(parent)
-    finally:
-        if aside.exists():
-            shutil.rmtree(aside)
-
-
-def _renamed(aside: Path, path: Path) -> bool:
-    """Rename and return True, unless ``path`` got files in the meantime: other processes of a Trainer save there too."""
-    try:
-        os.rename(aside, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+    with _locked(path) as alone:
+        if fresh and in_use(path):
+            raise ValueError(f"`out` {path} exists and is not an empty directory: name another, or empty it yourself")
+        former = [name for journal in journals(path) for name in _complete(path, journal)]
+        replaced = {*ours(), *(former if fresh else ())}
+        for left in leftovers(path) if alone else ():
+            shutil.rmtree(left)
+        aside = path / f"{HIDDEN}{secrets.token_hex(8)}"
+        journal = aside.with_suffix(".json")
+        aside.mkdir()
+        try:
+            yield aside
+            _decide(path, aside, replaced, journal)
+        except BaseException:
+            if not journal.exists():
+                shutil.rmtree(aside, ignore_errors=True)
             raise
+        _complete(path, journal)
+
+
+def recover(path: Path) -> None:
+    """Complete a save into ``path`` that was decided and then interrupted, if there is one.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    if journals(path):
+        with _locked(path.resolve()):
+            for journal in journals(path):
+                _complete(path.resolve(), journal)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Return hidden directories that interrupted saves into ``path`` left, which may hold copies of regions."""
+    digits = "[0-9a-f]"
+    older = f".{glob.escape(path.name)}.{digits * 8}.tmp"  # names of earlier versions
+    found = [*path.glob(f"{HIDDEN}{digits * 16}"), *path.glob(older), *path.parent.glob(older)]
+    return [
+        left for left in found if left.is_dir() and not left.is_symlink() and not left.with_suffix(".json").exists()
+    ]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a directory, made if it is missing, and remove it if it is empty; yield whether there is a lock.
+
+    The lock is on the directory itself, so that it ends with the process and leaves no file. Network file systems that
+    have no such lock go without.
+    """
+    made = not path.exists()
+    handle, alone = _open_locked(path)
+    try:
+        yield alone
+    finally:
+        try:
+            if made and not any(path.iterdir()):
+                path.rmdir()
+        finally:
+            if handle is not None:
+                if alone:
+                    fcntl.flock(handle, fcntl.LOCK_UN)  # a forked process may hold the handle, too
+                os.close(handle)
+
+
+def _open_locked(path: Path) -> tuple[int | None, bool]:
+    """Return an open directory, and whether it could be locked."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None, False
+        with suppress(FileNotFoundError):
+            handle = os.open(path, os.O_RDONLY)
+            alone = _lock(handle, path)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle, alone
+            os.close(handle)  # its owner removed it while this process waited
+
+
+def _lock(handle: int, path: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.warning(f"another process writes into {path}: waiting for it")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
         return False
     return True
+
+
+def _decide(path: Path, aside: Path, replaced: set[str], journal: Path) -> None:
+    """Write the journal and rename it into place."""
+    new = files_in(aside)
+    for name in {*new, *replaced}:
+        if inside(path, name).is_dir():
+            raise ValueError(f"{path / name} is a directory, and a file of that name would replace it: move it away")
+    content = {"move": sorted(new, key=lambda name: name == LAST), "remove": sorted(replaced - set(new))}
+    note = aside / journal.name
+    note.write_text(json.dumps(content), encoding="utf-8")
+    _flush(aside)
+    os.replace(note, journal)
+    _flush_directory(path)
+
+
+def _complete(path: Path, journal: Path) -> list[str]:
+    """Move the files of a journal into place and remove it; return their names. It can be repeated after a kill."""
+    content, aside = read_json(journal), journal.with_suffix("")
+    for name in content["remove"]:
+        inside(path, name).unlink(missing_ok=True)
+    for name in content["move"]:
+        source, target = aside / name, inside(path, name)
+        if inside(aside, name).is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+    for folder in {(path / name).parent for name in content["remove"]} - {path}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside)
+    _flush_directory(path)
+    journal.unlink(missing_ok=True)
+    return list(content["move"])
 
 
 def _flush(folder: Path) -> None:
@@ -113,33 +258,3 @@ def _flush_directory(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _swap(aside: Path, path: Path, ours: Iterable[str]) -> None:
-    new = sorted(files_in(aside), key=lambda name: name == LAST)
-    old = sorted({*ours, *new}, key=lambda name: (name != LAST, name))
-    backup = aside.with_suffix(".old")
-    moved: list[tuple[Path, Path]] = []
-
-    def move(source: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, target)
-        moved.append((source, target))
-
-    try:
-        for name in old:
-            if (path / name).is_file():
-                move(path / name, backup / name)
-        for name in new:
-            move(aside / name, path / name)
-    except BaseException:
-        for source, target in reversed(moved):
-            os.replace(target, source)
-        raise
-    finally:
-        if not files_in(backup):  # there were no files, or all are back
-            shutil.rmtree(backup, ignore_errors=True)
-    shutil.rmtree(backup, ignore_errors=True)
-    for folder in {(path / name).parent for name in old} - {path}:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

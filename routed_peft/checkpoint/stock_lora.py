@@ -46,7 +46,7 @@ def to_stock_lora(src: str | Path, out: str | Path) -> Path:
     if not isinstance(config, RoutedConfig):
         raise ValueError(f"{str(src)!r} holds an adapter of type {config.peft_type}, not one of RoutedConfig")
     stock, tensors = config.to_lora(), _folded(read_tensors(folder / WEIGHTS))
-    with atomic_directory(target) as aside:
+    with atomic_directory(target, fresh=True) as aside:
         stock.save_pretrained(str(aside))
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
     return target

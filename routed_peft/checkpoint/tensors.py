@@ -44,6 +44,21 @@ def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None =
         ValueError: an adapter is merged or replaces whole modules, or ``state_dict`` lacks weights.
     """
     inner = inner_model(model)
+    tuners = check_own_weights(inner)
+    own = inner.state_dict()
+    given = own if state_dict is None else {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
+    plain = {short: tensor for name, tensor in given.items() if (short := _plain_name(name, tuners)) is not None}
+    shared = {own[name].data_ptr() for name in own if name in given}
+    lost = [
+        name for name in own if name not in given and _plain_name(name, tuners) and own[name].data_ptr() not in shared
+    ]
+    if lost:
+        raise ValueError(f"`state_dict` lacks {len(lost)} weights of the base, such as {lost[0]!r}: give the full one")
+    return plain
+
+
+def check_own_weights(inner: PreTrainedModel) -> set[str]:
+    """Return the names of the layers with adapters; ValueError where an adapter is merged or replaces a whole module."""
     tuners = set()
     for name, module in inner.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -57,16 +72,7 @@ def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None =
                 raise ValueError(
                     f"the adapters {module.merged_adapters} are merged into {name!r}: call `unmerge_adapter()` first"
                 )
-    own = inner.state_dict()
-    given = own if state_dict is None else {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
-    plain = {short: tensor for name, tensor in given.items() if (short := _plain_name(name, tuners)) is not None}
-    shared = {own[name].data_ptr() for name in own if name in given}
-    lost = [
-        name for name in own if name not in given and _plain_name(name, tuners) and own[name].data_ptr() not in shared
-    ]
-    if lost:
-        raise ValueError(f"`state_dict` lacks {len(lost)} weights of the base, such as {lost[0]!r}: give the full one")
-    return plain
+    return tuners
 
 
 def _plain_name(name: str, tuners: set[str]) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +18,11 @@ from torch import Tensor, nn
 from routed_peft.architectures import is_plain, width
 
 _SAMPLES = 65536
+_INCIDENTAL = re.compile(
+    r"^_|name_or_path|transformers_version|dtype|architectures|attn_implementation|experts_implementation|quantization_config"
+    r"|use_cache|dropout|pdrop|_token_id|^output_|return_dict|label|problem_type|gradient_checkpointing|aux_loss"
+    r"|initializer|auto_map|chunk_size|pretraining_tp|task_specific"
+)
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -27,8 +34,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     fixed stride. Tied weights count once, buffers not at all.
 
     Returns:
-        ``{"parameters": number of tensors, "structure": hash of names and shapes, "content": hash of values}``, with
-        content None where values cannot be compared: quantized, float16 or meta weights.
+        ``{"parameters": number of tensors, "structure": hash of names and shapes, "content": hash of values, "config":
+        the `configuration`}``, with content None where values cannot be compared: quantized, float16 or meta weights.
 
     Raises:
         ValueError: while adapters are merged into the base weights.
@@ -49,13 +56,35 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "parameters": len(tensors),
         "structure": structure.hexdigest(),
         "content": content.hexdigest() if comparable else None,
+        "config": configuration(model),
     }
+
+
+def configuration(model: Any) -> dict[str, Any]:
+    """Return the settings that decide the function of a model, or of a transformers configuration; empty without one.
+
+    Left out are settings of loading and training: dtype, attention kernel, dropout, special tokens, outputs.
+
+    >>> configuration(nn.Linear(1, 1))
+    {}
+    """
+    config = getattr(model, "config", model)
+    data = config.to_dict() if hasattr(config, "to_dict") else {}
+    plain: dict[str, Any] = json.loads(json.dumps(_deciding(data), default=str, sort_keys=True))
+    return plain
+
+
+def _deciding(data: Any) -> Any:
+    if not isinstance(data, Mapping):
+        return data
+    return {str(key): _deciding(value) for key, value in data.items() if not _INCIDENTAL.search(str(key))}
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
     """Raise ValueError unless the base weights of ``model`` have the `fingerprint` ``expected``.
 
-    Where the content of either is None, the structure alone is compared, with a warning.
+    Where the content of either is None, the structure alone is compared, with a warning. Of the configurations, the settings
+    that both have are compared, since versions of transformers add some.
 
     Example:
         >>> check_fingerprint(nn.Linear(2, 2), fingerprint(nn.Linear(2, 3)))
@@ -67,8 +96,12 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(f"`base_fingerprint` lacks {sorted(missing)}, got {dict(expected)}: save the region again")
     got = fingerprint(model)
+    mine, theirs = got["config"], expected.get("config") or {}  # a run of an earlier version has none
+    odd = [key for key in sorted(mine.keys() & theirs.keys()) if mine[key] != theirs[key]]
     if got["structure"] != expected["structure"]:
         differs, what = "structure", "the names or shapes of its weights"
+    elif odd:
+        differs, what = "configuration", f"`{odd[0]}` is {mine[odd[0]]!r}, expected {theirs[odd[0]]!r}"
     elif None in (got["content"], expected["content"]):
         warnings.warn(
             "the base is quantized, in float16 or not loaded, so only the names and shapes of its weights were "

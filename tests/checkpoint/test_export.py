@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_parts import FAMILIES, logits, lora, without, wrapped
+from checkpoint_parts import FAMILIES, frozen, logits, lora, without, wrapped
 from families import tiny
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -185,3 +185,41 @@ def test_the_result_can_be_a_source_of_nothing(run: Path, tmp_path: Path) -> Non
     out = ablate(run, tmp_path / "out")
     with pytest.raises(ValueError, match="no routing.json"):
         load_routed(out)
+
+
+@pytest.mark.parametrize(
+    ("difference", "merges", "refused"), [(0, False, False), (1e-7, False, True), (1e-7, True, False)]
+)
+def test_what_merges_nothing_must_be_equal_to_the_bit(difference, merges, refused, tmp_path, monkeypatch) -> None:
+    """A difference of 1e-7 passes for rounding where a base adapter was merged, and nowhere else."""
+    if merges:
+        frozen(tmp_path)
+    else:
+        save_routed(wrapped("mlp"), tmp_path / "run", train_base=True)
+    whole = exporting._verified
+
+    def differing(folder, batch, *, expected, **more):
+        return whole(folder, batch, expected=expected.double() + difference, **more)
+
+    monkeypatch.setattr(exporting, "_verified", differing)
+    if refused:
+        with pytest.raises(RuntimeError, match=r"differ by 1e-07 .* allowed is 0: nothing was written"):
+            ablate(tmp_path / "run", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:
+        record = json.loads((ablate(tmp_path / "run", tmp_path / "out") / "ablation.json").read_text())
+        assert (record["allowed_logit_difference"] > 0) == merges
+
+
+def test_a_region_that_is_merged_may_differ_by_rounding_and_by_no_more(tmp_path, monkeypatch) -> None:
+    save_routed(wrapped("lora"), tmp_path / "run", train_base=True)
+    whole = exporting._expected_logits
+    for name, factor in (("near", 1e-7), ("far", 1e-3)):
+        monkeypatch.setattr(
+            exporting, "_expected_logits", lambda *a, factor=factor, **k: (x := whole(*a, **k)) + factor * x.abs().max()
+        )
+        if name == "far":
+            with pytest.raises(RuntimeError, match="nothing was written"):
+                export(tmp_path / "run", tmp_path / name, keep=["bio"])
+        else:
+            export(tmp_path / "run", tmp_path / name, keep=["bio"])

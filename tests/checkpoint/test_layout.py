@@ -10,7 +10,7 @@ import pytest
 from checkpoint_parts import wrapped
 
 from routed_peft import presets
-from routed_peft.checkpoint import load_routed, load_weights, save_routed
+from routed_peft.checkpoint import inspect_checkpoint, load_routed, load_weights, save_routed
 from routed_peft.checkpoint.layout import Layout
 
 ROUTED, CONTROL = presets.sgtm("forget"), presets.control()
@@ -80,11 +80,20 @@ def test_a_missing_piece_is_named(piece: str, message: str, run: Path) -> None:
         load_routed(run, ["forget"])
 
 
-def test_a_save_that_was_killed_says_where_the_earlier_files_are(run: Path) -> None:
-    (run / ".run.0.old").mkdir()
-    (run / "routing.json").rename(run / ".run.0.old" / "routing.json")
-    with pytest.raises(ValueError, match=r"interrupted save left the files before it in .*\.run\.0\.old"):
+def test_what_an_interrupted_save_left_is_named(run: Path) -> None:
+    left = [run / ".routed_peft-0123456789abcdef", run.parent / ".run.0123abcd.tmp"]
+    for folder in left:
+        (folder / "forget").mkdir(parents=True)
+    for place in left:
+        assert any(str(place) in problem for problem in inspect_checkpoint(run)["problems"])
+    (run / "routing.json").rename(run / "elsewhere.json")
+    with pytest.raises(
+        ValueError, match=r"interrupted save left .*/\.routed_peft-0123456789abcdef, which may hold a copy"
+    ):
         load_routed(run)
+    (run / "elsewhere.json").rename(run / "routing.json")
+    save_routed(load_routed(run, ["forget"]), run, train_base=True)
+    assert not any(folder.exists() for folder in left) and inspect_checkpoint(run)["problems"] == []
 
 
 @pytest.mark.parametrize(

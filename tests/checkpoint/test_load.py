@@ -89,9 +89,10 @@ def test_a_file_of_another_adapter_is_refused(run: Path) -> None:
     tensors = load_file(weights)
     tensors["base_model.model.model.layers.0.mlp.routed_other.weight"] = torch.ones(1)
     save_file(tensors, weights)
-    for path, key in ((about, "adapter_model.safetensors"), (run / "routing.json", "forget/adapter_model.safetensors")):
+    for path, changed in ((about, [weights]), (run / "routing.json", [weights, about])):
         data = json.loads(path.read_text())
-        data["files"][key] = files_module.sha256(weights)
+        for file in changed:
+            data["files"][file.relative_to(path.parent).as_posix()] = files_module.sha256(file)
         path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match="has in addition 1 tensors"):
         load_routed(run, ["forget"])
