@@ -32,6 +32,7 @@ ROUTE_QUARANTINE = "route_quarantine"
 """Column of the label for rollouts of a quarantined environment, which replaces other labels; null elsewhere."""
 
 ROUTE_COLUMNS = (ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, ROUTE_ENVIRONMENT)
+"""Columns that a batch can have; `ROUTE_QUARANTINE` is read from the rows of rollouts instead."""
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 

@@ -162,7 +162,7 @@ class RoutedModel(BaseTuner):
         for layer in self._layers():
             layer.unmerge()
         widens = merge and any(name in layer.routed_up for layer in self._mlps() for name in names or ())
-        if widens:
+        if widens:  # all layers are unmerged now, so a refusal leaves the model whole
             check_uniform(self.model)
         inner_first = sorted(self.model.named_modules(), key=lambda item: -item[0].count("."))
         for path, layer in inner_first:  # PEFT's own loop does not look inside its layers
