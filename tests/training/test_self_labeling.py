@@ -1,51 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from self_label_parts import SELF_LABELING, self_labeled, swapped, two_alphabets
 from training_parts import assert_same, train, weights
 from transformers import TrainerCallback
 
 from routed_peft import presets
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.training import SelfLabelConfig, SelfLabeledRows
-
-
-def two_alphabets(tokens: int = 8) -> Dataset:
-    """Forget rows in one alphabet, retain rows in another; a quarter carries no label."""
-    letters = {"forget": (3, 9), "retain": (120, 126)}
-    generator = torch.Generator().manual_seed(0)
-    data = []
-    for i in range(160):
-        side = ("forget", "retain")[i % 2]
-        ids = torch.randint(*letters[side], (tokens,), generator=generator).tolist()
-        data.append({"input_ids": ids, "route_label": "unlabeled" if i >= 120 else side, "side": side})
-    return Dataset.from_list(data)
-
-
-def self_labeled(rows: Dataset | None = None, first_forget_share: float = 0.25, **options) -> SelfLabeledRows:
-    """A start of ten steps, too short to learn much from a tenth of its rows."""
-    start = {"labeled_first": 0.5, "first_forget_share": first_forget_share}
-    weights = options.pop("token_weights", None)
-    config = SelfLabelConfig(forget_share=0.25, **start, **options)
-    return SelfLabeledRows(rows or two_alphabets(), 160, config=config, token_weights=weights)
-
-
-def swapped(rows: Dataset, numbers: Sequence[int]) -> Dataset:
-    """The same rows with wrong labels at some numbers."""
-    other = {"forget": "retain", "retain": "forget"}
-    return rows.map(
-        lambda row, i: {"route_label": other[row["side"]] if i in numbers else row["route_label"]}, with_indices=True
-    )
-
-
-SELF_LABELING = dict(
-    train_sampling_strategy="sequential", per_device_train_batch_size=8, max_steps=20, learning_rate=5e-2,
-    lr_scheduler_type="constant", self_check=False,
-)  # fmt: skip
 
 
 def test_self_labels_agree_with_the_truth_and_resume(tmp_path, tokenizer):
