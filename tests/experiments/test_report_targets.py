@@ -75,3 +75,41 @@ def test_undo_must_hold_out_longer_with_more_noise_and_like_the_oracle_when_dist
     rows = [*cells(), undone("0.2", 3.0), cell("undo-1", 5.0, 3.6, 0.5, attacks=none)]
     rises, fresh = (t for t in targets(aggregate(rows)) if "UNDO" in t.wanted or "afresh" in t.wanted)
     assert rises.met is None and fresh.met is None, "an attack that diverged says nothing of robustness"
+
+
+def one_target(kind, rows):
+    """Return the only target of a kind."""
+    (found,) = (target for target in targets(aggregate(rows)) if target.kind == kind)
+    return found
+
+
+def changed(method, seeds=(0,), **numbers):
+    """Return the cells of an experiment with some seeds, where one method has other numbers."""
+    return [row | (numbers if row["method"] == method else {}) for seed in seeds for row in cells(seed)]
+
+
+def test_a_goal_on_both_sides_is_missed_by_either():
+    """No routing has losses of 3.0 and 3.5."""
+    for forget, retain, met in ((3.05, 3.55, True), (3.05, 3.7, False), (3.2, 3.55, False), (2.0, 3.7, False)):
+        rows = changed("routed", region_on_forget_loss=forget, region_on_retain_loss=retain)
+        assert one_target("on", rows).met is met, (forget, retain)
+
+
+def test_each_goal_has_its_limit_on_the_right_side():
+    """Retain losses are 3.4 of the filter; forget losses 3.0 without routing, 5.0 routed and 6.0 of the perfect filter."""
+    for kind, number, better, worse in (("tax", "retain_loss", 3.44, 3.46), ("removed", "forget_loss", 5.9, 5.8)):
+        assert [one_target(kind, changed("routed", **{number: it})).met for it in (better, worse)] == [True, False], (
+            kind
+        )
+    assert [one_target("placebo", changed("control", forget_loss=it)).met for it in (3.19, 3.21)] == [True, False]
+    held = [one_target("robust", [*cells()[:4], attacked_cell(0, [6.0, 5.0, it])]) for it in (3.81, 3.79)]
+    assert [target.met for target in held] == [True, False], "95 % of 4.0"
+
+
+def test_a_comparison_has_as_many_seeds_as_the_model_with_fewer():
+    """A target that compares two models says so where one of them has a single seed."""
+    rows = changed("none", seeds=(0, 1, 2))
+    single = [row for row in rows if row["seed"] == 0 or row["method"] == "routed"]
+    for kind in ("on", "robust", "filter", "placebo"):
+        assert one_target(kind, rows).seeds == 3
+        assert one_target(kind, single).seeds == 1 and "1 seed only" in one_target(kind, single).verdict

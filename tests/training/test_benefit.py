@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import torch
+from training_parts import model_of
 
+from routed_peft import ablated
 from routed_peft.losses import token_losses
-from routed_peft.training.benefit import benefit_threshold, row_means
+from routed_peft.training.benefit import benefit_threshold, region_benefit, row_means
 
 
 def test_row_means_are_over_the_tokens_that_have_a_loss():
@@ -41,3 +43,26 @@ def test_wrong_labels_hardly_move_the_threshold_of_medians():
     balanced, median = (benefit_threshold(*swapped, kind) for kind in ("balanced", "median"))
     errors = [(forget <= t).double().mean() + (retain > t).double().mean() for t in (balanced, median)]
     assert errors[1] < 0.02 < 4 * errors[1] < errors[0]
+
+
+def batch_of(*rows: list[int]) -> dict[str, torch.Tensor]:
+    ids = torch.tensor(rows)
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_rows_are_scored_without_dropout_and_modes_come_back():
+    model = model_of(attention_dropout=0.5).train()
+    model.base_model.model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    batch = batch_of([3, 9, 27, 81, 243], [5, 10, 20, 40, 80])
+    state = torch.get_rng_state()
+    found = region_benefit(model, batch, ["forget"])
+    assert torch.equal(torch.get_rng_state(), state), "nothing was drawn"
+    assert [module.training for module in model.modules()] == modes and any(modes) and not all(modes)
+    model.eval()
+    with torch.no_grad():
+        on = token_losses(model(batch["input_ids"]).logits, batch["labels"])
+        with ablated(model, "forget"):
+            off = token_losses(model(batch["input_ids"]).logits, batch["labels"])
+    torch.testing.assert_close(found, off - on)
+    assert found.abs().max() > 1e-3, "the region does something"

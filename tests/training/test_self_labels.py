@@ -168,3 +168,43 @@ def test_settings_by_keyword_still_work_and_warn():
     with pytest.warns(DeprecationWarning, match="labeled_first.*pass `config=SelfLabelConfig") as caught:
         run = SelfLabeledRows(rows(), 100, labeled_first=0.2)
     assert caught[0].filename == __file__ and run.config == SelfLabelConfig(labeled_first=0.2)
+
+
+@pytest.mark.parametrize("overrule", [False, True])
+def test_scored_and_reference_rows_are_drawn_from_all_over_the_data(overrule):
+    """The first rows of a file may be of one kind; a draw of a part of them comes from the whole."""
+    data = rows(400, 400, 400)
+    run = self_labeled(data, 100, overrule=overrule)
+    drawn = {"forget": run.rows_labeled("forget", 50), "retain": run.rows_labeled("retain", 50)}
+    drawn["scored"] = run.rows_to_score(50)
+    first, last = {"forget": (0, 400), "retain": (400, 800)}, {"scored": (0, 1200) if overrule else (800, 1200)}
+    for name, (low, high) in (first | last).items():
+        places = drawn[name]
+        assert len(set(places.tolist())) == 50 and low <= places.min() and places.max() < high
+        assert abs(places.mean() - (low + high) / 2) < (high - low) / 6, f"{name}: from all over"
+        assert places.tolist() != sorted(places.tolist())
+    again = self_labeled(data, 100, overrule=overrule)
+    assert again.rows_to_score(50).tolist() == drawn["scored"].tolist(), "same seed, same rows"
+    assert again.rows_to_score(80)[:50].tolist() == drawn["scored"].tolist(), "of which more are more of the same"
+    other = SelfLabeledRows(data, 100, config=run.config, seed=1)
+    assert other.rows_to_score(50).tolist() != drawn["scored"].tolist(), "another seed, others"
+    assert other.rows_labeled("forget", 50).tolist() != drawn["forget"].tolist()
+
+
+def test_rows_in_order_robust_rows_and_the_run_depend_on_the_seed():
+    data = rows(40, 40, 40)
+    runs = [SelfLabeledRows(data, 200, config=SelfLabelConfig(robust_share=0.5), seed=seed) for seed in (0, 0, 1)]
+    for run in runs:
+        run.relabel(np.arange(80, 120), np.arange(40) < 10, start=40)
+    ids = [[run[i]["input_ids"][0] for i in range(200)] for run in runs]
+    trained = [labels_of(run, 40, 200) for run in runs]
+    assert ids[0] == ids[1] != ids[2] and ids[0][:30] != ids[2][:30] and trained[0] == trained[1] != trained[2]
+    assert runs[0].in_order("input_ids") == [[i] for i in ids[0]]
+
+
+def test_a_scored_token_takes_two_forward_passes():
+    run = self_labeled(rows(), 100, labeled_first=0.2)
+    assert run.forward_tokens == 0
+    run.apply_scoring(scoring(run.rows_to_score(20).tolist(), [True] * 20, 30))
+    run.apply_scoring(scoring(run.rows_to_score(10).tolist(), [True] * 10, 60))
+    assert run.scored_tokens == 14 and run.forward_tokens == 28

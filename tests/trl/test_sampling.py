@@ -98,3 +98,24 @@ def test_a_trained_base_takes_a_reference_of_its_own(tmp_path):
     batch = trainer.seen[-1]
     found = batch["ref_per_token_logps"][0][batch["completion_mask"][0].bool()]
     torch.testing.assert_close(found, plain_logps(reference, batch, 0).detach(), rtol=0, atol=1e-5)
+
+
+def test_every_chunk_is_scored_with_the_gates_of_its_own_rows(tmp_path):
+    """Chunks of two rows: without anchors, with anchors alone, and mixed."""
+    trainer = trainer_of(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "prompt_ids": torch.randint(4, VOCABULARY, (6, 3), generator=generator),
+        "completion_ids": torch.randint(4, VOCABULARY, (6, 4), generator=generator),
+    }
+    batch["prompt_mask"] = torch.tensor([[0, 1, 1], [1, 1, 1]] * 3)
+    batch["completion_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]] * 2)
+    trainer._anchor = torch.tensor([False, False, True, True, True, False])
+    found = trainer._sampled_logps(batch)
+    model = two_loras().eval()
+    for row, anchor in enumerate(trainer._anchor.tolist()):
+        expected = logps(model, batch, row, *(["forget"] if anchor else []))
+        other = logps(model, batch, row, *([] if anchor else ["forget"]))
+        own = found[row][batch["completion_mask"][row].bool()]
+        torch.testing.assert_close(own, expected.detach(), rtol=0, atol=1e-5)
+        assert (own - other).abs().max() > 1e-3, "the gates matter"

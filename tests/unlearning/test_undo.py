@@ -24,6 +24,7 @@ from routed_peft.unlearning import (
     undo,
     unlearn,
 )
+from routed_peft.unlearning.weight_noise import add_noise
 
 MIX = FORGET + RETAIN
 
@@ -263,3 +264,18 @@ def test_mistakes_are_explained(teacher, tmp_path):
     check_tokenizers(byte_tokenizer(), byte_tokenizer())
     with pytest.raises(ValueError, match="`teacher` must be a transformers model"):
         undo(torch.nn.Linear(2, 2), MIX, args=args)
+
+
+def test_the_noise_of_a_run_is_that_of_its_own_settings(tmp_path):
+    """Amount, scale and seed reach the weights, and the record tells them."""
+    model = tiny("llama")
+    for changes in ({"seed": 3, "alpha": 0.2, "beta": 0.7}, {}):
+        args = options(tmp_path, **{"max_steps": 1, "learning_rate": 0.0, "eval_strategy": "no", **changes})
+        expected = copy.deepcopy(model)
+        add_noise(expected, args.alpha, beta=args.beta, seed=changes.get("seed", 42))
+        student, record = undo(model, MIX[:2], args=args)
+        assert same(student, expected)
+        assert (record.alpha, record.beta, record.seed) == (args.alpha, args.beta, changes.get("seed", 42))
+    default = copy.deepcopy(model)
+    add_noise(default, 0.6, beta=0.1)
+    assert not same(default, expected), "another seed, another noise"

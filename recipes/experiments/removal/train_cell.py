@@ -128,7 +128,7 @@ def cost_of(cell: MethodCell, model: nn.Module, *, material: Material, run: Data
         tokens=len(run) * length,
         steps=len(run) // cell.settings.batch_size,
         labeled_forget_tokens=labeled_tokens(material.documents, material.tokenizer, length=length, arm=labels),
-        teacher_tokens=2 * run.scored_tokens if isinstance(run, SelfLabeledRows) else 0,
+        teacher_tokens=run.forward_tokens if isinstance(run, SelfLabeledRows) else 0,
     )
 
 
