@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from routed_peft.adapters import adapter_names, routing_record, set_routing_record, tuner_layers
 from routed_peft.architectures import find_mlps, output_projection
 from routed_peft.deprecation import warn_renamed
-from routed_peft.routes import BASE, Routes, validate_routes
+from routed_peft.functional import PositionWeights
+from routed_peft.routes import BASE, Routes, named_in, validate_routes
 from routed_peft.routing.adapter_state import AdapterState, active_adapters, frozen_adapters
-from routed_peft.routing.compatibility import check_covered, check_member, check_model
+from routed_peft.routing.compatibility import check_auxiliary_loss, check_covered, check_member, check_model
 from routed_peft.routing.groups import JOINT, Member, find_members
 from routed_peft.routing.layers import Attachment, routed_class, routed_input_class, swap, unswap
-from routed_peft.routing.self_check import check_gradients
+from routed_peft.routing.self_check import check_gradients, check_leaks, find_leaks, nonzero_gradients
 from routed_peft.routing.step_weights import GroupWeights, RouteTable, RoutingState, label_indices
 
 Labels = Sequence[str] | Sequence[int] | Tensor
@@ -104,6 +106,7 @@ class GradientRouting:
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._active = active_adapters(model)
         self._owners: dict[str, list[nn.Module]] = {}  # rather than the parameters, which FSDP replaces
+        self._hook = model.register_forward_pre_hook(partial(_check_call, self._state), with_kwargs=True)
         try:
             self._unfreeze(members)
             self._swap(members)
@@ -114,6 +117,9 @@ class GradientRouting:
         self.groups = [group for group in (BASE, JOINT, *self.regions) if self.parameters(group)]
         dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
         self._table = RouteTable(self.routes, self.regions, gather=gather, dtype=dtype)
+        # groups that have yet to show that weights of 0 block their gradient; in one process, where no other adds to it
+        alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+        self._unproven = {*self.groups} - {JOINT} if alone and edges == "parameters" else set()
         self._leave_record()
 
     # Attaching
@@ -186,6 +192,7 @@ class GradientRouting:
         `routed_peft.adapters.RoutingRecord`) tells `save_routed` how the model was trained. With ``train_base`` the model's
         own ``save_pretrained`` goes on raising, because it would write adapters only and lose the trained base.
         """
+        self._hook.remove()
         for module in self._swapped:
             unswap(module)
         self._swapped = []
@@ -207,7 +214,7 @@ class GradientRouting:
 
         Raises:
             ValueError: on an unknown label, wrong shapes, and adapters that were added, merged, switched or frozen since
-                attaching.
+                attaching; and at the end of the first block that gives a group no weight, if it has gradient all the same.
         """
         if not self._swapped:
             raise ValueError("this GradientRouting is detached: make a new one")
@@ -219,17 +226,19 @@ class GradientRouting:
         device = next(self.model.parameters()).device
         self._state.groups = self._table.prepare(indices, effective, device)
         try:
-            yield
+            with self._proving(effective):
+                yield
         finally:
             self._state.groups = None
 
     def check_adapters(self) -> None:
-        """Raise ValueError where PEFT's verbs added, merged, switched or froze adapters since attaching.
+        """Raise ValueError on adapters that PEFT's verbs changed since attaching, and on a load-balancing loss switched on.
 
         Every ``with routing(...)`` begins with it; call it before a step of the optimizer, too, where others could come
         between (`RoutedTrainer` does).
         """
         self._adapter_state.check(self.model)
+        check_auxiliary_loss(self.model)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -304,24 +313,60 @@ class GradientRouting:
             label -> group -> whether the group received gradient.
 
         Raises:
-            ValueError: when a group of weight zero received gradient, or one that should learn received none.
+            ValueError: when a group of weight zero received gradient, or one that should learn received none; and when a
+                parameter has gradient although all weights are 0.
         """
         size = next(len(v) for v in batch.values() if isinstance(v, Tensor))
         groups = {group: self.parameters(group) for group in self.groups if group != JOINT}
         if self.edges == "activations":
             groups = {BASE: self._upstream()}
         compute = loss or (lambda model, inputs: model(**inputs).loss)
-        received = {}
-        for label, route in self.routes.items():
-            try:
+        leaks, received = [], {}
+        self._unproven.clear()
+        try:
+            if any(group in named_in(self.routes) for group in groups):
+                with self._blocked(size):
+                    leaks = find_leaks(lambda: compute(self.model, batch), self._names(groups))
+            for label, route in self.routes.items():
+                self.model.zero_grad()
                 with self([label] * size):
                     received[label] = check_gradients(
-                        lambda: compute(self.model, batch), label, route=route, groups=groups
+                        lambda: compute(self.model, batch), label, route=route, groups=groups, leaks=leaks
                     )
-            finally:  # of unchecked parameters too, or the first step would start from these gradients
-                for p in self.model.parameters():
-                    p.grad = None
+        finally:  # of unchecked parameters too, or the first step would start from these gradients
+            for p in self.model.parameters():
+                p.grad = None
+        check_leaks(leaks)
         return received
+
+    @contextmanager
+    def _blocked(self, size: int) -> Iterator[None]:
+        """Run within the block with weights of 0 for all groups, and all regions present."""
+        self.check_adapters()
+        device = next(self.model.parameters()).device
+        zero = PositionWeights.from_weights(torch.zeros(size, dtype=self._table.dtype), self._table.gather).to(device)
+        self._state.groups = {group: GroupWeights(zero) for group in (BASE, *self.regions)}
+        try:
+            yield
+        finally:
+            self._state.groups = None
+
+    @contextmanager
+    def _proving(self, effective: Mapping[str, Tensor]) -> Iterator[None]:
+        """Check, the first time that a block gives a group no weight at all, that it received no gradient."""
+        blocked = [group for group in self._unproven if not effective[group].any()]
+        if not blocked or any(p.grad is not None for group in blocked for p in self.parameters(group)):
+            yield
+            return
+        yield
+        parameters = self._names({group: self.parameters(group) for group in blocked})
+        if any(p.grad is not None for p in parameters.values()):  # and not only a forward pass
+            check_leaks(nonzero_gradients(parameters))
+            self._unproven -= set(blocked)
+
+    def _names(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, nn.Parameter]:
+        chosen = {p for parameters in groups.values() for p in parameters}
+        return {name: p for name, p in self.model.named_parameters() if p in chosen}
 
     def _upstream(self) -> list[nn.Parameter]:
         """Return the base parameters that activation edges protect: those of the MLPs, output projections excepted."""
@@ -329,6 +374,12 @@ class GradientRouting:
         mlps = [mlp for mlp in find_mlps(self.model).values() if output_projection(mlp) in swapped]
         modules = [m for mlp in mlps for m in mlp.modules() if m not in swapped]
         return [p for m in modules for p in m.parameters(recurse=False) if p in base]
+
+
+def _check_call(state: RoutingState, model: nn.Module, _: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse, before a forward pass under routes, a load-balancing loss that its caller asks for."""
+    if state.groups is not None and torch.is_grad_enabled() and kwargs.get("output_router_logits"):
+        check_auxiliary_loss(model, asked=True)
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:

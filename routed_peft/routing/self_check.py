@@ -1,8 +1,9 @@
-"""Check on a real batch that gradient arrives where the routes say: one backward pass per label."""
+"""Checks on a real batch that gradient arrives where the routes say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,12 @@ from routed_peft.routes import Route
 
 
 def check_gradients(
-    loss: Callable[[], Tensor], label: str, *, route: Route, groups: Mapping[str, Sequence[nn.Parameter]]
+    loss: Callable[[], Tensor],
+    label: str,
+    *,
+    route: Route,
+    groups: Mapping[str, Sequence[nn.Parameter]],
+    leaks: Sequence[str] = (),
 ) -> dict[str, bool]:
     """Run one backward pass under ``route``, and compare the groups that received gradient with those that should.
 
@@ -20,6 +26,7 @@ def check_gradients(
         label: the route's label, for messages.
         route: the weights to expect.
         groups: parameters by group; an empty group is skipped.
+        leaks: parameters that `find_leaks` found, for messages.
 
     Returns:
         group -> whether it received gradient. The random state is left as it was; gradients are the caller's to clear.
@@ -27,8 +34,7 @@ def check_gradients(
     Raises:
         ValueError: where the two differ.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with _same_randomness():
         value = loss()
         if not bool(torch.isfinite(value.detach()).all()):
             raise ValueError(
@@ -36,12 +42,14 @@ def check_gradients(
                 "weights spoiled by an earlier run (too high a learning rate), or too low a precision"
             )
         value.backward()
-    received = {group: _received(parameters) for group, parameters in groups.items() if parameters}
+    groups = {group: parameters for group, parameters in groups.items() if parameters}
+    received = dict(zip(groups, _received(groups.values()), strict=True))
     for group, got in received.items():
         if got and not route.weight(group):
+            which = f"{_some(leaks)}: read" if leaks else "One of its parameters is probably read"
             raise ValueError(
-                f"self-check: data labeled {label!r} must not train {group!r}, but gradient arrived there. One of its "
-                "parameters is probably read outside its own module's forward (a fused loss or kernel that takes `weight`)."
+                f"self-check: data labeled {label!r} must not train {group!r}, but gradient arrived there. {which} outside "
+                "its own module's forward (a fused loss or kernel that takes `weight`)."
             )
         if not got and route.weight(group):
             raise ValueError(
@@ -51,9 +59,62 @@ def check_gradients(
     return received
 
 
-def _received(parameters: Sequence[nn.Parameter]) -> bool:
-    grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters if p.grad is not None]
-    found = torch.tensor(float(any(bool(g.count_nonzero()) for g in grads)), device=parameters[0].device)
+def find_leaks(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Run one backward pass in which all weights are 0, and return the parameters that receive gradient all the same.
+
+    Args:
+        loss: computes the loss under weights of 0; called once.
+        parameters: name -> parameter, of those that weights of 0 should protect.
+
+    Returns:
+        Their names; none where the loss is not finite. The random state is left as it was; gradients are the caller's to
+        clear.
+    """
+    with _same_randomness():
+        value = loss()
+        if not bool(torch.isfinite(value.detach()).all()):
+            return []
+        value.backward()
+    received = _received([p] for p in parameters.values())
+    return [name for name, got in zip(parameters, received, strict=True) if got]
+
+
+def check_leaks(names: Sequence[str]) -> None:
+    """Raise ValueError where there are ``names`` of parameters that learn although all their weights are 0."""
+    if names:
+        raise ValueError(
+            f"with all weights 0, gradient still reaches {_some(names)}. These are read outside their own module's forward "
+            "(fused experts, a fused loss or a kernel that takes `weight`), so no route holds for them: freeze them, name "
+            "their modules in `joint` if all data may train them, or switch the fused code off"
+        )
+
+
+def nonzero_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return the names of ``parameters`` whose gradient, in this process, has a finite entry other than zero."""
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    # a scaled loss may overflow, and 0 times infinity is no leak
+    return [name for name, g in grads.items() if bool(g.nan_to_num(0.0, 0.0, 0.0).count_nonzero())]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _same_randomness() -> Iterator[None]:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        yield
+
+
+def _received(groups: Iterable[Sequence[nn.Parameter]]) -> list[bool]:
+    groups = list(groups)
+    if not groups:
+        return []
+    grads = [[p.grad for p in parameters if p.grad is not None] for parameters in groups]
+    local = [[g.to_local() if hasattr(g, "to_local") else g for g in of_group] for of_group in grads]
+    found = [float(any(bool(g.count_nonzero()) for g in of_group)) for of_group in local]
+    result = torch.tensor(found, device=groups[0][0].device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)  # one shard may hold zeros only
-    return bool(found)
+        torch.distributed.all_reduce(result, torch.distributed.ReduceOp.MAX)  # one shard may hold zeros only
+    return [bool(value) for value in result.tolist()]

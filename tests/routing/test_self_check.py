@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from routing_parts import batch_of, two_regions
+from torch import nn
 
 from routed_peft import presets
 from routed_peft.routes import Route
@@ -47,3 +49,69 @@ def test_self_check_finds_a_dead_region():
             p.data.zero_()
     with pytest.raises(ValueError, match="should train 'forget', but no gradient arrived"):
         routing.self_check(batch)
+
+
+class Fused(nn.Module):
+    """A module that reads the weight of another past its forward, as fused experts and LoRA on parameters do."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.linear.weight.t()
+
+
+def leaking() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = two_regions("llama")
+    attention = model.base_model.model.model.layers[1].self_attn
+    attention.o_proj = Fused(attention.o_proj)
+    return model, batch_of(2)
+
+
+LEAK = (
+    "all weights 0, gradient still reaches 'base_model.model.model.layers.1.self_attn.o_proj.linear.weight'. .*`joint`"
+)
+
+
+def test_self_check_names_a_parameter_that_no_weight_blocks():
+    """No route has a weight of 0 for the base, so no label shows the leak."""
+    model, batch = leaking()
+    routes = {"forget": Route(weights={"base": -0.75, "bio": 0.5}), "b": Route(weights={"forget": 2.0})}
+    with pytest.raises(ValueError, match=LEAK):
+        GradientRouting(model, routes, train_base=True).self_check(batch)
+    assert all(p.grad is None for p in model.parameters())
+    model, _ = leaking()
+    GradientRouting(model, presets.control(), train_base=True).self_check(batch)  # nothing is to be blocked
+
+
+def test_self_check_names_the_parameter_that_a_label_must_not_train():
+    model, batch = leaking()
+    routing = GradientRouting(model, presets.sgtm("forget") | {"b": Route(weights={"bio": 1.0})}, train_base=True)
+    with pytest.raises(
+        ValueError, match="must not train 'base', but gradient arrived there. '.*linear.weight': read out"
+    ):
+        routing.self_check(batch)
+
+
+def test_a_leak_is_found_without_a_trainer():
+    """The first block that gives the base no weight at all shows it, also after blocks of mixed labels."""
+    model, batch = leaking()
+    routing = GradientRouting(model, presets.sgtm("forget") | {"b": Route(weights={"bio": 1.0})}, train_base=True)
+    for labels in (["forget", "retain"], ["unlabeled", "retain"]):
+        with routing(labels):
+            model(**batch).loss.backward()
+        model.zero_grad()
+    with routing(["forget", "forget"]):
+        pass  # no backward pass: nothing is known yet
+    with pytest.raises(ValueError, match=LEAK), routing(["forget", "forget"]):
+        model(**batch).loss.backward()
+
+
+def test_a_loop_without_leaks_goes_on_and_is_looked_at_once():
+    model, batch = two_regions("llama"), batch_of(2)
+    routing = GradientRouting(model, presets.sgtm("forget") | {"b": Route(weights={"bio": 1.0})}, train_base=True)
+    for _ in range(2):
+        with routing(["forget", "forget"]):
+            model(**batch).loss.backward()  # the second time, gradients are there already
+    assert routing._unproven == {"forget", "bio"}
