@@ -4,13 +4,5 @@ from routed_peft.evaluation.harness import evaluate, evaluate_configurations, re
 from routed_peft.evaluation.scale import ScaleChoice, choose_scale
 from routed_peft.evaluation.source import evaluate_source, load_source
 
-__all__ = [
-    "ScaleChoice",
-    "choose_scale",
-    "evaluate",
-    "evaluate_configurations",
-    "evaluate_source",
-    "load_source",
-    "results_frame",
-    "results_table",
-]
+__all__ = ["ScaleChoice", "choose_scale", "evaluate", "evaluate_configurations", "evaluate_source", "load_source"]
+__all__ += ["results_frame", "results_table"]

@@ -40,12 +40,10 @@ def evaluate(
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
-        tokenizer: its tokenizer.
         tasks: names of lm-eval tasks or groups: those of `routed_peft.tasks`, and lm-eval's own.
         metadata: of the tasks: ``forget_file``, ``retain_file``, ``pair``, ``forget_mc_file``, ...
         regions: the regions to leave active, with all others ablated; None and "all" ablate none.
         limit: the number of examples per task, for a quick look; None takes all.
-        batch_size: sequences per forward pass.
         base_adapters: adapters that belong to the base, and so are never ablated; by default those recorded by
             `load_routed`.
 
@@ -63,7 +61,6 @@ def evaluate(
         return measure()
 
 
-@formerly_positional("configurations", "tasks", "metadata", "limit", "batch_size", "base_adapters")
 def evaluate_configurations(
     model: nn.Module,
     tokenizer: Any,
@@ -99,11 +96,7 @@ def evaluate_configurations(
 
 
 def region_names(model: nn.Module, base_adapters: Sequence[str] | None = None) -> list[str]:
-    """Return the regions of a model: its PEFT adapters without those of the base.
-
-    >>> region_names(nn.Linear(1, 1))
-    []
-    """
+    """Return the regions of a model: its PEFT adapters without those of the base."""
     kept = routing_record(model).base_adapters if base_adapters is None else base_adapters
     return [name for name in getattr(model, "peft_config", {}) if name not in kept]
 

@@ -16,16 +16,12 @@ def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
 
     The loss of performance is the cost of losing so many units. Only a larger effect of ablation belongs to the region.
 
-    Raises:
-        ValueError: if the MLPs have an unknown layout, or one has no more units than ``count``.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> size = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 1, "num_hidden_layers": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **size))
-        >>> silence_random_units(model, 5, seed=0)
-        >>> int((model.model.layers[0].mlp.down_proj.weight == 0).all(0).sum())
-        5
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> size = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 1, "num_hidden_layers": 1}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **size))
+    >>> silence_random_units(model, 5, seed=0)
+    >>> int((model.model.layers[0].mlp.down_proj.weight == 0).all(0).sum())
+    5
     """
     generator = torch.Generator().manual_seed(seed)
     mlps = find_mlps(model)

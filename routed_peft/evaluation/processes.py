@@ -14,8 +14,5 @@ def processes() -> PartialState:
     """Return accelerate's state of the processes; without an accelerator they communicate over gloo.
 
     Without ``cpu=True``, accelerate would treat the processes of torchrun on a CPU as independent ones.
-
-    >>> processes().num_processes
-    1
     """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)

@@ -36,11 +36,12 @@ def choose_scale(
 
     Raises:
         ValueError: on an unknown region, and without scales.
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(r=1, target_modules=["0"]), "hack")
-        >>> rates = iter([0.0, 0.1, 0.3])  # in place of samples from the model
-        >>> choose_scale(model, "hack", rate=lambda: next(rates), limit=0.2, scales=[0.0, 0.5, 1.0]).scale
-        0.5
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(r=1, target_modules=["0"]), "hack")
+    >>> rates = iter([0.0, 0.1, 0.3])  # in place of samples from the model
+    >>> choose_scale(model, "hack", rate=lambda: next(rates), limit=0.2, scales=[0.0, 0.5, 1.0]).scale
+    0.5
     """
     if not scales:
         raise ValueError("`scales` is empty: give some between 0 and 1")

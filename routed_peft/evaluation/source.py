@@ -17,7 +17,6 @@ from routed_peft.checkpoint.fetch import fetch, hub_arguments
 from routed_peft.checkpoint.layout import ROUTING, Layout
 from routed_peft.checkpoint.load import load_run
 from routed_peft.checkpoint.open_run import OpenRun
-from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
 from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.text_loss import check_causal
@@ -70,6 +69,12 @@ def tokenizer_place(src: str | Path, run: OpenRun | None, revision: str | None =
     return base["id"], base["revision"]
 
 
+def load_tokenizer(src: str | Path, revision: str | None = None) -> Any:
+    """Load the tokenizer of a run or checkpoint."""
+    place, at = tokenizer_place(src, open_source(src, revision), revision)
+    return AutoTokenizer.from_pretrained(place, revision=at or "main")
+
+
 def held_out_pair(src: str | Path, metadata: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the built-in pair whose text is scored, and whether ``src`` is known to have been trained on it.
 
@@ -79,11 +84,11 @@ def held_out_pair(src: str | Path, metadata: Mapping[str, Any]) -> tuple[str, bo
     ('biology', False)
     """
     recipe = read_recipe(src)
-    own = None if recipe.get("train_file") or recipe.get("text_files") else recipe.get("pair")
+    files = ("train_file", "forget_file", "retain_file", "text_files")
+    own = None if any(map(recipe.get, files)) else recipe.get("pair")
     return metadata.get("pair") or own or "biology", bool(metadata.get("pair") or own)
 
 
-@formerly_positional("revision", "tokenizer")
 def load_source(
     src: str | Path,
     regions: Regions = "all",
@@ -104,10 +109,11 @@ def load_source(
     Raises:
         ValueError: on an unknown region, or without a tokenizer; and as `load_routed` does.
     """
-    run = open_source(src, revision, **hub_arguments(from_pretrained_kwargs))
+    hub = hub_arguments(from_pretrained_kwargs)
+    run = open_source(src, revision, **hub)
     if tokenizer is None or isinstance(tokenizer, str | Path):
         place, at = (tokenizer, None) if tokenizer else tokenizer_place(src, run, revision)
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=at or "main", **hub_arguments(from_pretrained_kwargs))
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=at or "main", **hub)
     if run is not None:
         names = run.layout.regions if regions == "all" else regions
         return load_run(run, names, **from_pretrained_kwargs), tokenizer
@@ -117,7 +123,6 @@ def load_source(
     return plain, tokenizer
 
 
-@formerly_positional("regions", "metadata", "limit", "batch_size", "device", "output", "tokenizer", "revision")
 def evaluate_source(
     src: str | Path,
     tasks: Sequence[str] = DEFAULT_TASKS,
@@ -195,11 +200,7 @@ def _check_writable(file: Path) -> None:
 def open_plain(
     src: str | Path, regions: Regions | None = None, *, revision: str | None = None, device: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a checkpoint in float32 as a plain model, adapters merged, with its tokenizer; `own_regions` by default.
-
-    Raises:
-        ValueError: if it is no causal language model; and as `load_source` does.
-    """
+    """Load a causal language model in float32 as a plain one, adapters merged, with its tokenizer; `own_regions` by default."""
     run = open_source(src, revision)
     if run is None:
         if Path(src, "adapter_config.json").is_file() and not Path(src, "config.json").is_file():

@@ -20,11 +20,7 @@ _MAX_TOKENS, _MAX_LOGITS = 8192, 2**27  # in a batch: larger ones are no faster,
 
 
 def context_length(model: nn.Module, tokenizer: Any) -> int:
-    """Return the context length of a model in tokens, by the rules of lm-eval.
-
-    >>> context_length(nn.Linear(1, 1), None)
-    2048
-    """
+    """Return the context length of a model in tokens, by the rules of lm-eval."""
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
@@ -35,13 +31,7 @@ def context_length(model: nn.Module, tokenizer: Any) -> int:
 
 
 def check_length(model: nn.Module, tokenizer: Any, *, length: int, argument: str = "length") -> None:
-    """Raise ValueError if rows of ``length`` tokens exceed the model's context length.
-
-    >>> check_length(nn.Linear(1, 1), None, length=4096)
-    Traceback (most recent call last):
-    ...
-    ValueError: `length` is 4096 tokens a row, and the model reads 2048 at once: set it to 2048 or less
-    """
+    """Raise ValueError if rows of ``length`` tokens exceed the model's context length."""
     most = context_length(model, tokenizer)
     if length > most:
         got = f"`{argument}` is {length} tokens a row, and the model reads {most} at once"
@@ -118,11 +108,6 @@ class TextLoss:
 
     over documents d of :math:`n_d` tokens each. `first_token` stands before each text and is not scored.
     `windows` cuts documents longer than the model's context. Texts are tokenized once.
-
-    Args:
-        model: for its context length and vocabulary; any model of the same sizes can be measured.
-        tokenizer: of the model.
-        texts: at least one, none of them empty.
 
     Raises:
         ValueError: if a text has no tokens, or a token is not in the model's vocabulary.

@@ -14,29 +14,9 @@ from routed_peft.unlearning.trainer import UnlearningTrainer, unlearn
 from routed_peft.unlearning.undo import UNLEARNED, UndoRecord, read_cost, save_student, undo
 from routed_peft.unlearning.weight_noise import add_noise, shrink_perturb
 
-__all__ = [
-    "METHODS",
-    "UNLEARNED",
-    "DistillationTrainer",
-    "ForgetLoss",
-    "Outputs",
-    "PairedRows",
-    "ShuffledRows",
-    "StopAtTeacher",
-    "TeacherCache",
-    "UndoArguments",
-    "UndoRecord",
-    "UnlearningArguments",
-    "UnlearningTrainer",
-    "add_noise",
-    "check_tokenizers",
-    "mean_loss",
-    "read_cost",
-    "register_forget_loss",
-    "save_student",
-    "shrink_perturb",
-    "undo",
-    "unlearn",
-]
+__all__ = ["METHODS", "UNLEARNED", "DistillationTrainer", "ForgetLoss", "Outputs", "PairedRows", "ShuffledRows"]
+__all__ += ["StopAtTeacher", "TeacherCache", "UndoArguments", "UndoRecord", "UnlearningArguments"]
+__all__ += ["UnlearningTrainer", "add_noise", "check_tokenizers", "mean_loss", "read_cost", "register_forget_loss"]
+__all__ += ["save_student", "shrink_perturb", "undo", "unlearn"]
 
 __getattr__ = renamed(__name__, {"Run": "ShuffledRows", "save_undone": "save_student", "spent": "read_cost"})

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from routed_peft.training.arguments import check_training_numbers
 from routed_peft.unlearning.forget_losses import FORGET_LOSSES
 
 METHODS = FORGET_LOSSES.keys()
@@ -17,10 +18,9 @@ RETAIN_LOSSES = ("ce", "kl")
 class UnlearningArguments(TrainingArguments):
     """`transformers.TrainingArguments` for `UnlearningTrainer`; a ValueError names a value out of range.
 
-    Example:
-        >>> args = UnlearningArguments("out", method="npo", report_to="none")
-        >>> args.beta, args.uses_retain, args.reads_reference
-        (0.1, True, ('forget',))
+    >>> args = UnlearningArguments("out", method="npo", report_to="none")
+    >>> args.beta, args.uses_retain, args.reads_reference
+    (0.1, True, ('forget',))
     """
 
     method: str = field(
@@ -84,10 +84,9 @@ class UnlearningArguments(TrainingArguments):
 class UndoArguments(TrainingArguments):
     """`transformers.TrainingArguments` for `undo`; ``max_steps`` limits distillation.
 
-    Example:
-        >>> args = UndoArguments("out", alpha=0.4, report_to="none")
-        >>> args.alpha, args.beta, args.tolerance
-        (0.4, 0.1, 0.05)
+    >>> args = UndoArguments("out", alpha=0.4, report_to="none")
+    >>> args.alpha, args.beta, args.tolerance
+    (0.4, 0.1, 0.05)
     """
 
     alpha: float = field(
@@ -122,6 +121,7 @@ class UndoArguments(TrainingArguments):
 
 def plain_batches(args: TrainingArguments) -> None:
     """Set the arguments on which the datasets and batches of this package depend."""
+    check_training_numbers(args)
     args.dataloader_pin_memory &= args.device.type != "cpu"
     args.remove_unused_columns = False  # batches are made by our own collator
     args.train_sampling_strategy = "sequential"  # the datasets are in order already

@@ -49,19 +49,16 @@ def restore_coherence(
         ValueError: without a step, a learning rate, or two rows; and for weights in low precision, in which small steps round
             to nothing.
 
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **size))
-        >>> found = restore_coherence(model, torch.arange(32).remainder(16).view(4, 8), steps=3, learning_rates=[1e-2])
-        >>> found.best_step, len(found.retain_losses)
-        (3, 4)
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **size))
+    >>> found = restore_coherence(model, torch.arange(32).remainder(16).view(4, 8), steps=3, learning_rates=[1e-2])
+    >>> found.best_step, len(found.retain_losses)
+    (3, 4)
     """
     if steps < 1 or not learning_rates or len(rows) < 2:
-        raise ValueError(
-            f"restoring coherence needs at least 1 of `steps`, 1 of `learning_rates` and 2 `rows`, got {steps}, "
-            f"{len(learning_rates)} and {len(rows)}"
-        )
+        raise ValueError("restoring coherence needs at least 1 of `steps`, 1 of `learning_rates` and 2 `rows`, got "
+                         f"{steps}, {len(learning_rates)} and {len(rows)}")  # fmt: skip
     if narrow := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}:
         problem = f"weights in {narrow.pop()}, in which small steps round to nothing"
         raise ValueError(f"`model` has {problem}: load it with dtype=torch.float32")
@@ -89,11 +86,7 @@ def restore_coherence(
 
 
 def trained_rows(count: int) -> int:
-    """Return the number of training rows among ``count``; the others are held out.
-
-    >>> trained_rows(1000), trained_rows(100)
-    (64, 50)
-    """
+    """Return the number of training rows among ``count``; the others are held out."""
     return min(BATCH, count // 2)
 
 

@@ -25,10 +25,9 @@ class ShuffledRows(Dataset[Row]):
 
     The order depends on the seed alone; keep it (``train_sampling_strategy="sequential"``).
 
-    Example:
-        >>> run = ShuffledRows([{"input_ids": [1]}, {"input_ids": [2, 3]}], count=4)
-        >>> len(run), run.tokens(), run.tokens(distinct=True)
-        (4, 6, 3)
+    >>> run = ShuffledRows([{"input_ids": [1]}, {"input_ids": [2, 3]}], count=4)
+    >>> len(run), run.tokens(), run.tokens(distinct=True)
+    (4, 6, 3)
     """
 
     def __init__(self, rows: Rows, count: int, seed: int | Sequence[int] = 0) -> None:
@@ -54,11 +53,10 @@ class PairedRows(Dataset[dict[str, Row]]):
     Each side is a `ShuffledRows` of its own, so that every row of a side is used equally often. ``retain`` is None for forget
     rows alone; a side without rows is a ValueError.
 
-    Example:
-        >>> forget, retain = [{"input_ids": [1]}], [{"input_ids": [2]}, {"input_ids": [3]}]
-        >>> pairs = PairedRows(forget, retain, count=2)
-        >>> pairs[0]["forget"], sorted(pair["retain"]["input_ids"] for pair in pairs)
-        ({'input_ids': [1]}, [[2], [3]])
+    >>> forget, retain = [{"input_ids": [1]}], [{"input_ids": [2]}, {"input_ids": [3]}]
+    >>> pairs = PairedRows(forget, retain, count=2)
+    >>> pairs[0]["forget"], sorted(pair["retain"]["input_ids"] for pair in pairs)
+    ({'input_ids': [1]}, [[2], [3]])
     """
 
     def __init__(self, forget: Rows, retain: Rows | None, *, count: int, seed: int = 0) -> None:
@@ -107,10 +105,8 @@ def check_held_out(rows: Rows, held_out: Rows, *, name: str, held_out_name: str)
     """Raise ValueError if held-out rows are also among the training rows."""
     known = {tuple(ids) for ids in input_ids(rows)}
     if both := sum(tuple(ids) in known for ids in input_ids(held_out)):
-        raise ValueError(
-            f"{both} of {len(held_out)} rows of `{held_out_name}` {'are' if both > 1 else 'is'} also in `{name}`, which is "
-            "trained on: give held-out text"
-        )
+        raise ValueError(f"{both} of {len(held_out)} rows of `{held_out_name}` {'are' if both > 1 else 'is'} also in "
+                         f"`{name}`, which is trained on: give held-out text")  # fmt: skip
 
 
 def check_tokens(rows: Rows, name: str, vocabulary: int) -> None:

@@ -88,17 +88,11 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {}
 def register_forget_loss(name: str, loss: ForgetLoss | ForgetFunction) -> None:
     """Make a forget loss available as ``method`` of `UnlearningArguments`, recipes and command lines.
 
-    Args:
-        name: value of ``method``.
-        loss: a `ForgetLoss`; or its function alone, whose mean over tokens is minimized beside a retain term.
+    ``loss`` is a `ForgetLoss`; or its function alone, whose mean over tokens is minimized beside a retain term.
 
-    Raises:
-        ValueError: where the name is taken, or the unit is unknown.
-
-    Example:
-        >>> register_forget_loss("flatten", lambda outputs, reference, args: outputs.predictions().std(-1))
-        >>> FORGET_LOSSES.pop("flatten").unit
-        'tokens'
+    >>> register_forget_loss("flatten", lambda outputs, reference, args: outputs.predictions().std(-1))
+    >>> FORGET_LOSSES.pop("flatten").unit
+    'tokens'
     """
     loss = loss if isinstance(loss, ForgetLoss) else ForgetLoss(loss)
     if name in FORGET_LOSSES:

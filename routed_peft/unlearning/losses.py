@@ -23,9 +23,8 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     of ``logits`` ``(B, T, V)`` and ``targets`` ``(B, T)``, token ids or -100 where there is no loss. Minimizing it is
     *gradient ascent* on the loss; maximizing it is ordinary training.
 
-    Example:
-        >>> token_log_probs(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
-        tensor([[-1.3863, -0.0000]])
+    >>> token_log_probs(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
+    tensor([[-1.3863, -0.0000]])
     """
     return -token_losses(logits, targets)
 
@@ -42,9 +41,8 @@ def npo(log_probs: Tensor, reference_log_probs: Tensor, beta: float = 0.1) -> Te
 
     Log-probabilities ``(B,)`` are summed over the tokens of each row; the reference is the frozen model from before.
 
-    Example:
-        >>> npo(torch.tensor([-9.0, -50.0]), torch.tensor([-9.0, -9.0]), beta=0.1)
-        tensor([13.8629,  0.3287])
+    >>> npo(torch.tensor([-9.0, -50.0]), torch.tensor([-9.0, -9.0]), beta=0.1)
+    tensor([13.8629,  0.3287])
     """
     return 2 / beta * F.softplus(beta * (log_probs - reference_log_probs))
 
@@ -56,9 +54,8 @@ def simnpo(log_probs: Tensor, lengths: Tensor, *, beta: float = 2.5, margin: flo
 
     with log-probabilities ``(B,)`` summed over the tokens of each row, and :math:`|y|` its ``lengths`` ``(B,)``.
 
-    Example:
-        >>> simnpo(torch.tensor([-10.0]), torch.tensor([5]), beta=2.5)
-        tensor([0.0054])
+    >>> simnpo(torch.tensor([-10.0]), torch.tensor([5]), beta=2.5)
+    tensor([0.0054])
     """
     return 2 / beta * F.softplus(beta * log_probs / lengths + margin)
 
@@ -70,9 +67,8 @@ def uniform_divergence(logits: Tensor) -> Tensor:
 
     in nats, ``(...)`` for logits ``(..., V)``; 0 where all logits are equal.
 
-    Example:
-        >>> uniform_divergence(torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
-        tensor([0.0000, 0.4338])
+    >>> uniform_divergence(torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
+    tensor([0.0000, 0.4338])
     """
     return logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])
 
@@ -84,9 +80,8 @@ def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
 
     in nats, ``(...)`` for logits ``(..., V)`` of teacher and student.
 
-    Example:
-        >>> divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 2.0]))
-        tensor(0.4338)
+    >>> divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 2.0]))
+    tensor(0.4338)
     """
     return F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
@@ -97,10 +92,9 @@ def topk_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     It is the ``k`` largest log-probabilities ``(..., k)``, their entries ``(..., k)``, and the logarithm of the probability
     left for all others together, ``(...)``; minus infinity where ``k`` is V.
 
-    Example:
-        >>> values, entries, tail = topk_log_probs(torch.tensor([3.0, 1.0, 1.0]).log(), k=1)
-        >>> values.exp(), entries, tail.exp()
-        (tensor([0.6000]), tensor([0]), tensor(0.4000))
+    >>> values, entries, tail = topk_log_probs(torch.tensor([3.0, 1.0, 1.0]).log(), k=1)
+    >>> values.exp(), entries, tail.exp()
+    (tensor([0.6000]), tensor([0]), tensor(0.4000))
     """
     log_probs = logits.log_softmax(-1)
     values, entries = log_probs.topk(k, dim=-1)
@@ -117,10 +111,9 @@ def topk_divergence(teacher: tuple[Tensor, Tensor, Tensor], logits: Tensor) -> T
     in nats, ``(...)``, for ``teacher`` from `topk_log_probs` and the student's ``logits`` ``(..., V)``. Both distributions
     still sum to one, so it is 0 only where they agree on ``K``; it never exceeds `divergence`, and equals it for k = V.
 
-    Example:
-        >>> teacher, student = torch.tensor([2.0, 1.0, 0.0]), torch.zeros(3)
-        >>> topk_divergence(topk_log_probs(teacher, 1), student), divergence(teacher, student)
-        (tensor(0.2291), tensor(0.2662))
+    >>> teacher, student = torch.tensor([2.0, 1.0, 0.0]), torch.zeros(3)
+    >>> topk_divergence(topk_log_probs(teacher, 1), student), divergence(teacher, student)
+    (tensor(0.2291), tensor(0.2662))
     """
     values, entries, tail = teacher
     log_probs = logits.log_softmax(-1)
@@ -139,9 +132,8 @@ def squared_distance(hidden: Tensor, wanted: Tensor) -> Tensor:
 
     of ``hidden`` ``(..., D)``, where ``wanted`` is `steering_vector` times c, ``(D,)``, or the frozen model's activations.
 
-    Example:
-        >>> squared_distance(torch.zeros(2, 4), torch.ones(4))
-        tensor([1., 1.])
+    >>> squared_distance(torch.zeros(2, 4), torch.ones(4))
+    tensor([1., 1.])
     """
     return (hidden - wanted).square().mean(-1)
 

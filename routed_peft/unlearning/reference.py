@@ -8,26 +8,14 @@ from torch import nn
 
 
 def frozen_reference(model: nn.Module, reference: nn.Module | None = None) -> nn.Module:
-    """Return ``reference``, or a copy of ``model``, in evaluation mode and without gradients.
-
-    Raises:
-        ValueError: if ``reference`` is ``model`` itself, or of another architecture.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> frozen = frozen_reference(model)
-        >>> frozen is model, frozen.weight.requires_grad, frozen.training
-        (False, False, False)
-    """
+    """Return ``reference``, a model of the same architecture, or else a copy of ``model``: frozen, in evaluation mode."""
     if reference is model:
         raise ValueError("`reference` is `model` itself, which training changes: pass a copy, or None")
     if reference is not None:
         got, wanted = ({key: tuple(p.shape) for key, p in each.named_parameters()} for each in (reference, model))
         if odd := sorted({key for key in got.keys() | wanted.keys() if got.get(key) != wanted.get(key)}):
-            raise ValueError(
-                f"`reference` ({type(reference).__name__}) is of another architecture than `model` ({type(model).__name__}): "
-                f"{odd[0]!r} has the shape {got.get(odd[0], 'none')}, expected {wanted.get(odd[0], 'none')}. Both must be "
-                "checkpoints of one model"
-            )
+            raise ValueError(f"`reference` ({type(reference).__name__}) is of another architecture than `model` "
+                             f"({type(model).__name__}): {odd[0]!r} has the shape {got.get(odd[0], 'none')}, expected "
+                             f"{wanted.get(odd[0], 'none')}. Both must be checkpoints of one model")  # fmt: skip
     frozen = copy.deepcopy(model) if reference is None else reference
     return frozen.requires_grad_(False).eval()

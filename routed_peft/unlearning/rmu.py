@@ -31,10 +31,8 @@ def prepare(model: PreTrainedModel, args: UnlearningArguments) -> int:
         )
     mlps = list(find_mlps(model).values())
     if len(mlps) != blocks:
-        raise ValueError(
-            f"{type(model).__name__} has {len(mlps)} MLPs of a known layout in {blocks} blocks, and RMU needs one in each: "
-            "describe its MLPs with `register_mlp_layout`"
-        )
+        raise ValueError(f"{type(model).__name__} has {len(mlps)} MLPs of a known layout in {blocks} blocks, and RMU "
+                         "needs one in each: describe its MLPs with `register_mlp_layout`")  # fmt: skip
     model.requires_grad_(False)
     for block in trained:
         output_projection(mlps[block]).requires_grad_(True)

@@ -16,11 +16,12 @@ from routed_peft.eval_mode import evaluating
 from routed_peft.losses import check_finite, token_losses
 from routed_peft.routes import IGNORED
 from routed_peft.runs.resuming import check_resumable
+from routed_peft.training.finite_weights import FiniteWeightsMixin
 from routed_peft.training.token_loss import TokenLossMixin
 from routed_peft.unlearning.data import Rows, collate
 
 
-class TokenTrainer(TokenLossMixin, Trainer):
+class TokenTrainer(FiniteWeightsMixin, TokenLossMixin, Trainer):
     """A `Trainer` on tokenized rows with evaluation losses as means over tokens, in nats, over all processes.
 
     `count_units` counts the units over which a subclass averages its training loss. `compute_loss` gets the counts of the
@@ -90,10 +91,8 @@ def check_trainable(model: nn.Module) -> None:
     narrow = {name: dtype for name, dtype in trained.items() if dtype in (torch.bfloat16, torch.float16)}
     if narrow:
         name, dtype = next(iter(narrow.items()))
-        raise ValueError(
-            f"{name!r} is trained in {dtype}, in which small updates are rounded away: load the model with "
-            "dtype=torch.float32; to compute in bfloat16, set `bf16`"
-        )
+        raise ValueError(f"{name!r} is trained in {dtype}, in which small updates are rounded away: load the model "
+                         "with dtype=torch.float32; to compute in bfloat16, set `bf16`")  # fmt: skip
 
 
 def check_weights(folder: Path, model: nn.Module) -> None:
@@ -112,10 +111,8 @@ def check_weights(folder: Path, model: nn.Module) -> None:
     wrong = [name for name, shape in saved.items() if name not in own or tuple(own[name].shape) != shape]
     wrong += [name for name in own if name not in saved and own[name].data_ptr() not in memory]
     if wrong:
-        raise ValueError(
-            f"{str(folder)!r} is a checkpoint of another architecture than {type(model).__name__}: {wrong[0]!r} differs. "
-            "Resume with the run's own model, or name another `output_dir`"
-        )
+        raise ValueError(f"{str(folder)!r} is a checkpoint of another architecture than {type(model).__name__}: "
+                         f"{wrong[0]!r} differs. Resume with the run's own model, or name another `output_dir`")  # fmt: skip
 
 
 @torch.no_grad()

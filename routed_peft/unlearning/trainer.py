@@ -170,18 +170,17 @@ def unlearn(
         eval_dataset: rows, or rows by name, evaluated at the times of ``args.eval_strategy``.
         tokenizer: saved with checkpoints, if there are any.
 
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, vocab_size=16)
-        >>> model, rows = LlamaForCausalLM(LlamaConfig(**sizes)), [{"input_ids": [3, 4, 5, 6]}]
-        >>> with TemporaryDirectory() as folder:
-        ...     options = dict(max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True)
-        ...     args = UnlearningArguments(folder, method="maxent", **options)
-        ...     _, ledger = unlearn(model, rows, retain_rows=rows, args=args)
-        {'train_runtime': ...}
-        >>> ledger.serial_steps, ledger.labeled_forget_tokens
-        (2, 4)
+    >>> from tempfile import TemporaryDirectory
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, vocab_size=16)
+    >>> model, rows = LlamaForCausalLM(LlamaConfig(**sizes)), [{"input_ids": [3, 4, 5, 6]}]
+    >>> with TemporaryDirectory() as folder:
+    ...     options = dict(max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True)
+    ...     args = UnlearningArguments(folder, method="maxent", **options)
+    ...     _, ledger = unlearn(model, rows, retain_rows=rows, args=args)
+    {'train_runtime': ...}
+    >>> ledger.serial_steps, ledger.labeled_forget_tokens
+    (2, 4)
     """
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:

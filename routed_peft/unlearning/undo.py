@@ -82,7 +82,6 @@ def undo(
         student: model to noise and train, in place, instead of a copy of the teacher.
         eval_dataset: further rows by name, evaluated on the way.
         tokenizer: saved with checkpoints, if there are any.
-        callbacks: of the trainer.
 
     Returns:
         The student, a plain model in evaluation mode, and the record of settings and results.
@@ -161,9 +160,6 @@ def read_cost(source: str | Path) -> TrainingCost | None:
 
     The cost of an ablated checkpoint is that of its run, if the run still exists. The cost of a model made from another
     includes that of the other, and is None if the latter is unknown.
-
-    Raises:
-        ValueError: if these files are damaged.
     """
     records = [records_directory(source) / name for name in (UNLEARNED, SUMMARY)]
     former = (read_json(file) for file in records if file.is_file())
@@ -171,7 +167,6 @@ def read_cost(source: str | Path) -> TrainingCost | None:
     return None if costs is None else TrainingCost.from_dict(costs)
 
 
-@formerly_positional("out", "source", "tokenizer")
 def save_student(
     student: PreTrainedModel, record: UndoRecord, *, out: str | Path, source: str, tokenizer: Any = None
 ) -> dict[str, Any]:

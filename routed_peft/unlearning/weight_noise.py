@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from routed_peft.deprecation import formerly_positional
 
-
-@formerly_positional("init_noise", "alpha", "beta")
 def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, alpha: float, beta: float) -> Tensor:
     r"""Shrink a parameter towards the mean of its initialization, and add some of that initialization's noise.
 
@@ -25,12 +22,8 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, 
     ``alpha`` 0 keeps the parameter, and 1 discards it. ``beta`` 0 adds no noise; 1 makes, with ``alpha`` 1, a fresh
     initialization. All tensors have the parameter's shape; it is computed in float32 at least.
 
-    Raises:
-        ValueError: if ``alpha`` or ``beta`` is not in [0, 1].
-
-    Example:
-        >>> shrink_perturb(torch.tensor([2.0]), torch.tensor([1.0]), init_noise=torch.tensor([0.5]), alpha=0.5, beta=1.0)
-        tensor([1.7500])
+    >>> shrink_perturb(torch.tensor([2.0]), torch.tensor([1.0]), init_noise=torch.tensor([0.5]), alpha=0.5, beta=1.0)
+    tensor([1.7500])
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0 <= value <= 1:
@@ -40,7 +33,6 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, 
     return ((1 - alpha) * parameter.to(wide) + alpha * start).to(parameter.dtype)
 
 
-@formerly_positional("beta", "seed")
 @torch.no_grad()
 def add_noise(model: PreTrainedModel, alpha: float, *, beta: float, seed: int = 0) -> None:
     """Apply `shrink_perturb` to every parameter of ``model``, in place; tied weights once, buffers not at all.
@@ -50,13 +42,12 @@ def add_noise(model: PreTrainedModel, alpha: float, *, beta: float, seed: int = 
     Raises:
         ValueError: if ``alpha`` or ``beta`` is not in [0, 1], or the model does not match its configuration.
 
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
-        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
-        >>> add_noise(model, alpha=1.0, beta=0.0)
-        >>> model.model.norm.weight.unique(), model.lm_head.weight.unique()
-        (tensor([1.], grad_fn=...), tensor([0.], grad_fn=...))
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+    >>> add_noise(model, alpha=1.0, beta=0.0)
+    >>> model.model.norm.weight.unique(), model.lm_head.weight.unique()
+    (tensor([1.], grad_fn=...), tensor([0.], grad_fn=...))
     """
     parameters = dict(model.named_parameters())
     for name, mean, noise in initialization(model, seed):
@@ -71,9 +62,6 @@ def initialization(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Ten
     Two models are initialized from different seeds. Entries that agree are constants: the mean is their value, without noise.
     Entries that differ are random: the mean of a matrix is 0, as in every common scheme, and that of a vector is estimated
     from its entries. Mean and noise add up to the first model, but for rounding.
-
-    Raises:
-        ValueError: if the model does not match its configuration, before anything is yielded.
     """
     first, second = (dict(_fresh(model, each).named_parameters()) for each in (seed, seed + 1))
     own, fresh = ({name: p.shape for name, p in each.items()} for each in (dict(model.named_parameters()), first))

@@ -37,7 +37,7 @@ class Activity:
 def region_activity(
     model: nn.Module, tokenizer: Any, *, region: str, forget: Sequence[str], retain: Sequence[str]
 ) -> dict[str, Activity]:
-    r"""Return the activity of a region on forget and on retain text, layer by layer.
+    r"""Return the activity of a region on forget and on retain text, by name of the layer.
 
     .. math:: a_\text{side} = \frac{1}{|T|\,n} \sum_{t \in T} \sum_{j=1}^{n} |h_{t,j}|
 
@@ -49,9 +49,6 @@ def region_activity(
     Args:
         model: a PEFT model with the region, which must be on.
         region: its adapter name.
-
-    Returns:
-        Name of the layer -> its activity, in the order of the model.
 
     Raises:
         ValueError: if no layer has such a region, or the region is merged or not active.

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from routed_peft.deprecation import formerly_positional
-
 
 @dataclass(frozen=True)
 class Crossing:
@@ -18,9 +16,8 @@ class Crossing:
         at: the place; if censored, only a bound.
         relation: "="; or ">" and "<" if the place lies beyond that bound.
 
-    Example:
-        >>> str(Crossing(500, ">")), Crossing(500, ">").censored
-        ('> 500', True)
+    >>> str(Crossing(500, ">")), Crossing(500, ">").censored
+    ('> 500', True)
     """
 
     at: float
@@ -39,18 +36,12 @@ class Crossing:
         return ("" if self.relation == "=" else f"{self.relation} ") + f"{self.at:.4g}"
 
 
-@formerly_positional("target", "log")
 def crossing(places: Sequence[float], values: Sequence[float], *, target: float, log: bool = False) -> Crossing:
     r"""Return the place at which falling ``values`` first reach ``target``.
 
     .. math:: x = x_i + (x_{i+1} - x_i) \frac{y_i - t}{y_i - y_{i+1}}
 
-    between the last value above the target and the first at or below it.
-
-    Args:
-        places: ascending, at least one.
-        values: one for each, finite.
-        log: interpolate in the logarithm of the places, which must be positive.
+    between the last value above the target and the first at or below it; with ``log`` in the logarithm of the places.
 
     Returns:
         ``at`` in the unit of ``places``; the last of them with ">" if the target is never reached (right-censored); the first
@@ -59,13 +50,12 @@ def crossing(places: Sequence[float], values: Sequence[float], *, target: float,
     Raises:
         ValueError: on unequal lengths, places that do not ascend, or values that are not finite.
 
-    Example:
-        >>> crossing([0, 10, 20], [5.0, 4.0, 2.0], target=3.0)
-        Crossing(at=15.0, relation='=')
-        >>> print(crossing([0, 10, 20], [5.0, 4.0, 2.0], target=1.0))
-        > 20
-        >>> print(crossing([1e6, 1e8], [5.0, 3.0], target=4.0, log=True))
-        1e+07
+    >>> crossing([0, 10, 20], [5.0, 4.0, 2.0], target=3.0)
+    Crossing(at=15.0, relation='=')
+    >>> print(crossing([0, 10, 20], [5.0, 4.0, 2.0], target=1.0))
+    > 20
+    >>> print(crossing([1e6, 1e8], [5.0, 3.0], target=4.0, log=True))
+    1e+07
     """
     if len(places) != len(values) or not len(places) or any(b <= a for a, b in zip(places, places[1:], strict=False)):
         raise ValueError(f"a crossing needs ascending `places` and a value for each, got {places} and {values}")

@@ -17,24 +17,17 @@ def removed(ablated: float, dense: float, perfect: float) -> float:
 
     .. math:: \text{removed} = \frac{L_\text{ablated} - L_\text{dense}}{L_\text{perfect} - L_\text{dense}}
 
-    with L the loss on held-out forget text, in nats per token. 0 is the same model trained without routing, 1 the model that
-    never saw forget data. More than 1 is possible and no better: such a model is surer of wrong tokens than one that never
-    learned. Losses after relearning can be compared by the same formula. The definition is this library's (docs/design.md,
-    "What a claim needs"); UNDO (arXiv 2506.06278) scales its robustness between the same two models.
+    with L the loss on held-out forget text, in nats per token: of the routed model with its region ablated, of the same
+    model trained on the same data without routing (a share of 0), and of the perfect filter, which saw no forget rows (1).
+    NaN where the perfect filter's loss is not above the dense model's, so that nothing can be removed. More than 1 is
+    possible and no better: such a model is surer of wrong tokens than one that never learned. Losses after relearning can
+    be compared by the same formula. The definition is this library's (docs/design.md, "What a claim needs"); UNDO (arXiv
+    2506.06278) scales its robustness between the same two models.
 
-    Args:
-        ablated: forget loss of the routed model, its region ablated.
-        dense: forget loss of the same model trained on the same data without routing.
-        perfect: forget loss of the perfect filter, trained on the data without any forget rows.
-
-    Returns:
-        The share; NaN where the perfect filter's loss is not above the dense model's, so that nothing can be removed.
-
-    Example:
-        >>> removed(5.0, dense=3.0, perfect=6.0)
-        0.6666666666666666
-        >>> removed(5.0, dense=3.0, perfect=3.0)
-        nan
+    >>> removed(5.0, dense=3.0, perfect=6.0)
+    0.6666666666666666
+    >>> removed(5.0, dense=3.0, perfect=3.0)
+    nan
     """
     distance = perfect - dense
     return (ablated - dense) / distance if distance > 0 else math.nan
@@ -48,14 +41,10 @@ def recovered(ablated: float, on: float, dense: float) -> float:
     with L the loss on held-out forget text, in nats per token. 1 is a model that is as good with its region as one that was
     never routed, measured against the same model trained without routing. The definition is this library's
     (docs/design.md, "What a claim needs"). What an attacker brings back is
-    measured by `share_relearned`.
+    measured by `share_relearned`. NaN where nothing was removed.
 
-    Returns:
-        The share; NaN where the ablated model's loss is not above the dense one's, so that nothing was removed.
-
-    Example:
-        >>> recovered(5.0, on=3.5, dense=3.0)
-        0.75
+    >>> recovered(5.0, on=3.5, dense=3.0)
+    0.75
     """
     distance = ablated - dense
     return (ablated - on) / distance if distance > 0 else math.nan
@@ -70,9 +59,8 @@ def retain_tax(ablated: float, filtered: float) -> float:
     filter with the same labels. This library's definition (docs/design.md, "What a claim needs"); SGTM (arXiv 2512.05648)
     draws the same trade-off as retain loss against forget loss.
 
-    Example:
-        >>> retain_tax(3.75, filtered=3.5)
-        0.25
+    >>> retain_tax(3.75, filtered=3.5)
+    0.25
     """
     return ablated - filtered
 
@@ -98,9 +86,8 @@ def tokens_of_plain(loss: float, tokens: Sequence[float], losses: Sequence[float
     a while is ignored. Nothing is extrapolated: a loss below the curve is censored (``> `` its last tokens), as is one
     above it (``< `` its first).
 
-    Example:
-        >>> print(tokens_of_plain(3.5, tokens=[1e6, 2e6, 4e6], losses=[5.0, 4.0, 3.0]))
-        2.828e+06
+    >>> print(tokens_of_plain(3.5, tokens=[1e6, 2e6, 4e6], losses=[5.0, 4.0, 3.0]))
+    2.828e+06
     """
     return crossing(tokens, losses, target=loss, log=True)
 
@@ -115,17 +102,13 @@ def compute_penalty(loss: float, trained: float, *, tokens: Sequence[float], los
     the plain model has that loss. SGTM (arXiv 2512.05648) reports 5 % on general text at 254M parameters. The same number
     for forget text should be near 1.
 
-    In code, L is ``loss`` and T is ``trained``; ``tokens`` and ``losses`` are those of `tokens_of_plain`.
+    In code, L is ``loss`` and T is ``trained``; ``tokens`` and ``losses`` are those of `tokens_of_plain`. 0 is no cost, below 0
+    a gain. Where the plain model's curve does not cover the loss, the penalty is only known to be less (``<``) or more (``>``).
 
-    Returns:
-        A share: 0 is no cost, below 0 a gain. Censored where the plain model's curve does not cover the loss: then only that
-        the penalty is less (``<``) or more (``>``) than the bound is known.
-
-    Example:
-        >>> compute_penalty(4.0, trained=4e6, tokens=[1e6, 2e6, 4e6], losses=[5.0, 4.0, 3.0]).at
-        0.5
-        >>> print(compute_penalty(6.0, trained=4e6, tokens=[1e6, 2e6, 4e6], losses=[5.0, 4.0, 3.0]))
-        > 0.75
+    >>> compute_penalty(4.0, trained=4e6, tokens=[1e6, 2e6, 4e6], losses=[5.0, 4.0, 3.0]).at
+    0.5
+    >>> print(compute_penalty(6.0, trained=4e6, tokens=[1e6, 2e6, 4e6], losses=[5.0, 4.0, 3.0]))
+    > 0.75
     """
     if trained <= 0:
         raise ValueError(f"`trained` must be a positive number of tokens, got {trained}")
@@ -144,15 +127,12 @@ def leakage(loss: float, unlabeled: float, *, tokens: Sequence[float], losses: S
     filtering leaks, by definition; SGTM finds 0.005 to 0.02 at 64M parameters (arXiv 2512.05648, section on leakage).
 
     In code, L is ``loss`` and u is ``unlabeled``; ``tokens`` and ``losses`` are of several plain runs, tokens ascending.
+    Censored where these do not cover the loss (``<`` where even the fewest tokens taught more).
 
-    Returns:
-        A share, censored where the plain runs do not cover the loss (``<`` where even the fewest tokens taught more).
-
-    Example:
-        >>> print(leakage(4.0, unlabeled=1e6, tokens=[1e3, 1e5], losses=[5.0, 3.0]))
-        0.01
-        >>> leakage(6.0, unlabeled=1e6, tokens=[1e3, 1e5], losses=[5.0, 3.0])
-        Crossing(at=0.001, relation='<')
+    >>> print(leakage(4.0, unlabeled=1e6, tokens=[1e3, 1e5], losses=[5.0, 3.0]))
+    0.01
+    >>> leakage(6.0, unlabeled=1e6, tokens=[1e3, 1e5], losses=[5.0, 3.0])
+    Crossing(at=0.001, relation='<')
     """
     if unlabeled <= 0:
         got = f"`unlabeled` must be a positive number of tokens, got {unlabeled}"
@@ -168,13 +148,10 @@ def absorption(loss: float, filtered: float, perfect: float) -> float:
 
     with L the loss on held-out forget text, in nats per token. It is 0 for the filter with the same labels, which trains on
     all that is unlabeled, and 1 where unlabeled forget data is missing as if it had been filtered. The
-    phenomenon is that of gradient routing (arXiv 2410.04332, section 4.2); the formula is this library's.
+    phenomenon is that of gradient routing (arXiv 2410.04332, section 4.2); the formula is this library's. NaN where there is
+    nothing to absorb.
 
-    Returns:
-        The share; NaN where the perfect filter's loss is not above that of the filter, so that there is nothing to absorb.
-
-    Example:
-        >>> absorption(5.25, filtered=4.5, perfect=6.0)
-        0.5
+    >>> absorption(5.25, filtered=4.5, perfect=6.0)
+    0.5
     """
     return removed(loss, filtered, perfect)

@@ -68,29 +68,24 @@ def bootstrap(
         sums: :math:`\ell_d`, each document's loss in nats (`TextLoss.documents`).
         counts: :math:`n_d`, its tokens (`TextLoss.counts`).
         other: sums of another model on the same documents, to subtract; pairs are drawn together.
-        level: of confidence.
-        draws: samples.
         seed: of the draws; global generators are not used.
 
     Returns:
-        Lower and upper end, in nats per token.
+        Lower and upper end of the interval, in nats per token.
 
     Raises:
         ValueError: on fewer than two documents, unequal lengths, or a level that is no share.
 
-    Example:
-        >>> low, high = bootstrap([10.0, 30.0, 20.0, 20.0], [10, 10, 10, 10])
-        >>> 1.0 <= low < 2.0 < high <= 3.0
-        True
+    >>> low, high = bootstrap([10.0, 30.0, 20.0, 20.0], [10, 10, 10, 10])
+    >>> 1.0 <= low < 2.0 < high <= 3.0
+    True
     """
     losses, tokens = torch.as_tensor(sums, dtype=torch.float64), torch.as_tensor(counts, dtype=torch.float64)
     if other is not None:
         losses = losses - torch.as_tensor(other, dtype=torch.float64)
     if losses.shape != tokens.shape or losses.dim() != 1 or len(losses) < 2 or not 0 < level < 1:
-        raise ValueError(
-            "a bootstrap needs one sum and one count for each of at least two documents, and a `level` between 0 and 1; got "
-            f"{tuple(losses.shape)}, {tuple(tokens.shape)} and {level}"
-        )
+        raise ValueError("a bootstrap needs one sum and one count for each of at least two documents, and a `level` "
+                         f"between 0 and 1; got {tuple(losses.shape)}, {tuple(tokens.shape)} and {level}")  # fmt: skip
     losses, tokens = losses.cpu(), tokens.cpu()
     generator = torch.Generator().manual_seed(seed)
     means: list[Tensor] = []

@@ -14,25 +14,8 @@ from routed_peft.evaluation.relearning.summary import read_summary, summarize, s
 from routed_peft.evaluation.relearning.sweep import STEPS, RelearnOptions, relearn
 from routed_peft.evaluation.text_loss import TextLoss
 
-__all__ = [
-    "STEPS",
-    "Attack",
-    "AttackData",
-    "AttackMethod",
-    "Curve",
-    "Point",
-    "RelearnOptions",
-    "SourceOptions",
-    "TextLoss",
-    "log_spaced",
-    "read_facts",
-    "read_summary",
-    "read_texts",
-    "register_attack",
-    "relearn",
-    "relearn_source",
-    "summarize",
-    "summary_tables",
-]
+__all__ = ["STEPS", "Attack", "AttackData", "AttackMethod", "Curve", "Point", "RelearnOptions", "SourceOptions"]
+__all__ += ["TextLoss", "log_spaced", "read_facts", "read_summary", "read_texts", "register_attack", "relearn"]
+__all__ += ["relearn_source", "summarize", "summary_tables"]
 
 __getattr__ = renamed(__name__, {"summarise": "summarize"})

@@ -19,13 +19,7 @@ class AttackedModel:
     """A model with a copy of its weights on the CPU, so that many attacks can start from the same ones.
 
     Weights in low precision become float32. In bfloat16 a step of a small learning rate rounds to nothing, and the attack
-    looks weaker than it is.
-
-    Args:
-        model: a plain causal language model of transformers; it is changed in place.
-
-    Raises:
-        ValueError: for a model with adapters, quantized weights, or one that is not a causal language model.
+    looks weaker than it is. The model is changed in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -96,13 +90,11 @@ def quantize(model: nn.Module, bits: int) -> None:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     stacked = [name for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name.split(".")]
     if stacked:
-        raise ValueError(
-            f"{stacked[0]!r} holds the weights of several experts in one tensor, and only those of linear layers can be "
-            "rounded: round such a model yourself, and attack the result"
-        )
+        raise ValueError(f"{stacked[0]!r} holds the weights of several experts in one tensor, and only those of linear "
+                         "layers can be rounded: round such a model yourself, and attack the result")  # fmt: skip
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
             axis = 0 if isinstance(module, Conv1D) else 1
             step = module.weight.abs().amax(axis, keepdim=True) / (2 ** (bits - 1) - 1)
-            step = step.clamp(min=torch.finfo(module.weight.dtype).tiny)
-            module.weight.copy_((module.weight / step).round() * step)
+            tiny = torch.finfo(module.weight.dtype).tiny
+            module.weight.copy_((module.weight / step.clamp(min=tiny)).round() * step)

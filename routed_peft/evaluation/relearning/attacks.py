@@ -58,11 +58,10 @@ def register_attack(name: str, *, method: AttackMethod | None = None, texts: Seq
         ValueError: where the name has a meaning already, not exactly one of ``method`` and ``texts`` is given, or a text is
             unknown.
 
-    Example:
-        >>> register_attack("forget-unrelated", texts=["forget_train", "unrelated_train"])
-        >>> Attack.parse("lora+forget-unrelated").data
-        'forget-unrelated'
-        >>> del DATA["forget-unrelated"]
+    >>> register_attack("forget-unrelated", texts=["forget_train", "unrelated_train"])
+    >>> Attack.parse("lora+forget-unrelated").data
+    'forget-unrelated'
+    >>> del DATA["forget-unrelated"]
     """
     if (method is None) == (not texts):
         raise ValueError("an attack's part is a method or a kind of data: give one of `method` and `texts`")
@@ -95,14 +94,13 @@ class Attack:
     Raises:
         ValueError: on an unknown method or kind of data, or a number out of range.
 
-    Example:
-        >>> attack = Attack.parse("lora+few-shot-16")
-        >>> attack.method, attack.data, attack.documents, attack.target
-        ('lora', 'forget', 16, 'forget')
-        >>> Attack.parse("lorra")
-        Traceback (most recent call last):
-        ...
-        ValueError: `lorra` is no part of an attack: ...
+    >>> attack = Attack.parse("lora+few-shot-16")
+    >>> attack.method, attack.data, attack.documents, attack.target
+    ('lora', 'forget', 16, 'forget')
+    >>> Attack.parse("lorra")
+    Traceback (most recent call last):
+    ...
+    ValueError: `lorra` is no part of an attack: ...
     """
 
     name: str
@@ -132,10 +130,8 @@ class Attack:
             raise ValueError(f"`documents` must be at least 1 or None, got {self.documents}")
         least = len(DATA[self.data])  # every batch has rows of each side
         if self.batch_size < least or self.length < 2 or self.lora_rank < 1:
-            raise ValueError(
-                f"`batch_size` must be at least {least}, `length` 2 and `lora_rank` 1, got {self.batch_size}, {self.length} "
-                f"and {self.lora_rank}"
-            )
+            raise ValueError(f"`batch_size` must be at least {least}, `length` 2 and `lora_rank` 1, got "
+                             f"{self.batch_size}, {self.length} and {self.lora_rank}")  # fmt: skip
 
     @property
     def target(self) -> str:
@@ -149,16 +145,12 @@ class Attack:
 
     @classmethod
     def parse(cls, name: str, **settings: Any) -> Attack:
-        """Make an attack from its name: parts joined by ``+``.
+        """Make an attack from its name, such as "lora+mixed" or "perturb+retain": parts joined by ``+``.
 
         A part is a method (``full``, ``lora``, ``bias``), a kind of data (``forget``, ``mixed``, ``retain``, ``unrelated``,
-        ``facts``), ``few-shot-N`` for N documents of it, ``perturb`` (a share of 0.05), ``int8`` or ``int4``, or a name from
-        `register_attack`; at most one of each. The default is full fine-tuning on forget text; ``int8`` and ``int4`` alone
-        train nothing.
-
-        Args:
-            name: such as "forget", "lora", "lora+mixed", "few-shot-4", "perturb+retain", "int4".
-            **settings: other attributes.
+        ``facts``), ``few-shot-N`` for N documents of it, ``perturb`` (a share of 0.05), ``int8`` or ``int4``, or a name
+        from `register_attack`; at most one of each. ``settings`` are other attributes. The default is full fine-tuning on
+        forget text; ``int8`` and ``int4`` alone train nothing.
 
         Raises:
             ValueError: on an unknown part, or two of one kind.
@@ -185,7 +177,5 @@ def _parse_part(part: str) -> tuple[str, Any]:
         return "perturb", 0.05
     if bits := _BITS.fullmatch(part):
         return "bits", int(bits[1])
-    raise ValueError(
-        f"`{part}` is no part of an attack: take {', '.join(methods)}; {', '.join(DATA)} or few-shot-16; perturb; int8 or "
-        "int4; joined by +, as in lora+few-shot-16"
-    )
+    raise ValueError(f"`{part}` is no part of an attack: take {', '.join(methods)}; {', '.join(DATA)} or few-shot-16; "
+                     "perturb; int8 or int4; joined by +, as in lora+few-shot-16")  # fmt: skip

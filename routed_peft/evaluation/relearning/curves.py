@@ -50,10 +50,9 @@ class Curve:
         start: scores of the original model; perturbing and rounding come before step 0.
         points: in the order of steps.
 
-    Example:
-        >>> curve = Curve("forget", "forget", 1e-3, 0, {"forget": 5.0}, (Point(0, 0, {"forget": 5.0}),))
-        >>> curve.status
-        'no attack'
+    >>> curve = Curve("forget", "forget", 1e-3, 0, {"forget": 5.0}, (Point(0, 0, {"forget": 5.0}),))
+    >>> curve.status
+    'no attack'
     """
 
     attack: str
@@ -108,13 +107,8 @@ def run_curve(
     """Train ``parameters`` of ``model``, in place, by AdamW at a constant rate, and measure at the given steps.
 
     No weight decay; the gradient's norm is clipped to 1 (UNDO's attack, arXiv 2506.06278). Training ends early at a score
-    or gradient that is not finite.
-
-    ``batches`` come from `training_batches`; ``steps`` ascend, 0 is before the first step, and the last one ends the attack.
-    ``tick`` is called with the number of steps since its last call.
-
-    Yields:
-        A point for each of ``steps``.
+    or gradient that is not finite. ``batches`` come from `training_batches`; ``steps`` ascend, 0 is before the first
+    step, and the last one ends the attack. ``tick`` is called with the number of steps since its last call.
     """
     stream, device = iter(batches), next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0) if parameters else None

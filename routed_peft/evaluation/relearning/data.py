@@ -36,11 +36,10 @@ class AttackData:
     Raises:
         ValueError: on an empty scored side, and on a scored text that equals a training text or lies within one.
 
-    Example:
-        >>> AttackData(["a cell"], ["a gene", "A  cell"], ["a cat"])
-        Traceback (most recent call last):
-        ...
-        ValueError: 1 text of `forget_test` is also in `forget_train`, or within one of it, first 'A  cell': an attacker ...
+    >>> AttackData(["a cell"], ["a gene", "A  cell"], ["a cat"])
+    Traceback (most recent call last):
+    ...
+    ValueError: 1 text of `forget_test` is also in `forget_train`, or within one of it, first 'A  cell': an attacker ...
     """
 
     forget_train: Sequence[str]
@@ -71,10 +70,9 @@ class AttackData:
     def without_overlap(cls, **texts: Sequence[str | tuple[str, ...]]) -> AttackData:
         """Make data of texts with repetitions: scored texts are left out of training texts.
 
-        Example:
-            >>> train, test = ["a cell", "A gene"], ["a gene"]
-            >>> AttackData.without_overlap(forget_train=train, forget_test=test, retain_test=["a cat"]).forget_train
-            ['a cell']
+        >>> train, test = ["a cell", "A gene"], ["a gene"]
+        >>> AttackData.without_overlap(forget_train=train, forget_test=test, retain_test=["a cat"]).forget_train
+        ['a cell']
         """
         scored = {_normal(text) for name in SCORED for text in _flat(texts[name])}
         kept: dict[str, Any] = {

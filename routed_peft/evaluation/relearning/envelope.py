@@ -14,20 +14,14 @@ from routed_peft.evaluation.measures.robustness import TOLERANCE, Losses, kept_s
 
 @dataclass(frozen=True)
 class State:
-    """The attacker's best model by one step.
+    """The attacker's best model by one step; NaN where a loss was not measured."""
 
-    Attributes:
-        case: the lowest loss so far, see `worst_case`.
-        retain: retain loss of that model, the mean over seeds; NaN where it was not measured.
-        documents: 95 % confidence interval of the loss over documents, either end the mean over seeds; NaN where it was not
-            measured.
-        interior: whether its learning rate lies inside the grid, so that no rate beyond would do better.
-    """
-
-    case: WorstCase
-    retain: float
-    documents: tuple[float, float]
-    interior: bool
+    case: WorstCase  # the lowest loss so far
+    retain: float  # retain loss of that model, the mean over seeds
+    documents: tuple[
+        float, float
+    ]  # 95 % confidence interval of the loss over documents, either end the mean over seeds
+    interior: bool  # its learning rate lies inside the grid, so that no rate beyond would do better
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -38,14 +32,11 @@ class State:
 class Envelope:
     """The worst case of an attack.
 
-    Attributes:
-        states: one for every step.
-        useful: the same among states with a retain loss at most 5 % above the start; None where there is no such state.
-        verdict: "attack"; "no attack" where no rate lowered the loss by `TOLERANCE`; "diverged" where all rates diverged.
+    Its verdict is "attack"; "no attack" where no rate lowered the loss by `TOLERANCE`; "diverged" where all rates diverged.
     """
 
-    states: list[State]
-    useful: list[State] | None
+    states: list[State]  # one for every step
+    useful: list[State] | None  # the same among states with a retain loss at most 5 % above the start; None without any
     verdict: str
 
     @classmethod
@@ -60,26 +51,18 @@ class Envelope:
         statuses: set[str],
         bounds: tuple[Losses, Losses] | None = None,
     ) -> Envelope:
-        """Summarize curves.
+        """Summarize curves: losses of the attacker's target and of retain text, and ends of intervals over documents.
 
-        Args:
-            steps: of the losses, ascending from 0.
-            losses: learning rate, ascending -> seed by seed -> loss that the attacker wants to lower, at every step.
-            retain: likewise, on retain text.
-            before: loss of the original model.
-            retain_before: its loss on retain text; None where it was not measured.
-            statuses: of all curves, see `Curve.status`.
-            bounds: lower and upper ends of confidence intervals over documents, like the losses; None if not measured.
+        ``before`` and ``retain_before`` are losses of the original model, ``statuses`` those of all curves.
 
-        Example:
-            >>> losses = {1e-3: [[5.0, 4.0, 3.5]], 1e-2: [[5.0, 3.0, 6.0]]}
-            >>> retain = {1e-3: [[2.0, 2.0, 2.0]], 1e-2: [[2.0, 2.5, 4.0]]}
-            >>> found = Envelope.from_losses(
-            ...     [0, 5, 20], losses, retain=retain, before=5.0, retain_before=2.0, statuses={"attack"}
-            ... )
-            >>> last = found.states[-1]
-            >>> last.case.mean, last.retain, last.interior, found.useful[-1].case.mean, found.verdict
-            (3.0, 2.5, False, 3.5, 'attack')
+        >>> losses = {1e-3: [[5.0, 4.0, 3.5]], 1e-2: [[5.0, 3.0, 6.0]]}
+        >>> retain = {1e-3: [[2.0, 2.0, 2.0]], 1e-2: [[2.0, 2.5, 4.0]]}
+        >>> found = Envelope.from_losses(
+        ...     [0, 5, 20], losses, retain=retain, before=5.0, retain_before=2.0, statuses={"attack"}
+        ... )
+        >>> last = found.states[-1]
+        >>> last.case.mean, last.retain, last.interior, found.useful[-1].case.mean, found.verdict
+        (3.0, 2.5, False, 3.5, 'attack')
         """
         rates = list(losses)
 

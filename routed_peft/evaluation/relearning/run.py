@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.measures.statistics import with_interval
 from routed_peft.evaluation.processes import processes
@@ -42,9 +41,6 @@ class SourceOptions:
         revision: branch, tag or commit of a Hub id.
         device: of the attack; a GPU by default, if there is one.
         progress: show a bar for every attack.
-
-    Raises:
-        ValueError: for a reference loss that is not positive, and an ``oracle`` without a ``reference``.
     """
 
     extensions: int = 2
@@ -63,7 +59,6 @@ class SourceOptions:
             raise ValueError(f"`oracle` needs a `reference`: {needed}")
 
 
-@formerly_positional("out", "attacks", "learning_rates", "seeds", "steps")
 def relearn_source(
     src: str | Path,
     data: AttackData,
@@ -184,10 +179,8 @@ def _oracle_losses(oracle: str | Path, conditions: Mapping[str, Mapping[str, Any
             raise ValueError(f"`oracle` {str(oracle)!r} lacks the attack {name!r}: attack the perfect filter alike")
         then = one.get("conditions", {})
         if odd := [key for key, value in wanted.items() if then.get(key) != value]:
-            raise ValueError(
-                f"`oracle` {str(oracle)!r} was attacked with other settings, in {', '.join(odd)} of {name!r} "
-                f"({then.get(odd[0])} then, {wanted[odd[0]]} now): attack both alike"
-            )
+            raise ValueError(f"`oracle` {str(oracle)!r} was attacked with other settings, in {', '.join(odd)} of "
+                             f"{name!r} ({then.get(odd[0])} then, {wanted[odd[0]]} now): attack both alike")  # fmt: skip
         if one["verdict"] != "diverged":  # a diverged attack says nothing; one that recovers nothing counts
             losses[name] = [point["mean"] for point in one["envelope"]]
     return losses
@@ -214,10 +207,8 @@ def _reference_losses(
             f"{given} is a {other} model and the source a {own} one: give the model from which the source was made"
         )
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"the tokenizer of {given} differs from that of the source, so their losses per token cannot be compared: give "
-            "the model from which the source was made"
-        )
+        raise ValueError(f"the tokenizer of {given} differs from that of the source, so their losses per token cannot "
+                         "be compared: give the model from which the source was made")  # fmt: skip
     losses = {"forget": TextLoss(model, tokenizer, data.forget_test)(model)}
     if any(attack.target == "facts" for attack in attacks):
         losses["facts"] = _facts_loss(model, tokenizer, data=data, seeds=seeds)

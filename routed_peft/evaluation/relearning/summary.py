@@ -83,7 +83,10 @@ def summarize(
     if oracle is not None and reference is not None and attacked and steps[-1] > 0:
         means = [state.case.mean for state in found.states]
         result["area"] = relearning_area(steps, means, base=reference, oracle=oracle)
-    return result | {"curves": [_curve(curve) for curve in curves]}
+    kept = ("learning_rate", "seed", "status")
+    points = [[{"step": p.step, "tokens": p.tokens, **p.scores} for p in curve.points] for curve in curves]
+    own = [{name: getattr(curve, name) for name in kept} for curve in curves]
+    return result | {"curves": [about | {"points": of} for about, of in zip(own, points, strict=True)]}
 
 
 class _EnvelopeSummary:
@@ -113,11 +116,6 @@ class _EnvelopeSummary:
         return {"envelope": envelope, "recovery": {"steps": steps, "tokens": tokens, "share": share}}
 
 
-def _curve(curve: Curve) -> dict[str, Any]:
-    points = [{"step": point.step, "tokens": point.tokens, **point.scores} for point in curve.points]
-    return {"learning_rate": curve.learning_rate, "seed": curve.seed, "status": curve.status, "points": points}
-
-
 def read_summary(place: str | Path) -> dict[str, Any]:
     """Read the ``summary.json`` of a relearning run.
 
@@ -132,10 +130,8 @@ def read_summary(place: str | Path) -> dict[str, Any]:
     if summary.get("kind") != KIND:
         raise ValueError(f"{name} is no summary of relearning: give the `--out` directory of `routed-peft relearn`")
     if summary.get("format") != FORMAT:
-        raise ValueError(
-            f"{name} has the format {summary.get('format')}, this version of routed_peft reads {FORMAT}: repeat the "
-            "command in its run.json; finished curves are kept"
-        )
+        raise ValueError(f"{name} has the format {summary.get('format')}, this version of routed_peft reads {FORMAT}: "
+                         "repeat the command in its run.json; finished curves are kept")  # fmt: skip
     changed = "was the file changed by hand?"
     if not isinstance(summary.get("attacks"), dict):
         raise ValueError(f"{name} lacks its attacks: {changed}")

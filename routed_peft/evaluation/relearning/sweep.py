@@ -41,9 +41,6 @@ class RelearnOptions:
         names: further entries of every point, such as ``{"arm": "routed"}``.
         on_curve: called with every curve, also with those found in ``records``.
         progress: show a bar.
-
-    Raises:
-        ValueError: for a ``measure`` with ``records`` and without ``names``.
     """
 
     extensions: int = 2
@@ -73,7 +70,7 @@ def relearn(
     steps: Sequence[int] = STEPS,
     options: RelearnOptions | None = None,
 ) -> list[Curve]:
-    """Attack a model with every learning rate and seed, and with more rates while the best lies at an end.
+    """Attack a model with every learning rate and seed, and with more rates while the best lies at an end; return the curves.
 
     The model's weights are kept on the CPU, and put back between runs and at the end. Under `accelerate launch` or
     torchrun all processes must call this; they share the grid of learning rates and seeds, and each returns all curves.
@@ -86,25 +83,21 @@ def relearn(
         steps: to measure at, ascending from 0.
         options: see `RelearnOptions`.
 
-    Returns:
-        The curves, rates ascending, seeds in order.
-
     Raises:
         ValueError: as `AttackedModel`, `AttackData` and `TextLoss` do; and on empty or unordered ``learning_rates``,
             ``seeds`` or ``steps``.
 
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from routed_peft.data import train_tokenizer
-        >>> tokenizer = train_tokenizer(["a cell", "a cat"], vocab_size=260)
-        >>> sizes = dict(vocab_size=260, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
-        >>> data = AttackData(forget_train=["a cell"], forget_test=["the cell"], retain_test=["a cat"])
-        >>> grid = {"learning_rates": [0.01], "seeds": [0], "steps": [0, 1, 5]}
-        >>> options = RelearnOptions(extensions=0)
-        >>> curves = relearn(model, tokenizer, attack="forget", data=data, **grid, options=options)
-        >>> curves[0].status, [point.step for point in curves[0].points]
-        ('attack', [0, 1, 5])
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from routed_peft.data import train_tokenizer
+    >>> tokenizer = train_tokenizer(["a cell", "a cat"], vocab_size=260)
+    >>> sizes = dict(vocab_size=260, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+    >>> data = AttackData(forget_train=["a cell"], forget_test=["the cell"], retain_test=["a cat"])
+    >>> grid = {"learning_rates": [0.01], "seeds": [0], "steps": [0, 1, 5]}
+    >>> options = RelearnOptions(extensions=0)
+    >>> curves = relearn(model, tokenizer, attack="forget", data=data, **grid, options=options)
+    >>> curves[0].status, [point.step for point in curves[0].points]
+    ('attack', [0, 1, 5])
     """
     attack, options = Attack.parse(attack) if isinstance(attack, str) else attack, options or RelearnOptions()
     rates = sorted(attack.learning_rates if learning_rates is None else learning_rates)
