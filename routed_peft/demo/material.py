@@ -54,7 +54,9 @@ class Material:
 
         ``relabel`` changes the ``route_label`` of training documents, as a classifier would.
         """
-        train = _per_side(load_pair(settings.pair, "train"), settings.documents)
+        train, count = load_pair(settings.pair, "train"), settings.documents
+        if count is not None:
+            train = concatenate_datasets([first_of(train, side, count) for side in SIDES])
         tokenizer = train_tokenizer(train["text"][:], settings.vocab_size)
         documents = simulate_labels(
             train, labeled=settings.labeled, recall=settings.recall, precision=settings.precision, seed=settings.seed
@@ -128,10 +130,6 @@ def tokens_by_side(run: Dataset | SelfLabeledRows, length: int, label: str | Non
         if label in (None, own):
             counts.update({name: share_of(side, name) for name in SIDES})
     return {side: round(counts[side] * length) for side in SIDES}
-
-
-def _per_side(ds: Dataset, count: int | None) -> Dataset:
-    return ds if count is None else concatenate_datasets([first_of(ds, side, count) for side in SIDES])
 
 
 def _write_texts(file: Path, texts: list[str]) -> None:

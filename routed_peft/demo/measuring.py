@@ -68,7 +68,7 @@ def attack(
 
     of = Attack("forget", batch_size=settings.relearn_documents, length=settings.length)
     options = RelearnOptions(extensions=0, measure=lambda attacked: {FORGET: loss(attacked)}, on_curve=note)
-    grid = {"learning_rates": settings.relearn_learning_rates, "seeds": [settings.seed], "steps": steps}
+    grid: dict[str, Any] = {"learning_rates": settings.relearn_learning_rates, "seeds": [settings.seed], "steps": steps}
     curves = relearn(model, material.tokenizer, attack=of, data=data, **grid, options=options)
     worst = worst_case(steps, {curve.learning_rate: [curve.losses(FORGET)] for curve in curves})
     return {entry.step: entry.mean for entry in worst}

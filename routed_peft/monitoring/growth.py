@@ -136,14 +136,9 @@ def step_sizes(optimizer: Any, parameters: set[Tensor]) -> dict[Tensor, Tensor |
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p in parameters and p.grad is not None:
-                rates[p] = _rate(group, optimizer.state.get(p, {}))
+                rates[p], state = float(group["lr"]), optimizer.state.get(p, {})
+                squares = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+                if squares is not None and "betas" in group:
+                    correction = 1 - group["betas"][1] ** float(state["step"])
+                    rates[p] /= (gather_full(squares) / correction).sqrt() + group["eps"]
     return rates
-
-
-def _rate(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor | float:
-    rate = float(group["lr"])
-    squares = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-    if squares is None or "betas" not in group:
-        return rate
-    correction = 1 - group["betas"][1] ** float(state["step"])
-    return rate / ((gather_full(squares) / correction).sqrt() + group["eps"])

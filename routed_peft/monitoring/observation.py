@@ -21,9 +21,7 @@ class RegionReport:
     environments: Sequence[str]
     growth: Growth
     effect: Effect  # after the step
-    extra: Mapping[str, Mapping[str, float]] = field(
-        default_factory=dict
-    )  # name -> environment -> reward gap, energy share
+    extra: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # name -> environment -> number
     weight_drift: float | None = None  # of the base along the region's subspace, if it has one
 
     @property
@@ -32,11 +30,8 @@ class RegionReport:
         return dict(zip(self.environments, self.growth.contributions.sum(0).tolist(), strict=True))
 
     def _by_environment(self) -> dict[str, Mapping[str, float]]:
-        tensors = {
-            "raw_contribution": self.growth.raw.sum(0),
-            "functional_size": self.effect.overall,
-            "kl": self.effect.kl,
-        }
+        tensors = {"functional_size": self.effect.overall, "kl": self.effect.kl}
+        tensors = {"raw_contribution": self.growth.raw.sum(0), **tensors}
         measured = {name: self._named(values) for name, values in tensors.items()}
         return {"contribution": self.contributions, **measured, **self.extra}
 

@@ -59,7 +59,10 @@ def run_with_rollback(
         if Path(own := str(trainer.args.output_dir)).resolve() != root.resolve():
             raise ValueError(f"`make_trainer` gave a trainer with `output_dir` {own}, expected {root}")
         if not (root / INCIDENT).is_file():
-            _train(trainer, root, quarantine)
+            trainer.args.ignore_data_skip |= bool(quarantine)
+            saved = checkpoints(root)
+            trainer.train(resume_from_checkpoint=str(saved[max(saved)]) if saved else None)
+            trainer.accelerator.wait_for_everyone()
         if not (root / INCIDENT).is_file():
             return trainer, past_incidents(root)
         incident = Incident.read(root)
@@ -73,14 +76,6 @@ def run_with_rollback(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _train(trainer: Trainer, root: Path, quarantine: Mapping[str, str]) -> None:
-    if quarantine:
-        trainer.args.ignore_data_skip = True
-    saved = checkpoints(root)
-    trainer.train(resume_from_checkpoint=str(saved[max(saved)]) if saved else None)
-    trainer.accelerator.wait_for_everyone()
 
 
 def _decided(

@@ -60,7 +60,6 @@ _ON_DARK = _hues("#9aa4af", "#f0994a", "#6cb1ff", "#5590d6", "#4cc38a", "#d58be6
 LIGHT = Theme("#ffffff", "#24292f", "#d8dee4", _ON_LIGHT)
 DARK = Theme("#161b22", "#d8dee6", "#343c46", _ON_DARK)
 Draw = Callable[[Axes, Theme], None]
-Draw = Callable[[Axes, Theme], None]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from routed_peft.report.drawing import DARK, LIGHT, Draw, render
 from routed_peft.report.numbers import ends, number, part, place, share
@@ -23,7 +24,7 @@ def environment(*folders: Path) -> jinja2.Environment:
     ``folders`` hold templates of one's own, which may extend and import those of this library.
     """
     loader = jinja2.FileSystemLoader([*folders, TEMPLATES])
-    style: dict[str, bool] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    style: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     result = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **style)
     result.filters |= {"number": number, "percent": share, "place": place, "part": part, "ends": ends}
     return result

@@ -34,10 +34,7 @@ class TRLMixin(RoutingMixin):
             for p in self.model.parameters():  # TRL has made the adapters bfloat16, too coarse for small updates
                 p.data = p.data.float() if p.requires_grad else p.data
         super()._attach(routes)
-        self._freeze_head()
-
-    def _freeze_head(self) -> None:
-        """Freeze the head and what is tied to it: the fused head reads its weight past the routing."""
+        # the head and what is tied to it stay frozen, because the fused head reads its weight past the routing
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         free = {id(p) for p in self.routing.parameters(JOINT)}
         passed_by = [p for p in head.parameters() if p.requires_grad and id(p) not in free] if head is not None else []
@@ -127,20 +124,16 @@ def with_adapters(model: Any, peft_config: Any, *, args: Any, quantization_confi
     if getattr(model, "peft_config", None):
         raise ValueError("the model has adapters already: pass either a PeftModel or `peft_config`, not both")
     set_seed(args.seed)
-    model = _load(model, args, quantization_config) if isinstance(model, str) else model
+    if isinstance(model, str):
+        kwargs = {"trust_remote_code": args.trust_remote_code} | dict(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+            kwargs["device_map"] = None  # as TRL does: "auto" fails there
+        model = create_model_from_path(model, **kwargs)
     (first, config), *others = peft_config.items()
     wrapped = get_peft_model(model, config, adapter_name=first)
     for name, config in others:
         wrapped.add_adapter(name, config)
     wrapped.base_model.set_adapter(list(peft_config))  # type: ignore[operator]
     return wrapped
-
-
-def _load(model: str, args: Any, quantization_config: Any) -> PreTrainedModel:
-    kwargs = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-        kwargs["device_map"] = None  # as TRL does: "auto" fails there
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(model, **kwargs)

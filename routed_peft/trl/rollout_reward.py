@@ -55,7 +55,10 @@ class RolloutReward:
         inputs = inputs.to(trainer.accelerator.device)
         plain: Any = trainer.accelerator.unwrap_model(model)
         made = plain.generate(**inputs, generation_config=trainer.generation_config)[:, inputs["input_ids"].shape[1] :]
-        ids = [self._until_end(row) for row in made.tolist()]
+        ids = []
+        for row in made.tolist():  # up to and including the end token, as training grades completions
+            end = next((i for i, token in enumerate(row) if token in trainer.eos_token_ids), len(row))
+            ids.append(row[: end + 1])
         written = tokenizer.batch_decode(ids, skip_special_tokens=True)
         if is_conversational(rows[0]):
             written = [[{"role": "assistant", "content": text}] for text in written]
@@ -63,11 +66,6 @@ class RolloutReward:
             # TRL's method, because that of a routed trainer would label these rollouts
             rewards = GRPOTrainer._calculate_rewards(trainer, rows, prompts, written, ids)
         return float((rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).mean())
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        """Return a completion up to and including its end token, as training grades it."""
-        ends = [i for i, token in enumerate(ids) if token in self.trainer.eos_token_ids]
-        return ids[: ends[0] + 1] if ends else ids
 
 
 @contextmanager

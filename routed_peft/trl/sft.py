@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -58,8 +58,11 @@ class RoutedSFTTrainer(TRLMixin, SFTTrainer):
         if self._is_vision_dataset:
             raise ValueError("rows with images cannot be routed here: TRL's vision collator drops the route columns")
         if data_collator is None:
-            multiple = args.pad_to_multiple_of
-            self.data_collator = _collator(self.processing_class, routes, dataset=train_dataset, multiple=multiple)
+            own: Any = self.processing_class
+            tokenizer = copy.copy(own.tokenizer if isinstance(own, ProcessorMixin) else own)
+            tokenizer.padding_side = "right"  # as TRL's own collator pads
+            names, multiple = class_names(train_dataset), cast(Any, args.pad_to_multiple_of)
+            self.data_collator = RoutedCollator(tokenizer, routes, pad_to_multiple_of=multiple, class_names=names)
         self._attach(routes)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -75,9 +78,3 @@ def _check_arguments(args: Any) -> None:
         raise ValueError("`packing`, `eval_packing` and `padding_free` put documents of different labels into one "
                          "row, and TRL drops their labels: set all three to False. (`routed_peft.data.pack` packs "
                          "documents of one label; give its rows to `RoutedTrainer`.)")  # fmt: skip
-
-
-def _collator(tokenizer: Any, routes: Routes, *, dataset: Any, multiple: Any) -> RoutedCollator:
-    tokenizer = copy.copy(tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer)
-    tokenizer.padding_side = "right"  # as TRL's own collator pads
-    return RoutedCollator(tokenizer, routes, pad_to_multiple_of=multiple, class_names=class_names(dataset))
