@@ -6,19 +6,22 @@ lm-eval passes the task's metadata to every function named by ``custom_dataset``
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
+from routed_peft.data.loading import TextFormat, read_rows, read_texts
 
 Row = dict[str, Any]
 PACKAGED = Path(__file__).parent / "data"
 METADATA = {
     "forget_file",
     "retain_file",
+    "text_column",
+    "text_template",
     "forget_mc_file",
     "retain_mc_file",
     "adjacent_mc_file",
@@ -32,30 +35,6 @@ METADATA = {
     "add_bos_token",
 }
 """Keys of lm-eval's metadata that tasks read."""
-
-
-def read_rows(file: str | Path, argument: str) -> list[Row]:
-    """Read a JSONL file, gzipped if its name ends in ``.gz``. Errors name ``argument``, through which the file was given.
-
-    Raises:
-        ValueError: no such file, a line that is not a JSON object, or no line at all.
-    """
-    file = Path(file).expanduser()
-    if not file.is_file():
-        problem = "is a directory" if file.is_dir() else "does not exist; give a full path"
-        raise ValueError(f"`{argument}` must be a JSONL file, got {str(file)!r}, which {problem}")
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        try:
-            rows = [json.loads(line) for line in lines if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`{argument}` must hold one JSON object a line, but in {file} {error}") from error
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-            raise ValueError(f"`{argument}` must be JSONL in UTF-8, plain or as `.gz`, got {file}: {error}") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(
-            f"`{argument}` must hold one JSON object a line and at least one, got {file}; correct that file"
-        )
-    return rows
 
 
 def load_tokenizer(metadata: Row) -> Any:
@@ -118,23 +97,22 @@ def loss_documents(
         side: "forget" or "retain".
         pair: packaged pair of corpora; its held-out rows are used if no file is given.
         limit: number of rows to keep, from the first.
-        **metadata: ``forget_file`` and ``retain_file``, JSONL of rows with ``text``; ``tokenizer`` or ``pretrained``.
+        **metadata: ``forget_file`` and ``retain_file``, with ``text`` or as ``text_column`` and ``text_template`` say;
+            ``tokenizer`` or ``pretrained``.
 
     Raises:
         ValueError: no tokenizer, no such file, a row without text, or a limit that is not a number.
     """
     argument = f"{side}_file"
     if file := metadata.get(argument):
-        texts: list[Any] = [row.get("text") for row in read_rows(file, argument)]
+        place = {key: metadata[f"text_{key}"] for key in ("column", "template") if metadata.get(f"text_{key}")}
+        form = TextFormat(**place, load_tokenizer=partial(load_tokenizer, metadata))
+        texts = read_texts(file, argument, read_limit(limit), form=form)
     else:
         from routed_peft.corpora import load_pair
 
         rows = load_pair(pair, split="test").shuffle(seed=0)  # a limit then takes a fair sample of them
-        texts = [row["text"] for row in rows if row["side"] == side]
-    texts = texts[: read_limit(limit)]
-    for number, text in enumerate(texts, 1):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"`{argument}` must hold a non-empty `text` in every row, got {text!r} in row {number}")
+        texts = [row["text"] for row in rows if row["side"] == side][: read_limit(limit)]
     n_tokens = count_tokens(load_tokenizer(metadata), texts, metadata)
     return {"test": Dataset.from_dict({"text": texts, "n_tokens": n_tokens})}
 
@@ -168,7 +146,7 @@ def questions(side: str, limit: int | str | None = None, **metadata: Any) -> dic
     Args:
         side: "forget", "retain" or "adjacent".
         limit: number of rows to keep, from the first.
-        **metadata: ``forget_mc_file``, ``retain_mc_file`` and ``adjacent_mc_file``, JSONL; else packaged questions.
+        **metadata: ``forget_mc_file``, ``retain_mc_file`` and ``adjacent_mc_file``; else packaged questions.
 
     Raises:
         ValueError: no such file, a row that is not in this schema, or a limit that is not a number.

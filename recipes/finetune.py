@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from routed_peft import Route, RoutedTrainer, RoutedTrainingArguments, ablate, presets
 from routed_peft.data import (
     DocumentArguments,
+    check_both_sides,
     check_evaluation,
     evaluation_rows,
     labeled_documents,
@@ -32,6 +33,7 @@ from routed_peft.data import (
     select_arm,
 )
 from routed_peft.evaluation.text_loss import check_length
+from routed_peft.mistakes import check_numbers
 from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder
@@ -82,6 +84,11 @@ class Recipe(DocumentArguments):
         metadata={"help": "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes none."},
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "rank", "lora_alpha", low=1)
+        check_numbers(self, "labeled_first", "first_forget_share", "forget_share", high=1)
+
 
 def main() -> None:
     recipe, args = parse_settings(Recipe, RoutedTrainingArguments)
@@ -98,11 +105,14 @@ def main() -> None:
     set_seed(args.seed)
     disable_progress_bars()  # while data is prepared
 
-    documents = labeled_documents(recipe)
+    own = partial(AutoTokenizer.from_pretrained, recipe.model_name_or_path, revision=recipe.revision)
+    documents = labeled_documents(recipe, own)
     model, tokenizer = build(recipe, args)
     check_length(model, tokenizer, length=recipe.length)
-    held_out = evaluation_rows(recipe, tokenizer)
+    held_out = evaluation_rows(recipe, tokenizer, documents=documents)
     check_evaluation(args, held_out)
+    if recipe.arm == "routed":
+        check_both_sides(documents)
     trainer = RoutedTrainer(
         model,
         args,

@@ -26,11 +26,12 @@ from transformers.utils import logging
 
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
 from routed_peft.adapters import adapter_names
-from routed_peft.checkpoint.staging import atomic_directory
+from routed_peft.checkpoint.staging import atomic_directory, files_in, sha256
 from routed_peft.data import (
     UNLABELED,
     DocumentArguments,
     add_frequency_weights,
+    check_both_sides,
     check_evaluation,
     evaluation_rows,
     labeled_documents,
@@ -43,10 +44,11 @@ from routed_peft.data import (
 )
 from routed_peft.evaluation import load_source
 from routed_peft.evaluation.placebo import silence_random_units
-from routed_peft.evaluation.source import load_tokenizer, open_plain
+from routed_peft.evaluation.source import load_tokenizer, open_plain, open_source
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.files import write_json
-from routed_peft.routes import routes_from_dict
+from routed_peft.mistakes import check_numbers
+from routed_peft.routes import check_region_name, routes_from_dict
 from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.runs.records import PLACEBO
@@ -139,6 +141,14 @@ class Recipe(DocumentArguments):
         metadata={"help": "ERA: maximum of steps on 64 retain rows after ablation; the result goes to …-coherent."},
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "size", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", low=1)
+        check_numbers(self, "num_attention_heads", low=1)
+        check_numbers(self, "labeled_first", "first_forget_share", "forget_share", "robust_share", high=1)
+        check_numbers(self, "frequency_bias", "frequency_count", "coherence_steps")
+        check_numbers(self, "base_weight", low=-math.inf)
+
 
 def main() -> None:
     recipe, args = parse_settings(Recipe, RoutedTrainingArguments)
@@ -146,6 +156,9 @@ def main() -> None:
     args.include_num_input_tokens_seen = "all"
     args.dataloader_pin_memory = args.device.type != "cpu"
     args.evaluate_ablated &= recipe.method != "random"  # it silences units outside the region
+    if recipe.coherence_steps < 0:
+        raise ValueError(f"`coherence_steps` is {recipe.coherence_steps}: give the number of steps, 0 for none")
+    check_region_name(recipe.region)
     run = RunDirectory(args.output_dir)
     target = run.ablation_target(recipe.ablate_to if recipe.arm == "routed" else "no")  # other arms keep their region
     begin(run, recipe, args=args, own=RoutedArguments.__annotations__)
@@ -153,12 +166,16 @@ def main() -> None:
     disable_progress_bars()  # while data is prepared
 
     place = recipe.model_name_or_path
-    documents = labeled_documents(recipe, partial(load_tokenizer, place) if place else None)
+    own = partial(load_tokenizer, place) if place else None
+    documents = labeled_documents(recipe, own)
     model, tokenizer = build(recipe, args, documents)
+    args.continue_run(model)
     args.kept_regions = kept_regions(recipe, args, model)
     check_length(model, tokenizer, length=recipe.length)
     held_out = evaluation_rows(recipe, tokenizer, documents=documents)
     check_evaluation(args, held_out)
+    if recipe.arm == "routed":
+        check_both_sides(documents)
     routes = make_routes(recipe)
     by = ["route_label"] if recipe.by_document else None  # rows may mix documents of one label
     rows = pack(select_arm(documents, recipe.arm), tokenizer, length=recipe.length, by=by, seed=args.seed)
@@ -246,7 +263,10 @@ def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> 
     if attention == "auto":
         attention = "eager" if args.device.type == "cpu" else "sdpa"
     if recipe.model_name_or_path:
-        kwargs: dict = {"is_trainable": True} if Path(recipe.model_name_or_path, "routing.json").is_file() else {}
+        run = open_source(recipe.model_name_or_path)
+        kwargs: dict = {} if run is None else {"is_trainable": True}
+        if args.train_base is None:
+            args.train_base = run is not None and bool(run.layout.data["train_base"])
         if args.train_base:
             kwargs["dtype"] = torch.float32  # master weights; `bf16` computes in lower precision
         model, tokenizer = load_source(recipe.model_name_or_path, attn_implementation=attention, **kwargs)
@@ -278,7 +298,7 @@ def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> 
 def kept_regions(recipe: Recipe, args: RoutedTrainingArguments, model: nn.Module) -> list[str]:
     """Return the regions that belong to the model: all in an arm without routing, otherwise the experts that stay."""
     if recipe.arm == "routed":
-        return experts(recipe)
+        return experts(recipe) or args.kept_regions  # of a run that is continued
     return [name for name in adapter_names(model) if name not in args.base_adapters]
 
 
@@ -307,10 +327,11 @@ def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Modul
     """Silence as many random units as the region has in the full model of a run; write it, with a record, and return it."""
     model, tokenizer = open_plain(src, [recipe.region])
     silence_random_units(model, recipe.size, seed)
-    with atomic_directory(target) as aside:
+    with atomic_directory(target, fresh=True) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        write_json(aside / PLACEBO, {"source": src, "silenced_units_per_mlp": recipe.size, "seed": seed})
+        about = {"source": src, "silenced_units_per_mlp": recipe.size, "seed": seed}
+        write_json(aside / PLACEBO, {**about, "sha256": {name: sha256(aside / name) for name in files_in(aside)}})
     return model
 
 
@@ -322,8 +343,9 @@ def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArgu
     first = known.select(range(min(MAX_ROWS, len(known)))).with_format("torch")[:]
     found = restore_coherence(model, first["input_ids"], labels=first.get("labels"), steps=steps)
     target = src.with_name(src.name + "-coherent")
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(src).save_pretrained(target)
+    with atomic_directory(target) as aside:
+        model.save_pretrained(aside)
+        AutoTokenizer.from_pretrained(src).save_pretrained(aside)
     return {"model": str(target), **asdict(found)}
 
 

@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from routed_peft.corpora import load_pair
 from routed_peft.data import RETAIN, DocumentArguments, check_evaluation, evaluation_rows, load_texts, pack
+from routed_peft.data.loading import TextFormat
 from routed_peft.evaluation.source import open_plain
 from routed_peft.evaluation.text_loss import check_length
+from routed_peft.mistakes import check_numbers
 from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.training import RunDirectory, RunRecorder
@@ -48,13 +50,23 @@ class Recipe:
     )
     text_files: list[str] = field(
         default_factory=list,
-        metadata={"help": "JSONL, Parquet or Hub datasets with a column `text`, in place of `pair`."},
+        metadata={"help": "JSONL, JSON, Parquet, plain text or Hub datasets, in place of `pair`."},
+    )
+    text_column: str = field(
+        default="text", metadata={"help": "Column of the text, or of chats, in all of these files."}
+    )
+    text_template: str | None = field(
+        default=None,
+        metadata={"help": 'Text made of columns, such as "{question} {answer}", instead of `text_column`.'},
     )
     eval_files: list[str] = field(
         default_factory=list,
         metadata={"help": "Held-out text as name=FILE; the loss on the one named retain ends training."},
     )
     length: int = field(default=128, metadata={"help": "Tokens per row."})
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "length", low=2)
 
 
 def main() -> None:
@@ -71,7 +83,8 @@ def main() -> None:
 
     teacher, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
     check_length(teacher, tokenizer, length=recipe.length)
-    rows, held_out = text_rows(recipe, tokenizer), held_out_rows(recipe, tokenizer)
+    rows = pack(text(recipe, tokenizer), tokenizer, length=recipe.length, by=[])
+    held_out = held_out_rows(recipe, tokenizer)
     check_evaluation(args, held_out)
     if RETAIN in held_out:
         check_held_out(rows, held_out[RETAIN], name="text_files", held_out_name="eval_files")
@@ -98,10 +111,12 @@ def main() -> None:
         print(json.dumps({**content, "losses": losses}, indent=2))
 
 
-def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return packed rows of unlabeled text."""
-    documents = load_texts(recipe.text_files) if recipe.text_files else load_pair(recipe.pair).select_columns("text")
-    return pack(documents, tokenizer, length=recipe.length, by=[])
+def text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return the unlabeled text to distill on."""
+    if not recipe.text_files:
+        return load_pair(recipe.pair).select_columns("text")
+    form = TextFormat(recipe.text_column, recipe.text_template, lambda: tokenizer)
+    return load_texts(recipe.text_files, argument="text_files", form=form)
 
 
 def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
@@ -110,15 +125,21 @@ def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
         raise ValueError(
             f"`eval_files` need `text_files`, got none: leave them out; the pair `{recipe.pair}` has its own"
         )
-    text = recipe.text_files[0] if recipe.text_files else None  # any of them, since only held-out text is read
-    about = DocumentArguments(recipe.pair, text, eval_files=recipe.eval_files, length=recipe.length)
-    found = evaluation_rows(about, tokenizer)
-    if found and RETAIN not in found:
+    names = [entry.split("=")[0] for entry in recipe.eval_files if "=" in entry]
+    if names and RETAIN not in names:
         raise ValueError(
-            f"`eval_files` has {', '.join(found)} but no {RETAIN}=FILE, whose loss ends training: add it, or leave "
+            f"`eval_files` has {', '.join(names)} but no {RETAIN}=FILE, whose loss ends training: add it, or leave "
             "`eval_files` out, with `--eval_strategy no`, to train for the full number of steps"
         )
-    return found
+    about = DocumentArguments(
+        recipe.pair,
+        recipe.text_files[0] if recipe.text_files else None,  # any of them, since only held-out text is read
+        text_column=recipe.text_column,
+        text_template=recipe.text_template,
+        eval_files=recipe.eval_files,
+        length=recipe.length,
+    )
+    return evaluation_rows(about, tokenizer)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from routed_peft.data import DocumentArguments, check_evaluation, evaluation_row
 from routed_peft.evaluation.source import open_plain
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.files import write_json
+from routed_peft.mistakes import check_numbers
 from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.training import RunDirectory, RunRecorder
@@ -44,6 +45,10 @@ class Recipe(DocumentArguments):
     )
     forget_rows: int | None = field(default=None, metadata={"help": "Maximum number of labeled forget rows."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "forget_rows", low=1)
+
 
 def main() -> None:
     recipe, args = parse_settings(Recipe, UnlearningArguments)
@@ -60,7 +65,9 @@ def main() -> None:
 
     model, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
     check_length(model, tokenizer, length=recipe.length)
-    rows, held_out = labeled_rows(recipe, tokenizer), evaluation_rows(recipe, tokenizer)
+    documents = labeled_documents(recipe, lambda: tokenizer)
+    rows = labeled_rows(recipe, documents, tokenizer)
+    held_out = evaluation_rows(recipe, tokenizer, documents=documents)
     check_evaluation(args, held_out)
     before = {side: mean_loss(model, ds) for side, ds in held_out.items()}
     model, ledger = unlearn(
@@ -89,9 +96,8 @@ def main() -> None:
         print(json.dumps(summary, indent=2))
 
 
-def labeled_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
+def labeled_rows(recipe: Recipe, ds: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """Return the packed rows with a label, by side."""
-    ds = labeled_documents(recipe)
     documents = {side: ds.filter(lambda label, s=side: label == s, input_columns="route_label") for side in SIDES}
     if not len(documents["forget"]):
         raise ValueError(

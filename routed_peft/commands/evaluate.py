@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from routed_peft.commands.options import Device, Dtype, Revision, Source
+from routed_peft.commands.options import (
+    Device,
+    Dtype,
+    Revision,
+    Source,
+    TextColumn,
+    TextTemplate,
+    check_device,
+    plain_console,
+)
 
 
 def evaluate(
@@ -24,8 +32,11 @@ def evaluate(
         typer.Option(metavar="NAME[+NAME...]", help="Set of regions to leave on, measured besides all and none; may be "
                      "repeated. Default: each region alone."),
     ] = None,
-    forget_file: Annotated[Path | None, typer.Option(help="JSONL with `text`: the forget side of the loss tasks.")] = None,
-    retain_file: Annotated[Path | None, typer.Option(help="JSONL with `text`: the retain side of the loss tasks.")] = None,
+    forget_file: Annotated[str | None, typer.Option(metavar="FILE", help="Forget side of the loss tasks: JSONL, JSON, Parquet or "
+                                                    "text.")] = None,
+    retain_file: Annotated[str | None, typer.Option(metavar="FILE", help="Retain side, likewise.")] = None,
+    text_column: TextColumn = "text",
+    text_template: TextTemplate = None,
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata for tasks, such as pair=spanish, "
                                        "forget_mc_file=FILE, retain_mc_file=FILE; may be repeated."),
@@ -56,40 +67,34 @@ def evaluate(
     from routed_peft.evaluation.source import held_out_pair
     from routed_peft.tasks.utils import METADATA
 
+    check_device(device)
     about = _metadata(metadata or [], {"forget_file": forget_file, "retain_file": retain_file})
+    about |= {"text_column": text_column} if text_column != "text" else {}
+    about |= {"text_template": text_template} if text_template else {}
     chosen = [name for entry in tasks or DEFAULT_TASKS for name in entry.split(",") if name]
     ours = all(name.startswith("routed_") and name != "routed_wmdp" for name in chosen)
     if ours and (unknown := sorted(about.keys() - METADATA)):
-        raise ValueError(
-            f"`--metadata` has {unknown[0]!r}, which no task reads: the keys are {', '.join(sorted(METADATA))}"
-        )
+        keys = ", ".join(sorted(METADATA))
+        raise ValueError(f"`--metadata` has {unknown[0]!r}, which no task reads: the keys are {keys}")
     subsets = {entry: entry.split("+") for entry in regions} if regions else None
+    load: dict[str, Any] = {"revision": revision, "dtype": dtype.value}
+    load["device"] = device or ("cuda" if torch.cuda.is_available() else None)
     results = evaluate_source(
-        src,
-        chosen,
-        regions=subsets,
-        metadata=about,
-        limit=limit,
-        batch_size=batch_size,
-        device=device or ("cuda" if torch.cuda.is_available() else None),
-        output=out,
-        revision=revision,
-        dtype=dtype.value,
+        src, chosen, regions=subsets, metadata=about, limit=limit, batch_size=batch_size, output=out, **load
     )
     sides = [side for side in ("forget", "retain") if f"{side}_file" not in about]
     pair, known = held_out_pair(src, about)
-    caption = f"{' and '.join(sides)} losses: held-out text of the pair {pair}" + (
-        "" if known else ", which this model may not have been trained on"
-    )
+    caption = f"{' and '.join(sides)} losses: held-out text of the pair {pair}"
+    caption += "" if known else ", which this model may not have been trained on"
     packaged = sides and any("loss" in name for name in chosen)
-    Console().print(results_table(results, title=src, caption=caption if packaged else None))
+    plain_console().print(results_table(results, title=src, caption=caption if packaged else None))
     if out is not None:
         typer.echo(f"written to {out}")
 
 
-def _metadata(entries: Sequence[str], files: Mapping[str, Path | None]) -> dict[str, Any]:
+def _metadata(entries: Sequence[str], files: Mapping[str, str | None]) -> dict[str, Any]:
     """Return ``KEY=VALUE`` entries as a dictionary, with the files that were named."""
     if bad := [entry for entry in entries if not entry.split("=")[0] or "=" not in entry]:
         raise ValueError(f"`--metadata` takes KEY=VALUE, got {bad[0]!r}: for example --metadata pair=spanish")
     given = dict(entry.split("=", 1) for entry in entries)
-    return given | {key: str(file) for key, file in files.items() if file is not None}
+    return given | {key: file for key, file in files.items() if file is not None}

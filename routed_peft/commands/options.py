@@ -6,11 +6,15 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Directory or Hub id.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="Device, such as cuda:0. Default: a GPU if there is one.")]
+
+TextColumn = Annotated[str, typer.Option(help="Column of the text, or of chats, in every file.")]
+TextTemplate = Annotated[str | None, typer.Option(help='Text made of columns, such as "{question} {answer}".')]
 
 
 class Dtype(StrEnum):
@@ -20,6 +24,25 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+def plain_console() -> Console:
+    """Return a console that shows names as they are, whatever brackets and colons they hold."""
+    return Console(markup=False, emoji=False)
+
+
+def check_device(device: str | None) -> None:
+    """Raise ValueError where a device is not there."""
+    import torch
+
+    try:
+        if device is not None and torch.empty(1, device=device).is_meta:
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`--device` {device!r} cannot be used ({reason}): name cpu, or a GPU, such as cuda:0"
+        ) from None
 
 
 def pairs_table(title: str) -> Table:

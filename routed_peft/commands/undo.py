@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from routed_peft.commands.options import Revision, Source, TextColumn, TextTemplate, pairs_table
+from routed_peft.commands.options import Revision, Source, TextColumn, TextTemplate, pairs_table, plain_console
 
 if TYPE_CHECKING:
     from routed_peft.unlearning import UndoArguments
@@ -100,8 +100,6 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
     """Distill, unless that is done already, and write checkpoint and records; ``settings`` are recorded in run.json."""
     import shutil
 
-    from rich.console import Console
-
     from routed_peft.data import load_texts, pack
     from routed_peft.data.loading import TextFormat
     from routed_peft.evaluation.source import load_tokenizer, open_plain
@@ -146,7 +144,7 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
         ours = args.topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve()
         for folder in [*out.glob("checkpoint-*"), *([cache] if ours else [])]:  # no longer needed
             shutil.rmtree(folder)
-        Console().print(_table(content, out))
+        plain_console().print(_table(content, out))
 
 
 def _table(content: dict[str, Any], out: Path) -> Table:

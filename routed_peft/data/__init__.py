@@ -11,6 +11,7 @@ from routed_peft.data.columns import (
 )
 from routed_peft.data.documents import (
     DocumentArguments,
+    check_both_sides,
     check_evaluation,
     evaluation_rows,
     first_of,
@@ -45,6 +46,7 @@ __all__ = [
     "DocumentArguments",
     "RoutedCollator",
     "add_frequency_weights",
+    "check_both_sides",
     "check_evaluation",
     "check_route_columns",
     "class_names",

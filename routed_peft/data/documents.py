@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
@@ -15,9 +15,10 @@ from routed_peft.corpora import load_pair
 from routed_peft.data.columns import ROUTE_LABEL, column_values
 from routed_peft.data.label_noise import simulate_labels
 from routed_peft.data.labels import FORGET, RETAIN, labels_from_column, labels_from_keywords
-from routed_peft.data.loading import load_texts, load_training_file
+from routed_peft.data.loading import TEXT, TOKENS, TextFormat, load_documents
 from routed_peft.data.packing import pack, tokenize
 from routed_peft.deprecation import formerly_positional
+from routed_peft.mistakes import check_choices, check_numbers
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +33,19 @@ class DocumentArguments:
     pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish, entangled or arithmetic."})
     train_file: str | None = field(
         default=None,
-        metadata={"help": "JSONL, Parquet or Hub dataset instead of `pair`, with text, and route_label or side."},
+        metadata={
+            "help": "JSONL, JSON, Parquet, a pattern or a Hub dataset instead of `pair`, with text (or chats in `messages`, or "
+            "`input_ids`), and route_label or side."
+        },
+    )
+    forget_file: str | None = field(
+        default=None, metadata={"help": "Forget text, with `retain_file` instead of `train_file`; also plain .txt."}
+    )
+    retain_file: str | None = field(default=None, metadata={"help": "Retain text, beside `forget_file`."})
+    text_column: str = field(default=TEXT, metadata={"help": "Column of the text, or of chats, in all of these files."})
+    text_template: str | None = field(
+        default=None,
+        metadata={"help": 'Text made of columns, such as "{question} {answer}", instead of `text_column`.'},
     )
     eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
     eval_documents: int | None = field(
@@ -57,21 +70,40 @@ class DocumentArguments:
         default_factory=list, metadata={"help": "Label documents with one of these words forget, all others retain."}
     )
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_numbers(self, "labeled", "labeled_forget", "labeled_retain", "recall", "precision", high=1)
+        check_numbers(self, "length", low=2)
+        check_numbers(self, "eval_documents", low=1)
+        check_numbers(self, "label_seed")
 
-def labeled_documents(args: DocumentArguments) -> Dataset:
+    def text_format(self, load_tokenizer: Callable[[], Any] | None = None) -> TextFormat:
+        """Return the place of text in these files."""
+        return TextFormat(self.text_column, self.text_template, load_tokenizer)
+
+    def own_files(self) -> bool:
+        """Return whether documents come from files instead of `pair`."""
+        return any((self.train_file, self.forget_file, self.retain_file))
+
+
+def labeled_documents(args: DocumentArguments, load_tokenizer: Callable[[], Any] | None = None) -> Dataset:
     """Return documents with their label (``route_label``) and, where it is known, their true ``side``.
 
     Labels come from ``label_keywords``, else from the column ``route_label``, else they are simulated from the column
     ``side`` with the shares, recall and precision of ``args``. Labels of the first two sources are never changed.
 
+    Args:
+        args: files and labels.
+        load_tokenizer: returns the model's tokenizer, which chats need.
+
     Raises:
-        ValueError: where documents have neither column and there are no keywords.
+        ValueError: where documents have neither column and there are no keywords; and as `load_documents` does.
 
     >>> ds = labeled_documents(DocumentArguments(pair="spanish", labeled=0.5))
     >>> sorted(set(ds["route_label"])), sorted(set(ds["side"]))
     (['forget', 'retain', 'unlabeled'], ['forget', 'retain'])
     """
-    ds: Any = load_training_file(args.train_file, columns=["text"]) if args.train_file else load_pair(args.pair)
+    ds = _load(args, load_tokenizer)
     for name in (ROUTE_LABEL, SIDE):
         if name in ds.column_names and isinstance(ds.features[name], ClassLabel):  # because arms compare names
             ds = ds.remove_columns(name).add_column(name, column_values(ds, name))
@@ -98,6 +130,40 @@ def labeled_documents(args: DocumentArguments) -> Dataset:
             ds, SIDE, labeled=labeled, recall=args.recall, precision=args.precision, seed=args.label_seed
         )
     return labels_from_column(ds, SIDE, {FORGET: FORGET, RETAIN: RETAIN})
+
+
+def _load(args: DocumentArguments, load_tokenizer: Callable[[], Any] | None) -> Dataset:
+    if not args.own_files():
+        return load_pair(args.pair)
+    form, files = args.text_format(load_tokenizer), {FORGET: args.forget_file, RETAIN: args.retain_file}
+    if args.train_file:
+        if any(files.values()):
+            raise ValueError("`train_file` and `forget_file` or `retain_file` are given: leave one way out")
+        return load_documents(args.train_file, argument="train_file", form=form, keep_tokens=True)
+    parts = []
+    for side, file in files.items():
+        if file:
+            part = load_documents(file, argument=f"{side}_file", form=form, keep_tokens=True)
+            part = part.select_columns(TEXT if TEXT in part.column_names else TOKENS)
+            parts.append(part.add_column(SIDE, [side] * len(part)))
+    if len({part.column_names[0] for part in parts}) > 1:
+        raise ValueError("one of `forget_file` and `retain_file` has text and the other `input_ids`: give both alike")
+    return concatenate_datasets(parts)
+
+
+def check_both_sides(documents: Dataset) -> None:
+    """Raise ValueError where no document is forget, or every one is, by label and by true side.
+
+    >>> check_both_sides(Dataset.from_dict({"route_label": ["forget", "forget"]}))
+    Traceback (most recent call last):
+    ...
+    ValueError: no document is retain, got `route_label` in ['forget']: routing needs text of both sides, so add some
+    """
+    found = {name: set(documents[name]) for name in (ROUTE_LABEL, SIDE) if name in documents.column_names}
+    if not any(FORGET in values and values != {FORGET} for values in found.values()):
+        missing = RETAIN if any(FORGET in values for values in found.values()) else FORGET
+        got = f"`{ROUTE_LABEL}` in {sorted(map(str, found[ROUTE_LABEL]))}"
+        raise ValueError(f"no document is {missing}, got {got}: routing needs text of both sides, so add some")
 
 
 def first_of(ds: Dataset, side: str, count: int | None = None) -> Dataset:
@@ -145,28 +211,56 @@ def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, le
     if column is None:
         return 0
     known = documents.filter(lambda value: value == FORGET, input_columns=column)
-    return sum(map(len, tokenize(known, tokenizer, "text"))) // length * length
+    return sum(map(len, tokenize(known, tokenizer, TEXT))) // length * length
 
 
-def evaluation_rows(args: DocumentArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
+def evaluation_rows(
+    args: DocumentArguments, tokenizer: PreTrainedTokenizerBase, *, documents: Dataset | None = None
+) -> dict[str, Dataset]:
     """Return packed held-out rows by side, from ``eval_files`` or else the validation split of ``pair``.
 
+    Args:
+        args: files, and tokens per row.
+        tokenizer: of the model.
+        documents: those of training; held-out files must not hold the same.
+
     Raises:
-        ValueError: where an entry of ``eval_files`` is not ``name=FILE``, or there is no training file.
+        ValueError: where an entry of ``eval_files`` is not ``name=FILE``, a name comes twice, most of a file is in
+            ``documents``, or there is no training file.
     """
-    if args.eval_files and not args.train_file:
+    if args.eval_files and not args.own_files():
         raise ValueError(f"`eval_files` are used beside `train_file`, got none: the pair `{args.pair}` has its own")
-    if args.train_file:
+    if args.own_files():
         if wrong := [entry for entry in args.eval_files if "=" not in entry]:
             raise ValueError(f"`eval_files` has {wrong[0]!r}: write name=FILE, such as forget={wrong[0]}")
-        pairs = (entry.split("=", 1) for entry in args.eval_files)
-        sides = {name: load_texts([file]) for name, file in pairs}
+        pairs = [entry.split("=", 1) for entry in args.eval_files]
+        names = [name for name, _ in pairs]
+        if odd := [name for name in names if not name or names.count(name) > 1]:
+            raise ValueError(f"`eval_files` has the name {odd[0]!r} twice or none: give every file a name of its own")
+        form = args.text_format(lambda: tokenizer)
+        sides = {name: load_documents(file, argument="eval_files", form=form, keep_tokens=True) for name, file in pairs}
+        for name, part in sides.items():
+            if documents is not None:
+                _check_held_out(name, part, documents)
     else:
         ds = load_pair(args.pair, "validation")
         sides = {name: first_of(ds, name) for name in (FORGET, RETAIN)}
     if args.eval_documents is not None:
         sides = {name: part.select(range(min(args.eval_documents, len(part)))) for name, part in sides.items()}
     return {name: pack(part, tokenizer, length=args.length, by=[]) for name, part in sides.items()}
+
+
+def _check_held_out(name: str, held_out: Dataset, documents: Dataset) -> None:
+    """Raise ValueError where most held-out documents are trained on, and warn where some are."""
+    column = TEXT if TEXT in held_out.column_names else TOKENS
+    if column not in documents.column_names:
+        return
+    known = set(map(str, documents[column]))
+    if both := sum(str(value) in known for value in held_out[column]):
+        found = f"{both} of the {len(held_out)} documents of `eval_files` {name!r} are trained on"
+        if 2 * both > len(held_out):
+            raise ValueError(f"{found}: give held-out text, from which the model learns nothing")
+        logger.warning(f"{found}, so that its loss is lower than that of new text")
 
 
 def check_evaluation(args: TrainingArguments, evaluated: Collection[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from routed_peft.data.beginnings import begin_tokens, document_tokens
-from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS
+from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, check_texts
 from routed_peft.deprecation import formerly_positional
 from routed_peft.routes import IGNORED
 
@@ -38,7 +38,7 @@ def pack(
     first token has no loss either, like the first token of every row where no tokenizer begins texts.
 
     Args:
-        ds: a map-style dataset of documents.
+        ds: a map-style dataset of documents; where it has no text, of their tokens, ``input_ids``.
         tokenizer: needs an end-of-sequence token.
         length: tokens per row.
         by: columns that a row must not mix; they are kept. None: ``route_label`` and ``side``, where they exist.
@@ -61,6 +61,9 @@ def pack(
         >>> sorted(rows["route_label"]), set(map(len, rows["input_ids"]))
         (['forget', 'retain', 'retain'], {4})
     """
+    column = (
+        "input_ids" if column == "text" and column not in ds.column_names and "input_ids" in ds.column_names else column
+    )
     by = [name for name in (ROUTE_LABEL, "side") if name in ds.column_names] if by is None else list(by)
     _check(ds, tokenizer, length=length, by=[*by, *per_token], column=column)
     rng = np.random.default_rng(seed)
@@ -132,11 +135,23 @@ def _row_places(sizes: Sequence[int], *, length: int, begin: int) -> tuple[np.nd
 def tokenize(ds: Dataset, tokenizer: PreTrainedTokenizerBase, column: str) -> list[np.ndarray]:
     """Return the tokens of each document, including those that begin it and the end-of-sequence token."""
     begin, eos = begin_tokens(tokenizer), tokenizer.eos_token_id
+    given = column not in ds.column_names or column == "input_ids"
+    batches = (batch["input_ids" if given else column] for batch in ds.iter(batch_size=1000))
     return [
         np.array([*begin, *ids, eos], dtype=np.int32)
-        for batch in ds.iter(batch_size=1000)
-        for ids in document_tokens(tokenizer, batch[column])
+        for batch in batches
+        for ids in (_own_tokens(tokenizer, batch, begin) if given else document_tokens(tokenizer, batch))
     ]
+
+
+def _own_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], begin: list[int]) -> Iterator[list[int]]:
+    """Yield tokens that came with the data, without those that begin and end a document."""
+    for ids in rows:
+        if not ids or not all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids):
+            raise ValueError(f"`input_ids` must be tokens from 0 to {len(tokenizer) - 1}, the tokenizer's last, and at least "
+                             f"one a row, got {str(ids)[:60]}: take the model's own tokenizer")  # fmt: skip
+        ids = ids[len(begin) :] if ids[: len(begin)] == begin else ids
+        yield ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def _check(ds: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, by: Sequence[str], column: str) -> None:
@@ -157,6 +172,8 @@ def _check(ds: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, by: 
     for name in (column, *by):
         if None in ds.with_format(None)[name][:]:
             raise ValueError(f"the column `{name}` has nulls, and packing needs a value in every row")
+    if column != "input_ids":
+        check_texts(ds, column)
 
 
 def _check_filled(

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from routed_peft.data import (
     DocumentArguments,
+    check_both_sides,
     evaluation_rows,
     labeled_documents,
     labeled_tokens,
@@ -97,3 +99,62 @@ def test_labeled_tokens_are_those_of_whole_rows():
         labeled_tokens(ds, tokenizer, length=2, arm="routed") == 6
         and labeled_tokens(ds, tokenizer, length=2, arm="none") == 0
     )
+
+
+def test_a_held_out_file_that_is_trained_on(file, tmp_path, caplog):
+    tokenizer = train_tokenizer(["a tree grows", "a child grows"], vocab_size=260)
+    documents = labeled_documents(DocumentArguments(train_file=file))
+    (tmp_path / "copy.txt").write_text("a tree grows\n" * 9)
+    (tmp_path / "half.txt").write_text("a tree grows\na cat sleeps\n" * 9)
+    for place in (file, tmp_path / "copy.txt"):
+        args = DocumentArguments(train_file=file, length=8, eval_files=[f"forget={place}"])
+        with pytest.raises(
+            ValueError, match="of the .* documents of `eval_files` 'forget' are trained on: give held-out"
+        ):
+            evaluation_rows(args, tokenizer, documents=documents)
+    args = DocumentArguments(train_file=file, length=8, eval_files=[f"forget={tmp_path / 'half.txt'}"])
+    evaluation_rows(args, tokenizer, documents=documents)
+    assert "9 of the 18 documents" in caplog.text
+    with pytest.raises(ValueError, match="the name 'forget' twice"):
+        evaluation_rows(DocumentArguments(train_file=file, eval_files=[f"forget={file}"] * 2), tokenizer)
+
+
+@pytest.mark.parametrize("column", ["side", "route_label"])
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_text_of_one_side_only(tmp_path, column, side):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "a", column: side}) + "\n")
+    ds = labeled_documents(DocumentArguments(train_file=str(tmp_path / "one.jsonl")))
+    with pytest.raises(ValueError, match=f"no document is {'forget' if side == 'retain' else 'retain'}, got"):
+        check_both_sides(ds)
+    check_both_sides(labeled_documents(DocumentArguments(pair="spanish", labeled=0.0)))  # no labels are another matter
+
+
+def test_a_file_for_each_side(tmp_path):
+    (tmp_path / "f.txt").write_text("a cell\na gene\n")
+    (tmp_path / "r.json").write_text('[{"q": "a", "a": "cat"}]')
+    args = DocumentArguments(forget_file=str(tmp_path / "f.txt"), retain_file=str(tmp_path / "f.txt"))
+    assert Counter(labeled_documents(args)["route_label"]) == {"forget": 2, "retain": 2}
+    both = DocumentArguments(train_file="x.jsonl", forget_file=args.forget_file, retain_file=args.retain_file)
+    with pytest.raises(ValueError, match="leave one way out"):
+        labeled_documents(both)
+    args = DocumentArguments(
+        forget_file=str(tmp_path / "r.json"), retain_file=str(tmp_path / "r.json"), text_template="{q} {a}"
+    )
+    assert labeled_documents(args).to_list() == [
+        {"text": "a cat", "side": side, "route_label": side} for side in ("forget", "retain")
+    ]
+
+
+def test_tokens_in_place_of_text(tmp_path):
+    tokenizer = train_tokenizer(["a tree"], vocab_size=260)
+    ids = tokenizer("a tree")["input_ids"]
+    rows = [{"input_ids": ids, "side": side} for side in ("forget", "retain") * 4]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = DocumentArguments(train_file=str(tmp_path / "t.jsonl"), length=len(ids) + 1)
+    ds = labeled_documents(args)
+    assert pack(ds, tokenizer, length=args.length)["input_ids"][:] == [[*ids, tokenizer.eos_token_id]] * 8
+    assert labeled_tokens(ds, tokenizer, length=2, arm="routed") == 4 * args.length // 2 * 2
+    for bad in ([], [999], [-1], None):
+        wrong = Dataset.from_list([{"input_ids": ids}, {"input_ids": bad}])
+        with pytest.raises(ValueError, match="`input_ids`"):
+            pack(wrong, tokenizer, length=2)

@@ -65,7 +65,7 @@ for experiment in EXPERIMENTS:
     MAY_IMPORT[f"experiments.{experiment}"] = {*LIBRARY, "experiments.common", "experiments.report"}
 MAY_IMPORT["recipes"] = {*LIBRARY, "face", *(f"experiments.{name}" for name in EXPERIMENTS | SHARED)}
 
-PURE = ("routed_peft.functional", "routed_peft.routes", "routed_peft.presets")
+PURE = ("routed_peft.functional", "routed_peft.routes", "routed_peft.presets", "routed_peft.mistakes")
 
 FOLDERS = {
     "routed_peft": "routed_peft",
