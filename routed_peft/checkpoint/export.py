@@ -62,11 +62,10 @@ def ablate(src: str | Path, out: str | Path, *, revision: str | None = None, **f
         RuntimeError: the check failed; nothing is left at ``out``.
         OSError: writing failed; nothing is left at ``out``.
 
-    Example:
-        >>> ablate("run", "run")
-        Traceback (most recent call last):
-        ...
-        ValueError: `out` ... is the source itself: ...
+    >>> ablate("run", "run")
+    Traceback (most recent call last):
+    ...
+    ValueError: `out` ... is the source itself: ...
     """
     return export(src, out, revision=revision, **from_pretrained_kwargs)
 
@@ -94,11 +93,10 @@ def export(
     Raises:
         ValueError: as `ablate`, and for a name in ``keep`` that is not a region of the run.
 
-    Example:
-        >>> export("run", "run/plain", keep=["bio"])
-        Traceback (most recent call last):
-        ...
-        ValueError: `out` ... lies inside the source ...: ...
+    >>> export("run", "run/plain", keep=["bio"])
+    Traceback (most recent call last):
+    ...
+    ValueError: `out` ... lies inside the source ...: ...
     """
     target = _checked_target(Path(src).expanduser().resolve(), Path(out).expanduser().resolve())
     run = OpenRun.from_source(src, revision, **hub_arguments(from_pretrained_kwargs))

@@ -58,11 +58,10 @@ def push_to_hub(
             ``regions_private``, the frozen base is a local directory, or files of the run are missing or damaged.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused a request.
 
-    Example:
-        >>> push_to_hub("run", "org/model", regions_repo="org/model")
-        Traceback (most recent call last):
-        ...
-        ValueError: `regions_repo` must be another repository than `repo` ('org/model'): access is per repository
+    >>> push_to_hub("run", "org/model", regions_repo="org/model")
+    Traceback (most recent call last):
+    ...
+    ValueError: `regions_repo` must be another repository than `repo` ('org/model'): access is per repository
     """
     if regions_repo == repo:
         raise ValueError(f"`regions_repo` must be another repository than `repo` ({repo!r}): access is per repository")
@@ -72,10 +71,8 @@ def push_to_hub(
     if regions_repo is not None:
         regions_repo = api.create_repo(regions_repo, private=regions_private, exist_ok=True).repo_id
         if regions_private and not api.repo_info(regions_repo).private:
-            raise ValueError(
-                f"`regions_repo` {regions_repo!r} exists and is public: make it private, name another, or say "
-                "`regions_private=False`. Nothing was pushed."
-            )
+            raise ValueError(f"`regions_repo` {regions_repo!r} exists and is public: make it private, name another, or "
+                             "say `regions_private=False`. Nothing was pushed.")  # fmt: skip
     commit = partial(_commit, api, revision=revision, message=commit_message)
     commits = {"repo": commit(repo, files=_base_files(layout, repo, regions_repo), barred=layout.regions)}
     if regions_repo is not None:

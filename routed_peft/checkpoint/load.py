@@ -59,11 +59,10 @@ def load_routed(
             other than the one the adapters were trained on.
         huggingface_hub.errors.HfHubHTTPError: the repository is missing or gated, or there is no network.
 
-    Example:
-        >>> load_routed("./no-such-run")
-        Traceback (most recent call last):
-        ...
-        ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
+    >>> load_routed("./no-such-run")
+    Traceback (most recent call last):
+    ...
+    ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
     """
     run = OpenRun.from_source(src, revision, **hub_arguments(from_pretrained_kwargs))
     return load_run(run, regions, is_trainable=is_trainable, base=base, **from_pretrained_kwargs)
@@ -189,9 +188,7 @@ def _load_own(model: nn.Module, layout: Layout) -> None:
     with torch.no_grad():
         for name, tensor in target.items():
             if tensor.shape != source[name].shape:
-                raise ValueError(
-                    f"{name!r} has the shape {tuple(source[name].shape)} in {layout.source!r}, {tuple(tensor.shape)} "
-                    "in the model"
-                )
+                raise ValueError(f"{name!r} has the shape {tuple(source[name].shape)} in {layout.source!r}, "
+                                 f"{tuple(tensor.shape)} in the model")  # fmt: skip
         for name, tensor in target.items():
             tensor.copy_(source[name])

@@ -33,11 +33,10 @@ class OpenRun:
             ValueError: ``src`` is not a run that `save_routed` wrote.
             huggingface_hub.errors.HfHubHTTPError: the repository is missing or gated, or there is no network.
 
-        Example:
-            >>> OpenRun.from_source("./no-such-run")
-            Traceback (most recent call last):
-            ...
-            ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
+        >>> OpenRun.from_source("./no-such-run")
+        Traceback (most recent call last):
+        ...
+        ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
         """
         root, commit = fetch(src, revision, **hub)
         return cls(Layout.read(root, str(src)), commit, hub)

@@ -86,17 +86,16 @@ def save_routed(
         ValueError: see `check_can_save`.
         OSError: writing failed; ``path`` is as it was.
 
-    Example:
-        >>> import tempfile
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
-        ...                      num_attention_heads=1, num_key_value_heads=1, bos_token_id=0, eos_token_id=1)
-        >>> model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]), "forget")
-        >>> with tempfile.TemporaryDirectory() as run:
-        ...     saved = save_routed(model, run, train_base=True)
-        ...     sorted(file.name for file in saved.iterdir())
-        ['config.json', 'forget', 'generation_config.json', 'model.safetensors', 'routing.json']
+    >>> import tempfile
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+    ...                      num_attention_heads=1, num_key_value_heads=1, bos_token_id=0, eos_token_id=1)
+    >>> model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]), "forget")
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     saved = save_routed(model, run, train_base=True)
+    ...     sorted(file.name for file in saved.iterdir())
+    ['config.json', 'forget', 'generation_config.json', 'model.safetensors', 'routing.json']
     """
     if unknown := sorted(set(details) - set(SaveDetails.__annotations__)):
         raise TypeError(f"save_routed() got an unexpected keyword argument {unknown[0]!r}")
@@ -179,10 +178,8 @@ def check_can_save(
 
 def _check_adapters(configs: Mapping[str, PeftConfig], base_adapters: Iterable[str]) -> None:
     if not configs:
-        raise ValueError(
-            "`model` has no adapter, so no region: give it one (`get_peft_model(model, RoutedConfig(…), "
-            "adapter_name=…)`), or save it with its own `save_pretrained`"
-        )
+        raise ValueError("`model` has no adapter, so no region: give it one (`get_peft_model(model, RoutedConfig(…), "
+                         "adapter_name=…)`), or save it with its own `save_pretrained`")  # fmt: skip
     for name in base_adapters:
         if name not in configs:
             raise ValueError(f"`base_adapters` names {name!r}; the adapters of `model` are {list(configs)}")
@@ -218,10 +215,8 @@ def _previous_files(path: Path, folders: Iterable[str]) -> list[str]:
     strangers = foreign_weights(path) - set(ours)
     strangers |= {f"{name}/" for name in folders if (path / name).exists() and f"{name}/{REGION}" not in ours}
     if strangers:
-        raise ValueError(
-            f"`path` {path} holds {sorted(strangers)}, which `save_routed` did not write and which would hide, or be "
-            "hidden by, what it writes: save elsewhere, or move them"
-        )
+        raise ValueError(f"`path` {path} holds {sorted(strangers)}, which `save_routed` did not write and which would "
+                         "hide, or be hidden by, what it writes: save elsewhere, or move them")  # fmt: skip
     return ours
 
 

@@ -68,20 +68,17 @@ def inside(root: Path, name: str) -> Path:
         ValueError: ``name``, which a manifest gave, leads out of ``root``, by itself or through a link. The links of the
             Hub's cache are let through.
 
-    Example:
-        >>> inside(Path("run"), "../mine.txt")
-        Traceback (most recent call last):
-        ...
-        ValueError: '../mine.txt' is named as a file of run, but leads out of it: ...
+    >>> inside(Path("run"), "../mine.txt")
+    Traceback (most recent call last):
+    ...
+    ValueError: '../mine.txt' is named as a file of run, but leads out of it: ...
     """
     path, home = root / str(name), root.resolve()
     homes = [home, *(folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots")]
     plain = isinstance(name, str) and "\\" not in name and PurePosixPath(name).as_posix() == name and name != "."
     if not plain or ".." in path.parts[len(root.parts) :] or not any(map(path.resolve().is_relative_to, homes)):
-        raise ValueError(
-            f"{name!r} is named as a file of {root}, but leads out of it: do not use this directory, or remove the name "
-            "or link if you trust where it comes from"
-        )
+        raise ValueError(f"{name!r} is named as a file of {root}, but leads out of it: do not use this directory, or "
+                         "remove the name or link if you trust where it comes from")  # fmt: skip
     return path
 
 
@@ -113,13 +110,12 @@ def atomic_directory(path: Path, ours: Callable[[], Iterable[str]] = tuple, *, f
         ValueError: ``path`` is not free where it must be ``fresh``, or holds a directory in the place of a file.
         OSError: writing failed, and ``path`` is as it was; or moving failed, and the next who opens ``path`` completes it.
 
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> folder = Path(mkdtemp(), "new")
-        >>> with atomic_directory(folder) as aside:
-        ...     _ = (aside / "numbers.json").write_text("{}")
-        >>> files_in(folder)
-        ['numbers.json']
+    >>> from tempfile import mkdtemp
+    >>> folder = Path(mkdtemp(), "new")
+    >>> with atomic_directory(folder) as aside:
+    ...     _ = (aside / "numbers.json").write_text("{}")
+    >>> files_in(folder)
+    ['numbers.json']
     """
     path = path.resolve()
     with _locked(path) as alone:

@@ -31,11 +31,10 @@ def to_stock_lora(src: str | Path, out: str | Path) -> Path:
     Raises:
         ValueError: ``src`` holds no such region, or ``out`` is not free.
 
-    Example:
-        >>> to_stock_lora("no-such-folder", "out")
-        Traceback (most recent call last):
-        ...
-        ValueError: 'no-such-folder' is no adapter folder, since it has no adapter_config.json: give one such as run/retain
+    >>> to_stock_lora("no-such-folder", "out")
+    Traceback (most recent call last):
+    ...
+    ValueError: 'no-such-folder' is no adapter folder, since it has no adapter_config.json: give one such as run/retain
     """
     folder, target = Path(src).expanduser().resolve(), Path(out).expanduser().resolve()
     if not (folder / CONFIG).is_file():

@@ -21,10 +21,8 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside a `PeftModel`, or the model itself; TypeError for anything else."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
-        raise TypeError(
-            f"expected a PeftModel or a transformers model, got {type(model).__name__}: unwrap it first, for example "
-            "with `accelerator.unwrap_model(model)`"
-        )
+        raise TypeError(f"expected a PeftModel or a transformers model, got {type(model).__name__}: unwrap it first, "
+                        "for example with `accelerator.unwrap_model(model)`")  # fmt: skip
     return inner
 
 
@@ -116,10 +114,8 @@ def check_keys(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
     got, expected = set(got), set(expected)
     for problem, names in (("lacks", expected - got), ("has in addition", got - expected)):
         if names:
-            raise ValueError(
-                f"{what} {problem} {len(names)} tensors, such as {min(names)!r}: it was saved from another model, or "
-                "with another adapter config"
-            )
+            raise ValueError(f"{what} {problem} {len(names)} tensors, such as {min(names)!r}: it was saved from "
+                             "another model, or with another adapter config")  # fmt: skip
 
 
 def load_adapter_tensors(model: nn.Module, name: str, *, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -52,10 +52,9 @@ def add_column(
     Raises:
         ValueError: if a column of ``needs`` is missing.
 
-    Example:
-        >>> ds = Dataset.from_dict({"a": [1, 2]})
-        >>> add_column(ds, "b", needs=["a"], values=lambda batch: [2 * a for a in batch["a"]])["b"][:]
-        [2, 4]
+    >>> ds = Dataset.from_dict({"a": [1, 2]})
+    >>> add_column(ds, "b", needs=["a"], values=lambda batch: [2 * a for a in batch["a"]])["b"][:]
+    [2, 4]
     """
     if (found := ds.column_names) is not None and (missing := [column for column in needs if column not in found]):
         raise ValueError(f"the dataset lacks the columns {missing}, got {found}")
@@ -78,9 +77,8 @@ def column_values(ds: Dataset, name: str) -> list[Any]:
     Raises:
         ValueError: if there is no such column.
 
-    Example:
-        >>> column_values(Dataset.from_dict({"side": ["forget"]}), "side")
-        ['forget']
+    >>> column_values(Dataset.from_dict({"side": ["forget"]}), "side")
+    ['forget']
     """
     if name not in ds.column_names:
         raise ValueError(f"the dataset lacks the column `{name}`, got {ds.column_names}")
@@ -99,9 +97,8 @@ def route_column(columns: Sequence[str]) -> str:
     Raises:
         ValueError: if neither is, or both are.
 
-    Example:
-        >>> route_column(["input_ids", "route_label"])
-        'route_label'
+    >>> route_column(["input_ids", "route_label"])
+    'route_label'
     """
     found = [name for name in (ROUTE_LABEL, ROUTE_LABELS) if name in columns]
     if len(found) == 1:
@@ -145,9 +142,8 @@ def label_name(label: Any, names: Sequence[str] | None = None) -> str:
     Raises:
         ValueError: if the label is null, or an integer without a name.
 
-    Example:
-        >>> label_name(1, names=["retain", "forget"])
-        'forget'
+    >>> label_name(1, names=["retain", "forget"])
+    'forget'
     """
     if isinstance(label, str):
         return label
@@ -189,9 +185,8 @@ def route_index(
     Raises:
         ValueError: if the label is null, an integer without a name, or has no route.
 
-    Example:
-        >>> route_index(1, {"forget": 0, "retain": 1}, names=["retain", "forget"])
-        0
+    >>> route_index(1, {"forget": 0, "retain": 1}, names=["retain", "forget"])
+    0
     """
     label = label.item() if isinstance(label, Tensor | np.generic) else label
     if per_token and label == IGNORED:
@@ -219,9 +214,8 @@ def check_route_columns(
         ValueError: if there is no such column or both, a null, a label without a route, or a row whose token labels are
             not as many as its tokens.
 
-    Example:
-        >>> check_route_columns(Dataset.from_dict({"route_label": ["a", "b", "a"]}), {"a": ..., "b": ...})
-        Counter({'a': 2, 'b': 1})
+    >>> check_route_columns(Dataset.from_dict({"route_label": ["a", "b", "a"]}), {"a": ..., "b": ...})
+    Counter({'a': 2, 'b': 1})
     """
     column, names = route_column(dataset.column_names), class_names(dataset) or names
     ids = ["input_ids"] * (column == ROUTE_LABELS and "input_ids" in dataset.column_names)
@@ -231,10 +225,8 @@ def check_route_columns(
         values = table[column].combine_chunks()
         if column == ROUTE_LABELS:
             if not pa.types.is_nested(values.type):
-                raise ValueError(
-                    f"the column `{ROUTE_LABELS}` has one label per token, got one {values.type} a row: a label of a whole row "
-                    f"belongs in `{ROUTE_LABEL}`"
-                )
+                raise ValueError(f"the column `{ROUTE_LABELS}` has one label per token, got one {values.type} a row: a "
+                                 f"label of a whole row belongs in `{ROUTE_LABEL}`")  # fmt: skip
             _check_lengths(values, table["input_ids"].combine_chunks() if ids else None, start)
             values = values.flatten()
         if values.null_count or (names and pc.any(pc.equal(values, -1)).as_py()):  # -1 is how ClassLabel writes a null
@@ -268,11 +260,10 @@ def _check_lengths(labels: pa.ListArray, ids: pa.ListArray | None, start: int) -
 def check_texts(ds: Dataset, column: str, name: str = "the dataset") -> None:
     """Raise ValueError unless a column holds strings, none of them missing or blank.
 
-    Example:
-        >>> check_texts(Dataset.from_dict({"text": [12]}), "text")
-        Traceback (most recent call last):
-        ...
-        ValueError: the dataset needs strings in the column `text`, got int64: write numbers and dates as strings
+    >>> check_texts(Dataset.from_dict({"text": [12]}), "text")
+    Traceback (most recent call last):
+    ...
+    ValueError: the dataset needs strings in the column `text`, got int64: write numbers and dates as strings
     """
     feature = ds.features[column]
     if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):

@@ -55,12 +55,11 @@ def token_frequency_weights(
         ValueError: if a side has no tokens, a pseudo-count is not positive, or no token that occurs has a weight below
             one half: then nothing would be routed.
 
-    Example:
-        >>> from routed_peft.data import train_tokenizer
-        >>> tokenizer = train_tokenizer(["a"], vocab_size=258)
-        >>> w = token_frequency_weights(tokenizer, ["abbb" * 5000], retain_texts=["accc" * 5000])
-        >>> [round(w[i].item(), 1) for i in tokenizer.convert_tokens_to_ids(["a", "b", "c"])]
-        [1.0, 0.0, 1.0]
+    >>> from routed_peft.data import train_tokenizer
+    >>> tokenizer = train_tokenizer(["a"], vocab_size=258)
+    >>> w = token_frequency_weights(tokenizer, ["abbb" * 5000], retain_texts=["accc" * 5000])
+    >>> [round(w[i].item(), 1) for i in tokenizer.convert_tokens_to_ids(["a", "b", "c"])]
+    [1.0, 0.0, 1.0]
     """
     if not (forget_count > 0 and retain_count > 0):
         raise ValueError(f"`forget_count` and `retain_count` must be positive, got {forget_count} and {retain_count}")
@@ -102,10 +101,9 @@ def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, labe
             of these rows has a weight below one half: then nothing would be routed. A streaming dataset
             is not checked for the latter.
 
-    Example:
-        >>> ds = Dataset.from_dict({"input_ids": [[2, 1, 0], [2, 1, 0]], "route_label": ["forget", "retain"]})
-        >>> add_frequency_weights(ds, torch.tensor([0.0, 1.0, 0.5]), base_weight=-0.5)["route_weights"][:]
-        [{'base': [-2.0, 1.0, 1.0]}, {'base': [1.0, 1.0, 1.0]}]
+    >>> ds = Dataset.from_dict({"input_ids": [[2, 1, 0], [2, 1, 0]], "route_label": ["forget", "retain"]})
+    >>> add_frequency_weights(ds, torch.tensor([0.0, 1.0, 0.5]), base_weight=-0.5)["route_weights"][:]
+    [{'base': [-2.0, 1.0, 1.0]}, {'base': [1.0, 1.0, 1.0]}]
     """
     if not base_weight or not np.isfinite(base_weight):
         raise ValueError(
@@ -152,11 +150,10 @@ def tokens_of_words(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) ->
     Raises:
         ValueError: for a word none of whose forms is a single token.
 
-    Example:
-        >>> from routed_peft.data import train_tokenizer
-        >>> tokenizer = train_tokenizer(["a tree, the tree"] * 9, vocab_size=270)
-        >>> tokenizer.convert_ids_to_tokens(tokens_of_words(tokenizer, ["tree"]))
-        ['Ġtree']
+    >>> from routed_peft.data import train_tokenizer
+    >>> tokenizer = train_tokenizer(["a tree, the tree"] * 9, vocab_size=270)
+    >>> tokenizer.convert_ids_to_tokens(tokens_of_words(tokenizer, ["tree"]))
+    ['Ġtree']
     """
     found: list[int] = []
     for word in words:

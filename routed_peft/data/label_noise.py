@@ -55,10 +55,9 @@ def simulate_labels(
         ValueError: if a share is out of range, a side is neither of the two, or there are fewer labeled retain rows
             than the precision requires.
 
-    Example:
-        >>> ds = Dataset.from_dict({"side": ["forget"] * 10 + ["retain"] * 20})
-        >>> label_statistics(simulate_labels(ds, labeled={"forget": 0.8, "retain": 1.0}, recall=0.5, precision=0.8))
-        {'forget': {'forget': 4, 'retain': 4, 'unlabeled': 2}, 'retain': {'forget': 1, 'retain': 19}}
+    >>> ds = Dataset.from_dict({"side": ["forget"] * 10 + ["retain"] * 20})
+    >>> label_statistics(simulate_labels(ds, labeled={"forget": 0.8, "retain": 1.0}, recall=0.5, precision=0.8))
+    {'forget': {'forget': 4, 'retain': 4, 'unlabeled': 2}, 'retain': {'forget': 1, 'retain': 19}}
     """
     shares = dict(labeled) if isinstance(labeled, Mapping) else {FORGET: labeled, RETAIN: labeled}
     if set(shares) != {FORGET, RETAIN}:
@@ -77,10 +76,8 @@ def simulate_labels(
     hits = round(recall * len(pools[FORGET]))
     wrong = round(hits * (1 - precision) / precision)
     if wrong > len(pools[RETAIN]):
-        raise ValueError(
-            f"`precision={precision}` beside {hits} forget rows found calls for {wrong} retain rows carrying 'forget', "
-            f"but only {len(pools[RETAIN])} retain rows are labeled"
-        )
+        raise ValueError(f"`precision={precision}` beside {hits} forget rows found calls for {wrong} retain rows "
+                         f"carrying 'forget', but only {len(pools[RETAIN])} retain rows are labeled")  # fmt: skip
     labels = np.full(len(ds), UNLABELED, dtype=object)
     for side, found in ((FORGET, hits), (RETAIN, wrong)):
         labels[pools[side]] = RETAIN

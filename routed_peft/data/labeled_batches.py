@@ -70,11 +70,10 @@ class LabeledBatches:
         ValueError: as `RoutedCollator` does; also where the batch has other rows than it was made of, or another order, and
             where labels per token cannot be aligned with what the collator padded or cut.
 
-    Example:
-        >>> collate = LabeledBatches(lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
-        ...                          {"forget": ..., "retain": ...}, class_names=["retain", "forget"])
-        >>> collate([{"input_ids": [5, 6], "route_label": 0}, {"input_ids": [7, 8], "route_label": 1}])["route_label"]
-        tensor([1, 0])
+    >>> collate = LabeledBatches(lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+    ...                          {"forget": ..., "retain": ...}, class_names=["retain", "forget"])
+    >>> collate([{"input_ids": [5, 6], "route_label": 0}, {"input_ids": [7, 8], "route_label": 1}])["route_label"]
+    tensor([1, 0])
     """
 
     collator: Collator
@@ -96,10 +95,8 @@ class LabeledBatches:
         batch = self._collate(features, [{**row, kind: self._named(row[kind])} for row in features])
         size = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), None)
         if size != len(features):
-            raise ValueError(
-                f"the collator made a batch of {size} rows out of {len(features)}, so their labels do not line up: collate row "
-                "by row, without packing or flattening"
-            )
+            raise ValueError(f"the collator made a batch of {size} rows out of {len(features)}, so their labels do not "
+                             "line up: collate row by row, without packing or flattening")  # fmt: skip
         places = _find_places(features, batch)
         if kind == ROUTE_LABEL:
             batch[kind] = torch.tensor([self._resolve(row[kind]) for row in features])
@@ -182,10 +179,8 @@ def _find_places(features: Sequence[Feature], batch: Any) -> list[list[Place]]:
         if own:
             continue
         if other := [i for i, ids in enumerate(sources) if _places(ids, found[index], masks[index])]:
-            raise ValueError(
-                f"the collator changes the order of rows (row {other[0]} of the batch came out as row {index}), so labels "
-                "do not line up: leave rows in their order"
-            )
+            raise ValueError(f"the collator changes the order of rows (row {other[0]} of the batch came out as row "
+                             f"{index}), so labels do not line up: leave rows in their order")  # fmt: skip
     return places
 
 

@@ -33,18 +33,15 @@ def labels_from_column(ds: AnyDataset, column: str, mapping: Mapping[Any, str]) 
     Raises:
         ValueError: if the column is missing or holds a value that ``mapping`` lacks (a streaming dataset: when read).
 
-    Example:
-        >>> ds = Dataset.from_dict({"topic": ["virology", "law"]})
-        >>> labels_from_column(ds, "topic", {"virology": "forget", "law": "retain"})["route_label"][:]
-        ['forget', 'retain']
+    >>> ds = Dataset.from_dict({"topic": ["virology", "law"]})
+    >>> labels_from_column(ds, "topic", {"virology": "forget", "law": "retain"})["route_label"][:]
+    ['forget', 'retain']
     """
 
     def label(values: list[Any]) -> list[str]:
         if unknown := {repr(value) for value in values if value not in mapping}:
-            raise ValueError(
-                f"the column `{column}` holds {', '.join(sorted(unknown)[:5])}, which `mapping` lacks: it has "
-                f"{list(mapping)}. Say what every value is ('unlabeled' where it is not known)"
-            )
+            raise ValueError(f"the column `{column}` holds {', '.join(sorted(unknown)[:5])}, which `mapping` lacks: it "
+                             f"has {list(mapping)}. Say what every value is ('unlabeled' where it is not known)")  # fmt: skip
         return [mapping[value] for value in values]
 
     return _add_labels(ds, column, label=label)
@@ -77,10 +74,9 @@ def labels_from_keywords(
         ValueError: if there are no keywords, an empty one, or a label of ``keywords`` that no row gets; a streaming
             dataset is not checked for the latter.
 
-    Example:
-        >>> ds = Dataset.from_dict({"text": ["Trees grow.", "A street.", "The forest!"]})
-        >>> labels_from_keywords(ds, {"forget": ["tree", "trees", "forest"]}, default="retain")["route_label"][:]
-        ['forget', 'retain', 'forget']
+    >>> ds = Dataset.from_dict({"text": ["Trees grow.", "A street.", "The forest!"]})
+    >>> labels_from_keywords(ds, {"forget": ["tree", "trees", "forest"]}, default="retain")["route_label"][:]
+    ['forget', 'retain', 'forget']
     """
     patterns = {}
     for name, words in keywords.items():
@@ -121,10 +117,9 @@ def labels_from_tokens(
         ValueError: if a label of ``tokens`` never occurs, so that nothing would be routed; a streaming dataset is not
             checked.
 
-    Example:
-        >>> ds = Dataset.from_dict({"input_ids": [[5, 6, 5], [7, 7]]})
-        >>> labels_from_tokens(ds, {"forget": [6]}, default="retain")["route_labels"][0]
-        ['retain', 'forget', 'retain']
+    >>> ds = Dataset.from_dict({"input_ids": [[5, 6, 5], [7, 7]]})
+    >>> labels_from_tokens(ds, {"forget": [6]}, default="retain")["route_labels"][0]
+    ['retain', 'forget', 'retain']
     """
     table = {int(token): label for label, ids in reversed(list(tokens.items())) for token in ids}
 
@@ -172,17 +167,14 @@ def labels_from_classifier(
         ValueError: if the thresholds are not ``0 <= retain_below <= forget_above <= 1``, or the scores are too few, too
             many, NaN or outside [0, 1] (logits, say); if a pipeline comes without ``positive``, or knows no such class.
 
-    Example:
-        >>> ds = Dataset.from_dict({"text": ["virus", "vir", "law"]})
-        >>> score = lambda texts: [t.count("i") / 2 + t.count("u") / 2 for t in texts]
-        >>> labels_from_classifier(ds, score, forget_above=0.9, retain_below=0.1)["route_label"][:]
-        ['forget', 'unlabeled', 'retain']
+    >>> ds = Dataset.from_dict({"text": ["virus", "vir", "law"]})
+    >>> score = lambda texts: [t.count("i") / 2 + t.count("u") / 2 for t in texts]
+    >>> labels_from_classifier(ds, score, forget_above=0.9, retain_below=0.1)["route_label"][:]
+    ['forget', 'unlabeled', 'retain']
     """
     if not 0 <= retain_below <= forget_above <= 1:
-        raise ValueError(
-            "the thresholds must be 0 <= `retain_below` <= `forget_above` <= 1, got "
-            f"`retain_below={retain_below}` and `forget_above={forget_above}`"
-        )
+        raise ValueError("the thresholds must be 0 <= `retain_below` <= `forget_above` <= 1, got "
+                         f"`retain_below={retain_below}` and `forget_above={forget_above}`")  # fmt: skip
     score = _pipeline_scores(classifier, positive) if isinstance(classifier, Pipeline) else classifier
 
     def label(texts: list[str]) -> list[str]:

@@ -64,21 +64,18 @@ def load_training_file(
         ValueError: if a column is missing, a text is blank or no string, or the file is empty or of another kind.
         FileNotFoundError: if there is no such file.
 
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     path = Path(folder, "train.jsonl")
-        ...     _ = path.write_text('{"text": "a", "route_label": "forget"}')
-        ...     list(load_training_file(path, streaming=True))
-        [{'text': 'a', 'route_label': 'forget'}]
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "train.jsonl")
+    ...     _ = path.write_text('{"text": "a", "route_label": "forget"}')
+    ...     list(load_training_file(path, streaming=True))
+    [{'text': 'a', 'route_label': 'forget'}]
     """
     ds = _stream(source, split) if streaming else load_rows(source, split)
     found = ds.column_names or list(next(iter(ds), {}))  # a stream learns its columns from its first row
     if missing := [column for column in columns if column not in found]:
-        raise ValueError(
-            f"{str(source)!r} lacks the columns {missing}, got {found}: every row needs its text and, for training, a label "
-            "(`routed_peft.data` has functions that add labels)"
-        )
+        raise ValueError(f"{str(source)!r} lacks the columns {missing}, got {found}: every row needs its text and, for "
+                         "training, a label (`routed_peft.data` has functions that add labels)")  # fmt: skip
     if TEXT in columns and isinstance(ds, Dataset):
         check_texts(ds, TEXT, repr(str(source)))
     return ds

@@ -54,12 +54,11 @@ def pack(
         ValueError: if a column is missing or has nulls, if ``ds`` is labeled by token, or if a value of the first
             column of ``by`` has too few tokens for a single row.
 
-    Example:
-        >>> from routed_peft.data import train_tokenizer
-        >>> ds = Dataset.from_dict({"text": ["a b", "x y", "c d"], "route_label": ["retain", "forget", "retain"]})
-        >>> rows = pack(ds, train_tokenizer(ds["text"], vocab_size=258), length=4)
-        >>> sorted(rows["route_label"]), set(map(len, rows["input_ids"]))
-        (['forget', 'retain', 'retain'], {4})
+    >>> from routed_peft.data import train_tokenizer
+    >>> ds = Dataset.from_dict({"text": ["a b", "x y", "c d"], "route_label": ["retain", "forget", "retain"]})
+    >>> rows = pack(ds, train_tokenizer(ds["text"], vocab_size=258), length=4)
+    >>> sorted(rows["route_label"]), set(map(len, rows["input_ids"]))
+    (['forget', 'retain', 'retain'], {4})
     """
     column = (
         "input_ids" if column == "text" and column not in ds.column_names and "input_ids" in ds.column_names else column
@@ -156,10 +155,8 @@ def _own_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], begin: 
 
 def _check(ds: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, by: Sequence[str], column: str) -> None:
     if length < 1 or tokenizer.eos_token_id is None:
-        raise ValueError(
-            "packing needs a `length` of at least 1 and a `tokenizer` with an end-of-sequence token, got "
-            f"{length} and {tokenizer.eos_token!r}"
-        )
+        raise ValueError("packing needs a `length` of at least 1 and a `tokenizer` with an end-of-sequence token, got "
+                         f"{length} and {tokenizer.eos_token!r}")  # fmt: skip
     if length < 2 + len(begin := begin_tokens(tokenizer)) and begin:
         raise ValueError(f"the tokenizer begins texts with {tokenizer.decode(begin)!r}, so `length` must be at least "
                          f"{2 + len(begin)}, got {length}")  # fmt: skip

@@ -32,10 +32,9 @@ def document_means(values: Tensor, documents: Tensor, counted: Tensor | None = N
         documents: ``(B, T)``, see `document_of`.
         counted: ``(B, T - 1)``, whether a token has a value; by default all have. The others' values are 0.
 
-    Example:
-        >>> documents = torch.tensor([[0, 0, 1, 1]])
-        >>> document_means(torch.tensor([[1.0, 2.0, 4.0]]), documents).tolist()
-        [[1.0, 1.0, 3.0, 3.0]]
+    >>> documents = torch.tensor([[0, 0, 1, 1]])
+    >>> document_means(torch.tensor([[1.0, 2.0, 4.0]]), documents).tolist()
+    [[1.0, 1.0, 3.0, 3.0]]
     """
     zeros = values.new_zeros(documents.shape)
     sums = zeros.scatter_add(1, documents[:, 1:], values)
@@ -54,11 +53,10 @@ def regroup(rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int) 
     Returns:
         rows of the same length, and the label of each; tokens that do not fill a row are dropped.
 
-    Example:
-        >>> rows = Dataset.from_dict({"input_ids": [[5, 0, 6, 0], [7, 0, 8, 0]], "route_label": ["unlabeled"] * 2})
-        >>> found, labels = regroup(rows, [[True, False], [True, False]], separator=0)
-        >>> found["input_ids"][:], labels
-        ([[5, 0, 7, 0], [6, 0, 8, 0]], ['forget', 'retain'])
+    >>> rows = Dataset.from_dict({"input_ids": [[5, 0, 6, 0], [7, 0, 8, 0]], "route_label": ["unlabeled"] * 2})
+    >>> found, labels = regroup(rows, [[True, False], [True, False]], separator=0)
+    >>> found["input_ids"][:], labels
+    ([[5, 0, 7, 0], [6, 0, 8, 0]], ['forget', 'retain'])
     """
     if not len(rows):  # all text came with labels
         return rows, []
@@ -83,7 +81,5 @@ def check_regroupable(rows: Dataset) -> None:
         raise ValueError(f"`separator` needs packed rows of one length, got {sorted(lengths)[:4]} and more")
     others = [name for name in rows.column_names if name != ROUTE_LABEL and not isinstance(rows.features[name], List)]
     if others:
-        raise ValueError(
-            f"`separator` regroups documents, and {others[0]!r} has one value for a whole row: remove it, or give a list "
-            "with a value for each token (`pack(…, per_token=[…])`)"
-        )
+        raise ValueError(f"`separator` regroups documents, and {others[0]!r} has one value for a whole row: remove it, "
+                         "or give a list with a value for each token (`pack(…, per_token=[…])`)")  # fmt: skip

@@ -43,10 +43,9 @@ def schedule(
     Raises:
         ValueError: if a share is out of range, or ``labeled_first`` is above 0 and labeled rows of either kind are missing.
 
-    Example:
-        >>> ds = Dataset.from_dict({"route_label": ["forget", "retain", "unlabeled", "unlabeled"]})
-        >>> schedule(ds, 8, labeled_first=0.5, forget_share=0.0)["route_label"][:4]
-        ['forget', 'retain', 'forget', 'retain']
+    >>> ds = Dataset.from_dict({"route_label": ["forget", "retain", "unlabeled", "unlabeled"]})
+    >>> schedule(ds, 8, labeled_first=0.5, forget_share=0.0)["route_label"][:4]
+    ['forget', 'retain', 'forget', 'retain']
     """
     order = draw_order(
         column_values(ds, ROUTE_LABEL),

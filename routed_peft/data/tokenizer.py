@@ -20,10 +20,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
     Raises:
         ValueError: if ``vocab_size`` is too small for the bytes and the two special tokens.
 
-    Example:
-        >>> tokenizer = train_tokenizer(["one tree, two trees"] * 3, vocab_size=270)
-        >>> tokenizer.decode(tokenizer("año")["input_ids"]), tokenizer.pad_token_id, tokenizer.eos_token_id
-        ('año', 0, 1)
+    >>> tokenizer = train_tokenizer(["one tree, two trees"] * 3, vocab_size=270)
+    >>> tokenizer.decode(tokenizer("año")["input_ids"]), tokenizer.pad_token_id, tokenizer.eos_token_id
+    ('año', 0, 1)
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 2:

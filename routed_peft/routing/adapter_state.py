@@ -37,11 +37,9 @@ def frozen_adapters(model: nn.Module, members: Sequence[Member]) -> list[str]:
     frozen = []
     for name in adapter_names(model):
         if configs[name].inference_mode and name not in active:
-            raise ValueError(
-                f"the adapter {name!r} is loaded for inference and switched off, but routing runs with all adapters of a "
-                f"model: remove it (`model.delete_adapter({name!r})`), switch it on beside {active} (`set_adapter`), or load "
-                "it with `is_trainable=True`"
-            )
+            raise ValueError(f"the adapter {name!r} is loaded for inference and switched off, but routing runs with "
+                             f"all adapters of a model: remove it (`model.delete_adapter({name!r})`), switch it on "
+                             f"beside {active} (`set_adapter`), or load it with `is_trainable=True`")  # fmt: skip
         if configs[name].inference_mode or (name in active and name not in learning):
             frozen.append(name)
     return frozen
@@ -92,10 +90,8 @@ class AdapterState:
         Parameters of adapters that were frozen then are frozen again.
         """
         if adapter_names(model) != self.names:
-            raise ValueError(
-                f"the adapters were {self.names} when routing was attached and are {adapter_names(model)} now: "
-                "detach, and attach again with routes for all of them"
-            )
+            raise ValueError(f"the adapters were {self.names} when routing was attached and are {adapter_names(model)} "
+                             "now: detach, and attach again with routes for all of them")  # fmt: skip
         expected = set(self.names)
         for place in self.layers:
             layer = place.layer
@@ -113,24 +109,18 @@ class AdapterState:
                 p.requires_grad_(False)  # PEFT unfreezes whatever it switches on, as at the end of `disable_adapter`
             elif p is not None and p.requires_grad != trained and (in_adapter or p.requires_grad):
                 verb = "requires no gradient any more" if trained else "requires a gradient now"
-                raise ValueError(
-                    f"{module_name}.{name} {verb}, unlike when routing was attached (`set_adapter`, `requires_grad_`): "
-                    "restore it, or detach and attach again, with a new optimizer"
-                )
+                raise ValueError(f"{module_name}.{name} {verb}, unlike when routing was attached (`set_adapter`, "
+                                 "`requires_grad_`): restore it, or detach and attach again, with a new optimizer")  # fmt: skip
 
 
 def _refuse(name: str, layer: BaseTunerLayer, expected: Collection[str]) -> None:
     if layer.merged_adapters:
-        raise ValueError(
-            f"the adapters {list(layer.merged_adapters)} are merged into {name!r} (`merge_adapter`), where neither can be "
-            "routed: call `unmerge_adapter()` before the next step"
-        )
+        raise ValueError(f"the adapters {list(layer.merged_adapters)} are merged into {name!r} (`merge_adapter`), "
+                         "where neither can be routed: call `unmerge_adapter()` before the next step")  # fmt: skip
     if layer.disable_adapters:
-        raise ValueError(
-            f"the adapters of {name!r} are switched off (`disable_adapter`, `disable_adapter_layers`), so no region could "
-            "learn: call `enable_adapter_layers()` before the next step. Use `routed_peft.ablated(model, region)` to run a "
-            "model without a region"
-        )
+        raise ValueError(f"the adapters of {name!r} are switched off (`disable_adapter`, `disable_adapter_layers`), so "
+                         "no region could learn: call `enable_adapter_layers()` before the next step. Use "
+                         "`routed_peft.ablated(model, region)` to run a model without a region")  # fmt: skip
     raise ValueError(
         f"the adapters {sorted(layer.active_adapters)} of {name!r} are active (`set_adapter`), of {sorted(expected)} when "
         f"routing was attached: call `model.base_model.set_adapter({sorted(expected)})` before the next step. Use "

@@ -45,24 +45,18 @@ def check_model(
         if getattr(configs[region], "use_dora", False):
             raise ValueError(f"the adapter {region!r} uses DoRA, whose magnitudes cannot be routed: use plain LoRA")
     if train_base and getattr(model, "is_quantized", False):
-        raise ValueError(
-            "`train_base=True` on a quantized model: its weights cannot be trained. Route into LoRA regions, and "
-            "name the adapters that stay in `base_adapters`"
-        )
+        raise ValueError("`train_base=True` on a quantized model: its weights cannot be trained. Route into LoRA "
+                         "regions, and name the adapters that stay in `base_adapters`")  # fmt: skip
     check_auxiliary_loss(model)
     embeddings = _embedding_weight(model)
     holding: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Routed):
-            raise ValueError(
-                f"a GradientRouting is attached to this model already ({name!r}): call its `detach()` first, "
-                "`trainer.routing.detach()` if it is a trainer's"
-            )
+            raise ValueError(f"a GradientRouting is attached to this model already ({name!r}): call its `detach()` "
+                             "first, `trainer.routing.detach()` if it is a trainer's")  # fmt: skip
         if isinstance(module, AuxiliaryTrainingWrapper):
-            raise ValueError(
-                f"{name!r} is a copy made by `modules_to_save` or trainable tokens, which cannot be removed as a region: train "
-                "the base instead (`train_base=True`)"
-            )
+            raise ValueError(f"{name!r} is a copy made by `modules_to_save` or trainable tokens, which cannot be "
+                             "removed as a region: train the base instead (`train_base=True`)")  # fmt: skip
         if isinstance(module, BaseTunerLayer):
             _check_layer(name, module, embeddings)
             holding.update(adapters_in(module))
@@ -86,16 +80,12 @@ def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | No
     if layer.disable_adapters:
         raise ValueError(f"adapters are switched off in {name!r}: call `enable_adapter_layers()` before routing")
     if isinstance(layer, ParamWrapper):
-        raise ValueError(
-            f"{name!r} has LoRA on the parameter {layer.parameter_name!r} (`target_parameters`; fused experts of a mixture), "
-            "which is read outside its adapter's modules and cannot be routed: leave it out, and target linear layers, such "
-            "as those of attention (`target_modules`)"
-        )
+        raise ValueError(f"{name!r} has LoRA on the parameter {layer.parameter_name!r} (`target_parameters`; fused "
+                         "experts of a mixture), which is read outside its adapter's modules and cannot be routed: "
+                         "leave it out, and target linear layers, such as those of attention (`target_modules`)")  # fmt: skip
     if isinstance(layer, MultiheadAttention):
-        raise ValueError(
-            f"{name!r} has LoRA on `nn.MultiheadAttention`, which reads weights outside their modules and cannot be routed: "
-            "leave it out of `target_modules`"
-        )
+        raise ValueError(f"{name!r} has LoRA on `nn.MultiheadAttention`, which reads weights outside their modules and "
+                         "cannot be routed: leave it out of `target_modules`")  # fmt: skip
     variants = getattr(layer, "lora_variant", {})
     if variants:
         raise ValueError(

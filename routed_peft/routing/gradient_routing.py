@@ -57,20 +57,19 @@ class GradientRouting:
     Raises:
         ValueError: on routes that do not fit the model, and on models that cannot be routed, naming the module.
 
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from routed_peft import presets
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        ...                      num_attention_heads=2, num_key_value_heads=2)
-        >>> model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["up_proj"]), "forget")
-        >>> routing = GradientRouting(model, presets.sgtm("forget"), train_base=True)
-        >>> ids = torch.arange(8).reshape(2, 4)
-        >>> with routing(["forget", "forget"]):
-        ...     model(input_ids=ids, labels=ids).loss.backward()
-        >>> any(p.grad.any() for p in routing.parameters("base")), any(p.grad.any() for p in routing.parameters("forget"))
-        (False, True)
-        >>> routing.detach()
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from routed_peft import presets
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+    ...                      num_attention_heads=2, num_key_value_heads=2)
+    >>> model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["up_proj"]), "forget")
+    >>> routing = GradientRouting(model, presets.sgtm("forget"), train_base=True)
+    >>> ids = torch.arange(8).reshape(2, 4)
+    >>> with routing(["forget", "forget"]):
+    ...     model(input_ids=ids, labels=ids).loss.backward()
+    >>> any(p.grad.any() for p in routing.parameters("base")), any(p.grad.any() for p in routing.parameters("forget"))
+    (False, True)
+    >>> routing.detach()
     """
 
     def __init__(
@@ -150,10 +149,8 @@ class GradientRouting:
             parameters = [p for p in member.module.parameters(recurse=False) if p.requires_grad]
             for p in parameters:
                 if groups.setdefault(p, member.group) != member.group:
-                    raise ValueError(
-                        f"{member.name!r} shares a weight with a module of the group {groups[p]!r} but is in "
-                        f"{member.group!r} (tied embeddings?): put both or neither into `joint`"
-                    )
+                    raise ValueError(f"{member.name!r} shares a weight with a module of the group {groups[p]!r} but is "
+                                     f"in {member.group!r} (tied embeddings?): put both or neither into `joint`")  # fmt: skip
             self._owners.setdefault(member.group, []).append(member.module)
             if member.outlet or (parameters and member.group != JOINT):
                 check_member(member)
@@ -166,10 +163,8 @@ class GradientRouting:
         module = member.module
         cls = routed_class(module) if self.edges == "parameters" else routed_input_class(module)
         if cls is None:
-            raise ValueError(
-                f"the trainable parameters of {member.name!r} ({type(module).__name__}) cannot be routed: freeze them, "
-                "or name the module in `joint` if all data may train it"
-            )
+            raise ValueError(f"the trainable parameters of {member.name!r} ({type(module).__name__}) cannot be routed: "
+                             "freeze them, or name the module in `joint` if all data may train it")  # fmt: skip
         swap(module, cls, Attachment(self._state, member.group, member.name, type(module), member.outlet))
         self._swapped.append(module)
 
@@ -383,7 +378,5 @@ def _check_call(state: RoutingState, model: nn.Module, _: Any, kwargs: Mapping[s
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
-    raise ValueError(
-        "`save_pretrained` writes adapters only and would silently lose the trained base weights: call "
-        "`routed_peft.save_routed(model, path)`, or `trainer.save_model()`"
-    )
+    raise ValueError("`save_pretrained` writes adapters only and would silently lose the trained base weights: call "
+                     "`routed_peft.save_routed(model, path)`, or `trainer.save_model()`")  # fmt: skip

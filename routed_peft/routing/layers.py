@@ -220,10 +220,8 @@ def swap(module: nn.Module, cls: type[nn.Module], attachment: Attachment) -> Non
             name for name, value in vars(module).items() if "drop" in name and isinstance(value, float) and value
         ]
         if dropouts:
-            raise ValueError(
-                f"{attachment.name!r} is evaluated twice to be routed, and its dropout would differ each time: set its "
-                f"`{dropouts[0]}` to 0, freeze it, or name it in `joint`"
-            )
+            raise ValueError(f"{attachment.name!r} is evaluated twice to be routed, and its dropout would differ each "
+                             f"time: set its `{dropouts[0]}` to 0, freeze it, or name it in `joint`")  # fmt: skip
         attachment.view = _view(module)
     module.__dict__["_attachment"] = attachment
     module.__class__ = cls

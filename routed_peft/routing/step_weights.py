@@ -72,10 +72,9 @@ def label_indices(labels: Sequence[str] | Sequence[int] | Tensor, routes: Routes
     Raises:
         ValueError: on an unknown label, an index out of range or a wrong number of axes.
 
-    Example:
-        >>> from routed_peft import presets
-        >>> label_indices(["retain", "forget"], presets.sgtm())
-        tensor([1, 0])
+    >>> from routed_peft import presets
+    >>> label_indices(["retain", "forget"], presets.sgtm())
+    tensor([1, 0])
     """
     known = list(routes)
     if not isinstance(labels, Tensor):
@@ -90,10 +89,8 @@ def label_indices(labels: Sequence[str] | Sequence[int] | Tensor, routes: Routes
         )
     real = labels[labels != IGNORED]
     if real.numel() and (int(real.min()) < 0 or int(real.max()) >= len(known)):
-        raise ValueError(
-            f"`labels` index the routes {known}, so 0 … {len(known) - 1} ({IGNORED} for padding); "
-            f"got values from {int(real.min())} to {int(real.max())}"
-        )
+        raise ValueError(f"`labels` index the routes {known}, so 0 … {len(known) - 1} ({IGNORED} for padding); got "
+                         f"values from {int(real.min())} to {int(real.max())}")  # fmt: skip
     return labels.long()
 
 
@@ -151,10 +148,8 @@ class RouteTable:
 def _multiplied(m: Tensor, multiplier: Tensor, group: str) -> Tensor:
     lengths = {t.shape[1] for t in (m, multiplier) if t.dim() == 2} - {1}
     if multiplier.dim() not in (1, 2) or len(multiplier) != len(m) or len(lengths) > 1:
-        raise ValueError(
-            f"`weights[{group!r}]` is one number per example or per position; got {tuple(multiplier.shape)} "
-            f"for labels of shape {tuple(m.shape)}"
-        )
+        raise ValueError(f"`weights[{group!r}]` is one number per example or per position; got "
+                         f"{tuple(multiplier.shape)} for labels of shape {tuple(m.shape)}")  # fmt: skip
     if multiplier.dim() > m.dim():
         m = m.unsqueeze(1)
     elif multiplier.dim() < m.dim():

@@ -38,10 +38,9 @@ def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") ->
         retain: benefits of labeled retain rows, ``(M,)``.
         kind: "balanced", "median" or "midpoint".
 
-    Example:
-        >>> forget, retain = torch.tensor([0.0, 2.0]), torch.tensor([-1.25, -0.75])
-        >>> round(benefit_threshold(forget, retain), 2), benefit_threshold(forget, retain, "midpoint")
-        (-0.6, 0.0)
+    >>> forget, retain = torch.tensor([0.0, 2.0]), torch.tensor([-1.25, -0.75])
+    >>> round(benefit_threshold(forget, retain), 2), benefit_threshold(forget, retain, "midpoint")
+    (-0.6, 0.0)
     """
     (mu_f, above), (mu_r, below) = (middle_and_spread(side, kind) for side in (forget, retain))
     if kind == "midpoint" or 0 in (above, below):  # a spread of 0 says nothing about the width of a side

@@ -43,8 +43,7 @@ class SubspaceProjection(TrainerCallback):
     Raises:
         ValueError: when training begins, on a model without a region of ``kind="subspace"``.
 
-    Example:
-        >>> trainer = Trainer(model, args, callbacks=[SubspaceProjection()])  # doctest: +SKIP
+    >>> trainer = Trainer(model, args, callbacks=[SubspaceProjection()])  # doctest: +SKIP
     """
 
     def on_train_begin(

@@ -26,20 +26,17 @@ def check_labels_occur(
     Raises:
         ValueError: names the labels that do occur.
 
-    Example:
-        >>> check_labels_occur({"retain": 4}, {"forget": Route({"base": 0}), "retain": Route(ablated=("forget",))},
-        ...                    regions=["forget"])
-        Traceback (most recent call last):
-        ...
-        ValueError: no row trains the region 'forget': only ['retain'] occurs in `train_dataset`
+    >>> check_labels_occur({"retain": 4}, {"forget": Route({"base": 0}), "retain": Route(ablated=("forget",))},
+    ...                    regions=["forget"])
+    Traceback (most recent call last):
+    ...
+    ValueError: no row trains the region 'forget': only ['retain'] occurs in `train_dataset`
     """
     seen = {label: routes[label] for label, count in labels.items() if count}
     if all(route == Route() for route in seen.values()) and any(route != Route() for route in routes.values()):
         within = "" if steps is None else f" in the first {steps} steps (`check_labels_after`)"
-        raise ValueError(
-            f"no row is routed: only {sorted(seen)} occurs{within}, which trains everything. Is the label column right? "
-            "(for a run without routing on purpose, use `presets.control()`)"
-        )
+        raise ValueError(f"no row is routed: only {sorted(seen)} occurs{within}, which trains everything. Is the label "
+                         "column right? (for a run without routing on purpose, use `presets.control()`)")  # fmt: skip
     for region in regions:
         if any(route.weight(region) for route in seen.values()):
             continue

@@ -33,10 +33,8 @@ class LabeledLoadersMixin(_Host):
         """Return the names of integer labels, from the dataset or else the collator."""
         names, own = class_names(dataset) or self._class_names, getattr(self.data_collator, "class_names", None)
         if names and own and list(own) != names:
-            raise ValueError(
-                f"the collator's `class_names` are {list(own)}, and the dataset's label column has the classes {names}: leave "
-                "`class_names` out"
-            )
+            raise ValueError(f"the collator's `class_names` are {list(own)}, and the dataset's label column has the "
+                             f"classes {names}: leave `class_names` out")  # fmt: skip
         return names or own
 
     @contextmanager

@@ -18,9 +18,8 @@ class SelfLabelConfig:
     Raises:
         ValueError: where a share is out of range, or the threshold is unknown.
 
-    Example:
-        >>> SelfLabelConfig(robust_share=0.05).labeled_first
-        0.15
+    >>> SelfLabelConfig(robust_share=0.05).labeled_first
+    0.15
     """
 
     labeled_first: float = field(
@@ -65,10 +64,8 @@ class SelfLabelConfig:
         if not 0 < self.labeled_first < 1:
             raise ValueError(f"`labeled_first` is a share of the run, between 0 and 1; got {self.labeled_first}")
         if self.score_again_at is not None and not self.labeled_first < self.score_again_at < 1:
-            raise ValueError(
-                f"`score_again_at` is a share of the run, between `labeled_first` ({self.labeled_first}) and 1; got "
-                f"{self.score_again_at}"
-            )
+            raise ValueError(f"`score_again_at` is a share of the run, between `labeled_first` ({self.labeled_first}) "
+                             f"and 1; got {self.score_again_at}")  # fmt: skip
         if not 0 <= self.robust_share < 1:
             raise ValueError(f"`robust_share` is a share, at least 0 and less than 1; got {self.robust_share}")
         if self.threshold not in THRESHOLDS:
@@ -97,12 +94,11 @@ def setting(name: str, default: Any = ...) -> Any:
         name: of the field.
         default: of the new field; that of `SelfLabelConfig` where left out.
 
-    Example:
-        >>> @dataclass
-        ... class Recipe:
-        ...     forget_share: float | None = setting("forget_share", None)
-        >>> Recipe(), fields(Recipe)[0].metadata["help"][:20]
-        (Recipe(forget_share=None), 'Share of forget rows')
+    >>> @dataclass
+    ... class Recipe:
+    ...     forget_share: float | None = setting("forget_share", None)
+    >>> Recipe(), fields(Recipe)[0].metadata["help"][:20]
+    (Recipe(forget_share=None), 'Share of forget rows')
     """
     (own,) = (f for f in fields(SelfLabelConfig) if f.name == name)
     return field(default=own.default if default is ... else default, metadata=own.metadata)

@@ -59,13 +59,12 @@ class SelfLabeledRows(ChangingDataset):
     Raises:
         ValueError: where labeled rows of either side are missing, or a column cannot be regrouped by documents.
 
-    Example:
-        >>> rows = Dataset.from_dict({"input_ids": [[1], [2], [3], [4]],
-        ...                           "route_label": ["forget", "retain", "unlabeled", "unlabeled"]})
-        >>> run = SelfLabeledRows(rows, 8, config=SelfLabelConfig(labeled_first=0.25))
-        >>> run.relabel(np.array([2, 3]), np.array([True, False]), start=2)
-        >>> run.labels.tolist(), run[0]
-        (['forget', 'retain', 'forget', 'retain'], {'input_ids': [2], 'route_label': 'retain'})
+    >>> rows = Dataset.from_dict({"input_ids": [[1], [2], [3], [4]],
+    ...                           "route_label": ["forget", "retain", "unlabeled", "unlabeled"]})
+    >>> run = SelfLabeledRows(rows, 8, config=SelfLabelConfig(labeled_first=0.25))
+    >>> run.relabel(np.array([2, 3]), np.array([True, False]), start=2)
+    >>> run.labels.tolist(), run[0]
+    (['forget', 'retain', 'forget', 'retain'], {'input_ids': [2], 'route_label': 'retain'})
     """
 
     def __init__(
@@ -109,10 +108,8 @@ class SelfLabeledRows(ChangingDataset):
         """
         missing = [label for label in (FORGET, RETAIN, UNLABELED) if label not in trainer.routing.routes]
         if missing:
-            raise ValueError(
-                f"`SelfLabeledRows` need routes for 'forget', 'retain' and 'unlabeled'; {missing} have none: add them to "
-                "`routes`"
-            )
+            raise ValueError(f"`SelfLabeledRows` need routes for 'forget', 'retain' and 'unlabeled'; {missing} have "
+                             "none: add them to `routes`")  # fmt: skip
         args = trainer.args
         if args.train_sampling_strategy != "sequential" or args.dataloader_num_workers:
             raise ValueError(
@@ -250,10 +247,8 @@ class SelfLabeler(TrainerCallback):
         steps = self._steps(state)
         last = max(steps)
         if len(steps) < len(self.rows.score_at) or self._start(args, last) >= len(self.rows):
-            raise ValueError(
-                f"`{steps[last]}`: after step {last} of {state.max_steps} there is nothing left to label: score earlier, or "
-                "train for longer"
-            )
+            raise ValueError(f"`{steps[last]}`: after step {last} of {state.max_steps} there is nothing left to label: "
+                             "score earlier, or train for longer")  # fmt: skip
 
     def _steps(self, state: TrainerState) -> dict[int, str]:
         """Return the steps after which rows are scored, with the setting that asks for each."""
