@@ -17,7 +17,6 @@ from routed_peft.data.label_noise import simulate_labels
 from routed_peft.data.labels import FORGET, RETAIN, labels_from_column, labels_from_keywords
 from routed_peft.data.loading import TEXT, TOKENS, TextFormat, load_documents
 from routed_peft.data.packing import pack, tokenize
-from routed_peft.deprecation import formerly_positional
 from routed_peft.mistakes import check_choices, check_numbers
 
 logger = logging.get_logger(__name__)
@@ -195,7 +194,6 @@ def select_arm(ds: Dataset, arm: str) -> Dataset:
     return ds.filter(lambda value: value != FORGET, input_columns=column)
 
 
-@formerly_positional("length", "arm")
 def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, arm: str) -> int:
     """Return the number of tokens of forget text that had to be labeled for an arm, in whole rows of ``length``.
 

@@ -14,11 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_WEIGHTS, AnyDataset, add_column
 from routed_peft.data.labels import FORGET
-from routed_peft.deprecation import formerly_positional
 from routed_peft.routes import BASE
 
 
-@formerly_positional("retain_texts", "scale", "bias", "forget_count", "retain_count")
 def token_frequency_weights(
     tokenizer: PreTrainedTokenizerBase,
     forget_texts: Iterable[str],
@@ -79,7 +77,6 @@ def token_frequency_weights(
     return w.float()
 
 
-@formerly_positional("base_weight", "label")
 def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, label: str = FORGET) -> AnyDataset:
     r"""Add ERA's per-token base weights as the column ``route_weights``, for rows labeled ``label``.
 

@@ -10,10 +10,8 @@ from datasets import Dataset
 
 from routed_peft.data.columns import ROUTE_LABEL, column_values
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
-from routed_peft.deprecation import formerly_positional
 
 
-@formerly_positional("labeled", "recall", "precision", "seed")
 def simulate_labels(
     ds: Dataset,
     side_column: str = "side",

@@ -12,7 +12,6 @@ from datasets import Dataset
 from transformers import Pipeline
 
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, AnyDataset, add_column
-from routed_peft.deprecation import formerly_positional
 
 FORGET, RETAIN, UNLABELED = "forget", "retain", "unlabeled"
 
@@ -47,7 +46,6 @@ def labels_from_column(ds: AnyDataset, column: str, mapping: Mapping[Any, str]) 
     return _add_labels(ds, column, label=label)
 
 
-@formerly_positional("default", "column", "whole_words", "case_sensitive")
 def labels_from_keywords(
     ds: AnyDataset,
     keywords: Mapping[str, Iterable[str]],
@@ -98,7 +96,6 @@ def labels_from_keywords(
     return out
 
 
-@formerly_positional("default", "within")
 def labels_from_tokens(
     ds: AnyDataset, tokens: Mapping[str, Iterable[int]], *, default: str = UNLABELED, within: str | None = None
 ) -> AnyDataset:
@@ -138,7 +135,6 @@ def labels_from_tokens(
     return out
 
 
-@formerly_positional("forget_above", "retain_below", "column", "positive", "batch_size")
 def labels_from_classifier(
     ds: AnyDataset,
     classifier: Classifier | Pipeline,

@@ -11,11 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from routed_peft.data.beginnings import begin_tokens, document_tokens
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, check_texts
-from routed_peft.deprecation import formerly_positional
 from routed_peft.routes import IGNORED
 
 
-@formerly_positional("length", "by", "column", "seed", "per_token")
 def pack(
     ds: Dataset,
     tokenizer: PreTrainedTokenizerBase,

@@ -9,10 +9,8 @@ from datasets import Dataset
 
 from routed_peft.data.columns import ROUTE_LABEL, column_values
 from routed_peft.data.labels import FORGET, UNLABELED
-from routed_peft.deprecation import formerly_positional
 
 
-@formerly_positional("labeled_first", "forget_share", "seed", "first_forget_share")
 def schedule(
     ds: Dataset,
     rows: int,

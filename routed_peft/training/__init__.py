@@ -11,16 +11,5 @@ from routed_peft.training.self_label_config import SelfLabelConfig
 from routed_peft.training.self_labels import SelfLabeledRows
 from routed_peft.training.trainer import RoutedTrainer
 
-__all__ = [
-    "ChangingDataset",
-    "RoutedArguments",
-    "RoutedTrainer",
-    "RoutedTrainingArguments",
-    "RoutingMixin",
-    "RunDirectory",
-    "RunRecorder",
-    "SelfLabelConfig",
-    "SelfLabeledRows",
-    "SubspaceProjection",
-    "tag_groups",
-]
+__all__ = ["ChangingDataset", "RoutedArguments", "RoutedTrainer", "RoutedTrainingArguments", "RoutingMixin"]
+__all__ += ["RunDirectory", "RunRecorder", "SelfLabelConfig", "SelfLabeledRows", "SubspaceProjection", "tag_groups"]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, cast
 
 import pytest
 from datasets import Dataset
@@ -64,9 +63,3 @@ def test_labels_that_are_missing():
         schedule(data(retain=2, unlabeled=2), 4, labeled_first=0.5)
     with pytest.raises(ValueError, match="has only the labels"):
         schedule(data(retain=2), 4, forget_share=0.5)
-
-
-def test_shares_by_position_still_work_and_warn():
-    ds, function = data(forget=2, retain=2), cast(Any, schedule)
-    with pytest.warns(DeprecationWarning, match="schedule takes .* by name now: write labeled_first=, forget_share="):
-        assert function(ds, 8, 0.5, 0.0)[:] == schedule(ds, 8, labeled_first=0.5, forget_share=0.0)[:]
