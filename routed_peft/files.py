@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from routed_peft.mistakes import check_shape
+
 HIDDEN = ".routed_peft-"
 """Beginning of the names of files and directories that are being written; random digits follow."""
 
@@ -71,18 +73,27 @@ def write_json(path: Path, data: Any, **options: Any) -> None:
     write_bytes(path, (json.dumps(data, **{"indent": 2, **options}) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, shape: Any = None) -> dict[str, Any]:
     """Read a JSON object.
 
+    Args:
+        path: the file.
+        shape: its shape, see `check_shape`.
+
     Raises:
-        ValueError: names the file if it is not JSON or holds something other than an object.
+        ValueError: names the file if it is not JSON, or holds something other than an object of that shape.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not readable JSON ({error}): truncated or edited; restore it from a copy"
         ) from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, expected a JSON object; restore it from a copy")
+    if shape is not None:
+        try:
+            check_shape(data, shape, str(path))
+        except ValueError as error:
+            raise ValueError(f"{error}: restore the file from a copy") from None
     return data

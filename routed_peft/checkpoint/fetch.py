@@ -44,15 +44,9 @@ def fetch(
     if local.is_absolute() or str(source).startswith((".", "~")) or local.exists():
         raise ValueError(f"{str(source)!r} is no directory: give the directory of a run, or a Hub id")
     try:
-        folder = Path(
-            snapshot_download(
-                str(source),
-                revision=revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=["*/*", ".*", "training_args.bin"],
-                **arguments,
-            )
-        )
+        no_folders = ["*/*", ".*", "training_args.bin"]
+        files: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": no_folders}
+        folder = Path(snapshot_download(str(source), revision=revision, **files, **arguments))
     except Exception as error:
         error.add_note(f"{str(source)!r} is no directory here, so it was taken for the id of a repository on the Hub.")
         raise

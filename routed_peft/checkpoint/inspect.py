@@ -25,6 +25,7 @@ from routed_peft.checkpoint.layout import (
 from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.files import read_json
 
+_ABLATION = {"source?": str, "regions_removed?": [str], "sha256?": {str: str}}
 _SHOWN = ("kind", "size", "init", "r", "lora_alpha", "target_modules")
 
 
@@ -73,7 +74,7 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
 
 def _describe_plain(root: Path, source: str) -> dict[str, Any]:
     record = root / "ablation.json"
-    ablation = read_json(record) if record.is_file() else None
+    ablation = read_json(record, _ABLATION) if record.is_file() else None
     expected = (ablation or {}).get("sha256", {})
     problems = _problems(lambda: verify_files(root, expected, source))
     problems += _problems(lambda: verify_weights(root, expected or foreign_weights(root), source))

@@ -16,6 +16,20 @@ REGION = "region.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 VERSION = 1
+_SHAPE = {
+    "format_version": int,
+    "base": {"id": str | None, "revision": str | None, "fingerprint": dict, "trained_from?": dict},
+    "regions": [str],
+    "base_adapters": [str],
+    "routes?": {str: dict},
+    "files": {str: str},
+    "other_files?": [str],
+    "kept_regions?": [str],
+    "tokens_per_route?": {str: int | float},
+    "versions?": dict,
+    "regions_repo?": str,
+    "extra?": dict,
+}
 _KEYS = {"train_base", "base", "regions", "base_adapters", "routes", "files"}
 
 
@@ -49,6 +63,7 @@ class Layout:
             raise ValueError(
                 f"{path} lacks {sorted(_KEYS - set(data)) or 'its format'}: restore it from a copy of the run"
             )
+        read_json(path, _SHAPE)
         if data["format_version"] > VERSION:
             raise ValueError(
                 f"{path} has format version {data['format_version']}, this routed_peft reads up to {VERSION}: upgrade "
@@ -163,9 +178,7 @@ def verify_adapter(folder: Path, source: str) -> dict[str, Any]:
                 else ": save the run again or restore it from a copy"
             )
             raise ValueError(f"{source!r} lacks {name}{more}")
-    data = read_json(folder / REGION)
-    if "files" not in data or "base_fingerprint" not in data:
-        raise ValueError(f"{folder / REGION} lacks `files` or `base_fingerprint`: restore it from a copy")
+    data = read_json(folder / REGION, {"files": {str: str}, "base_fingerprint": dict})
     verify_files(folder, data["files"], source)
     return data
 

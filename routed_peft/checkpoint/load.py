@@ -27,6 +27,7 @@ from routed_peft.checkpoint.tensors import (
     read_tensors,
 )
 from routed_peft.files import read_json
+from routed_peft.mistakes import reading
 from routed_peft.regions.fingerprint import check_fingerprint
 from routed_peft.routes import check_region_name, routes_from_dict
 
@@ -82,11 +83,13 @@ def load_run(
     names = [] if elsewhere or regions is None else layout.check_regions(regions)
     folders = {name: run.adapter_folder(name) for name in (*layout.base_adapters, *names)}
     folders |= {name: _region_elsewhere(name, place, **run.hub) for name, place in elsewhere.items()}
-    model: nn.Module = base if isinstance(base, nn.Module) else _load_base(layout, base, from_pretrained_kwargs)
+    with reading(layout.source):
+        model: nn.Module = base if isinstance(base, nn.Module) else _load_base(layout, base, from_pretrained_kwargs)
     for folder in folders.values():
         check_fingerprint(model, read_json(folder / REGION)["base_fingerprint"])
     for name, folder in folders.items():
-        model = _add_adapter(model, name, folder=folder, is_trainable=is_trainable)
+        with reading(folder):
+            model = _add_adapter(model, name, folder=folder, is_trainable=is_trainable)
     if folders or base is not None or not layout.saved_base:  # a saved one is verified; an adapter can change its base
         check_fingerprint(model, layout.data["base"]["fingerprint"])
     if folders:

@@ -162,7 +162,14 @@ def check_can_save(
     path = Path(path).expanduser().resolve()
     inner, configs = inner_model(model), adapter_configs(model)
     base_adapters = list(base_adapters)
-    _check_adapters(configs, base_adapters)
+    if not configs:
+        raise ValueError("`model` has no adapter, so no region: give it one (`get_peft_model(model, RoutedConfig(…), "
+                         "adapter_name=…)`), or save it with its own `save_pretrained`")  # fmt: skip
+    for name in base_adapters:
+        if name not in configs:
+            raise ValueError(f"`base_adapters` names {name!r}; the adapters of `model` are {list(configs)}")
+    for name in configs:
+        check_region_name(name)
     check_kept_regions(kept_regions, [name for name in configs if name not in base_adapters])
     check_own_weights(inner)
     recover(path)
@@ -174,17 +181,6 @@ def check_can_save(
             inner.generation_config.save_pretrained(trial)
         if tokenizer is not None:
             tokenizer.save_pretrained(trial)
-
-
-def _check_adapters(configs: Mapping[str, PeftConfig], base_adapters: Iterable[str]) -> None:
-    if not configs:
-        raise ValueError("`model` has no adapter, so no region: give it one (`get_peft_model(model, RoutedConfig(…), "
-                         "adapter_name=…)`), or save it with its own `save_pretrained`")  # fmt: skip
-    for name in base_adapters:
-        if name not in configs:
-            raise ValueError(f"`base_adapters` names {name!r}; the adapters of `model` are {list(configs)}")
-    for name in configs:
-        check_region_name(name)
 
 
 def check_kept_regions(kept: Iterable[str], regions: Iterable[str]) -> list[str]:

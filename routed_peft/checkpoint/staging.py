@@ -31,22 +31,10 @@ logger = logging.get_logger(__name__)
 LAST = "routing.json"
 """Moved last: a directory without it does not count as a saved run."""
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "qwen.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                   "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+                   "qwen.tiktoken", "chat_template.jinja", "chat_template.json",
+                   "additional_chat_templates/*.jinja")  # fmt: skip
 NOTICE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 

@@ -6,13 +6,14 @@ import datetime
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from routed_peft.files import in_use, read_json, write_bytes, write_json
+from routed_peft.files import check_writable, in_use, read_json, write_bytes, write_json
 from routed_peft.runs.provenance import all_versions, hardware
 
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
@@ -20,6 +21,10 @@ ABLATION = "ablation.json"
 """Record of an exported model, which names its run."""
 PLACEBO = "placebo.json"
 """Record of a model with silenced units, which names its run."""
+
+
+_SECRET = re.compile(r"(--?)?(\w+[-_])?(?<!eos_)(?<!bos_)(?<!pad_)(token|api[-_]?key|password|secret)", re.I)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{12,}")
 
 
 class RunDirectory:
@@ -64,7 +69,7 @@ class RunDirectory:
         self._check_unfinished(resume)
         about = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(sys.orig_argv if command is None else command),
+            "command": shlex.join(_without_tokens(sys.orig_argv if command is None else command)),
             "config": dict(config),
             "seeds": dict(seeds),
             "versions": all_versions(),
@@ -122,21 +127,58 @@ class RunDirectory:
     def ablation_target(self, asked: str | None = None) -> Path | None:
         """Return the directory for the ablated model: ``asked``, or one beside the run; None for "no".
 
-        Call it before training, so that a directory in use is refused early.
+        Call it before training, so that a directory in use is refused early. An ablated model that this run wrote before it
+        was interrupted is removed.
 
-        >>> RunDirectory("run").ablation_target().name, RunDirectory("run").ablation_target("no")
-        ('run-ablated', None)
+        Raises:
+            ValueError: the directory is not empty, lies in that of the run, or holds it.
+            OSError: the directory cannot be written.
+
+        Example:
+            >>> RunDirectory("run").ablation_target().name, RunDirectory("run").ablation_target("no")
+            ('run-ablated', None)
         """
         if asked == "no":
             return None
-        target = Path(asked or f"{self.path}-ablated").expanduser()
+        target = Path(asked or f"{self.path}-ablated").expanduser().resolve()
+        if target == self.path or self.path in target.parents or target in self.path.parents:
+            raise ValueError(
+                f"`ablate_to` {target} and the run's own directory {self.path} lie in each other: name a directory beside it"
+            )
+        check_writable(target)
+        if not (self.path / SUMMARY).exists():
+            for record in (ABLATION, PLACEBO):
+                self._remove_own(target / record)
         if in_use(target):
             raise ValueError(f"`ablate_to` {target} is not empty: name another directory, or `no`")
         return target
 
+    def _remove_own(self, record: Path) -> None:
+        """Remove a model that this run wrote, by the list of files in its record."""
+        about = read_json(record) if record.is_file() else {}
+        if about.get("source") is not None and Path(about["source"]).expanduser().resolve() == self.path:
+            for name in [*about.get("sha256", {}), record.name]:  # the record last, which knows the others
+                if ".." not in Path(name).parts and (record.parent / name).resolve().is_relative_to(record.parent):
+                    (record.parent / name).unlink(missing_ok=True)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         write_json(self.path / SUMMARY, _plain(summary))
+
+
+def _without_tokens(command: Sequence[str]) -> list[str]:
+    """Return the arguments of a command without tokens, keys and passwords.
+
+    >>> _without_tokens(["train.py", "--hub_token", "hf_abc", "--token=secret", "--seed", "1"])
+    ['train.py', '--hub_token', '***', '--token=***', '--seed', '1']
+    """
+    shown: list[str] = []
+    for word in command:
+        secret = bool(shown) and _SECRET.fullmatch(shown[-1]) is not None
+        name, equals, _ = word.partition("=")
+        word = f"{name}=***" if equals and _SECRET.fullmatch(name) else "***" if secret else word
+        shown.append(_TOKEN.sub("***", word))
+    return shown
 
 
 def _ends_whole(file: Path) -> bool:

@@ -35,10 +35,10 @@ def check_resumable(checkpoint: str | Path, *, process_index: int = 0, processes
     complete = [
         other
         for other in folder.resolve().parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if _step(other) < _step(folder.resolve()) and not find_missing(other)
+        if checkpoint_step(other) < checkpoint_step(folder.resolve()) and not find_missing(other)
     ]
     if complete:
-        advice = f"resume from the complete checkpoint '{max(complete, key=_step)}'"
+        advice = f"resume from the complete checkpoint '{max(complete, key=checkpoint_step)}'"
     else:
         advice = "no earlier one beside it is complete: begin anew, or from its weights (`load_routed(…, is_trainable=True)`)"
     raise ValueError(
@@ -52,11 +52,13 @@ def latest_resumable(run: str | Path, processes: int = 1) -> str | None:
 
     A checkpoint that a kill cut short is skipped: `Trainer` writes in place, the state of the run last.
     """
-    found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
+    found = [
+        path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and checkpoint_step(path) >= 0
+    ]
     complete = [
         one for one in found if not all(_missing(one, processes=processes, fsdp=fsdp) for fsdp in (False, True))
     ]
-    return str(max(complete, key=_step)) if complete else None
+    return str(max(complete, key=checkpoint_step)) if complete else None
 
 
 def _missing(folder: Path, *, process_index: int = 0, processes: int, fsdp: bool) -> list[str]:
@@ -87,6 +89,11 @@ def _writers(folder: Path) -> int:
     return len(found) if found == {_random_state(index, len(found)) for index in range(len(found))} else 0
 
 
-def _step(folder: Path) -> int:
-    number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+def checkpoint_step(folder: str | Path) -> int:
+    """Return the step of a Trainer's checkpoint, by its name; -1 for any other directory.
+
+    >>> checkpoint_step("run/checkpoint-20"), checkpoint_step("run/final")
+    (20, -1)
+    """
+    number = Path(folder).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(number) if number.isdigit() else -1

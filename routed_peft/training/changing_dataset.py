@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import json
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
+
+from routed_peft.files import write_bytes
+
+STATE = "changing_dataset.npz"
+"""File of a dataset's state in a checkpoint. It may name every row, so it is never pushed."""
 
 
 class ChangingDataset(Dataset[dict[str, Any]], ABC):
     """A map-style dataset that changes during training, such as `SelfLabeledRows`.
 
-    A routed Trainer adds the dataset's callback to its own, saves its state in every checkpoint (``extra`` in
-    ``routing.json``), and restores it when a run resumes.
+    A routed Trainer adds the dataset's callback to its own, saves its state beside its own in every checkpoint (`STATE`),
+    and restores it when a run resumes.
 
     Example:
         >>> class Halved(ChangingDataset):  # takes every second row from the tenth step on
@@ -51,3 +61,31 @@ class ChangingDataset(Dataset[dict[str, Any]], ABC):
     def forward_tokens(self) -> int:
         """Tokens of forward passes made to change the dataset, so far; the run's compute includes them."""
         return 0
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the state of a dataset, as compressed JSON in an npz file.
+
+    >>> from tempfile import mkdtemp
+    >>> write_state(Path(mkdtemp()), {"stride": 2})
+    """
+    content = io.BytesIO()
+    np.savez_compressed(content, state=np.frombuffer(json.dumps(state).encode(), dtype=np.uint8))
+    write_bytes(folder / STATE, content.getvalue())
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read the state of a dataset from a checkpoint.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        with np.load(io.BytesIO((folder / STATE).read_bytes()), allow_pickle=False) as content:
+            state: dict[str, Any] = json.loads(content["state"].tobytes())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{folder / STATE}, with the labels that the run had found, is missing or damaged ({error}): resume from another "
+            "checkpoint"
+        ) from error
+    return state

@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import HubStrategy, SaveStrategy, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, get_last_checkpoint
 from transformers.utils.hub import PushInProgress
 
 from routed_peft.checkpoint import load_weights, push_to_hub, save_routed
 from routed_peft.checkpoint.layout import ROUTING
+from routed_peft.checkpoint.save import check_can_save
 from routed_peft.files import read_json
+from routed_peft.routes import routes_differ, routes_from_dict
 from routed_peft.routing.gradient_routing import GradientRouting
-from routed_peft.runs.resuming import check_resumable
+from routed_peft.runs.resuming import check_resumable, checkpoint_step
 from routed_peft.training.arguments import RoutedTrainingArguments
-from routed_peft.training.changing_dataset import ChangingDataset
-
-if TYPE_CHECKING:
-    _Host = Trainer
-else:  # TRL's trainers, too, can come after the mix-in
-    _Host = object
+from routed_peft.training.changing_dataset import ChangingDataset, read_state, write_state
+from routed_peft.training.finite_weights import FiniteWeightsMixin
 
 
-class SavingMixin(_Host):
+class SavingMixin(FiniteWeightsMixin):
     """Overrides of Trainer's saving: stock Trainer drops trained base weights and cannot resume several adapters."""
 
     routing: GradientRouting
@@ -36,20 +34,23 @@ class SavingMixin(_Host):
     tokens_per_route: Counter[str]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        rows = self.train_dataset
         if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            if checkpoint_step(folder) >= 0:  # written last by Trainer: without it, nothing resumes from a mixture
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
             save_routed(
                 self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
-                output_dir or str(self.args.output_dir),
+                folder,
                 routes=self.routing.routes,
                 tokenizer=self.processing_class,
                 train_base=self.args.train_base,
                 base_adapters=self.args.base_adapters,
                 kept_regions=self.args.kept_regions,
                 tokens_per_route=dict(self.tokens_per_route),
-                extra=rows.state() if isinstance(rows, ChangingDataset) else None,
                 state_dict=state_dict,
             )
+            if isinstance(self.train_dataset, ChangingDataset):
+                write_state(folder, self.train_dataset.state())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the routed layout (`save_routed`); sharded models are gathered first."""
@@ -58,18 +59,59 @@ class SavingMixin(_Host):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
+        self._check_weights()
         state_dict = self.accelerator.get_state_dict(self.model)
         self._save(output_dir, state_dict)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer` does; a checkpoint that lost part of its state is refused, see `check_resumable`."""
+        """Train as `Trainer` does, after a check that the result can be saved (`check_can_save`).
+
+        A checkpoint that lost part of its state is refused, see `check_resumable`, and so are routes that differ.
+        """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
         if checkpoint:  # before Trainer reads any of it
             index, processes = self.args.process_index, self.args.world_size
             check_resumable(checkpoint, process_index=index, processes=processes, fsdp=self.is_fsdp_enabled)
+            self._check_same_routes(str(checkpoint))
+        if self.args.should_save:
+            self._check_can_save(checkpoint_step(checkpoint) if checkpoint else -1)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_can_save(self, step: int) -> None:
+        """Refuse before the first step whatever would be refused when a checkpoint after ``step`` or the result is saved."""
+        out, args = Path(str(self.args.output_dir)), self.args
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        check = partial(check_can_save, model, base_adapters=args.base_adapters, kept_regions=args.kept_regions)
+        check(out, tokenizer=self.processing_class)
+        later = [place for place in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if checkpoint_step(place) > step]
+        for place in later if args.save_strategy != SaveStrategy.NO else ():
+            check(place)
+
+    def _check_same_routes(self, checkpoint: str) -> None:
+        file = Path(checkpoint, ROUTING)
+        saved = read_json(file) if file.is_file() else {}  # a missing one is refused when weights are read
+        here = {"train_base": self.args.train_base, "base_adapters": list(self.args.base_adapters)}
+        changed = [
+            f"`{name}` was {saved[name]!r} and is {now!r}" for name, now in here.items() if saved.get(name, now) != now
+        ]
+        if saved.get("routes"):
+            changed += routes_differ(routes_from_dict(saved["routes"]), self.routing.routes)
+        if changed:
+            raise ValueError(
+                f"{checkpoint!r} cannot be resumed with other routes: {'; '.join(changed)}. Resume with those of the run, or "
+                "begin another from its weights (`load_routed(…, is_trainable=True)`)"
+            )
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        begin: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        # Trainer would take one step more before it looks at `max_steps`
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -79,7 +121,8 @@ class SavingMixin(_Host):
         saved = read_json(Path(resume_from_checkpoint, ROUTING))
         self.tokens_per_route = Counter(saved["tokens_per_route"])
         if isinstance(self.train_dataset, ChangingDataset):
-            self.train_dataset.restore(saved["extra"])
+            former = saved["extra"]  # of an earlier version
+            self.train_dataset.restore(former or read_state(Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:

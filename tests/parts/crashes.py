@@ -47,10 +47,10 @@ def kill_at(event: int, work: Callable[[], Any]) -> bool:
     return False
 
 
-def every_kill(prepare: Callable[[], Callable[[], Any]]) -> Iterator[Callable[[], Any]]:
+def every_kill(prepare: Callable[[], Callable[[], Any]], stride: int = 1) -> Iterator[Callable[[], Any]]:
     """Kill the work of ``prepare()`` at its first event, prepare it anew, kill it at the second, …; yield it each time."""
     event = 1
     while kill_at(event, work := prepare()):
         yield work
-        event += 1
-    assert event > 5
+        event += stride
+    assert event > 5 * stride

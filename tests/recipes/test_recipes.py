@@ -26,6 +26,7 @@ from routed_peft.checkpoint import inspect_checkpoint
 from routed_peft.data import DocumentArguments, evaluation_rows, schedule
 from routed_peft.runs.cost import TrainingCost
 from routed_peft.training import RunDirectory, SelfLabelConfig
+from routed_peft.training.changing_dataset import read_state
 from routed_peft.unlearning import mean_loss
 
 CONFIGS = {file.stem: file for file in sorted((ROOT / "recipes/configs").glob("*.yaml"))}
@@ -112,6 +113,32 @@ def runs(tmp_path_factory, files) -> Path:
         if name not in launchers:
             here(arguments(name, out, files))
     return out
+
+
+def test_text_comes_in_files_of_any_kind_one_for_each_side(tmp_path):
+    rng = random.Random(0)
+    (tmp_path / "forget.txt").write_text("\n".join(document("forget", rng) for _ in range(60)))
+    rows = [{"q": document("retain", rng), "a": "so"} for _ in range(60)]
+    (tmp_path / "retain.json").write_text(json.dumps(rows))
+    (tmp_path / "f.json").write_text(json.dumps([{"q": document("forget", rng), "a": "so"} for _ in range(60)]))
+    held = [f"retain={write(tmp_path / 'held.jsonl', [{'q': document('retain', rng), 'a': 'no'} for _ in range(20)])}"]
+    command = ["recipes/pretrain.py", "--config", str(CONFIGS["sgtm"]), *SHORT, *SMALL, "--size", "8"]
+    sides = ["--forget_file", str(tmp_path / "f*.json"), "--retain_file", str(tmp_path / "retain.json")]
+    template = ["--text_template", "{q} {a}", "--eval_files", *held, "--output_dir", str(tmp_path / "out")]
+    here([*command, *sides, *template])
+    assert set(json.loads((tmp_path / "out/summary.json").read_text())["losses"]) >= {"retain"}
+    with pytest.raises(ValueError, match="no document is retain"):
+        here(
+            [
+                *command,
+                "--forget_file",
+                str(tmp_path / "forget.txt"),
+                "--eval_strategy",
+                "no",
+                "--output_dir",
+                str(tmp_path / "b"),
+            ]
+        )
 
 
 def test_every_config_is_run():
@@ -287,7 +314,7 @@ def test_self_labels_are_the_default_where_labels_allow_it(tmp_path):
 def test_pretraining_with_self_labels(files, tmp_path, by_document):
     more = ["--labeled_first", "0.5", "--max_steps", "80", "--learning_rate", "2e-2", "--eval_strategy", "no"]
     here([*arguments("self_labels", tmp_path, files), *more, "--by_document", by_document])
-    (found,) = json.loads((tmp_path / "self_labels/routing.json").read_text())["extra"]["self_labels"]
+    (found,) = read_state(tmp_path / "self_labels")["self_labels"]
     assert found["step"] == 40 and len(found["rows"]) == len(found["is_forget"]) > 0
     assert {type(label) for label in found["is_forget"]} == ({list} if by_document == "true" else {bool})
     ledger = TrainingCost.from_dict(json.loads((tmp_path / "self_labels/summary.json").read_text())["ledger"])

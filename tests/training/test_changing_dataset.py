@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import pytest
 from datasets import Dataset
 from training_parts import assert_same, rows, train, weights
 from transformers import TrainerCallback
 
 from routed_peft.training import ChangingDataset
+from routed_peft.training.changing_dataset import STATE, read_state, write_state
 
 
 class Reversed(ChangingDataset):
@@ -42,9 +44,25 @@ class Reversed(ChangingDataset):
 def test_a_dataset_of_ones_own_changes_under_way_and_resumes(tmp_path, tokenizer):
     options = dict(train_sampling_strategy="sequential", save_strategy="steps", save_steps=1, max_steps=5)
     trainer = train(tmp_path / "a", tokenizer, dataset=Reversed(rows()), **options)
-    saved = [json.loads((tmp_path / f"a/checkpoint-{step}/routing.json").read_text())["extra"] for step in (1, 2)]
+    saved = [read_state(tmp_path / f"a/checkpoint-{step}") for step in (1, 2)]
     assert saved == [{"turned": False}, {"turned": True}]
     ds = Reversed(rows())
     resumed = train(tmp_path / "b", tokenizer, dataset=ds, resume=str(tmp_path / "a/checkpoint-3"), **options)
     assert ds.turned and ds.forward_tokens == 0
     assert_same(weights(trainer.model), weights(resumed.model))
+
+
+def test_the_state_is_compact_and_its_loss_is_noticed(tmp_path, tokenizer):
+    options = dict(train_sampling_strategy="sequential", save_strategy="steps", save_steps=3, max_steps=5)
+    train(tmp_path / "a", tokenizer, dataset=Reversed(rows()), **options)
+    assert "turned" not in (tmp_path / "a/checkpoint-3/routing.json").read_text()
+    file = tmp_path / "a/checkpoint-3" / STATE
+    whole = file.read_bytes()
+    for content in (whole[:40], b"", None):
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(ValueError, match="is missing or damaged"):
+            train(tmp_path / "b", tokenizer, dataset=Reversed(rows()), resume=str(file.parent), **options)
+    count = 850_000
+    found = {"rows": np.random.default_rng(0).permutation(count).tolist(), "is_forget": [True, False] * (count // 2)}
+    write_state(tmp_path, {"self_labels": [found]})
+    assert read_state(tmp_path) == {"self_labels": [found]} and (tmp_path / STATE).stat().st_size < 4e6

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from crashes import every_kill
 from peft import LoraConfig
-from training_parts import arguments, assert_same, model_of, rows, train, weights
+from safetensors.torch import load_file
+from training_parts import arguments, assert_same, model_of, rows, train, trainer_of, weights
 
 from routed_peft import RoutedConfig, RoutedTrainer, load_routed, presets
+from routed_peft.checkpoint import inspect_checkpoint
+from routed_peft.runs.resuming import latest_resumable
 
 
 @pytest.mark.parametrize("kind", ["trained base", "retain adapter", "two regions"])
@@ -82,3 +87,79 @@ def test_continuing_from_load_routed(tmp_path, tokenizer):
     trainer = train(tmp_path / "b", tokenizer, model)
     after = weights(trainer.model)
     assert all(not torch.equal(before[name], after[name]) for name in before if "q_proj" in name or ".forget." in name)
+
+
+@pytest.mark.parametrize("stride", [19, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_training_run_that_is_killed_anywhere_goes_on_to_the_same_model(stride, tmp_path, tokenizer):
+    options = dict(save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=2, logging_strategy="no")
+    run = tmp_path / "run"
+
+    def work(place):
+        def train_and_save():
+            trainer = trainer_of(place, tokenizer, **options)
+            trainer.train(resume_from_checkpoint=latest_resumable(place))
+            trainer.save_model()
+
+        return train_and_save
+
+    work(tmp_path / "whole")()
+    expected = load_file(tmp_path / "whole/model.safetensors") | load_file(
+        tmp_path / "whole/forget/adapter_model.safetensors"
+    )
+
+    def prepare():
+        shutil.rmtree(run, ignore_errors=True)
+        return work(run)
+
+    for again in every_kill(prepare, stride):
+        again()
+        assert_same(
+            load_file(run / "model.safetensors") | load_file(run / "forget/adapter_model.safetensors"), expected
+        )
+        assert inspect_checkpoint(run)["problems"] == []
+        assert not [left for left in run.rglob(".routed_peft-*") if left.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "options", "spoil", "message"),
+    [
+        (None, {}, lambda out, model: (out / "model.safetensors").write_text("mine"), "did not write"),
+        (None, {}, lambda out, model: (out / "forget").mkdir(), "did not write"),
+        (None, {}, lambda out, model: model.generation_config.update(temperature=0.5, do_sample=False), "temperature"),
+        (None, {"kept_regions": ["bio"]}, None, "`kept_regions` names 'bio'"),
+        (
+            None,
+            {"save_strategy": "steps"},
+            lambda out, model: (
+                (out / "checkpoint-5").mkdir(),
+                (out / "checkpoint-5/model.safetensors").write_text(""),
+            ),
+            "did not write",
+        ),
+        (
+            {"default": LoraConfig(r=2), "forget": LoraConfig(r=2)},
+            {"train_base": False, "base_adapters": ["default"]},
+            None,
+            "cannot be called 'default'",
+        ),
+        ({"x" * 242: LoraConfig(r=2)}, {}, None, "cannot be called 'xxx"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before_the_first_step(adapters, options, spoil, message, tmp_path, tokenizer):
+    model = model_of(adapters=adapters)
+    routes = presets.sgtm(next(reversed(adapters or {"forget": None})))
+    with pytest.raises(ValueError, match=message):
+        trainer = trainer_of(tmp_path, tokenizer, model, routes=routes, **options)
+        if spoil:
+            spoil(tmp_path, model)
+        trainer.train()
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_an_output_directory_under_a_file_is_refused_before_the_first_step(tmp_path, tokenizer):
+    trainer = trainer_of(tmp_path / "out", tokenizer)
+    (tmp_path / "file").touch()
+    trainer.args.output_dir = str(tmp_path / "file/out")
+    with pytest.raises(OSError, match="Not a directory"):
+        trainer.train()
+    assert trainer.state.global_step == 0
