@@ -47,11 +47,10 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
     Raises:
         ValueError: ``src`` is none of these.
 
-    Example:
-        >>> inspect_checkpoint("./no-such-run")
-        Traceback (most recent call last):
-        ...
-        ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
+    >>> inspect_checkpoint("./no-such-run")
+    Traceback (most recent call last):
+    ...
+    ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
     """
     root, commit = fetch(src, revision, **hub)
     left = describe_leftovers(root)

@@ -53,11 +53,9 @@ class Layout:
         path = root / ROUTING
         if not path.is_file():
             hint = "".join(f" {sentence}" for sentence in describe_leftovers(root))
-            raise ValueError(
-                f"{source!r} has no {ROUTING}, so it is no run saved by `save_routed` (or a piece of it is missing; "
-                f"found {sorted(p.name for p in root.iterdir())[:12]}). A plain checkpoint loads with "
-                f"`AutoModelForCausalLM.from_pretrained`.{hint}"
-            )
+            raise ValueError(f"{source!r} has no {ROUTING}, so it is no run saved by `save_routed` (or a piece of it "
+                             f"is missing; found {sorted(p.name for p in root.iterdir())[:12]}). A plain checkpoint "
+                             f"loads with `AutoModelForCausalLM.from_pretrained`.{hint}")  # fmt: skip
         data = read_json(path)
         if data.get("format") != "routed_peft" or _KEYS - set(data):
             raise ValueError(
@@ -65,10 +63,8 @@ class Layout:
             )
         read_json(path, _SHAPE)
         if data["format_version"] > VERSION:
-            raise ValueError(
-                f"{path} has format version {data['format_version']}, this routed_peft reads up to {VERSION}: upgrade "
-                "it"
-            )
+            raise ValueError(f"{path} has format version {data['format_version']}, this routed_peft reads up to "
+                             f"{VERSION}: upgrade it")  # fmt: skip
         for name in (*data["regions"], *data["base_adapters"]):
             check_region_name(name)
         for name in (*data["files"], *data.get("other_files", ())):
@@ -151,10 +147,8 @@ class Layout:
             )
         about = verify_adapter(inside(self.root, name), f"{self.source}/{name}")
         if about["base_fingerprint"] != self.data["base"]["fingerprint"]:
-            raise ValueError(
-                f"{name!r} in {self.source!r} belongs to another base model than the one of this run: restore its folder from a "
-                "copy of the run"
-            )
+            raise ValueError(f"{name!r} in {self.source!r} belongs to another base model than the one of this run: "
+                             "restore its folder from a copy of the run")  # fmt: skip
         self.verify_listed(name, folder)
         return folder
 
@@ -191,10 +185,8 @@ def verify_files(root: Path, expected: Mapping[str, str], source: str) -> None:
             raise ValueError(f"{source!r} lacks the file {name}: download it again, or restore it from a copy")
         got = sha256(path)
         if got != hash_:
-            raise ValueError(
-                f"{name} in {source!r} is truncated or was tampered with: its SHA-256 is {got[:16]}…, {hash_[:16]}… "
-                "was written. Download it again, or restore it from a copy."
-            )
+            raise ValueError(f"{name} in {source!r} is truncated or was tampered with: its SHA-256 is {got[:16]}…, "
+                             f"{hash_[:16]}… was written. Download it again, or restore it from a copy.")  # fmt: skip
 
 
 def verify_weights(root: Path, expected: Container[str], source: str) -> None:

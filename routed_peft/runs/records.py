@@ -134,9 +134,8 @@ class RunDirectory:
             ValueError: the directory is not empty, lies in that of the run, or holds it.
             OSError: the directory cannot be written.
 
-        Example:
-            >>> RunDirectory("run").ablation_target().name, RunDirectory("run").ablation_target("no")
-            ('run-ablated', None)
+        >>> RunDirectory("run").ablation_target().name, RunDirectory("run").ablation_target("no")
+        ('run-ablated', None)
         """
         if asked == "no":
             return None

@@ -26,16 +26,15 @@ class ChangingDataset(Dataset[dict[str, Any]], ABC):
     A routed Trainer adds the dataset's callback to its own, saves its state beside its own in every checkpoint (`STATE`),
     and restores it when a run resumes.
 
-    Example:
-        >>> class Halved(ChangingDataset):  # takes every second row from the tenth step on
-        ...     def __init__(self, rows): self.rows, self.stride = rows, 1
-        ...     def __len__(self): return len(self.rows)
-        ...     def __getitem__(self, index): return self.rows[index // self.stride * self.stride]
-        ...     def callback(self, trainer): return HalveAtStep(self, 10)  # a TrainerCallback that sets `stride`
-        ...     def state(self): return {"stride": self.stride}
-        ...     def restore(self, state): self.stride = state.get("stride", 1)
-        >>> Halved([{"a": 0}, {"a": 1}]).state()
-        {'stride': 1}
+    >>> class Halved(ChangingDataset):  # takes every second row from the tenth step on
+    ...     def __init__(self, rows): self.rows, self.stride = rows, 1
+    ...     def __len__(self): return len(self.rows)
+    ...     def __getitem__(self, index): return self.rows[index // self.stride * self.stride]
+    ...     def callback(self, trainer): return HalveAtStep(self, 10)  # a TrainerCallback that sets `stride`
+    ...     def state(self): return {"stride": self.stride}
+    ...     def restore(self, state): self.stride = state.get("stride", 1)
+    >>> Halved([{"a": 0}, {"a": 1}]).state()
+    {'stride': 1}
     """
 
     @abstractmethod
@@ -84,8 +83,6 @@ def read_state(folder: Path) -> dict[str, Any]:
         with np.load(io.BytesIO((folder / STATE).read_bytes()), allow_pickle=False) as content:
             state: dict[str, Any] = json.loads(content["state"].tobytes())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{folder / STATE}, with the labels that the run had found, is missing or damaged ({error}): resume from another "
-            "checkpoint"
-        ) from error
+        raise ValueError(f"{folder / STATE}, with the labels that the run had found, is missing or damaged ({error}): "
+                         "resume from another checkpoint") from error  # fmt: skip
     return state
