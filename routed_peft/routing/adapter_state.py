@@ -46,26 +46,18 @@ def frozen_adapters(model: nn.Module, members: Sequence[Member]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
-    name: str
-    layer: BaseTunerLayer
-    parent: nn.Module
-    attribute: str
-
-
-@dataclass(frozen=True, slots=True)
 class AdapterState:
     """Adapters and trained parameters of a model at the time of attaching.
 
     Attributes:
         names: of all adapters.
-        layers: PEFT layers, with the modules that hold them.
+        layers: (name, PEFT layer, module that holds it, attribute by which it does).
         trained: (module's name, module, parameter's name, whether it is trained, whether it is an adapter's), for every
             parameter whose gradient is routed, or would have to be.
     """
 
     names: list[str]
-    layers: list[_Layer]
+    layers: list[tuple[str, BaseTunerLayer, nn.Module, str]]
     trained: list[tuple[str, nn.Module, str, bool, bool]]
 
     @classmethod
@@ -75,7 +67,7 @@ class AdapterState:
         places = [(name, layer, *name.rpartition(".")[::2]) for name, layer in tuner_layers(model)]
         return cls(
             adapter_names(model),
-            [_Layer(name, layer, modules[parent], attribute) for name, layer, parent, attribute in places],
+            [(name, layer, modules[parent], attribute) for name, layer, parent, attribute in places],
             [
                 (m.name, m.module, name, p.requires_grad, m.adapter is not None)
                 for m in members
@@ -93,16 +85,15 @@ class AdapterState:
             raise ValueError(f"the adapters were {self.names} when routing was attached and are {adapter_names(model)} "
                              "now: detach, and attach again with routes for all of them")  # fmt: skip
         expected = set(self.names)
-        for place in self.layers:
-            layer = place.layer
+        for name, layer, parent, attribute in self.layers:
             # merging tools put the plain layer back; wrappers of FSDP or checkpointing are other modules
-            if place.parent._modules.get(place.attribute) is layer.base_layer:
+            if parent._modules.get(attribute) is layer.base_layer:
                 raise ValueError(
-                    f"the adapters are gone from {place.name!r} (`unload`, `merge_and_unload`), but the routing is attached: "
+                    f"the adapters are gone from {name!r} (`unload`, `merge_and_unload`), but the routing is attached: "
                     "train the model first, and save or ablate it afterwards (`save_routed`, `ablate`)"
                 )
             if layer.merged_adapters or layer.disable_adapters or expected != set(layer.active_adapters):
-                _refuse(place.name, layer, expected)
+                _refuse(name, layer, expected)
         for module_name, module, name, trained, in_adapter in self.trained:
             p = module._parameters.get(name)
             if p is not None and p.requires_grad and in_adapter and not trained:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterable
 from typing import Any
 
 import torch
@@ -121,17 +121,7 @@ def check_auxiliary_loss(model: nn.Module, asked: bool = False) -> None:
     configs = [config, getattr(config, "text_config", None)]
     if not asked and not any(getattr(c, "output_router_logits", False) for c in configs):
         return
-    places = [[inner], configs]  # a model reads its own attribute, where it has one
-    found = [
-        {
-            name: value
-            for place in group
-            for name, value in vars(place or object).items()
-            if _is_coefficient(name, value)
-        }
-        for group in places
-    ]
-    coefficients = found[0] or found[1]
+    coefficients = _coefficients([inner]) or _coefficients(configs)  # a model reads its own attribute, where it has one
     if coefficients and not any(coefficients.values()):
         return
     raise ValueError(
@@ -141,8 +131,10 @@ def check_auxiliary_loss(model: nn.Module, asked: bool = False) -> None:
     )
 
 
-def _is_coefficient(name: str, value: Any) -> bool:
-    return isinstance(value, int | float) and name.endswith(("aux_loss_coef", "z_loss_coef"))
+def _coefficients(places: Iterable[Any]) -> dict[str, float]:
+    found = [item for place in places for item in vars(place or object).items()]
+    ends = ("aux_loss_coef", "z_loss_coef")
+    return {name: value for name, value in found if isinstance(value, int | float) and name.endswith(ends)}
 
 
 def check_member(member: Member) -> None:

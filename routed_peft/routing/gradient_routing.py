@@ -170,12 +170,8 @@ class GradientRouting:
 
     def _leave_record(self) -> None:
         """Leave the record that saving needs on the model, where it outlives this object."""
-        record = replace(
-            routing_record(self.model),
-            routes=self.routes,
-            train_base=self.train_base,
-            base_adapters=tuple(self.base_adapters),
-        )
+        former, adapters = routing_record(self.model), tuple(self.base_adapters)
+        record = replace(former, routes=self.routes, train_base=self.train_base, base_adapters=adapters)
         set_routing_record(self.model, record)
         if self.train_base:
             self.model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
@@ -219,12 +215,8 @@ class GradientRouting:
         indices = label_indices(labels, self.routes)
         effective = self._table.effective_weights(indices, weights)
         device = next(self.model.parameters()).device
-        self._state.groups = self._table.prepare(indices, effective, device)
-        try:
-            with self._proving(effective):
-                yield
-        finally:
-            self._state.groups = None
+        with self._state.holding(self._table.prepare(indices, effective, device)), self._proving(effective):
+            yield
 
     def check_adapters(self) -> None:
         """Raise ValueError on adapters that PEFT's verbs changed since attaching, and on a load-balancing loss switched on.
@@ -260,12 +252,9 @@ class GradientRouting:
             raise ValueError(f"`rows` has {unknown}; the regions are {self.regions}")
         device = next(self.model.parameters()).device
         gates = {region: (~absent).to(device, self._table.dtype) for region, absent in rows.items() if absent.any()}
-        self._state.groups = {group: GroupWeights(gate=gates.get(group)) for group in (BASE, *self.regions)}
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._state.groups = None
+        groups = {group: GroupWeights(gate=gates.get(group)) for group in (BASE, *self.regions)}
+        with self._state.holding(groups), torch.no_grad():
+            yield
 
     def parameters(self, group: str) -> list[nn.Parameter]:
         """Return the trained parameters of ``"base"``, a region or ``"joint"``; shared ones once."""
@@ -320,7 +309,12 @@ class GradientRouting:
         self._unproven.clear()
         try:
             if any(group in named_in(self.routes) for group in groups):
-                with self._blocked(size):
+                self.model.zero_grad()
+                self.check_adapters()
+                device = next(self.model.parameters()).device
+                none = torch.zeros(size, dtype=self._table.dtype)
+                zero = PositionWeights.from_weights(none, self._table.gather).to(device)
+                with self._state.holding({group: GroupWeights(zero) for group in (BASE, *self.regions)}):
                     leaks = find_leaks(lambda: compute(self.model, batch), self._names(groups))
             for label, route in self.routes.items():
                 self.model.zero_grad()
@@ -333,18 +327,6 @@ class GradientRouting:
                 p.grad = None
         check_leaks(leaks)
         return received
-
-    @contextmanager
-    def _blocked(self, size: int) -> Iterator[None]:
-        """Run within the block with weights of 0 for all groups, and all regions present."""
-        self.check_adapters()
-        device = next(self.model.parameters()).device
-        zero = PositionWeights.from_weights(torch.zeros(size, dtype=self._table.dtype), self._table.gather).to(device)
-        self._state.groups = {group: GroupWeights(zero) for group in (BASE, *self.regions)}
-        try:
-            yield
-        finally:
-            self._state.groups = None
 
     @contextmanager
     def _proving(self, effective: Mapping[str, Tensor]) -> Iterator[None]:

@@ -21,12 +21,8 @@ def check_gradients(
 ) -> dict[str, bool]:
     """Run one backward pass under ``route``, and compare the groups that received gradient with those that should.
 
-    Args:
-        loss: computes the loss under the route; called once.
-        label: the route's label, for messages.
-        route: the weights to expect.
-        groups: parameters by group; an empty group is skipped.
-        leaks: parameters that `find_leaks` found, for messages.
+    ``loss`` computes the loss under the route, and is called once. ``groups`` are parameters by group; an empty one is
+    skipped. The ``label`` and ``leaks``, parameters that `find_leaks` found, are for messages.
 
     Returns:
         group -> whether it received gradient. The random state is left as it was; gradients are the caller's to clear.
@@ -60,15 +56,10 @@ def check_gradients(
 
 
 def find_leaks(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Run one backward pass in which all weights are 0, and return the parameters that receive gradient all the same.
+    """Run one backward pass in which all weights are 0, and return the names of parameters that receive gradient all the same.
 
-    Args:
-        loss: computes the loss under weights of 0; called once.
-        parameters: name -> parameter, of those that weights of 0 should protect.
-
-    Returns:
-        Their names; none where the loss is not finite. The random state is left as it was; gradients are the caller's to
-        clear.
+    ``loss`` computes the loss under weights of 0, and is called once; where it is not finite, no names are returned. The
+    random state is left as it was; gradients are the caller's to clear.
     """
     with _same_randomness():
         value = loss()

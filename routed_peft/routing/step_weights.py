@@ -7,7 +7,8 @@ buffer is broadcast from rank 0 by DDP, and a forward argument is gone when grad
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +50,15 @@ class RoutingState:
 
     groups: dict[str, GroupWeights] | None = None
     off: int = 0
+
+    @contextmanager
+    def holding(self, groups: dict[str, GroupWeights]) -> Iterator[None]:
+        """Hold the step's weights within the block."""
+        self.groups = groups
+        try:
+            yield
+        finally:
+            self.groups = None
 
     def read(self, group: str) -> GroupWeights | None:
         """Return a group's weights, or None where layers run unrouted; ValueError for training without labels."""
