@@ -38,7 +38,7 @@ def find_base(
         content: hash of the weights' content, see `routed_peft.regions.fingerprint`.
     """
     name = inner.name_or_path
-    nowhere = {"id": None, "revision": None}
+    nowhere: dict[str, str | None] = {"id": None, "revision": None}
     if not name:
         return nowhere
     local = Path(name).expanduser()
@@ -80,7 +80,7 @@ def _compare(folder: Path, files: list[Path], inner: PreTrainedModel, weights: M
         return False
     if getattr(inner, "is_quantized", False):
         return True
-    where = {}
+    where: dict[str, Path] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             where |= dict.fromkeys(file.keys(), path)

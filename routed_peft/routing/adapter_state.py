@@ -57,7 +57,7 @@ class AdapterState:
     """
 
     names: list[str]
-    layers: list[tuple[str, BaseTunerLayer, nn.Module, str]]
+    layers: list[tuple[str, Any, nn.Module, str]]
     trained: list[tuple[str, nn.Module, str, bool, bool]]
 
     @classmethod
