@@ -35,17 +35,11 @@ _KEYS = {"train_base", "base", "regions", "base_adapters", "routes", "files"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Contents of a run's directory, according to its ``routing.json``.
-
-    Attributes:
-        root: the directory.
-        data: the content of ``routing.json``.
-        source: the path or Hub id that the user gave, for messages.
-    """
+    """Contents of a run's directory ``root``, according to the ``data`` in its ``routing.json``."""
 
     root: Path
     data: Mapping[str, Any]
-    source: str
+    source: str  # the path or Hub id that the user gave, for messages
 
     @classmethod
     def read(cls, root: Path, source: str) -> Layout:

@@ -13,17 +13,11 @@ from routed_peft.checkpoint.layout import Layout
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run whose own files are on this machine; its adapters are downloaded when they are asked for.
-
-    Attributes:
-        layout: the run's files, as ``routing.json`` lists them.
-        commit: commit of the repository; None for a directory.
-        hub: arguments for further downloads, see `hub_arguments`.
-    """
+    """A run whose own files are on this machine; its adapters are downloaded when they are asked for."""
 
     layout: Layout
-    commit: str | None = None
-    hub: Mapping[str, Any] = field(default_factory=dict)
+    commit: str | None = None  # of the repository; None for a directory
+    hub: Mapping[str, Any] = field(default_factory=dict)  # arguments for further downloads, see `hub_arguments`
 
     @classmethod
     def from_source(cls, src: str | Path, revision: str | None = None, **hub: Any) -> OpenRun:

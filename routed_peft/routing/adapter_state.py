@@ -49,11 +49,9 @@ def frozen_adapters(model: nn.Module, members: Sequence[Member]) -> list[str]:
 class AdapterState:
     """Adapters and trained parameters of a model at the time of attaching.
 
-    Attributes:
-        names: of all adapters.
-        layers: (name, PEFT layer, module that holds it, attribute by which it does).
-        trained: (module's name, module, parameter's name, whether it is trained, whether it is an adapter's), for every
-            parameter whose gradient is routed, or would have to be.
+    ``layers`` are (name, PEFT layer, module that holds it, attribute by which it does). For every parameter whose gradient
+    is routed, or would have to be, ``trained`` has (module's name, module, parameter's name, whether it is trained, whether
+    it is an adapter's).
     """
 
     names: list[str]

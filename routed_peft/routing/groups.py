@@ -20,21 +20,13 @@ JOINT = "joint"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A module that owns parameters, and their group.
-
-    Attributes:
-        name: qualified module name.
-        module: the module itself.
-        group: ``"base"``, a region, or ``"joint"``.
-        adapter: the PEFT adapter that it is part of, if any.
-        outlet: whether it is an outlet of a region (see `routed_peft.adapters`), which a route may ablate.
-    """
+    """A module that owns parameters, and their group."""
 
     name: str
     module: nn.Module
-    group: str
-    adapter: str | None = None
-    outlet: bool = False
+    group: str  # "base", a region, or "joint"
+    adapter: str | None = None  # the PEFT adapter that it is part of
+    outlet: bool = False  # whether it is an outlet of a region (see `routed_peft.adapters`), which a route may ablate
 
 
 def find_members(

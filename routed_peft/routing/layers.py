@@ -19,23 +19,14 @@ from routed_peft.routing.step_weights import GroupWeights, RoutingState
 
 @dataclass(slots=True)
 class Attachment:
-    """The link between a swapped module and its routing; a plain object, which ``nn.Module`` does not register.
-
-    Attributes:
-        state: the shared holder.
-        group: ``"base"`` or a region.
-        name: qualified module name, for messages.
-        original: the class before the swap.
-        outlet: as in `routed_peft.routing.groups.Member`.
-        view: for modules evaluated twice, the same module under its original class (it shares all parameters).
-    """
+    """The link between a swapped module and its routing; a plain object, which ``nn.Module`` does not register."""
 
     state: RoutingState
-    group: str
-    name: str
-    original: type[nn.Module]
-    outlet: bool = False
-    view: nn.Module | None = None
+    group: str  # "base" or a region
+    name: str  # of the module, for messages
+    original: type[nn.Module]  # the class before the swap
+    outlet: bool = False  # as in `routed_peft.routing.groups.Member`
+    view: nn.Module | None = None  # of a module evaluated twice: itself under its original class
 
     def read(self, x: Tensor | None = None) -> GroupWeights | None:
         """Return the step's weights, as `RoutingState.read`; ValueError where they do not line up with an input ``x``."""

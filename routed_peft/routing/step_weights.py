@@ -26,30 +26,19 @@ NO_LABELS = (
 
 @dataclass(slots=True)
 class GroupWeights:
-    """One step's weights for one group (the base or a region).
+    """One step's weights for one group (the base or a region)."""
 
-    Attributes:
-        weights: gradient weights, or None where all are one: the layer then runs as if it were not routed.
-        gate: 1 where the region takes part in the forward pass and 0 where it is ablated; None where it always takes part.
-        cache: input rows shared by neighboring layers within the step.
-    """
-
-    weights: PositionWeights | None = None
-    gate: Tensor | None = None
-    cache: RowCache = field(default_factory=RowCache, repr=False, compare=False)
+    weights: PositionWeights | None = None  # None where all are one: the layer then runs as if it were not routed
+    gate: Tensor | None = None  # 1 where the region takes part in the forward pass, 0 where ablated; None: always 1
+    cache: RowCache = field(default_factory=RowCache, repr=False, compare=False)  # shared by neighboring layers
 
 
 @dataclass(slots=True)
 class RoutingState:
-    """The holder that routed layers share.
+    """The holder that routed layers share."""
 
-    Attributes:
-        groups: the step's weights by group; None between steps.
-        off: number of open `GradientRouting.off` contexts.
-    """
-
-    groups: dict[str, GroupWeights] | None = None
-    off: int = 0
+    groups: dict[str, GroupWeights] | None = None  # the step's weights by group; None between steps
+    off: int = 0  # number of open `GradientRouting.off` contexts
 
     @contextmanager
     def holding(self, groups: dict[str, GroupWeights]) -> Iterator[None]:
@@ -106,19 +95,12 @@ def label_indices(labels: Sequence[str] | Sequence[int] | Tensor, routes: Routes
 
 @dataclass(slots=True)
 class RouteTable:
-    """The routes as tensors, which turn the labels of a step into weights per group.
-
-    Attributes:
-        routes: label -> route.
-        regions: names of the regions.
-        gather: whether positions of weight zero are left out of weight-gradient matmuls.
-        dtype: of the weights; float64 only for models in float64.
-    """
+    """The routes as tensors, which turn the labels of a step into weights per group."""
 
     routes: Routes
     regions: Sequence[str]
-    gather: bool = True
-    dtype: torch.dtype = torch.float32
+    gather: bool = True  # leave positions of weight zero out of weight-gradient matmuls
+    dtype: torch.dtype = torch.float32  # of the weights; float64 only for models in float64
     _tables: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
