@@ -68,14 +68,9 @@ def run_demo(
             models |= measured
         display.overall_status("writing the report")
         derived = derive(models)
-        summary = {
-            "verdict": verdict(derived),
-            **derived,
-            "models": models,
-            "arms": arms,
-            "seconds": round(time.monotonic() - began, 1),
-            "illustration": "one seed, one small model, one pair of corpora",
-        }
+        summary = {"verdict": verdict(derived), **derived, "models": models, "arms": arms}
+        summary |= {"seconds": round(time.monotonic() - began, 1)}
+        summary |= {"illustration": "one seed, one small model, one pair of corpora"}
         records.finish(summary)
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
         write_report(records, summary, settings=settings, file=out / REPORT)
@@ -102,14 +97,9 @@ def _run_arm(
     run = material.run_of(arm, settings)
     began, watcher = time.monotonic(), Watcher(display, arm)
     seen = train_arm(arm, settings, material=material, run=run, folder=folder, records=records, watcher=watcher)
-    facts = {
-        "name": arm.name,
-        "about": arm.about,
-        "tokens": settings.tokens,
-        "tokens_by_side": tokens_by_side(run, settings.length),
-        "targets_by_label": seen,
-        "seconds_training": round(time.monotonic() - began, 1),
-    }
+    facts: dict[str, Any] = {"name": arm.name, "about": arm.about, "tokens": settings.tokens}
+    facts |= {"tokens_by_side": tokens_by_side(run, settings.length), "targets_by_label": seen}
+    facts |= {"seconds_training": round(time.monotonic() - began, 1)}
     display.status(arm, "measuring")
     measure = lambda place, *regions: dict(measure_model(open_model(folder / place, regions), settings, material))
     models: dict[str, dict[str, Any]] = {arm.key: measure(arm.plain)}

@@ -216,18 +216,13 @@ class RegionMonitor(TrainerCallback, ExportableState):
         trainer, names = self.trainer, self.environments
         with trainer.compute_loss_context_manager(), _eager():
             effects = self.probe.measure(trainer.model, self.factors, environments=len(names), reduce=self._reduce)
-        gaps = self._reward_gaps(step)
-        return {
-            region: RegionReport(
-                [f.name for f in factors],
-                names,
-                self._growth[region],
-                effects[region],
-                {"reward_gap": gaps.get(region, {}), **self.energies[region].shares(self._reduce, trainer.args.device)},
-                weight_drift(trainer.model, region),
-            )
-            for region, factors in self.factors.items()
-        }
+        gaps, reports = self._reward_gaps(step), {}
+        for region, factors in self.factors.items():
+            layers, drift = [f.name for f in factors], weight_drift(trainer.model, region)
+            extra = {"reward_gap": gaps.get(region, {})}
+            extra |= self.energies[region].shares(self._reduce, trainer.args.device)
+            reports[region] = RegionReport(layers, names, self._growth[region], effects[region], extra, drift)
+        return reports
 
     def _reward_gaps(self, step: int) -> dict[str, dict[str, float]]:
         if self.reward is None or (step % self.config.reward_every and self.status == OK):

@@ -176,14 +176,9 @@ def save_student(
     is None if that cost is unknown (`read_cost`).
     """
     before = read_cost(source)
-    content = {
-        "source": source,
-        **asdict(record),
-        "teacher_ledger": None if before is None else before.to_dict(),
-        "total_ledger": None if before is None else (before + record.ledger).to_dict(),
-        "versions": versions(),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    total = None if before is None else (before + record.ledger).to_dict()
+    content = {"source": source, **asdict(record), "teacher_ledger": before and before.to_dict(), "total_ledger": total}
+    content |= {"versions": versions(), "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     with atomic_directory(Path(out)) as aside:
         student.save_pretrained(aside)
         if tokenizer is not None:

@@ -57,36 +57,26 @@ def summarize(
         {rate: [curve.losses(name) for curve in own] for rate, own in by_rate.items()}
         for name in (attack.target, "retain", *(attack.target + end for end in BOUNDS))
     )
-    found = Envelope.from_losses(
-        steps := [point.step for point in curves[0].points],
-        losses,
-        retain=retain,
-        before=start[attack.target],
-        retain_before=start.get("retain"),
-        statuses={curve.status for curve in curves},
-        bounds=(low, high),
-    )
+    steps, statuses = [point.step for point in curves[0].points], {curve.status for curve in curves}
+    before: dict[str, Any] = {"before": start[attack.target], "retain_before": start.get("retain")}
+    found = Envelope.from_losses(steps, losses, retain=retain, **before, statuses=statuses, bounds=(low, high))
     attacked = found.verdict == "attack"
     summarized = _EnvelopeSummary(attack, curves, attacked=attacked, before=start[attack.target], reference=reference)
-    result: dict[str, Any] = {
-        "attack": asdict(attack),
-        "target": attack.target,
-        "verdict": found.verdict,
-        "start": start,
-        "reference": reference,
-        "learning_rates": {f"{rate:g}": [curve.status for curve in own] for rate, own in by_rate.items()},
-        "interior": attacked and found.states[-1].interior,
-        **summarized.entries(found.states),
-    }
+    result: dict[str, Any] = {"attack": asdict(attack), "target": attack.target, "verdict": found.verdict}
+    result |= {"start": start, "reference": reference}
+    result["learning_rates"] = {f"{rate:g}": [curve.status for curve in own] for rate, own in by_rate.items()}
+    result |= {"interior": attacked and found.states[-1].interior, **summarized.entries(found.states)}
     if found.useful is not None:
         result["useful"] = summarized.entries(found.useful)
     if oracle is not None and reference is not None and attacked and steps[-1] > 0:
         means = [state.case.mean for state in found.states]
         result["area"] = relearning_area(steps, means, base=reference, oracle=oracle)
-    kept = ("learning_rate", "seed", "status")
-    points = [[{"step": p.step, "tokens": p.tokens, **p.scores} for p in curve.points] for curve in curves]
-    own = [{name: getattr(curve, name) for name in kept} for curve in curves]
-    return result | {"curves": [about | {"points": of} for about, of in zip(own, points, strict=True)]}
+    result["curves"] = [
+        {name: getattr(curve, name) for name in ("learning_rate", "seed", "status")}
+        | {"points": [{"step": p.step, "tokens": p.tokens, **p.scores} for p in curve.points]}
+        for curve in curves
+    ]
+    return result
 
 
 class _EnvelopeSummary:
