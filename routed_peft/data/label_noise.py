@@ -60,11 +60,8 @@ def simulate_labels(
     shares = dict(labeled) if isinstance(labeled, Mapping) else {FORGET: labeled, RETAIN: labeled}
     if set(shares) != {FORGET, RETAIN}:
         raise ValueError(f"`labeled` is one share, or one each for 'forget' and 'retain', got {labeled}")
-    for name, value in {
-        "recall": recall,
-        "precision": precision,
-        **{f"labeled[{s}]": v for s, v in shares.items()},
-    }.items():
+    given = {"recall": recall, "precision": precision} | {f"labeled[{side}]": v for side, v in shares.items()}
+    for name, value in given.items():
         if not 0 <= value <= 1:
             raise ValueError(f"`{name}` is a share between 0 and 1, got {value}")
     if precision == 0:

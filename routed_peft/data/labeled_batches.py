@@ -9,15 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routed_peft.data.collator import (
-    Feature,
-    RoutedCollator,
-    check_length,
-    common_keys,
-    plain,
-    shift,
-    weight_tensors,
-)
+from routed_peft.data.collator import Feature, RoutedCollator, check_length, common_keys, plain, shift, weight_tensors
 from routed_peft.data.columns import (
     ROUTE_COLUMNS,
     ROUTE_ENVIRONMENT,

@@ -43,15 +43,11 @@ def document_means(values: Tensor, documents: Tensor, counted: Tensor | None = N
 
 
 def regroup(rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int) -> tuple[Dataset, list[str]]:
-    """Regroup unlabeled rows, so that no row mixes forget documents with others.
+    """Regroup unlabeled rows, so that no row mixes forget documents with others, and return them with their labels.
 
-    Args:
-        rows: of one length, with ``input_ids``, ``route_label``, and further columns only with a value for each token.
-        is_forget: for each row, whether each of its documents counts as forget.
-        separator: the token that ends a document.
-
-    Returns:
-        rows of the same length, and the label of each; tokens that do not fill a row are dropped.
+    ``rows`` are of one length, with ``input_ids``, ``route_label``, and further columns only with a value for each token.
+    ``is_forget`` says for each row whether each of its documents, which a ``separator`` ends, counts as forget. The rows
+    returned have the same length; tokens that do not fill one are dropped.
 
     >>> rows = Dataset.from_dict({"input_ids": [[5, 0, 6, 0], [7, 0, 8, 0]], "route_label": ["unlabeled"] * 2})
     >>> found, labels = regroup(rows, [[True, False], [True, False]], separator=0)

@@ -65,11 +65,7 @@ def draw_order(
     seed: int | Sequence[int] = 0,
     first_forget_share: float = 0.5,
 ) -> list[int]:
-    """Return the indices that `schedule` selects.
-
-    Args:
-        row_labels: the label of every row.
-        rows: as for `schedule`, like the arguments after it.
+    """Return the indices that `schedule` selects from rows with these labels; its arguments are those of `schedule`.
 
     >>> draw_order(["forget", "retain"], 4, labeled_first=1.0)
     [0, 1, 0, 1]

@@ -50,9 +50,8 @@ def run_recipe(main: Callable[[], None]) -> None:
     Of several processes the main one writes the line.
     """
     place = sys.argv.index("--debug") if "--debug" in sys.argv else None
-    debug = place is not None and (sys.argv[place + 1 :] or ["--"])[0].startswith(
-        "--"
-    )  # with a value it is a Trainer's
+    # with a value it is a Trainer's
+    debug = place is not None and (sys.argv[place + 1 :] or ["--"])[0].startswith("--")
     if place is not None and debug:
         del sys.argv[place]
     try:
@@ -96,14 +95,10 @@ class _Parser(HfArgumentParser):
             if name not in actions:
                 self.refuse(str(name), list(actions))
             action, kinds = actions[name], {get_origin(kind) or kind for kind in (hints[name], *get_args(hints[name]))}
-            several = isinstance(value, list) and action.nargs == "+"
+            several, as_is = isinstance(value, list) and action.nargs == "+", {*kinds} & {dict, list, NoneType}
             if several and value:
                 flags += [f"--{name}", *(_text(name, item, {str}) for item in value)]
-            elif (
-                several
-                or type(value) in {*kinds} & {dict, list, NoneType}
-                or (value is None and action.default is None)
-            ):
+            elif several or type(value) in as_is or (value is None and action.default is None):
                 values[name] = value
             else:
                 flags.append(f"--{name}={_text(name, value, kinds)}")

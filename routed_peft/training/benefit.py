@@ -62,15 +62,9 @@ def middle_and_spread(values: Tensor, kind: str) -> tuple[float, float]:
 
 @torch.no_grad()
 def region_benefit(model: nn.Module, batch: dict[str, Tensor], regions: Sequence[str]) -> Tensor:
-    """Return the loss without the regions minus the loss with them, at each token but the first.
+    """Return the loss without the regions minus the loss with them, at each token but the first: ``(B, T - 1)``, in nats.
 
-    Args:
-        model: with `regions`.
-        batch: ``input_ids``, ``labels`` and ``attention_mask``, ``(B, T)``; other keys are ignored.
-        regions: names of the regions.
-
-    Returns:
-        ``(B, T - 1)``, in nats.
+    ``batch`` has ``input_ids``, ``labels`` and ``attention_mask``, ``(B, T)``; other keys are ignored.
     """
     device = next(model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
@@ -89,19 +83,11 @@ def row_means(values: Tensor, targets: Tensor) -> Tensor:
 def score_rows(
     trainer: Any, rows: Dataset, *, indices: np.ndarray, batch_size: int, separator: int | None = None
 ) -> list[Tensor]:
-    """Return the benefit of the trainer's regions to rows, or to each of their documents.
+    """Return the benefit of the trainer's regions to rows: for each index a tensor of one value, in nats per token.
 
+    With a ``separator``, the token that ends a document, each tensor has one value per document instead. ``rows`` are
+    packed, with ``input_ids``. Model, collator and autocast are the trainer's, with ``batch_size`` rows in a forward pass.
     Processes share the work, each with equally many batches.
-
-    Args:
-        trainer: a routed Trainer, whose model, collator and autocast are used.
-        rows: packed rows with ``input_ids``.
-        indices: of the rows to score.
-        batch_size: rows in a forward pass.
-        separator: the token that ends a document; None to score whole rows.
-
-    Returns:
-        for each index a tensor of one value, or of one value per document, in nats per token.
     """
     accelerator = trainer.accelerator
     each = -(-len(indices) // accelerator.num_processes)

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
 from routed_peft.regions.subspace import has_subspace, project_base
@@ -46,14 +45,7 @@ class SubspaceProjection(TrainerCallback):
     >>> trainer = Trainer(model, args, callbacks=[SubspaceProjection()])  # doctest: +SKIP
     """
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Refuse a model without a subspace region, on which the callback would do nothing."""
         if model is None or not has_subspace(model):
             raise ValueError(
@@ -61,14 +53,7 @@ class SubspaceProjection(TrainerCallback):
                 '`get_peft_model(model, RoutedConfig(kind="subspace", subspace="….safetensors"), "persona")`'
             )
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Restore the component of the base along each subspace."""
         assert model is not None
         project_base(model)

@@ -68,10 +68,8 @@ class LabeledLoadersMixin(_Host):
         self._loader_checked = True
         collate = getattr(self.callback_handler.train_dataloader, "collate_fn", None)
         collate = getattr(collate, "data_collator", collate)  # of RemoveColumnsCollator
-        known = isinstance(collate, RoutedCollator | LabeledBatches) and list(collate.routes or ()) == [
-            *self.routing.routes
-        ]
-        if self.labels_in_rows and not known:
+        found = list(collate.routes or ()) if isinstance(collate, RoutedCollator | LabeledBatches) else None
+        if self.labels_in_rows and found != list(self.routing.routes):
             raise ValueError(
                 "the training loader is not the trainer's own, and its integer labels have no names: give it "
                 "`collate_fn=RoutedCollator(tokenizer, routes)` with the trainer's routes, or pass `data_collator` instead"

@@ -87,14 +87,8 @@ class SelfLabeledRows(ChangingDataset):
         """Shares of the run after which rows are scored, by the setting that asks for it."""
         self._given = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
         self._at_first = rows
-        order = draw_order(
-            self._given.tolist(),
-            count,
-            labeled_first=config.labeled_first,
-            forget_share=config.forget_share,
-            seed=seed,
-            first_forget_share=config.first_forget_share,
-        )
+        first = {"labeled_first": config.labeled_first, "first_forget_share": config.first_forget_share}
+        order = draw_order(self._given.tolist(), count, forget_share=config.forget_share, seed=seed, **first)
         self._order_at_first = np.array(order)
         self.restore({})
 
@@ -214,12 +208,8 @@ class SelfLabeledRows(ChangingDataset):
             self.labels = np.concatenate([self.labels, np.array(labels, dtype=object)])
         given = np.array([], dtype=int) if self.config.overrule else np.flatnonzero(self._given != UNLABELED)
         known = np.union1d(given, self.found_rows)
-        order = draw_order(
-            self.labels[known].tolist(),
-            len(self) - start,
-            forget_share=self.config.forget_share,
-            seed=[self.seed, start],
-        )
+        names, share = self.labels[known].tolist(), self.config.forget_share
+        order = draw_order(names, len(self) - start, forget_share=share, seed=[self.seed, start])
         self._order[start:] = known[order]
         self._sides_in_order[start:] = labels = self.labels[self._order[start:]]
         robust = np.random.default_rng([self.seed, start]).random(len(labels)) < self.config.robust_share
