@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,3 +65,21 @@ def check_finite(loss: Tensor, step: int) -> None:
             f"the loss is {float(loss)} at step {step}: nothing was saved since the last checkpoint. Lower the learning rate, "
             "add warm-up steps or clip (`max_grad_norm`)"
         )
+
+
+def check_finite_weights(weights: Iterable[tuple[str, Tensor]], step: int) -> None:
+    """Raise `DivergedError` unless all ``weights``, by name, are finite after a step; of sharded ones, those that are here.
+
+    >>> check_finite_weights({"head": torch.tensor([1.0, float("inf")])}.items(), step=3)
+    Traceback (most recent call last):
+    ...
+    routed_peft.losses.DivergedError: weights are not finite after step 3, such as 'head': ...
+    """
+    for name, weight in weights:
+        here: Any = weight.detach()
+        here = here.to_local() if hasattr(here, "to_local") else here
+        if not torch.isfinite(here).all():
+            raise DivergedError(
+                f"weights are not finite after step {step}, such as {name!r}, so the model is not saved. Lower the learning "
+                "rate, add warm-up steps or clip (`max_grad_norm`)"
+            )

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from routed_peft.mistakes import check_shape
+
 BASE = "base"
 """Name of the group of all trained parameters outside every region."""
 
@@ -74,7 +76,7 @@ class Route:
         unknown = set(data) - {"weights", "ablated"}
         if unknown:
             raise ValueError(f"a route has the keys `weights` and `ablated`, got {sorted(unknown)}, too: remove these")
-        return cls(data.get("weights", {}), tuple(data.get("ablated", ())))
+        return cls(data.get("weights") or {}, tuple(data.get("ablated") or ()))
 
 
 Routes = Mapping[str, Route]
@@ -92,7 +94,26 @@ def routes_from_dict(data: Mapping[str, Any]) -> dict[str, Route]:
     >>> routes_from_dict({"retain": {"ablated": ["forget"]}})
     {'retain': Route(weights={}, ablated=('forget',))}
     """
+    check_shape(data, {str: {"weights?": {str: int | float}, "ablated?": [str]}}, "routes")
     return {label: Route.from_dict(route) for label, route in data.items()}
+
+
+def routes_differ(before: Routes, now: Routes) -> list[str]:
+    """Return how two tables of routes differ in what data does, one text per label; their order does not matter.
+
+    >>> routes_differ({"a": Route()}, {"a": Route({"base": 0})})
+    ["'a' was Route(weights={}, ablated=()) and is Route(weights={'base': 0.0}, ablated=())"]
+    """
+    texts = []
+    for label in dict.fromkeys([*before, *now]):
+        old, new = before.get(label), now.get(label)
+        if old is None or new is None:
+            texts.append(f"{label!r} had no route and is {new}" if old is None else f"{label!r} was {old} and has no route")
+            continue
+        names = {*old.weights, *old.ablated, *new.weights, *new.ablated}
+        if set(old.ablated) != set(new.ablated) or any(old.weight(name) != new.weight(name) for name in names):
+            texts.append(f"{label!r} was {old} and is {new}")
+    return texts
 
 
 def check_region_name(name: str) -> None:

@@ -14,8 +14,9 @@ from transformers.trainer_utils import HubStrategy
 
 from routed_peft.ablation import ablated
 from routed_peft.checkpoint.save import check_kept_regions
-from routed_peft.data import check_route_columns
+from routed_peft.data import RoutedCollator, check_route_columns
 from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT, ROUTE_QUARANTINE
+from routed_peft.data.padding import check_batch, check_unpacked
 from routed_peft.losses import check_finite
 from routed_peft.regions.subspace import has_subspace
 from routed_peft.routes import IGNORED, Routes
@@ -54,15 +55,26 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
 
     optimizer: torch.optim.Optimizer
     observer: BatchObserver | None = None
+    _watched: torch.optim.Optimizer | None = None
 
     # Setting up
 
     def _attach(self, routes: Routes) -> None:
         """Attach the routing; called at the end of the Trainer's constructor."""
         self._refuse_unsupported()
+        self._route(self.model, routes)
+        self.add_callback(_IdleGradients(self))
+        if has_subspace(self.model):
+            self.add_callback(SubspaceProjection())
+        if isinstance(self.train_dataset, ChangingDataset):
+            self.add_callback(self.train_dataset.callback(self))
+
+    def _route(self, model: nn.Module, routes: Routes) -> None:
+        """Attach the routing to the model that this trainer trains from now on."""
         args = self.args
+        args.continue_run(model)
         self.routing = GradientRouting(
-            self.model,
+            model,
             routes,
             train_base=args.train_base,
             base_adapters=args.base_adapters,
@@ -72,17 +84,25 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
             gather=args.gather and not args.torch_compile,
         )
         check_kept_regions(args.kept_regions, self.routing.regions)
-        self._clips_by_group = clips_by_group(routes, self.routing.groups, wanted=args.clip_per_group)
         self._refuse_sharded_norms()
         self._checked = not args.self_check
         self._labels_checked = not args.check_labels_after
         self.tokens_per_route: Counter[str] = Counter()  # over the run and all processes
         self._taught: Counter[tuple[str, str]] = Counter()  # since the last optimizer step, in this process
-        self.add_callback(_IdleGradients(self))
-        if has_subspace(self.model):
-            self.add_callback(SubspaceProjection())
-        if isinstance(self.train_dataset, ChangingDataset):
-            self.add_callback(self.train_dataset.callback(self))
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a model as `Trainer` does; from the second on, as in a search, the routing goes over to it."""
+        attached: GradientRouting | None = getattr(self, "routing", None)
+        if attached is None:
+            return super().call_model_init(trial)
+        attached.detach()
+        model = super().call_model_init(trial)
+        self._route(model, attached.routes)
+        return model
+
+    @property
+    def _clips_by_group(self) -> bool:
+        return clips_by_group(self.routing.routes, self.routing.groups, wanted=self.args.clip_per_group)
 
     def _refuse_unsupported(self) -> None:
         args = self.args
@@ -99,6 +119,11 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
             raise ValueError(
                 f"`hub_strategy={HubStrategy(args.hub_strategy).value!r}` would push checkpoints with their regions and "
                 "optimizer to the repository of the base: set it to 'every_save' or 'end', which push the base alone"
+            )
+        if getattr(self, "aux_loss_enabled", False):  # TRL's, for mixtures of experts
+            raise ValueError(
+                "TRL adds the routers' load-balancing loss, which depends on all rows of a batch, so forget rows would train "
+                "the base: set `router_aux_loss_coef=0.0`"
             )
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed keeps gradients where idle groups cannot be dropped: use DDP or FSDP2")
@@ -123,7 +148,9 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         self._signature_columns = [*columns, *(column for column in ours if column not in columns)]  # type: ignore[assignment]
 
     def _check_labels_occur(self, labels: Mapping[str, int], steps: int | None = None) -> None:
-        check_labels_occur(labels, self.routing.routes, regions=self.routing.regions, steps=steps)
+        trained = self.routing.groups
+        regions = [region for region in self.routing.regions if region in trained]  # frozen ones need no data
+        check_labels_occur(labels, self.routing.routes, regions=regions, steps=steps)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._check_before_training()
@@ -133,6 +160,7 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
 
     def _check_before_training(self) -> None:
         self._loader_checked = False
+        check_unpacked(getattr(self.train_dataset, "column_names", None) or ())
         if isinstance(self.train_dataset, Dataset):
             names = self._label_names(self.train_dataset)
             self._check_labels_occur(check_route_columns(self.train_dataset, self.routing.routes, names))
@@ -165,6 +193,10 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
             raise ValueError(
                 '`optimizers`: every parameter group needs a "route" key; see routed_peft.training.tag_groups'
             )
+        if self._watched is not optimizer and hasattr(optimizer, "register_step_pre_hook"):
+            # callbacks come between backward pass and step, and merging changes the size of a trained weight
+            optimizer.register_step_pre_hook(lambda *_: self.routing.check_adapters())
+            self._watched = optimizer
         self.optimizer = optimizer
         return optimizer
 
@@ -183,23 +215,32 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
             )
         if not self._loader_checked:
             self._check_loader()
-        if not self._checked:
+        if not self._checked and self._can_check(inputs):
             self._checked = True
             self._check_routing(model, inputs)
-        self._count(labels, weights, inputs)
+        if self.labels_in_rows and not isinstance(self.data_collator, RoutedCollator):
+            check_batch(inputs, self.processing_class)
+        taught = self._count(labels, weights, inputs)
         if self.observer is not None:
             self.observer.observe(inputs, environments)
         with self.routing(labels, weights):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        check_finite(loss, self.state.global_step)
+        if taught:  # without a token that has a loss some losses are NaN, and their gradients zero
+            check_finite(loss, self.state.global_step)
         return loss
+
+    def _can_check(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether every process has a token with a loss, for the check reduces gradients over them."""
+        seen = self._has_loss(inputs).any().reshape(1).to(self.args.device)
+        return bool(self.accelerator.gather(seen).all())
 
     def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         prepared = self._prepare_inputs(dict(inputs))
+        items = self._get_num_items_in_batch([prepared], self.args.device)
 
         def loss(_: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             with self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(batch))
+                return self.compute_loss(model, dict(batch), num_items_in_batch=items)
 
         model.train()
         self.routing.self_check(prepared, loss)
@@ -215,7 +256,8 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         penalty = penalty / self.current_gradient_accumulation_steps if scaled else penalty
         return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
 
-    def _count(self, labels: Tensor, weights: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]) -> None:
+    def _count(self, labels: Tensor, weights: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]) -> bool:
+        """Count what the batch teaches, by group and label; return whether any token has a loss."""
         has_loss = self._has_loss(inputs).cpu()
         reached = has_loss.flip(1).cummax(1).values.flip(1)
         for group, count in self.routing.count_learning_positions(labels, reached, weights).items():
@@ -223,6 +265,7 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         per_position = labels.cpu() if labels.dim() == 2 else labels.cpu().unsqueeze(1).expand_as(has_loss)
         for index, label in enumerate(self.routing.routes):
             self._taught["label", label] += int((has_loss & (per_position == index)).sum())
+        return bool(has_loss.any())
 
     def _has_loss(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return a bool ``(B, T)``: the positions from which a token with a loss is predicted."""
@@ -243,7 +286,10 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         taught = self.accelerator.reduce(counts, "sum").tolist()
         self.tokens_per_route.update(dict(zip(labels, taught[len(groups) :], strict=True)))
         self._check_under_way()
-        drop_idle_gradients(self.optimizer, {group for group, count in zip(groups, taught, strict=False) if not count})
+        if any(taught):  # without any loss, no route has kept data from a group: as `Trainer` does
+            drop_idle_gradients(
+                self.optimizer, {group for group, count in zip(groups, taught, strict=False) if not count}
+            )
 
     # Evaluation
 

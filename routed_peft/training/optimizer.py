@@ -31,6 +31,9 @@ def tag_groups(
         region_learning_rate: peak rate for regions, or None to leave it.
         region_weight_decay: decay for regions, or None to leave it.
 
+    Raises:
+        ValueError: on an optimizer with parameters that are in no group.
+
     Example:
         >>> a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         >>> optimizer = torch.optim.SGD([a, b], lr=0.1)
@@ -38,7 +41,14 @@ def tag_groups(
         >>> [(group["route"], group["lr"]) for group in optimizer.param_groups]
         [('base', 0.1), ('forget', 0.3)]
     """
-    assert not optimizer.state, "tag_groups is for an optimizer that has not stepped"
+    # Adagrad has a state before its first step
+    stepped = any(float(state.get("step", 1)) for state in optimizer.state.values())
+    assert not stepped, "tag_groups is for an optimizer that has not stepped"
+    if any(p not in groups for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"{type(optimizer).__name__} has parameters that are not the model's own, such as one that steps within the "
+            "backward pass: idle groups could not be left out. Take another `optim`, such as 'adamw_torch'"
+        )
     split: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         by_route: dict[str, list[nn.Parameter]] = {}

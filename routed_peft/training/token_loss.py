@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from routed_peft.routes import IGNORED
@@ -16,22 +17,29 @@ class TokenLossMixin:
     """Mix-in that makes a `Trainer`'s evaluation loss the mean over all *tokens* instead of the mean over batches."""
 
     accelerator: Accelerator
+    args: TrainingArguments
+    compute_loss_func: Any
     _loss_sums: Tensor
     _measures = False
 
-    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._measures:
+            return super()._get_num_items_in_batch(batch_samples, *args, **kwargs)  # type: ignore[misc]
         # otherwise Trainer divides an evaluation's loss by the tokens of all processes, however many each has
-        return None if self._measures else super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
+        if self.compute_loss_func is None:
+            return None
+        return sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batch_samples if "labels" in batch)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch, and add up its loss and tokens."""
         if "labels" in inputs:
             inputs = {**inputs, "labels": ignore_repeated_rows(inputs["labels"], self.accelerator)}
-        self._measures = True
+        across = self.args.average_tokens_across_devices
+        self._measures, self.args.average_tokens_across_devices = True, False  # each process divides by its own tokens
         try:
             result = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         finally:
-            self._measures = False
+            self._measures, self.args.average_tokens_across_devices = False, across
         tokens = int((inputs["labels"][:, 1:] != IGNORED).sum()) if "labels" in inputs else 0
         if result[0] is not None and tokens:
             self._loss_sums += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)

@@ -26,7 +26,7 @@ class RoutedTrainer(RoutingMixin, Trainer):
     in nats; checkpoints have the layout of `save_routed`.
 
     Args:
-        model: a model with adapters; see `GradientRouting`.
+        model: a model with adapters; see `GradientRouting`. None where ``model_init`` makes one.
         args: `RoutedTrainingArguments`.
         routes: label -> `Route`.
         data_collator: a `RoutedCollator` for ``processing_class`` by default. Any other makes batches of rows without
@@ -39,7 +39,7 @@ class RoutedTrainer(RoutingMixin, Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         args: RoutedTrainingArguments,
         *,
         routes: Routes,
