@@ -21,6 +21,7 @@ from routed_peft.data.columns import (
     route_column,
     route_index,
 )
+from routed_peft.data.padding import check_mask, check_unpacked, infer_mask
 from routed_peft.routes import IGNORED
 
 Feature = Mapping[str, Any]
@@ -41,7 +42,8 @@ class RoutedCollator:
         class_names: names of ClassLabel integers (`class_names` finds them in a dataset).
 
     Calling it takes rows with ``input_ids``, either ``route_label`` or ``route_labels``, and optionally
-    ``attention_mask``, ``labels``, ``route_weights`` (by group: a number, or one number per position) and
+    ``attention_mask`` (without it, 0 at padding tokens at either end, see `routed_peft.data.padding.infer_mask`),
+    ``labels``, ``route_weights`` (by group: a number, or one number per position) and
     ``route_environment``, which passes through as a list; each optional key in every row or in none. It returns
     ``(B, T)`` tensors ``input_ids``, ``attention_mask`` and ``labels``; the integer ``route_label`` ``(B,)`` or
     ``route_labels`` ``(B, T)``, shifted, -100 at padding and at the last token; and ``route_weights``,
@@ -49,8 +51,9 @@ class RoutedCollator:
     loss, just as with padding on the right, where nothing predicts it.
 
     Raises:
-        ValueError: if a row has no label, both kinds of label, a null, a label without a route, or labels or weights of
-            another length than its tokens.
+        ValueError: if a row has no label, both kinds of label, a null, a label without a route, labels or weights of
+            another length than its tokens, padding that cannot be told from text, or documents that a mask or
+            ``position_ids`` keep apart.
 
     Example:
         >>> from routed_peft import presets
@@ -87,6 +90,7 @@ class RoutedCollator:
         if self.routes is None:
             features = [{name: row[name] for name in row if name not in ROUTE_COLUMNS} for row in features]
         keys = common_keys(features)
+        check_unpacked(keys)
         kind = None if self.routes is None else route_column(keys)
         rows = [self._tokens(row, keys) for row in features]
         length = max(len(row["input_ids"]) for row in rows)
@@ -112,13 +116,18 @@ class RoutedCollator:
     def _tokens(self, row: Feature, keys: Sequence[str]) -> dict[str, list[Any]]:
         """Read the columns of a row that have one value per token, checked and cut to `max_length`."""
         ids = plain(row["input_ids"])
-        columns = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+        columns = {"input_ids": ids, "labels": ids}
         for name in ("attention_mask", "labels", ROUTE_LABELS):
             if name in keys:
                 columns[name] = plain(row[name])
                 check_length(name, columns[name], ids)
         if ROUTE_LABELS in keys:
             columns[ROUTE_LABELS] = [self._resolve(label, per_token=True) for label in columns[ROUTE_LABELS]]
+        if "attention_mask" in keys:
+            check_mask(columns["attention_mask"])
+        else:
+            trained = [label != IGNORED for label in columns["labels"]]
+            columns["attention_mask"] = infer_mask(ids, trained, self.tokenizer)
         return {name: self._cut(values) for name, values in columns.items()}
 
     def _resolve(self, label: Any, per_token: bool = False) -> int:
