@@ -90,10 +90,8 @@ def _verified_layout(src: Path, *, regions: bool) -> Layout:
     layout = OpenRun.from_source(src).layout
     layout.verify_base()
     if not layout.saved_base and Path(layout.data["base"]["id"]).is_absolute():
-        raise ValueError(
-            f"the base of {layout.source!r} is the local directory {layout.data['base']['id']}, which nobody else can load: "
-            "push it to the Hub and train from there, or save with `train_base=True`"
-        )
+        raise ValueError(f"the base of {layout.source!r} is the local directory {layout.data['base']['id']}, which nobody "
+                         "else can load: push it to the Hub and train from there, or save with `train_base=True`")  # fmt: skip
     for name in (*layout.base_adapters, *(layout.regions if regions else ())):
         layout.adapter_folder(name)
     return layout

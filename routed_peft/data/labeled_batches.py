@@ -205,9 +205,7 @@ def _put(
     for index, (values, found) in enumerate(zip(rows, places, strict=True)):
         options = [place.put(values, batch["input_ids"].shape[1], fill) for place in found]
         if not options or any(option != options[0] for option in options):
-            raise ValueError(
-                f"`{name}` has one value per token, and the tokens of row {index} cannot be found in the batch that the "
-                "collator made: pad or cut rows on one side only, or take `RoutedCollator`"
-            )
+            raise ValueError(f"`{name}` has one value per token, and the tokens of row {index} cannot be found in the batch "
+                             "that the collator made: pad or cut rows on one side only, or take `RoutedCollator`")  # fmt: skip
         result.append(options[0])
     return result

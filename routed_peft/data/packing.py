@@ -58,9 +58,8 @@ def pack(
     >>> sorted(rows["route_label"]), set(map(len, rows["input_ids"]))
     (['forget', 'retain', 'retain'], {4})
     """
-    column = (
-        "input_ids" if column == "text" and column not in ds.column_names and "input_ids" in ds.column_names else column
-    )
+    if column == "text" and column not in ds.column_names and "input_ids" in ds.column_names:
+        column = "input_ids"
     by = [name for name in (ROUTE_LABEL, "side") if name in ds.column_names] if by is None else list(by)
     _check(ds, tokenizer, length=length, by=[*by, *per_token], column=column)
     rng = np.random.default_rng(seed)
@@ -103,15 +102,10 @@ def pack(
 
 
 def _row_places(sizes: Sequence[int], *, length: int, begin: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where in a stream of documents each row's tokens stand, and which rows begin with inserted tokens.
+    """Return where in a stream of documents each row's tokens stand, ``(N, length)``, and which rows begin with inserted ones.
 
-    Args:
-        sizes: tokens of every document, its beginning and end included.
-        length: tokens per row.
-        begin: tokens that begin a document.
-
-    Returns:
-        Places ``(N, length)``, and ``(N,)`` booleans. The first ``begin`` places of rows with inserted tokens are fillers.
+    ``sizes`` are the tokens of every document, with its end and with the ``begin`` tokens that begin it. The first ``begin``
+    places of rows with inserted tokens are fillers.
     """
     total = sum(sizes)
     if not begin:

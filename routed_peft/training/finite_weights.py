@@ -46,10 +46,8 @@ class FiniteWeightsMixin(_Host):
         if "attention_mask" in batch and wrong.shape == batch["attention_mask"].shape:
             wrong &= batch["attention_mask"].to(wrong.device) != 0
         if wrong.any():
-            raise DivergedError(
-                f"the model's outputs are not finite after step {self.state.global_step}, so it is not saved. Lower the "
-                "learning rate, add warm-up steps or clip (`max_grad_norm`)"
-            )
+            raise DivergedError(f"the model's outputs are not finite after step {self.state.global_step}, so it is not "
+                                "saved. Lower the learning rate, add warm-up steps or clip (`max_grad_norm`)")  # fmt: skip
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._inner_training_loop(*args, **kwargs)

@@ -14,17 +14,10 @@ logger = logging.get_logger(__name__)
 def check_labels_occur(
     labels: Mapping[str, int], routes: Routes, *, regions: Iterable[str], steps: int | None = None
 ) -> None:
-    """Raise where the labels that occur route nothing, or no label trains a region.
+    """Raise where the labels that occur (label -> how often) route nothing, or no label trains a region.
 
-    Args:
-        labels: label -> how often it occurs.
-        routes: of the run.
-        regions: of the run.
-        steps: steps in which ``labels`` were counted, of a run that goes on; a region without data is then only logged,
-            because its data may come later.
-
-    Raises:
-        ValueError: names the labels that do occur.
+    ``steps`` are those in which ``labels`` were counted, of a run that goes on. A region without data is then only logged,
+    because its data may come later.
 
     >>> check_labels_occur({"retain": 4}, {"forget": Route({"base": 0}), "retain": Route(ablated=("forget",))},
     ...                    regions=["forget"])

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
 from routed_peft.ablation import ablated
@@ -37,9 +37,7 @@ class _IdleGradients(TrainerCallback):
     def __init__(self, trainer: RoutingMixin) -> None:
         self.trainer = trainer
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._drop_idle_gradients()
 
 
@@ -121,10 +119,8 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
                 "optimizer to the repository of the base: set it to 'every_save' or 'end', which push the base alone"
             )
         if getattr(self, "aux_loss_enabled", False):  # TRL's, for mixtures of experts
-            raise ValueError(
-                "TRL adds the routers' load-balancing loss, which depends on all rows of a batch, so forget rows would train "
-                "the base: set `router_aux_loss_coef=0.0`"
-            )
+            raise ValueError("TRL adds the routers' load-balancing loss, which depends on all rows of a batch, so forget "
+                             "rows would train the base: set `router_aux_loss_coef=0.0`")  # fmt: skip
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed keeps gradients where idle groups cannot be dropped: use DDP or FSDP2")
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -136,10 +132,8 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
     def _refuse_sharded_norms(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 1 and self._clips_by_group and self.args.max_grad_norm > 0:
-            raise ValueError(
-                "FSDP1 hides the norms of single groups, so base and regions cannot be clipped separately: use FSDP2, or set "
-                "`clip_per_group=False` or `max_grad_norm=0`"
-            )
+            raise ValueError("FSDP1 hides the norms of single groups, so base and regions cannot be clipped separately: use "
+                             "FSDP2, or set `clip_per_group=False` or `max_grad_norm=0`")  # fmt: skip
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -183,12 +177,8 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         optimizer = super().create_optimizer(model)
         if fresh:
             groups = {p: group for group in self.routing.groups for p in self.routing.parameters(group)}
-            tag_groups(
-                optimizer,
-                groups,
-                region_learning_rate=self.args.region_learning_rate,
-                region_weight_decay=self.args.region_weight_decay,
-            )
+            rate, decay = self.args.region_learning_rate, self.args.region_weight_decay
+            tag_groups(optimizer, groups, region_learning_rate=rate, region_weight_decay=decay)
         elif not all("route" in group for group in optimizer.param_groups):
             raise ValueError(
                 '`optimizers`: every parameter group needs a "route" key; see routed_peft.training.tag_groups'
@@ -287,9 +277,8 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         self.tokens_per_route.update(dict(zip(labels, taught[len(groups) :], strict=True)))
         self._check_under_way()
         if any(taught):  # without any loss, no route has kept data from a group: as `Trainer` does
-            drop_idle_gradients(
-                self.optimizer, {group for group, count in zip(groups, taught, strict=False) if not count}
-            )
+            idle = {group for group, count in zip(groups, taught, strict=False) if not count}
+            drop_idle_gradients(self.optimizer, idle)
 
     # Evaluation
 

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from routed_peft.deprecation import formerly_positional
 from routed_peft.routes import BASE, Routes
 from routed_peft.routing.groups import JOINT
 
 
-@formerly_positional("region_learning_rate", "region_weight_decay")
 def tag_groups(
     optimizer: torch.optim.Optimizer,
     groups: Mapping[nn.Parameter, str],
@@ -34,12 +32,11 @@ def tag_groups(
     Raises:
         ValueError: on an optimizer with parameters that are in no group.
 
-    Example:
-        >>> a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-        >>> optimizer = torch.optim.SGD([a, b], lr=0.1)
-        >>> tag_groups(optimizer, {a: "base", b: "forget"}, region_learning_rate=0.3)
-        >>> [(group["route"], group["lr"]) for group in optimizer.param_groups]
-        [('base', 0.1), ('forget', 0.3)]
+    >>> a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    >>> optimizer = torch.optim.SGD([a, b], lr=0.1)
+    >>> tag_groups(optimizer, {a: "base", b: "forget"}, region_learning_rate=0.3)
+    >>> [(group["route"], group["lr"]) for group in optimizer.param_groups]
+    [('base', 0.1), ('forget', 0.3)]
     """
     # Adagrad has a state before its first step
     stepped = any(float(state.get("step", 1)) for state in optimizer.state.values())
@@ -92,10 +89,9 @@ def clips_by_group(routes: Routes, groups: Collection[str], *, wanted: bool | No
         groups: groups that have trained parameters.
         wanted: `RoutedArguments.clip_per_group`.
 
-    Example:
-        >>> from routed_peft import presets
-        >>> [clips_by_group(routes, ["base", "forget"], wanted=None) for routes in (presets.sgtm(), presets.control())]
-        [True, False]
+    >>> from routed_peft import presets
+    >>> [clips_by_group(routes, ["base", "forget"], wanted=None) for routes in (presets.sgtm(), presets.control())]
+    [True, False]
     """
     if wanted is not None:
         return wanted

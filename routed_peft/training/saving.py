@@ -99,10 +99,8 @@ class SavingMixin(FiniteWeightsMixin):
         if saved.get("routes"):
             changed += routes_differ(routes_from_dict(saved["routes"]), self.routing.routes)
         if changed:
-            raise ValueError(
-                f"{checkpoint!r} cannot be resumed with other routes: {'; '.join(changed)}. Resume with those of the run, or "
-                "begin another from its weights (`load_routed(…, is_trainable=True)`)"
-            )
+            raise ValueError(f"{checkpoint!r} cannot be resumed with other routes: {'; '.join(changed)}. Resume with those "
+                             "of the run, or begin another from its weights (`load_routed(…, is_trainable=True)`)")  # fmt: skip
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
@@ -165,10 +163,8 @@ class SavingMixin(FiniteWeightsMixin):
             ValueError: where no repository is named, on ``kwargs``, and as `routed_peft.push_to_hub` does.
         """
         if kwargs:
-            raise ValueError(
-                f"`push_to_hub` of a routed trainer got {sorted(kwargs)}, which it does not take: the model card is made "
-                "from the run's records. Leave these out, or edit README.md on the Hub"
-            )
+            raise ValueError(f"`push_to_hub` of a routed trainer got {sorted(kwargs)}, which it does not take: the model "
+                             "card is made from the run's records. Leave these out, or edit README.md on the Hub")  # fmt: skip
         if not self.args.hub_model_id and not self.args.push_to_hub:  # with the latter Trainer makes a repository
             raise ValueError("`hub_model_id` is not set: name the repository to push the base to")
         self.callback_handler.on_push_begin(self.args, self.state, self.control)

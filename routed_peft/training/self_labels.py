@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_WEIGHTS, column_values
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
@@ -222,9 +222,7 @@ class SelfLabeler(TrainerCallback):
     def __init__(self, trainer: Any, rows: SelfLabeledRows) -> None:
         self.trainer, self.rows = trainer, rows
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Reset labels found in an earlier run of the same rows; check the run's length and the times of scoring."""
         if state.global_step == 0:
             self.rows.restore({})
@@ -252,7 +250,7 @@ class SelfLabeler(TrainerCallback):
         """Return the first row of the run that a scoring after this step changes."""
         return (step + 1) * self._per_step(args)  # a loader may have fetched the next batch already
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Score rows after the labeled start, and a second time where `score_again_at` asks for it."""
         name = self._steps(state).get(state.global_step)
         if name is None:
