@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
 
+from routed_peft.architectures import MLP_TARGETS, WRITERS
 from routed_peft.regions.peft_type import peft_type
 
-KINDS = ("mlp", "lora", "subspace")
 INITS = ("zero", "model")
 STRENGTHS = ("cut", "weights")
 
-_OF_KIND = {
-    "size": ("mlp",),
-    "init": ("mlp",),
-    "r": ("lora",),
-    "lora_alpha": ("lora",),
-    "subspace": ("lora", "subspace"),
-    "provenance": ("lora", "subspace"),
-    "strength": ("subspace",),
-    "store_base_part": ("subspace",),
+
+@dataclass(frozen=True)
+class RegionKind:
+    """A kind of region.
+
+    Attributes:
+        fields: those fields of `RoutedConfig` that belong to some kinds only and that this one has.
+        targets: model type -> default `target_modules`.
+        layer: a `RoutedLayer` class, called as ``layer(module, adapter_name, config=config, model=model)``, whose
+            parameters begin with ``routed_``. None for the kinds that are built in.
+        check: ``check(name, module)`` raises ValueError where a target cannot hold the region.
+    """
+
+    fields: tuple[str, ...]
+    targets: Mapping[str, Sequence[str]]
+    layer: Callable[..., nn.Module] | None = None
+    check: Callable[[str, nn.Module], None] | None = None
+
+
+KINDS = {
+    "mlp": RegionKind(("size", "init"), MLP_TARGETS),
+    "lora": RegionKind(
+        ("r", "lora_alpha", "subspace", "provenance"), TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    ),
+    "subspace": RegionKind(("subspace", "provenance", "strength", "store_base_part"), WRITERS),
 }
-"""Fields that only some kinds have."""
+"""Kinds of region by name; `register_region_kind` adds to them."""
+
+
+def register_region_kind(name: str, kind: RegionKind) -> None:
+    """Add a kind of region, which ``RoutedConfig(kind=name)`` then selects.
+
+    Raises:
+        ValueError: where the name is taken, or the kind has no layer.
+    """
+    if name in KINDS or kind.layer is None:
+        raise ValueError(f"a kind of region needs a `layer` and a new name, got {name!r} beside {sorted(KINDS)}")
+    KINDS[name] = kind
 
 
 @dataclass
@@ -100,9 +130,10 @@ class RoutedConfig(PeftConfig):
         self._check_targets()
 
     def _check_kind(self) -> None:
-        for name, kinds in _OF_KIND.items():
-            if self.kind not in kinds and getattr(self, name) is not None:
-                kind = " or ".join(map(repr, kinds))
+        special = dict.fromkeys(name for kind in KINDS.values() for name in kind.fields)
+        for name in special:
+            if name not in KINDS[self.kind].fields and getattr(self, name) is not None:
+                kind = " or ".join(repr(other) for other in KINDS if name in KINDS[other].fields)
                 raise ValueError(
                     f"`{name}` belongs to kind {kind}, got `{name}` = {getattr(self, name)!r} with kind {self.kind!r}"
                 )

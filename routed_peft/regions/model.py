@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from routed_peft.architectures import MLP_TARGETS, is_writer, layer_index, model_type
-from routed_peft.regions.config import RoutedConfig
+from routed_peft.regions.config import KINDS, RoutedConfig
 from routed_peft.regions.fingerprint import check_fingerprint
 from routed_peft.regions.hidden_units import check_uniform, pad_to_widest
 from routed_peft.regions.layer import RoutedLayer
@@ -95,11 +95,12 @@ class RoutedModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, RoutedConfig)
-        if peft_config.kind == "mlp":
-            if isinstance(target, RoutedMLP):
+        make = RoutedMLP if peft_config.kind == "mlp" else KINDS[peft_config.kind].layer
+        if make is not None:
+            if isinstance(target, RoutedLayer):
                 target.update_layer(adapter_name, peft_config, model=self.model)
             else:
-                setattr(parent, target_name, RoutedMLP(target, adapter_name, config=peft_config, model=self.model))
+                setattr(parent, target_name, make(target, adapter_name, config=peft_config, model=self.model))
             return
         writer = is_writer(current_key, str(model_type(self.model)))
         basis = self._plan.basis(layer_index(current_key)) if writer else None

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from routed_peft.architectures import (
-    MLP_TARGETS,
     WRITERS,
     find_mlps,
     is_plain,
@@ -27,17 +25,10 @@ from routed_peft.architectures import (
     verify_layout,
     width,
 )
-from routed_peft.regions.config import RoutedConfig
+from routed_peft.regions.config import KINDS, RoutedConfig
 from routed_peft.regions.mlp import RoutedMLP
 from routed_peft.regions.subspace import ProtectedEmbedding
 from routed_peft.subspaces.basis import Subspace
-
-_DEFAULTS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "mlp": MLP_TARGETS,
-    "lora": TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    "subspace": WRITERS,
-}
-"""Default `target_modules`, by kind of region and model type."""
 
 _POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
 """Children of a decoder layer that normalize a writer's output before it is added (Gemma 2 and 3, OLMo 2 and 3, GLM-4)."""
@@ -106,6 +97,8 @@ def plan_targets(model: nn.Module, config: RoutedConfig) -> RegionPlan:
         _check_mlps(targets)
         if init is None:
             init = "zero" if getattr(model, "name_or_path", None) else "model"
+    elif KINDS[config.kind].layer is not None:
+        _check_others(config, targets)
     else:
         _check_linear(model, config, targets)
         if subspace is not None or config.provenance is not None:
@@ -128,7 +121,7 @@ def _target_modules(model: nn.Module, config: RoutedConfig) -> list[str] | str:
         return sorted(expanded.target_modules or ())
     if config.target_modules is not None:
         return config.target_modules
-    kind, defaults = model_type(model), _DEFAULTS[config.kind]
+    kind, defaults = model_type(model), KINDS[config.kind].targets
     if kind is None or kind not in defaults:
         raise ValueError(f"no default `target_modules` for the model type {kind!r}: {_advice(model, config)}")
     return list(defaults[kind])
@@ -136,7 +129,7 @@ def _target_modules(model: nn.Module, config: RoutedConfig) -> list[str] | str:
 
 def _advice(model: nn.Module, config: RoutedConfig) -> str:
     if config.kind != "mlp":
-        return "pass the names of linear layers"
+        return "pass the names of modules, such as linear layers"
     found = sorted({name.rpartition(".")[2] for name in find_mlps(model)})
     return f"pass them, for example {found}" if found else f"it has no supported MLP. Supported: {supported_layouts()}"
 
@@ -181,6 +174,18 @@ def _check_mlps(targets: Mapping[str, nn.Module]) -> None:
         if type(mlp) not in verified:
             verified.add(type(mlp))
             verify_layout(mlp, layout)
+
+
+def _check_others(config: RoutedConfig, targets: Mapping[str, nn.Module]) -> None:
+    kind = KINDS[config.kind]
+    for name, module in targets.items():
+        if isinstance(module, BaseTunerLayer) and not (isinstance(kind.layer, type) and isinstance(module, kind.layer)):
+            raise ValueError(
+                f"{name!r} holds a region of another kind already ({type(module).__name__}), beside which one of kind "
+                f"{config.kind!r} cannot stand: choose other `target_modules`"
+            )
+        if kind.check is not None:
+            kind.check(name, _inner(module))
 
 
 def _check_linear(model: nn.Module, config: RoutedConfig, targets: Mapping[str, nn.Module]) -> None:
