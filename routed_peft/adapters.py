@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -128,3 +130,34 @@ def find_outlets(model: nn.Module, regions: Iterable[str]) -> list[nn.Module]:
                 )
             found += modules
     return found
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Have the transformers model inside ``model`` refuse to be saved or pushed by itself while it holds adapters.
+
+    Its own ``save_pretrained`` and ``push_to_hub`` would write the weights of all regions. Once adapters are unloaded or
+    merged, both work as ever.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else None
+    if inner is not None:  # methods, so that a deep copy guards itself
+        inner.save_pretrained, inner.push_to_hub = MethodType(save_pretrained, inner), MethodType(push_to_hub, inner)
+
+
+def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Save a transformers model as its class does, unless it holds adapters; see `guard_saving`."""
+    _refuse_with_adapters(self, "save_pretrained")
+    return type(self).save_pretrained(self, *args, **kwargs)
+
+
+def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Push a transformers model as its class does, unless it holds adapters; see `guard_saving`."""
+    _refuse_with_adapters(self, "push_to_hub")
+    return type(self).push_to_hub(self, *args, **kwargs)
+
+
+def _refuse_with_adapters(inner: nn.Module, verb: str) -> None:
+    if names := sorted({name for _, layer in tuner_layers(inner) for name in adapters_in(layer)}):
+        raise ValueError(
+            f"`{verb}` of the inner model would write the weights of its adapters {names}, regions included: save the run with "
+            "`routed_peft.save_routed(model, path)`, and write a model without regions with `routed_peft.ablate(path, out)`"
+        )

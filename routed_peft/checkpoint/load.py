@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from routed_peft.adapters import routing_record, set_routing_record
+from routed_peft.adapters import guard_saving, routing_record, set_routing_record
 from routed_peft.checkpoint.fetch import fetch, fetch_folder, hub_arguments
 from routed_peft.checkpoint.layout import CONFIG, REGION, WEIGHTS, Layout, verify_adapter
 from routed_peft.checkpoint.open_run import OpenRun
@@ -104,6 +104,7 @@ def load_run(
             continues_base=is_trainable and bool(layout.data["train_base"]),
         )
         set_routing_record(model, record)
+        guard_saving(model)
     return model
 
 

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import set_adapter
 from torch import Tensor, nn
 
-from routed_peft.adapters import adapter_names, routing_record, set_routing_record, tuner_layers
+from routed_peft.adapters import adapter_names, guard_saving, routing_record, set_routing_record, tuner_layers
 from routed_peft.architectures import find_mlps, output_projection
 from routed_peft.deprecation import warn_renamed
 from routed_peft.functional import PositionWeights
@@ -173,15 +173,17 @@ class GradientRouting:
         former, adapters = routing_record(self.model), tuple(self.base_adapters)
         record = replace(former, routes=self.routes, train_base=self.train_base, base_adapters=adapters)
         set_routing_record(self.model, record)
+        guard_saving(self.model)
         if self.train_base:
-            self.model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+            self.model.save_pretrained = self.model.push_to_hub = _refuse_to_save  # type: ignore[assignment]
 
     def detach(self) -> None:
         """Restore the classes of modules, ``requires_grad`` and the active adapters to their state before attaching.
 
         Two things stay on the model, because it is saved after training. ``model._routed`` (a
         `routed_peft.adapters.RoutingRecord`) tells `save_routed` how the model was trained. With ``train_base`` the model's
-        own ``save_pretrained`` goes on raising, because it would write adapters only and lose the trained base.
+        own ``save_pretrained`` goes on raising, because it would write adapters only and lose the trained base; that of the
+        transformers model inside raises as long as it holds regions, because it would write these, too.
         """
         self._hook.remove()
         for module in self._swapped:

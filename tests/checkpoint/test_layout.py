@@ -7,11 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_parts import wrapped
+from checkpoint_parts import frozen, wrapped
+from families import tiny
 
 from routed_peft import presets
 from routed_peft.checkpoint import inspect_checkpoint, load_routed, load_weights, save_routed
+from routed_peft.checkpoint.export import ablate
 from routed_peft.checkpoint.layout import Layout
+from routed_peft.checkpoint.staging import sha256
+from routed_peft.data import train_tokenizer
 
 ROUTED, CONTROL = presets.sgtm("forget"), presets.control()
 
@@ -117,3 +121,65 @@ def test_planted_weights_are_not_loaded(name: str, run: Path) -> None:
     (run / name).write_text("{}")
     with pytest.raises(ValueError, match=rf"holds \['{name}'\], which `save_routed` did not write"):
         load_routed(run)
+
+
+def test_every_file_of_a_run_is_verified(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a few words"], 258)
+    path = save_routed(wrapped("mlp", names=("forget",)), tmp_path / "run", train_base=True, tokenizer=tokenizer)
+    names = [
+        file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() and file.name != "routing.json"
+    ]
+    assert {"config.json", "tokenizer_config.json", "forget/adapter_config.json"} <= set(names)
+    for name in names:
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole + b" ")
+        with pytest.raises(ValueError, match="tampered"):
+            load_routed(path, ["forget"])
+        assert "tampered" in inspect_checkpoint(path)["problems"][0]
+        (path / name).write_bytes(whole)
+    load_routed(path, ["forget"])
+
+
+def test_a_run_of_an_earlier_version_still_loads(run: Path) -> None:
+    data = json.loads((run / "routing.json").read_text())
+    data["other_files"] = sorted(name for name in data["files"] if not name.endswith(".safetensors"))
+    data["files"] = {name: hash_ for name, hash_ in data["files"].items() if name.endswith(".safetensors")}
+    del data["base"]["fingerprint"]["config"]
+    (run / "routing.json").write_text(json.dumps(data))
+    about = json.loads((run / "forget/region.json").read_text())
+    del about["base_fingerprint"]["config"], about["files"]["adapter_config.json"]
+    (run / "forget/region.json").write_text(json.dumps(about))
+    load_routed(run, ["forget"])
+    assert inspect_checkpoint(run)["problems"] == []
+    save_routed(load_routed(run, ["forget"]), run, train_base=True)
+    assert "config.json" in json.loads((run / "routing.json").read_text())["files"]
+
+
+def test_an_index_that_leads_elsewhere_is_refused(run: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "sub/evil.safetensors"}}
+    (run / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"holds \['sub/evil.safetensors'\]"):
+        load_routed(run)
+    assert inspect_checkpoint(run)["problems"]
+
+
+@pytest.mark.parametrize("what", ["weights", "configuration"])
+def test_an_overwritten_frozen_base_is_noticed_without_regions(what: str, tmp_path: Path) -> None:
+    _, path = frozen(tmp_path)
+    tiny("llama", **({"seed": 3} if what == "weights" else {"rms_norm_eps": 0.5})).save_pretrained(tmp_path / "base")
+    for act in (lambda: load_routed(path), lambda: ablate(path, tmp_path / "out")):
+        with pytest.raises(ValueError, match=f"the {'content' if what == 'weights' else 'configuration'} differs"):
+            act()
+
+
+def test_an_initialization_that_would_change_the_base_is_noticed(tmp_path: Path) -> None:
+    _, path = frozen(tmp_path)
+    config = path / "retain/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": "pissa"}))
+    about, routing = path / "retain/region.json", path / "routing.json"
+    for file, changed in ((about, [config]), (routing, [config, about])):  # as somebody would who knows the format
+        data = json.loads(file.read_text())
+        data["files"] |= {one.relative_to(file.parent).as_posix(): sha256(one) for one in changed}
+        file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="content differs"):
+        load_routed(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from routed_peft import presets
 from routed_peft.adapters import RoutingRecord, routing_record, set_routing_record
 from routed_peft.checkpoint import load_routed, load_weights, save_routed
+from routed_peft.checkpoint.export import ablate
+from routed_peft.routes import Route
 from routed_peft.routing.gradient_routing import GradientRouting
 
 
@@ -206,3 +209,79 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="unwrap"):
         save_routed(torch.nn.Linear(1, 1), tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("train_base", [True, False])
+def test_the_inner_model_does_not_publish_regions(train_base: bool, tmp_path: Path) -> None:
+    model = wrapped("mlp", names=("forget",))
+    attached = GradientRouting(model, presets.sgtm("forget") if train_base else {"a": Route()}, train_base=train_base)
+    path = save_routed(model, tmp_path / "run", train_base=True)
+
+    def refused(model: Any) -> None:
+        inner = model.get_base_model()
+        for save in (inner.save_pretrained, inner.push_to_hub, copy.deepcopy(model).get_base_model().save_pretrained):
+            with pytest.raises(ValueError, match=r"\['forget'\].*save_routed.*ablate"):
+                save(str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+    refused(model)
+    attached.detach()
+    refused(model)
+    refused(load_routed(path, ["forget"]))
+    save_routed(model, path)
+    plain = copy.deepcopy(model).unload()
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), without(model, "forget"))
+
+
+def changed(how: str, folder: Path) -> Any:
+    """Return a base that is no longer what its name says."""
+    read = AutoModelForCausalLM.from_pretrained
+    if how == "subfolder":
+        (folder / "sub").mkdir()
+        for file in [file for file in folder.iterdir() if file.is_file()]:
+            file.rename(folder / "sub" / file.name)
+        return read(folder, subfolder="sub")
+    base = read(folder)
+    if how == "vocabulary":
+        base.resize_token_embeddings(base.config.vocab_size + 1)
+    elif how == "padded":
+        base.resize_token_embeddings(base.config.vocab_size, pad_to_multiple_of=48)
+    elif how == "merged":
+        base = get_peft_model(base, lora(), "own").merge_and_unload()
+    elif how == "weight":
+        base.get_input_embeddings().weight.data[1, 2] += 1
+    elif how == "configuration":
+        base.config.rms_norm_eps = 0.5
+        for module in base.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = 0.5
+    return base
+
+
+@pytest.mark.parametrize("how", ["vocabulary", "padded", "merged", "weight", "configuration", "subfolder", "nothing"])
+def test_a_frozen_base_that_was_changed_in_memory_is_saved(how: str, tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    model = get_peft_model(changed(how, tmp_path / "base"), lora(), "forget").eval()
+    path = save_routed(model, tmp_path / "run")
+    assert (path / "model.safetensors").exists() == (how != "nothing")
+    assert torch.equal(logits(load_routed(path, ["forget"])), logits(model))
+    assert torch.equal(logits(load_routed(path)), without(model, "forget"))
+    plain = AutoModelForCausalLM.from_pretrained(ablate(path, tmp_path / "out"))
+    assert torch.equal(logits(plain), without(model, "forget"))
+
+
+def test_files_outside_a_run_are_not_touched(tmp_path: Path) -> None:
+    model = wrapped("mlp", names=("forget",))
+    path = save_routed(model, tmp_path / "run", train_base=True)
+    (tmp_path / "mine.txt").write_text("mine")
+    (path / "link").symlink_to(tmp_path)
+    data = json.loads((path / "routing.json").read_text())
+    for name in ("../mine.txt", str(tmp_path / "mine.txt"), "link/mine.txt"):
+        for key in ("other_files", "files"):
+            listed: Any = [name] if key == "other_files" else {**data["files"], name: "0"}
+            (path / "routing.json").write_text(json.dumps({**data, key: listed}))
+            for act in (lambda: save_routed(model, path, train_base=True), lambda: load_routed(path)):
+                with pytest.raises(ValueError, match="leads out of it"):
+                    act()
+    assert (tmp_path / "mine.txt").read_text() == "mine"
