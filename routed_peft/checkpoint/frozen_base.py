@@ -31,11 +31,8 @@ def find_base(
     branch first. A base that was changed in memory is in no checkpoint: a resized vocabulary, a merged LoRA, an edited weight
     or configuration.
 
-    Args:
-        inner: the transformers model.
-        weights: its own weights by name.
-        revision: commit of a base on the Hub, if it is known.
-        content: hash of the weights' content, see `routed_peft.regions.fingerprint`.
+    ``weights`` are those of the model ``inner`` by name, and ``content`` is their hash (`routed_peft.regions.fingerprint`).
+    ``revision`` is the commit of a base on the Hub, if it is known.
     """
     name = inner.name_or_path
     nowhere: dict[str, str | None] = {"id": None, "revision": None}

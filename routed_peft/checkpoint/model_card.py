@@ -46,13 +46,9 @@ model = load_routed("{repo}", regions={{{places}}})
 
 
 def model_card(layout: Layout, repo: str, *, regions_repo: str | None, of_regions: bool) -> str:
-    """Return the text of the card of the base's repository, or of its regions' repository.
+    """Return the text of the card of a base's repository ``repo``, or that of its regions' repository (``of_regions``).
 
-    Args:
-        layout: the run.
-        repo: Hub id of the base.
-        regions_repo: Hub id of its regions, or None if they are not published.
-        of_regions: whether the card is that of ``regions_repo``.
+    ``regions_repo`` is None if the regions are not published.
     """
     data = ModelCardData(
         library_name="peft" if of_regions or not layout.saved_base else "transformers",

@@ -32,11 +32,7 @@ def adapter_configs(model: nn.Module) -> dict[str, PeftConfig]:
 
 
 def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the model's own weights under their names without adapters.
-
-    Args:
-        model: the wrapped model.
-        state_dict: its full state dict if it was gathered elsewhere (FSDP); by default that of ``model``.
+    """Return the model's own weights under their names without adapters; from ``state_dict`` if it was gathered (FSDP).
 
     Raises:
         ValueError: an adapter is merged or replaces whole modules, or ``state_dict`` lacks weights.

@@ -55,15 +55,14 @@ class RoutedCollator:
             another length than its tokens, padding that cannot be told from text, or documents that a mask or
             ``position_ids`` keep apart.
 
-    Example:
-        >>> from routed_peft import presets
-        >>> from routed_peft.data import train_tokenizer
-        >>> collate = RoutedCollator(train_tokenizer(["a"], vocab_size=258), presets.sgtm("forget"))
-        >>> batch = collate([{"input_ids": [5, 6, 7], "route_labels": ["retain", "forget", "retain"]},
-        ...                  {"input_ids": [8, 9], "route_labels": ["unlabeled", "unlabeled"]}])
-        >>> batch["route_labels"]
-        tensor([[   0,    1, -100],
-                [   2, -100, -100]])
+    >>> from routed_peft import presets
+    >>> from routed_peft.data import train_tokenizer
+    >>> collate = RoutedCollator(train_tokenizer(["a"], vocab_size=258), presets.sgtm("forget"))
+    >>> batch = collate([{"input_ids": [5, 6, 7], "route_labels": ["retain", "forget", "retain"]},
+    ...                  {"input_ids": [8, 9], "route_labels": ["unlabeled", "unlabeled"]}])
+    >>> batch["route_labels"]
+    tensor([[   0,    1, -100],
+            [   2, -100, -100]])
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -61,12 +61,11 @@ def infer_mask(ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTraine
     Raises:
         ValueError: where padding cannot be told from text, and would be trained on.
 
-    Example:
-        >>> from routed_peft.data import train_tokenizer
-        >>> tokenizer = train_tokenizer(["a"], vocab_size=258)
-        >>> pad = tokenizer.pad_token_id
-        >>> infer_mask([pad, 70, 71, pad, pad], [True] * 5, tokenizer)
-        [0, 1, 1, 0, 0]
+    >>> from routed_peft.data import train_tokenizer
+    >>> tokenizer = train_tokenizer(["a"], vocab_size=258)
+    >>> pad = tokenizer.pad_token_id
+    >>> infer_mask([pad, 70, 71, pad, pad], [True] * 5, tokenizer)
+    [0, 1, 1, 0, 0]
     """
     pad, count = tokenizer.pad_token_id, len(ids)
     if pad is None or not count or pad not in (ids[0], ids[-1]):
@@ -101,10 +100,8 @@ def check_batch(batch: Mapping[str, Any], tokenizer: Any) -> None:
     ids, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
     if isinstance(mask, Tensor):
         if mask.dim() != 2 or bool((mask > 1).any()):
-            raise ValueError(
-                f"the collator's `attention_mask` is {tuple(mask.shape)} with values up to {int(mask.max())}, expected (B, T) "
-                "of 0 and 1: documents in one row cannot be kept apart"
-            )
+            raise ValueError(f"the collator's `attention_mask` is {tuple(mask.shape)} with values up to {int(mask.max())}, "
+                             "expected (B, T) of 0 and 1: documents in one row cannot be kept apart")  # fmt: skip
     if _restarts(batch.get("position_ids"), mask):
         check_unpacked(["position_ids"])
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape or labels.dim() != 2:
@@ -118,10 +115,8 @@ def check_batch(batch: Mapping[str, Any], tokenizer: Any) -> None:
     else:
         return
     if bool(padded.any()):
-        raise ValueError(
-            f"the collator gives padding a loss: `labels` of row {int(padded.nonzero()[0])} are not -100 at its padding. Set "
-            "them to -100 there, or take `RoutedCollator` (the default)"
-        )
+        raise ValueError(f"the collator gives padding a loss: `labels` of row {int(padded.nonzero()[0])} are not -100 at its "
+                         "padding. Set them to -100 there, or take `RoutedCollator` (the default)")  # fmt: skip
 
 
 def _restarts(positions: Any, mask: Any) -> bool:

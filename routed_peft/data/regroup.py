@@ -27,10 +27,8 @@ def document_of(ids: Tensor, separator: int) -> Tensor:
 def document_means(values: Tensor, documents: Tensor, counted: Tensor | None = None) -> Tensor:
     """Return for each token the mean of its document, ``(B, T)``; 0 for a document of one token that begins a row.
 
-    Args:
-        values: ``(B, T - 1)``, of the tokens after the first, which nothing predicts.
-        documents: ``(B, T)``, see `document_of`.
-        counted: ``(B, T - 1)``, whether a token has a value; by default all have. The others' values are 0.
+    ``values``, ``(B, T - 1)``, are of the tokens after the first, which nothing predicts. ``documents``, ``(B, T)``, are
+    those of `document_of`. Only the tokens ``counted``, ``(B, T - 1)`` and by default all, have values; others are 0.
 
     >>> documents = torch.tensor([[0, 0, 1, 1]])
     >>> document_means(torch.tensor([[1.0, 2.0, 4.0]]), documents).tolist()

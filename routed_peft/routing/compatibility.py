@@ -22,11 +22,7 @@ from routed_peft.routing.layers import Routed
 def check_model(
     model: nn.Module, regions: Collection[str], *, base_adapters: Collection[str], train_base: bool = False
 ) -> None:
-    """Refuse models that cannot be routed, or whose forward passes would bypass the routing.
-
-    Raises:
-        ValueError: names the module or adapter, and what to do.
-    """
+    """Raise ValueError on models that cannot be routed, or whose forward passes would bypass the routing."""
     if isinstance(model, nn.DataParallel):
         raise ValueError("DataParallel shares one step's labels between threads: use one process per device (torchrun)")
     names = adapter_names(model)
@@ -107,14 +103,10 @@ def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | No
 
 
 def check_auxiliary_loss(model: nn.Module, asked: bool = False) -> None:
-    """Refuse a load-balancing loss of routers (mixtures of experts), which depends on all rows of a batch together.
+    """Raise ValueError where routers (mixtures of experts) add a load-balancing loss with a coefficient other than zero.
 
-    Args:
-        model: whose configuration may ask for it.
-        asked: whether the caller of its forward pass asks for it.
-
-    Raises:
-        ValueError: where it would be added to the loss with a coefficient other than zero.
+    Such a loss depends on all rows of a batch together. The configuration of ``model`` may ask for it, or the caller of its
+    forward pass (``asked``).
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config: Any = getattr(inner, "config", None)
@@ -138,11 +130,7 @@ def _coefficients(places: Iterable[Any]) -> dict[str, float]:
 
 
 def check_member(member: Member) -> None:
-    """Refuse a module whose forward pass would bypass the swapped class.
-
-    Raises:
-        ValueError: names the module and the culprit.
-    """
+    """Raise ValueError on a module whose forward pass would bypass the swapped class, or whose weights are too coarse."""
     if "forward" in member.module.__dict__ or hasattr(member.module, "_hf_hook"):
         raise ValueError(
             f"{member.name!r} has a forward of its own (`device_map` hooks, Liger or a kernel were put on the instance), "

@@ -136,10 +136,8 @@ class GradientRouting:
                 elif member.adapter is None and self.train_base:
                     p.requires_grad_(p.is_floating_point())
                 elif member.adapter is None and p.requires_grad:
-                    raise ValueError(
-                        f"{member.name}.{name} is trainable, but it belongs to no adapter and `train_base` is False: "
-                        "freeze it, or train the whole base with `train_base=True`"
-                    )
+                    raise ValueError(f"{member.name}.{name} is trainable, but it belongs to no adapter and `train_base` is "
+                                     "False: freeze it, or train the whole base with `train_base=True`")  # fmt: skip
 
     def _swap(self, members: Sequence[Member]) -> None:
         groups: dict[nn.Parameter, str] = {}

@@ -38,11 +38,8 @@ def find_members(
 ) -> list[Member]:
     """Assign every module that owns parameters to a group.
 
-    Args:
-        model: a PeftModel, or a transformers model with adapters.
-        base_adapters: adapters that belong to the base.
-        joint: ``"embeddings"``, ``"norms"``, ``"head"``, or ends of module names.
-        layers: decoder layers whose base modules are routed; those elsewhere are then joint. None for all.
+    ``base_adapters`` belong to the base. Base modules are joint if ``joint`` names them (``"embeddings"``, ``"norms"``,
+    ``"head"``, or ends of module names), or where ``layers`` are given and they are outside these decoder layers.
 
     Raises:
         ValueError: where an adapter cannot be a region, or an entry of ``joint`` or ``layers`` matches nothing.

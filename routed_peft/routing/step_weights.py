@@ -59,14 +59,9 @@ class RoutingState:
 
 
 def label_indices(labels: Sequence[str] | Sequence[int] | Tensor, routes: Routes) -> Tensor:
-    """Resolve labels to indices into ``list(routes)``.
+    """Resolve labels to indices into ``list(routes)``: a LongTensor on the CPU, ``(B,)`` or ``(B, T)``.
 
-    Args:
-        labels: names, one per example, or integers ``(B,)`` or ``(B, T)``; -100 marks padding.
-        routes: label -> route.
-
-    Returns:
-        A LongTensor on the CPU, ``(B,)`` or ``(B, T)``.
+    ``labels`` are names, one per example, or integers ``(B,)`` or ``(B, T)``; -100 marks padding.
 
     Raises:
         ValueError: on an unknown label, an index out of range or a wrong number of axes.

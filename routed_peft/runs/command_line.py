@@ -21,11 +21,8 @@ def parse_settings(*kinds: type, **defaults: Any) -> tuple[Any, ...]:
     """Return the settings of a recipe, from the flags of this process and the YAML file that `--config` names.
 
     Keys, types and choices of the file are checked as those of flags are. Flags win over the file. A mapping ``env`` in the
-    file sets environment variables, as in `trl.TrlParser`.
-
-    Args:
-        *kinds: dataclasses whose fields are the settings.
-        **defaults: values of fields in place of those of the dataclasses.
+    file sets environment variables, as in `trl.TrlParser`. The fields of the dataclasses ``kinds`` are the settings, and
+    ``defaults`` are values in place of theirs.
 
     Raises:
         ValueError: for an unknown key or flag, a value of the wrong type, or one that is no choice.

@@ -13,12 +13,12 @@ from routed_peft.eval_mode import evaluating
 from routed_peft.losses import DivergedError, check_finite_weights
 
 if TYPE_CHECKING:
-    _Host = Trainer
-else:  # TRL's trainers, too, can come after the mix-in
-    _Host = object
+    Host = Trainer
+else:  # TRL's trainers, too, can come after a mix-in
+    Host = object
 
 
-class FiniteWeightsMixin(_Host):
+class FiniteWeightsMixin(Host):
     """Mix-in that ends a run in `DivergedError` rather than save weights that have diverged."""
 
     _last_batch: Mapping[str, Any] | None = None

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from routed_peft.data import RoutedCollator, class_names
 from routed_peft.data.labeled_batches import LabeledBatches, labeled_batches
 from routed_peft.routes import Routes
 from routed_peft.routing.gradient_routing import GradientRouting
-
-if TYPE_CHECKING:
-    _Host = Trainer
-else:  # TRL's trainers, too, can come after the mix-in
-    _Host = object
+from routed_peft.training.finite_weights import Host
 
 
-class LabeledLoadersMixin(_Host):
+class LabeledLoadersMixin(Host):
     """Overrides of Trainer's loaders: the training loader labels its batches, and those of evaluation need no labels."""
 
     routing: GradientRouting

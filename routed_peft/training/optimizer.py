@@ -82,12 +82,8 @@ def drop_idle_gradients(optimizer: torch.optim.Optimizer, idle: Collection[str])
 def clips_by_group(routes: Routes, groups: Collection[str], *, wanted: bool | None) -> bool:
     """Return whether groups are clipped on their own: as ``wanted``, or by default where a route keeps data from a group.
 
-    A common norm would let data shrink, or make NaN, the update of a group that it must not train.
-
-    Args:
-        routes: label -> route.
-        groups: groups that have trained parameters.
-        wanted: `RoutedArguments.clip_per_group`.
+    A common norm would let data shrink, or make NaN, the update of a group that it must not train. ``groups`` are those
+    with trained parameters, and ``wanted`` is `RoutedArguments.clip_per_group`.
 
     >>> from routed_peft import presets
     >>> [clips_by_group(routes, ["base", "forget"], wanted=None) for routes in (presets.sgtm(), presets.control())]

@@ -58,11 +58,10 @@ class TokenLossMixin:
 
 
 def ignore_repeated_rows(labels: Tensor, accelerator: Accelerator) -> Tensor:
-    """Return the targets of a batch, ignored in rows that only repeat others to give every process equally many.
+    """Return the targets of a batch, ``(B, T)``, ignored in rows that only repeat others.
 
-    Args:
-        labels: ``(B, T)``.
-        accelerator: its data loader made the batch; the loader fills last batches with rows from the beginning.
+    The data loader of ``accelerator``, which made the batch, fills last ones from the beginning, so that processes have
+    equally many.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
