@@ -11,6 +11,7 @@ from torch import Tensor
 from routed_peft.checkpoint.layout import CONFIG, WEIGHTS
 from routed_peft.checkpoint.staging import atomic_directory
 from routed_peft.checkpoint.tensors import read_tensors
+from routed_peft.files import in_use
 from routed_peft.regions import RoutedConfig
 from routed_peft.regions.projections import project_off
 
@@ -38,6 +39,8 @@ def to_stock_lora(src: str | Path, out: str | Path) -> Path:
     folder, target = Path(src).expanduser().resolve(), Path(out).expanduser().resolve()
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{str(src)!r} is no adapter folder, since it has no {CONFIG}: give one such as run/retain")
+    if in_use(target):
+        raise ValueError(f"`out` {target} exists and is not an empty directory: name another, or empty it yourself")
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, RoutedConfig):
         raise ValueError(f"{str(src)!r} holds an adapter of type {config.peft_type}, not one of RoutedConfig")
