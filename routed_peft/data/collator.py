@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,18 +70,15 @@ class RoutedCollator:
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     class_names: Sequence[str] | None = None
-    _index: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"`max_length` must be at least 1 or None, got {self.max_length}")
-        self._index = {label: index for index, label in enumerate(self.routes or {})}
 
     def with_routes(self, routes: Mapping[str, Any] | None, class_names: Sequence[str] | None = None) -> RoutedCollator:
         """Return a copy for other ``routes``, and other names of integers where ``class_names`` gives them."""
         other = copy.copy(self)
         other.routes, other.class_names = routes, class_names or self.class_names
-        other.__post_init__()
         return other
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
@@ -130,7 +127,7 @@ class RoutedCollator:
         return {name: self._cut(values) for name, values in columns.items()}
 
     def _resolve(self, label: Any, per_token: bool = False) -> int:
-        return route_index(label, self._index, names=self.class_names, per_token=per_token)
+        return route_index(label, self.routes or {}, names=self.class_names, per_token=per_token)
 
     def _cut(self, values: list[Any]) -> list[Any]:
         if self.max_length is None:
@@ -151,11 +148,7 @@ class RoutedCollator:
 
 
 def weight_tensors(features: Sequence[Feature], align: Callable[[list[list[float]]], Tensor]) -> dict[str, Tensor]:
-    """Make ``{group: (B,) or (B, T)}`` of the column of multipliers.
-
-    Args:
-        features: rows with ``route_weights``.
-        align: pads lists of one number per token of each row to ``(B, T)``.
+    """Make ``{group: (B,) or (B, T)}`` of the column ``route_weights``; ``align`` pads lists of one number per token.
 
     Raises:
         ValueError: if a group is missing in a row, numbers are not finite, or a list is not as long as its row.

@@ -178,23 +178,22 @@ def check_has_route(label: str, routes: Mapping[str, Any] | Sequence[str]) -> No
 
 
 def route_index(
-    label: Any, indices: Mapping[str, int], *, names: Sequence[str] | None = None, per_token: bool = False
+    label: Any, routes: Mapping[str, Any], *, names: Sequence[str] | None = None, per_token: bool = False
 ) -> int:
     """Return the index of a label's route, found by name; -100 remains where labels are ``per_token``.
 
     Raises:
         ValueError: if the label is null, an integer without a name, or has no route.
 
-    >>> route_index(1, {"forget": 0, "retain": 1}, names=["retain", "forget"])
+    >>> route_index(1, {"forget": ..., "retain": ...}, names=["retain", "forget"])
     0
     """
     label = label.item() if isinstance(label, Tensor | np.generic) else label
     if per_token and label == IGNORED:
         return IGNORED
     name = label_name(label, names)
-    if name not in indices:
-        check_has_route(name, indices)
-    return indices[name]
+    check_has_route(name, routes)
+    return list(routes).index(name)
 
 
 def check_route_columns(

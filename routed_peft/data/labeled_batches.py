@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,10 +71,6 @@ class LabeledBatches:
     collator: Collator
     routes: Mapping[str, Any] | None
     class_names: Sequence[str] | None = None
-    _index: dict[str, int] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._index = {label: index for index, label in enumerate(self.routes or {})}
 
     def __call__(self, features: Sequence[Feature]) -> Any:
         """Make a batch of the rows ``features``."""
@@ -125,7 +121,7 @@ class LabeledBatches:
         return label_name(value, self.class_names)
 
     def _resolve(self, label: Any, per_token: bool = False) -> int:
-        return route_index(label, self._index, names=self.class_names, per_token=per_token)
+        return route_index(label, self.routes or {}, names=self.class_names, per_token=per_token)
 
     def _token_labels(self, features: Sequence[Feature], batch: Any, places: Sequence[list[Place]]) -> Tensor:
         rows = []

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
 
 from routed_peft.data.columns import ROUTE_LABEL, check_texts
-from routed_peft.deprecation import formerly_positional
 
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
 """Kinds of files; all but Parquet may be gzipped, with ``.gz`` behind."""
@@ -31,20 +30,17 @@ class MissingFileError(FileNotFoundError, ValueError):
 
 @dataclass(frozen=True)
 class TextFormat:
-    """Place of the text in a row. Without a column ``text``, chats in ``messages`` or tokens in ``input_ids`` are read.
+    """Place of the text in a row. Without a column ``text``, chats in ``messages`` or tokens in ``input_ids`` are read."""
 
-    Attributes:
-        column: name of a column with text, or with chats: lists of messages, each with ``role`` and ``content``.
-        template: text with columns in braces, such as ``"{question} {answer}"``, in place of one column.
-        load_tokenizer: returns the tokenizer whose chat template writes chats as text, or which decodes tokens.
-    """
-
-    column: str = TEXT
-    template: str | None = None
-    load_tokenizer: Callable[[], Any] | None = None
+    column: str = TEXT  # of text, or of chats: lists of messages, each with `role` and `content`
+    template: str | None = None  # text with columns in braces, such as "{question} {answer}", in place of one column
+    load_tokenizer: Callable[[], Any] | None = None  # its chat template writes chats as text, and it decodes tokens
 
 
-@formerly_positional("columns", "streaming")
+PLAIN = TextFormat()
+"""Text where it is by default."""
+
+
 def load_training_file(
     source: str | os.PathLike[str],
     split: str = "train",
@@ -82,11 +78,7 @@ def load_training_file(
 
 
 def load_documents(
-    source: str | os.PathLike[str],
-    *,
-    argument: str = "source",
-    form: TextFormat = TextFormat(),  # noqa: B008  (frozen)
-    keep_tokens: bool = False,
+    source: str | os.PathLike[str], *, argument: str = "source", form: TextFormat = PLAIN, keep_tokens: bool = False
 ) -> Dataset:
     """Load rows with their text as the column ``text``; other columns stay as they are.
 
@@ -140,10 +132,7 @@ def _text_columns(form: TextFormat, found: Sequence[str]) -> list[str]:
 
 
 def load_texts(
-    files: Sequence[str | os.PathLike[str]],
-    *,
-    argument: str = "source",
-    form: TextFormat = TextFormat(),  # noqa: B008
+    files: Sequence[str | os.PathLike[str]], *, argument: str = "source", form: TextFormat = PLAIN
 ) -> Dataset:
     """Load and concatenate the text of several files, as the one column ``text``.
 
@@ -158,13 +147,7 @@ def load_texts(
     )
 
 
-def read_texts(
-    file: str | Path,
-    argument: str,
-    limit: int | None = None,
-    *,
-    form: TextFormat = TextFormat(),  # noqa: B008
-) -> list[str]:
+def read_texts(file: str | Path, argument: str, limit: int | None = None, *, form: TextFormat = PLAIN) -> list[str]:
     """Read the texts of a file.
 
     Raises:
@@ -173,7 +156,7 @@ def read_texts(
     return list(load_texts([file], argument=argument, form=form)[TEXT][:limit])
 
 
-def read_facts(file: str | Path, *, form: TextFormat = TextFormat()) -> list[str | tuple[str, ...]]:  # noqa: B008
+def read_facts(file: str | Path, *, form: TextFormat = PLAIN) -> list[str | tuple[str, ...]]:
     """Read facts for `AttackData`: texts, and in ``fact`` what groups rows that reveal each other.
 
     Raises:
@@ -216,11 +199,7 @@ def load_rows(
         FileNotFoundError: if there is no such file.
     """
     files = find_files(source, split, argument)
-    parts = (
-        [load_dataset(str(source), split=split)]
-        if files is None
-        else [_load_file(file, argument, strict) for file in files]
-    )
+    parts = [_load_file(file, argument, strict) for file in files or ()] or [load_dataset(str(source), split=split)]
     for i, part in enumerate(parts):
         for column in part.column_names:
             if getattr(part.features[column], "dtype", None) == "large_string":  # as pandas writes
