@@ -86,13 +86,10 @@ def copy_matching(source: Path, target: Path, patterns: Iterable[str]) -> None:
 def atomic_directory(path: Path, ours: Callable[[], Iterable[str]] = tuple, *, fresh: bool = False) -> Iterator[Path]:
     """Yield an empty directory on the file system of ``path``; its files become those of ``path`` if the block succeeds.
 
-    Only one process at a time writes into ``path``; others wait. At a path that holds files, those of the same name and
-    those of ``ours`` are replaced. An error within the block, or a kill, leaves ``path`` as it was.
-
-    Args:
-        path: directory; made if it does not exist.
-        ours: function that returns the files of an earlier save, relative to ``path``; called when no other process writes.
-        fresh: refuse a path with files that are not the result of an interrupted write.
+    Only one process at a time writes into ``path``, which is made if it does not exist; others wait. At a path that holds
+    files, those of the same name are replaced, and those of an earlier save, which ``ours`` returns when no other process
+    writes. With ``fresh``, files that are not the result of an interrupted write are refused. An error within the block, or
+    a kill, leaves ``path`` as it was.
 
     Raises:
         ValueError: ``path`` is not free where it must be ``fresh``, or holds a directory in the place of a file.
@@ -127,11 +124,7 @@ def atomic_directory(path: Path, ours: Callable[[], Iterable[str]] = tuple, *, f
 
 
 def recover(path: Path) -> None:
-    """Complete a save into ``path`` that was decided and then interrupted, if there is one.
-
-    Raises:
-        OSError: ``path`` cannot be written.
-    """
+    """Complete a save into ``path`` that was decided and then interrupted, if there is one; OSError if that cannot be."""
     if journals(path):
         with _locked(path.resolve()):
             for journal in journals(path):

@@ -47,10 +47,7 @@ def add_column(
 ) -> AnyDataset:
     """Add or replace the column ``name``, a function of batches of the columns ``needs``; lazily where they stream.
 
-    ClassLabel integers arrive as their names, and missing values as None.
-
-    Raises:
-        ValueError: if a column of ``needs`` is missing.
+    ClassLabel integers arrive as their names, and missing values as None. ValueError if a column of ``needs`` is missing.
 
     >>> ds = Dataset.from_dict({"a": [1, 2]})
     >>> add_column(ds, "b", needs=["a"], values=lambda batch: [2 * a for a in batch["a"]])["b"][:]
@@ -72,10 +69,7 @@ def add_column(
 
 
 def column_values(ds: Dataset, name: str) -> list[Any]:
-    """Return a whole column, ClassLabel integers as their names.
-
-    Raises:
-        ValueError: if there is no such column.
+    """Return a whole column, ClassLabel integers as their names; ValueError if there is no such column.
 
     >>> column_values(Dataset.from_dict({"side": ["forget"]}), "side")
     ['forget']
@@ -139,8 +133,7 @@ def class_names(dataset: Any) -> list[str] | None:
 def label_name(label: Any, names: Sequence[str] | None = None) -> str:
     """Return a label as a string; an integer is looked up in ``names``, never among the routes.
 
-    Raises:
-        ValueError: if the label is null, or an integer without a name.
+    ValueError if the label is null, or an integer without a name.
 
     >>> label_name(1, names=["retain", "forget"])
     'forget'
@@ -182,8 +175,7 @@ def route_index(
 ) -> int:
     """Return the index of a label's route, found by name; -100 remains where labels are ``per_token``.
 
-    Raises:
-        ValueError: if the label is null, an integer without a name, or has no route.
+    ValueError if the label is null, an integer without a name, or has no route.
 
     >>> route_index(1, {"forget": ..., "retain": ...}, names=["retain", "forget"])
     0

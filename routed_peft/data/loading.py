@@ -148,20 +148,12 @@ def load_texts(
 
 
 def read_texts(file: str | Path, argument: str, limit: int | None = None, *, form: TextFormat = PLAIN) -> list[str]:
-    """Read the texts of a file.
-
-    Raises:
-        ValueError: as `load_texts` does.
-    """
+    """Read the texts of a file, as `load_texts` does."""
     return list(load_texts([file], argument=argument, form=form)[TEXT][:limit])
 
 
 def read_facts(file: str | Path, *, form: TextFormat = PLAIN) -> list[str | tuple[str, ...]]:
-    """Read facts for `AttackData`: texts, and in ``fact`` what groups rows that reveal each other.
-
-    Raises:
-        ValueError: as `load_documents` does.
-    """
+    """Read facts for `AttackData`: texts, as `load_documents` does, and in ``fact`` what groups rows that reveal each other."""
     facts: dict[Any, list[str]] = {}
     for number, row in enumerate(load_documents(file, argument="facts", form=form)):
         facts.setdefault(number if row.get("fact") is None else json.dumps(row["fact"]), []).append(row[TEXT])
@@ -169,11 +161,7 @@ def read_facts(file: str | Path, *, form: TextFormat = PLAIN) -> list[str | tupl
 
 
 def read_rows(file: str | Path, argument: str) -> list[dict[str, Any]]:
-    """Read the rows of a file as they are.
-
-    Raises:
-        ValueError: as `load_rows` does.
-    """
+    """Read the rows of a file as they are, as `load_rows` does."""
     return load_rows(file, argument=argument).to_list()
 
 
