@@ -13,17 +13,12 @@ Result = TypeVar("Result")
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__`` that answers to old names with what bears the new ones.
+    """Return the ``__getattr__`` of the module of this name, which answers to old ``names`` with what bears the new ones.
 
-    Args:
-        module: ``__name__`` of the module.
-        names: old name -> new name.
-
-    Example:
-        >>> lookup = renamed("math", {"root": "sqrt"})
-        >>> with warnings.catch_warnings(action="ignore"):
-        ...     lookup("root").__name__
-        'sqrt'
+    >>> lookup = renamed("math", {"root": "sqrt"})
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     lookup("root").__name__
+    'sqrt'
     """
 
     def lookup(name: str) -> Any:
@@ -41,18 +36,14 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 2) -> None:
 
 
 def formerly_positional(*names: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Let keyword-only arguments of a function still be given by position, with a warning.
+    """Let keyword-only arguments, ``names`` in their former order after two others, be given by position, with a warning.
 
-    Args:
-        *names: the arguments in their former order, which followed two positional ones.
-
-    Example:
-        >>> @formerly_positional("c")
-        ... def total(a, b, *, c):
-        ...     return a + b + c
-        >>> with warnings.catch_warnings(action="ignore"):
-        ...     total(1, 2, 3)
-        6
+    >>> @formerly_positional("c")
+    ... def total(a, b, *, c):
+    ...     return a + b + c
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     total(1, 2, 3)
+    6
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
