@@ -150,11 +150,7 @@ def _commit(
     message: str,
     barred: Iterable[str] = (),
 ) -> str:
-    """Commit ``files``, delete the files that they replace, and return the commit.
-
-    Raises:
-        ValueError: the repository holds a folder whose name is in ``barred``.
-    """
+    """Commit ``files``, delete those that they replace, and return the commit; ValueError if a folder there is ``barred``."""
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
     there = api.list_repo_files(repo, revision=revision)

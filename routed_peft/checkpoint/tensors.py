@@ -34,8 +34,7 @@ def adapter_configs(model: nn.Module) -> dict[str, PeftConfig]:
 def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the model's own weights under their names without adapters; from ``state_dict`` if it was gathered (FSDP).
 
-    Raises:
-        ValueError: an adapter is merged or replaces whole modules, or ``state_dict`` lacks weights.
+    ValueError if an adapter is merged or replaces whole modules, or ``state_dict`` lacks weights.
     """
     inner = inner_model(model)
     tuners = check_own_weights(inner)

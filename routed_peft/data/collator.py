@@ -150,8 +150,7 @@ class RoutedCollator:
 def weight_tensors(features: Sequence[Feature], align: Callable[[list[list[float]]], Tensor]) -> dict[str, Tensor]:
     """Make ``{group: (B,) or (B, T)}`` of the column ``route_weights``; ``align`` pads lists of one number per token.
 
-    Raises:
-        ValueError: if a group is missing in a row, numbers are not finite, or a list is not as long as its row.
+    ValueError if a group is missing in a row, numbers are not finite, or a list is not as long as its row.
     """
     weights = {}
     for group in features[0][ROUTE_WEIGHTS]:
@@ -182,8 +181,7 @@ def shift(labels: Tensor) -> Tensor:
 def common_keys(features: Sequence[Feature], needs: Sequence[str] = ("input_ids",)) -> list[str]:
     """Return the columns of a batch's rows, without those that are null.
 
-    Raises:
-        ValueError: if a row lacks a column of ``needs`` or a label, or only some rows have an optional column.
+    ValueError if a row lacks a column of ``needs`` or a label, or only some rows have an optional column.
     """
     keys = set(features[0])
     for name in ("input_ids", "attention_mask", "labels", *ROUTE_COLUMNS):

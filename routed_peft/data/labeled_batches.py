@@ -153,8 +153,7 @@ def labeled_batches(
 def _find_places(features: Sequence[Feature], batch: Any) -> list[list[Place]]:
     """Return all places of each row's tokens in its row of the batch; none where the collator changed the tokens.
 
-    Raises:
-        ValueError: where the batch has the rows in another order.
+    ValueError where the batch has the rows in another order.
     """
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not all("input_ids" in row for row in features):
@@ -192,11 +191,7 @@ def _places(ids: list[int], found: list[int], mask: list[int] | None) -> list[Pl
 def _put(
     rows: Sequence[list[Any]], batch: Any, places: Sequence[list[Place]], *, name: str, fill: Any
 ) -> list[list[Any]]:
-    """Return values per token at the places of their tokens in the batch.
-
-    Raises:
-        ValueError: where a row has no such place, or several that give it other values.
-    """
+    """Return values per token at the places of their tokens; ValueError without one, or where several disagree."""
     result = []
     for index, (values, found) in enumerate(zip(rows, places, strict=True)):
         options = [place.put(values, batch["input_ids"].shape[1], fill) for place in found]

@@ -51,15 +51,8 @@ def infer_mask(ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTraine
     """Return the attention mask of a row that came without one: 0 at the padding tokens with which it begins or ends.
 
     Where the padding token also ends or begins texts, one of it at either end may be part of the text. More cannot be told
-    from padding.
-
-    Args:
-        ids: the row's tokens.
-        trained: whether each has a loss.
-        tokenizer: names the padding token.
-
-    Raises:
-        ValueError: where padding cannot be told from text, and would be trained on.
+    from padding. ``trained`` says whether each of the row's tokens has a loss; ValueError where padding that cannot be told
+    from text would be trained on.
 
     >>> from routed_peft.data import train_tokenizer
     >>> tokenizer = train_tokenizer(["a"], vocab_size=258)
@@ -87,14 +80,10 @@ def infer_mask(ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTraine
 
 
 def check_batch(batch: Mapping[str, Any], tokenizer: Any) -> None:
-    """Refuse a batch of somebody else's collator that trains on padding, or that keeps packed documents apart.
+    """Raise ValueError on a batch of somebody else's collator that trains on padding, or keeps packed documents apart.
 
-    Args:
-        batch: ``input_ids``, ``labels`` and perhaps ``attention_mask`` and ``position_ids``, each ``(B, T)``.
-        tokenizer: names the padding token; None, or another processor, where it is not known.
-
-    Raises:
-        ValueError: names what is wrong, and what to set.
+    It has ``input_ids``, ``labels`` and perhaps ``attention_mask`` and ``position_ids``, each ``(B, T)``. The ``tokenizer``
+    names the padding token; None, or another processor, where it is not known.
     """
     check_unpacked([name for name in batch if name != "position_ids"])
     ids, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))

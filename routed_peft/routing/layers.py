@@ -134,8 +134,7 @@ class _RoutedInput(Routed):
 def align(m: Tensor, x: Tensor, name: str) -> Tensor:
     """Shape ``m`` so that it broadcasts against ``x`` from the left, heads-first inputs ``(B, H, T, D)`` included.
 
-    Raises:
-        ValueError: where the axes do not fit, or where the position axis and the head axis have one length.
+    ValueError where the axes do not fit, or where the position axis and the head axis have one length.
 
     >>> import torch
     >>> align(torch.ones(2, 5), torch.ones(2, 3, 5, 8), "q_norm").shape
@@ -201,11 +200,7 @@ def routed_input_class(module: nn.Module) -> type[nn.Module]:
 
 
 def swap(module: nn.Module, cls: type[nn.Module], attachment: Attachment) -> None:
-    """Give ``module`` the class ``cls`` and its ``attachment``.
-
-    Raises:
-        ValueError: where the module would be evaluated twice and has dropout.
-    """
+    """Give ``module`` the class ``cls`` and its ``attachment``; ValueError if it has dropout and is to be evaluated twice."""
     if issubclass(cls, _RoutedModule):
         dropouts = [
             name for name, value in vars(module).items() if "drop" in name and isinstance(value, float) and value

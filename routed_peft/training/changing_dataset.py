@@ -74,11 +74,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read the state of a dataset from a checkpoint.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
+    """Read the state of a dataset from a checkpoint; ValueError if its file is missing or damaged."""
     try:
         with np.load(io.BytesIO((folder / STATE).read_bytes()), allow_pickle=False) as content:
             state: dict[str, Any] = json.loads(content["state"].tobytes())

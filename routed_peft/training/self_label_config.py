@@ -88,11 +88,7 @@ SETTING_NAMES = tuple(f.name for f in fields(SelfLabelConfig))
 
 
 def setting(name: str, default: Any = ...) -> Any:
-    """Return a dataclass field with the help and choices of `SelfLabelConfig`'s field ``name``.
-
-    Args:
-        name: of the field.
-        default: of the new field; that of `SelfLabelConfig` where left out.
+    """Return a dataclass field with the help and choices of `SelfLabelConfig`'s field ``name``, and by default its default.
 
     >>> @dataclass
     ... class Recipe:

@@ -97,8 +97,7 @@ class SelfLabeledRows(ChangingDataset):
     def callback(self, trainer: Any) -> TrainerCallback:
         """Return the callback that scores and relabels the rows.
 
-        Raises:
-            ValueError: where routes are missing, or the trainer would shuffle rows or fetch them in other processes.
+        ValueError where routes are missing, or the trainer would shuffle rows or fetch them in other processes.
         """
         missing = [label for label in (FORGET, RETAIN, UNLABELED) if label not in trainer.routing.routes]
         if missing:
@@ -192,10 +191,8 @@ class SelfLabeledRows(ChangingDataset):
     def relabel(self, scored: np.ndarray, is_forget: np.ndarray | Sequence[Sequence[bool]], start: int) -> None:
         """Draw the run anew from its row ``start`` on; rows that could have been scored and were not are left out.
 
-        Args:
-            scored: indices of rows, see `rows_to_score`.
-            is_forget: for each, whether it counts as forget; with a ``separator``, whether each of its documents does.
-            start: first row of the run that changes.
+        ``is_forget`` says for each row of ``scored`` (indices, see `rows_to_score`) whether it counts as forget; with a
+        ``separator``, whether each of its documents does.
         """
         if self.separator is None:
             self.labels = self._given.copy()
