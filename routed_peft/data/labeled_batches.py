@@ -53,11 +53,6 @@ class LabeledBatches:
     The collator gets rows without route columns. One that cannot do without them gets them, integers as their names, and
     what it makes of them is replaced.
 
-    Attributes:
-        collator: makes a batch of rows, in their order.
-        routes: label -> route, whose order gives the indices; None, as in evaluation, leaves labels out.
-        class_names: names of ClassLabel integers.
-
     Raises:
         ValueError: as `RoutedCollator` does; also where the batch has other rows than it was made of, or another order, and
             where labels per token cannot be aligned with what the collator padded or cut.
@@ -68,9 +63,9 @@ class LabeledBatches:
     tensor([1, 0])
     """
 
-    collator: Collator
-    routes: Mapping[str, Any] | None
-    class_names: Sequence[str] | None = None
+    collator: Collator  # makes a batch of rows, in their order
+    routes: Mapping[str, Any] | None  # label -> route, whose order gives the indices; None, as in evaluation: no labels
+    class_names: Sequence[str] | None = None  # names of ClassLabel integers
 
     def __call__(self, features: Sequence[Feature]) -> Any:
         """Make a batch of the rows ``features``."""

@@ -80,16 +80,10 @@ def load_training_file(
 def load_documents(
     source: str | os.PathLike[str], *, argument: str = "source", form: TextFormat = PLAIN, keep_tokens: bool = False
 ) -> Dataset:
-    """Load rows with their text as the column ``text``; other columns stay as they are.
+    """Load rows, as `load_rows` does, with their text as the column ``text``; other columns stay as they are.
 
-    Args:
-        source: as for `load_rows`.
-        argument: through which it was given, for messages.
-        form: where the text is.
-        keep_tokens: leave rows that have ``input_ids`` and no text as they are.
-
-    Raises:
-        ValueError: without text, and where a text is blank or no string; and as `load_rows` does.
+    ``form`` says where the text is; with ``keep_tokens``, rows that have ``input_ids`` and no text stay as they are.
+    ValueError without text, and where a text is blank or no string.
     """
     strict = {TEXT, CHAT, TOKENS, ROUTE_LABEL, "side", *_text_columns(form, [TEXT])}
     ds, name = load_rows(source, argument=argument, strict=strict), f"`{argument}`"

@@ -19,21 +19,15 @@ class TrainingCost:
     :math:`N_T` that saw :math:`D_T` tokens forward (Kaplan et al., arXiv 2001.08361, section 2.1, without the attention
     scores). Distilling a model into one of its own size thus costs 8 N D, or 6 N D once the teacher's outputs are stored.
 
-    Attributes:
-        flops: floating-point operations; an upper bound if only a part of the model is trained.
-        serial_steps: optimizer steps, which cannot be run in parallel.
-        tokens: tokens trained on, repetitions included.
-        labeled_forget_tokens: distinct tokens that somebody had to label forget.
-
     >>> step = TrainingCost.from_counts(parameters=100, tokens=10, steps=1, labeled_forget_tokens=5)
     >>> step + TrainingCost.from_counts(parameters=100, tokens=10, steps=1, teacher_tokens=10)
     TrainingCost(flops=14000, serial_steps=2, tokens=20, labeled_forget_tokens=5)
     """
 
-    flops: int = 0
-    serial_steps: int = 0
-    tokens: int = 0
-    labeled_forget_tokens: int = 0
+    flops: int = 0  # floating-point operations; an upper bound if only a part of the model is trained
+    serial_steps: int = 0  # optimizer steps, which cannot be run in parallel
+    tokens: int = 0  # tokens trained on, repetitions included
+    labeled_forget_tokens: int = 0  # distinct tokens that somebody had to label forget
 
     @classmethod
     def from_counts(

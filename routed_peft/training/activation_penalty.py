@@ -19,13 +19,8 @@ def activation_l1(model: nn.Module) -> Iterator[list[Tensor]]:
     .. math:: \sum_{\text{layers}} \frac{1}{BT} \sum_{b,t} \lVert h_{bt} \rVert_1
 
     with h the activations that enter an MLP's out-projection, extra units included (gradient routing, arXiv 2410.04332,
-    appendix on ERA). Its gradient is not routed.
-
-    Yields:
-        a list that fills with one scalar per MLP and region and forward pass.
-
-    Raises:
-        ValueError: under reentrant gradient checkpointing, where activations have no gradient when the loss is formed.
+    appendix on ERA). Its gradient is not routed. Yields a list that fills with one scalar per MLP and region and forward
+    pass; ValueError under reentrant gradient checkpointing, where activations have no gradient when the loss is formed.
     """
     collected: list[Tensor] = []
 

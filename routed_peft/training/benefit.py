@@ -33,10 +33,7 @@ def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") ->
     at which normal distributions would have equal error rates on both sides. "median" takes medians and median absolute
     deviations instead, which a few wrong labels hardly move. "midpoint" is :math:`(\mu_f + \mu_r) / 2`.
 
-    Args:
-        forget: benefits of labeled forget rows, ``(N,)``, in nats per token.
-        retain: benefits of labeled retain rows, ``(M,)``.
-        kind: "balanced", "median" or "midpoint".
+    ``forget`` and ``retain`` are benefits of labeled rows of either side, ``(N,)`` and ``(M,)``, in nats per token.
 
     >>> forget, retain = torch.tensor([0.0, 2.0]), torch.tensor([-1.25, -0.75])
     >>> round(benefit_threshold(forget, retain), 2), benefit_threshold(forget, retain, "midpoint")
