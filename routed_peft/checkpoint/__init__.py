@@ -10,15 +10,8 @@ if TYPE_CHECKING:
     from routed_peft.checkpoint.load import load_routed, load_weights
     from routed_peft.checkpoint.save import save_routed
 else:  # `routed-peft inspect` needs no torch
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "inspect_checkpoint": "routed_peft.checkpoint.inspect",
-            "load_routed": "routed_peft.checkpoint.load",
-            "load_weights": "routed_peft.checkpoint.load",
-            "push_to_hub": "routed_peft.checkpoint.hub",
-            "save_routed": "routed_peft.checkpoint.save",
-        },
-    )
+    _MODULES = {"inspect_checkpoint": "inspect", "load_routed": "load", "load_weights": "load"}
+    _MODULES |= {"push_to_hub": "hub", "save_routed": "save"}
+    __getattr__, __dir__ = lazy_names(__name__, {name: f"{__name__}.{module}" for name, module in _MODULES.items()})
 
 __all__ = ["inspect_checkpoint", "load_routed", "load_weights", "push_to_hub", "save_routed"]

@@ -273,10 +273,8 @@ class GradientRouting:
         """
         reached = reached.cpu()
         effective = self._table.effective_weights(label_indices(labels, self.routes), weights)
-        counts = {
-            group: int((reached & (m != 0 if m.dim() == 2 else (m != 0).unsqueeze(1))).sum())
-            for group, m in effective.items()
-        }
+        taught = {group: m != 0 if m.dim() == 2 else (m != 0).unsqueeze(1) for group, m in effective.items()}
+        counts = {group: int((reached & mask).sum()) for group, mask in taught.items()}
         return {group: int(reached.sum()) if group == JOINT else counts[group] for group in self.groups}
 
     def learning(self, labels: Labels, reached: Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, int]:
