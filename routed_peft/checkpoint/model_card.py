@@ -50,11 +50,13 @@ def model_card(layout: Layout, repo: str, *, regions_repo: str | None, of_region
 
     ``regions_repo`` is None if the regions are not published.
     """
+    base = layout.data["base"]
+    parent = repo if of_regions else (base.get("trained_from") or {}).get("id") if layout.saved_base else base["id"]
     data = ModelCardData(
         library_name="peft" if of_regions or not layout.saved_base else "transformers",
         pipeline_tag="text-generation",
         tags=["gradient-routing"],
-        base_model=repo if of_regions else _parent(layout),
+        base_model=parent if parent and not Path(parent).is_absolute() else None,
     )
     tokens = ", ".join(f"{label} {count}" for label, count in (layout.data["tokens_per_route"] or {}).items())
     paragraphs = [
@@ -91,12 +93,6 @@ def _load_regions(layout: Layout, repo: str, regions_repo: str) -> str:
     which = "a region" if len(layout.regions) == 1 else "all regions; leave out those that you do not want"
     places = ", ".join(f'"{name}": "{regions_repo}"' for name in layout.regions)
     return _LOAD_REGIONS.format(which=which, repo=repo, places=places)
-
-
-def _parent(layout: Layout) -> str | None:
-    base = layout.data["base"]
-    name = (base.get("trained_from") or {}).get("id") if layout.saved_base else base["id"]
-    return name if name and not Path(name).is_absolute() else None
 
 
 def _kind(layout: Layout, name: str) -> str:

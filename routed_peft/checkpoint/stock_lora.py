@@ -6,7 +6,6 @@ from pathlib import Path
 
 from peft import PeftConfig
 from safetensors.torch import save_file
-from torch import Tensor
 
 from routed_peft.checkpoint.layout import CONFIG, WEIGHTS
 from routed_peft.checkpoint.staging import atomic_directory
@@ -44,17 +43,11 @@ def to_stock_lora(src: str | Path, out: str | Path) -> Path:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, RoutedConfig):
         raise ValueError(f"{str(src)!r} holds an adapter of type {config.peft_type}, not one of RoutedConfig")
-    stock, tensors = config.to_lora(), _folded(read_tensors(folder / WEIGHTS))
+    stock, tensors = config.to_lora(), read_tensors(folder / WEIGHTS)
+    for name in [name for name in tensors if name.endswith(".routed_U")]:
+        u, b = tensors.pop(name), name.removesuffix("routed_U") + "lora_B.weight"
+        tensors[b] = project_off(tensors[b].T, u).T.contiguous()
     with atomic_directory(target, fresh=True) as aside:
         stock.save_pretrained(str(aside))
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
     return target
-
-
-def _folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    bases = {name: u for name, u in tensors.items() if name.endswith(".routed_U")}
-    folded = {name: tensor for name, tensor in tensors.items() if name not in bases}
-    for name, u in bases.items():
-        b = name.removesuffix("routed_U") + "lora_B.weight"
-        folded[b] = project_off(folded[b].T, u).T.contiguous()
-    return folded
