@@ -44,7 +44,8 @@ def check_model(
         raise ValueError("`train_base=True` on a quantized model: its weights cannot be trained. Route into LoRA "
                          "regions, and name the adapters that stay in `base_adapters`")  # fmt: skip
     check_auxiliary_loss(model)
-    embeddings = _embedding_weight(model)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    embeddings = inner.get_input_embeddings() if isinstance(inner, PreTrainedModel) else None
     holding: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Routed):
@@ -54,7 +55,7 @@ def check_model(
             raise ValueError(f"{name!r} is a copy made by `modules_to_save` or trainable tokens, which cannot be "
                              "removed as a region: train the base instead (`train_base=True`)")  # fmt: skip
         if isinstance(module, BaseTunerLayer):
-            _check_layer(name, module, embeddings)
+            _check_layer(name, module, getattr(embeddings, "weight", None))
             holding.update(adapters_in(module))
     for adapter in (*regions, *base_adapters):
         if adapter not in holding:
@@ -62,12 +63,6 @@ def check_model(
                 f"the adapter {adapter!r} ({configs[adapter].peft_type}) has no layer in this model, so it cannot be routed: "
                 "regions are `RoutedConfig` adapters or plain LoRA on linear layers"
             )
-
-
-def _embedding_weight(model: nn.Module) -> torch.Tensor | None:
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    embeddings = inner.get_input_embeddings() if isinstance(inner, PreTrainedModel) else None
-    return getattr(embeddings, "weight", None)
 
 
 def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | None) -> None:

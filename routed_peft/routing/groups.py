@@ -45,7 +45,8 @@ def find_members(
         ValueError: where an adapter cannot be a region, or an entry of ``joint`` or ``layers`` matches nothing.
     """
     adapters = _adapter_modules(model)
-    head = _head(model) if "head" in joint else None
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = inner.get_output_embeddings() if "head" in joint and isinstance(inner, PreTrainedModel) else None
     matched: set[str | int] = set()
     members = []
     for name, module in model.named_modules():
@@ -87,8 +88,3 @@ def _is_joint(module: nn.Module, name: str, *, pattern: str, head: nn.Module | N
     if pattern == "head":
         return module is head
     return name == pattern or name.endswith("." + pattern)
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
