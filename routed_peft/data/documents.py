@@ -30,34 +30,24 @@ class DocumentArguments:
     """Settings of documents and their labels; recipes inherit them, and every field is a flag."""
 
     pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish, entangled or arithmetic."})
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSONL, JSON, Parquet, a pattern or a Hub dataset instead of `pair`, with text (or chats in `messages`, or "
-            "`input_ids`), and route_label or side."
-        },
-    )
+    train_file: str | None = field(default=None, metadata={
+        "help": "JSONL, JSON, Parquet, a pattern or a Hub dataset instead of `pair`, with text (or chats in "
+        "`messages`, or `input_ids`), and route_label or side."})  # fmt: skip
     forget_file: str | None = field(
         default=None, metadata={"help": "Forget text, with `retain_file` instead of `train_file`; also plain .txt."}
     )
     retain_file: str | None = field(default=None, metadata={"help": "Retain text, beside `forget_file`."})
     text_column: str = field(default=TEXT, metadata={"help": "Column of the text, or of chats, in all of these files."})
-    text_template: str | None = field(
-        default=None,
-        metadata={"help": 'Text made of columns, such as "{question} {answer}", instead of `text_column`.'},
-    )
+    text_template: str | None = field(default=None, metadata={
+        "help": 'Text made of columns, such as "{question} {answer}", instead of `text_column`.'})  # fmt: skip
     eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
     eval_documents: int | None = field(
         default=None, metadata={"help": "Maximum number of held-out documents per side."}
     )
     length: int = field(default=128, metadata={"help": "Tokens per row."})
-    labeled: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of documents that carry a label, where labels are simulated from `side`; labels you provide "
-            "(`route_label`, `label_keywords`) are never changed."
-        },
-    )
+    labeled: float = field(default=1.0, metadata={
+        "help": "Share of documents that carry a label, where labels are simulated from `side`; labels you provide "
+        "(`route_label`, `label_keywords`) are never changed."})  # fmt: skip
     labeled_forget: float | None = field(default=None, metadata={"help": "`labeled` for the forget side alone."})
     labeled_retain: float | None = field(default=None, metadata={"help": "`labeled` for the retain side alone."})
     recall: float = field(default=1.0, metadata={"help": "Share of labeled forget documents labeled forget."})

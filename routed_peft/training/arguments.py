@@ -15,68 +15,40 @@ class RoutedArguments:
     """Mix-in of the added fields, also for TRL's configurations."""
 
     train_base: bool = field(default=False, metadata={"help": "Train the model's own weights as well as its adapters."})
-    base_adapters: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Adapters that are part of the base and stay, such as a `retain` LoRA."},
-    )
-    kept_regions: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Regions that belong to the model, as in a run without routing: evaluation and attacks load them unless "
-            "told otherwise."
-        },
-    )
-    edges: str = field(
-        default="parameters",
-        metadata={
-            "help": "`parameters` (exact, SGTM) or `activations` (the published ERA mask).",
-            "choices": ["parameters", "activations"],
-        },
-    )
+    base_adapters: list[str] = field(default_factory=list, metadata={
+        "help": "Adapters that are part of the base and stay, such as a `retain` LoRA."})  # fmt: skip
+    kept_regions: list[str] = field(default_factory=list, metadata={
+        "help": "Regions that belong to the model, as in a run without routing: evaluation and attacks load them "
+        "unless told otherwise."})  # fmt: skip
+    edges: str = field(default="parameters", metadata={"choices": ["parameters", "activations"],
+        "help": "`parameters` (exact, SGTM) or `activations` (the published ERA mask)."})  # fmt: skip
     route_layers: list[int] | None = field(
         default=None, metadata={"help": "Decoder layers whose base is routed; all by default."}
     )
-    joint: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Base modules that train on all data: `embeddings`, `norms`, `head`, or suffixes of module names."
-        },
-    )
+    joint: list[str] = field(default_factory=list, metadata={
+        "help": "Base modules that train on all data: `embeddings`, `norms`, `head`, or suffixes of module "
+        "names."})  # fmt: skip
     region_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the regions; that of the base by default."}
     )
     region_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of the regions; that of the base by default."}
     )
-    clip_per_group: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Clip base and regions to `max_grad_norm` separately, so that data of one neither shrinks nor spoils the "
-            "other's update; by default wherever some route has a weight of 0 or an ablated region."
-        },
-    )
-    activation_l1: float = field(
-        default=0.0,
-        metadata={"help": "ERA's penalty: this times the mean L1 norm of MLP activations, summed over layers."},
-    )
+    clip_per_group: bool | None = field(default=None, metadata={
+        "help": "Clip base and regions to `max_grad_norm` separately, so that data of one neither shrinks nor spoils "
+        "the other's update; by default wherever some route has a weight of 0 or an ablated region."})  # fmt: skip
+    activation_l1: float = field(default=0.0, metadata={
+        "help": "ERA's penalty: this times the mean L1 norm of MLP activations, summed over layers."})  # fmt: skip
     evaluate_ablated: bool = field(
         default=True, metadata={"help": "Evaluate a second time with all regions ablated: `eval_ablated_…`."}
     )
-    self_check: bool = field(
-        default=True,
-        metadata={"help": "On the first batch, try every label; raise where a gradient reaches the wrong group."},
-    )
-    check_labels_after: int = field(
-        default=100,
-        metadata={
-            "help": "On a stream: raise if nothing was routed in this many steps, and warn if a region had no data. 0: check "
-            "at the end only."
-        },
-    )
-    gather: bool = field(
-        default=True,
-        metadata={"help": "Skip positions of weight zero in weight-gradient matmuls; ignored under torch_compile."},
-    )
+    self_check: bool = field(default=True, metadata={
+        "help": "On the first batch, try every label; raise where a gradient reaches the wrong group."})  # fmt: skip
+    check_labels_after: int = field(default=100, metadata={
+        "help": "On a stream: raise if nothing was routed in this many steps, and warn if a region had no data. 0: "
+        "check at the end only."})  # fmt: skip
+    gather: bool = field(default=True, metadata={
+        "help": "Skip positions of weight zero in weight-gradient matmuls; ignored under torch_compile."})  # fmt: skip
 
     def __post_init__(self) -> None:
         check_choices(self)
