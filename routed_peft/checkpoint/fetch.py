@@ -36,9 +36,8 @@ def fetch(
     local = Path(source).expanduser()
     if local.is_dir():
         if revision is not None:
-            raise ValueError(
-                f"`revision` needs a Hub id, got {revision!r} with the directory {str(source)!r}: leave it out"
-            )
+            raise ValueError(f"`revision` needs a Hub id, got {revision!r} with the directory {str(source)!r}: leave "
+                             "it out")  # fmt: skip
         recover(local)
         return local.resolve(), None
     if local.is_absolute() or str(source).startswith((".", "~")) or local.exists():

@@ -156,10 +156,9 @@ def _commit(
     there = api.list_repo_files(repo, revision=revision)
     leaked = [name for name in there if name.split("/")[0] in set(barred) and "/" in name]
     if leaked:
-        raise ValueError(
-            f"`repo` {repo!r} already holds {leaked[0]!r}, of a region: whoever can read the base can read that. "
-            "Delete it there (its history keeps it), or name another repository. Nothing was pushed."
-        )
+        raise ValueError(f"`repo` {repo!r} already holds {leaked[0]!r}, of a region: whoever can read the base can "
+                         "read that. Delete it there (its history keeps it), or name another repository. Nothing was "
+                         "pushed.")  # fmt: skip
     stale = [n for n in there if _matches(n, ("*.safetensors", "*.index.json", CONFIG)) and n not in files]
     operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
     operations += [

@@ -55,16 +55,14 @@ def check_own_weights(inner: PreTrainedModel) -> set[str]:
     tuners = set()
     for name, module in inner.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            raise ValueError(
-                f"{name!r} has a trained copy of itself (`modules_to_save` or `trainable_token_indices`), which is "
-                "neither base nor region: leave it out of the adapter's config and train the base instead"
-            )
+            raise ValueError(f"{name!r} has a trained copy of itself (`modules_to_save` or `trainable_token_indices`), "
+                             "which is neither base nor region: leave it out of the adapter's config and train the "
+                             "base instead")  # fmt: skip
         if isinstance(module, BaseTunerLayer):
             tuners.add(name)
             if module.merged_adapters:
-                raise ValueError(
-                    f"the adapters {module.merged_adapters} are merged into {name!r}: call `unmerge_adapter()` first"
-                )
+                raise ValueError(f"the adapters {module.merged_adapters} are merged into {name!r}: call "
+                                 "`unmerge_adapter()` first")  # fmt: skip
     return tuners
 
 

@@ -70,10 +70,9 @@ def token_frequency_weights(
     r = (retain + retain_count) / (retain + retain_count).sum()
     w = 1 - torch.sigmoid(scale * (f / r - r / f) - bias)
     if not ((w < 0.5) & (forget > 0)).any():
-        raise ValueError(
-            f"no token of `forget_texts` is routed: the lowest weight is {w.min():.3f}, and none is below 0.5. "
-            f"Give more text, a lower `bias` (now {bias}) or a lower `retain_count` (now {retain_count})"
-        )
+        raise ValueError(f"no token of `forget_texts` is routed: the lowest weight is {w.min():.3f}, and none is below "
+                         f"0.5. Give more text, a lower `bias` (now {bias}) or a lower `retain_count` (now "
+                         f"{retain_count})")  # fmt: skip
     return w.float()
 
 
@@ -103,9 +102,8 @@ def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, labe
     [{'base': [-2.0, 1.0, 1.0]}, {'base': [1.0, 1.0, 1.0]}]
     """
     if not base_weight or not np.isfinite(base_weight):
-        raise ValueError(
-            f"`base_weight` must be a finite number other than 0, got {base_weight}: the column multiplies it"
-        )
+        raise ValueError(f"`base_weight` must be a finite number other than 0, got {base_weight}: the column "
+                         "multiplies it")  # fmt: skip
     table = w.double().numpy()
     routed = 0
 
@@ -117,9 +115,8 @@ def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, labe
             if name == label:
                 predicted = np.asarray(ids[1:], dtype=np.int64)
                 if len(predicted) and not 0 <= predicted.min() <= predicted.max() < len(table):
-                    raise ValueError(
-                        f"`w` has weights for {len(table)} tokens, got token {predicted.max()}: another tokenizer?"
-                    )
+                    raise ValueError(f"`w` has weights for {len(table)} tokens, got token {predicted.max()}: another "
+                                     "tokenizer?")  # fmt: skip
                 row = table[predicted]
                 routed += int((row < 0.5).sum())
                 multipliers[:-1] = (row + (1 - row) * base_weight) / base_weight
@@ -128,10 +125,9 @@ def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, labe
 
     out = add_column(ds, ROUTE_WEIGHTS, needs=["input_ids", ROUTE_LABEL], values=weights)
     if isinstance(out, Dataset) and not routed:
-        raise ValueError(
-            f"no token of the rows labeled {label!r} has a weight below 0.5: nothing would be routed. Check that `w` "
-            "was made with this tokenizer, from text like these rows, and that the label occurs"
-        )
+        raise ValueError(f"no token of the rows labeled {label!r} has a weight below 0.5: nothing would be routed. "
+                         "Check that `w` was made with this tokenizer, from text like these rows, and that the label "
+                         "occurs")  # fmt: skip
     return out
 
 

@@ -97,9 +97,8 @@ def label_statistics(ds: Dataset, side_column: str = "side") -> dict[str, dict[s
 def _orders(ds: Dataset, side_column: str, seed: int) -> dict[str, np.ndarray]:
     sides = np.array(column_values(ds, side_column), dtype=object)
     if other := {side for side in set(sides) if side not in (FORGET, RETAIN)}:
-        raise ValueError(
-            f"the column `{side_column}` holds 'forget' and 'retain', got {sorted(map(str, other))} as well"
-        )
+        raise ValueError(f"the column `{side_column}` holds 'forget' and 'retain', got {sorted(map(str, other))} as "
+                         "well")  # fmt: skip
     return {
         side: np.random.default_rng([seed, i]).permutation(np.flatnonzero(sides == side))
         for i, side in enumerate((FORGET, RETAIN))

@@ -172,6 +172,5 @@ def _check_filled(
     if lost := {key[:1] for key in groups} - filled:
         names = [key[0] for key in sorted(lost) if key]
         what = f"with `{by[0]}` in {names}" if names else "of the dataset"
-        raise ValueError(
-            f"the documents {what} do not fill one row of {length} tokens: take a smaller `length` or more data"
-        )
+        raise ValueError(f"the documents {what} do not fill one row of {length} tokens: take a smaller `length` or "
+                         "more data")  # fmt: skip

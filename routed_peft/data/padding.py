@@ -24,11 +24,10 @@ def check_unpacked(columns: Collection[str]) -> None:
     ValueError: rows have the column `position_ids`, ...
     """
     if found := [name for name in PACKED_COLUMNS if name in columns]:
-        raise ValueError(
-            f"rows have the column `{found[0]}`, by which attention keeps documents in one row apart; that is not supported, "
-            "and without it a document's loss would train on its neighbors. Give one document per row, or pack documents "
-            f"of one label with `routed_peft.data.pack`; if rows are single documents, leave `{found[0]}` out"
-        )
+        raise ValueError(f"rows have the column `{found[0]}`, by which attention keeps documents in one row apart; "
+                         "that is not supported, and without it a document's loss would train on its neighbors. Give "
+                         "one document per row, or pack documents of one label with `routed_peft.data.pack`; if rows "
+                         f"are single documents, leave `{found[0]}` out")  # fmt: skip
 
 
 def check_mask(mask: Sequence[Any]) -> None:
@@ -41,10 +40,9 @@ def check_mask(mask: Sequence[Any]) -> None:
     """
     nested = [value for value in mask if hasattr(value, "__len__")]
     if odd := nested[:1] or sorted(set(mask) - {0, 1}):
-        raise ValueError(
-            f"`attention_mask` has one 0 or 1 per token, got {odd}, too: documents in one row cannot be kept apart by a mask. "
-            "Give one document per row, or pack documents of one label with `routed_peft.data.pack`"
-        )
+        raise ValueError(f"`attention_mask` has one 0 or 1 per token, got {odd}, too: documents in one row cannot be "
+                         "kept apart by a mask. Give one document per row, or pack documents of one label with "
+                         "`routed_peft.data.pack`")  # fmt: skip
 
 
 def infer_mask(ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -71,11 +69,10 @@ def infer_mask(ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTraine
     allowed = max(1, sum(role != "unk_token" for role in shared))  # the end of one text, and the beginning of the next
     for run in (trained[:left], trained[count - right :]):
         if sum(run) > allowed:
-            raise ValueError(
-                f"a row without `attention_mask` begins or ends with {len(run)} tokens {tokenizer.pad_token!r}, which are "
-                f"padding and `{shared[0]}` alike, so the model would be trained on padding: keep the tokenizer's "
-                "`attention_mask` in the rows, set `labels` to -100 there, or give the tokenizer a `pad_token` of its own"
-            )
+            raise ValueError(f"a row without `attention_mask` begins or ends with {len(run)} tokens "
+                             f"{tokenizer.pad_token!r}, which are padding and `{shared[0]}` alike, so the model would "
+                             "be trained on padding: keep the tokenizer's `attention_mask` in the rows, set `labels` "
+                             "to -100 there, or give the tokenizer a `pad_token` of its own")  # fmt: skip
     return [1] * count
 
 

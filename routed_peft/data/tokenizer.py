@@ -26,9 +26,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 2:
-        raise ValueError(
-            f"`vocab_size` must be at least {len(alphabet) + 2} (bytes and special tokens), got {vocab_size}"
-        )
+        raise ValueError(f"`vocab_size` must be at least {len(alphabet) + 2} (bytes and special tokens), got "
+                         f"{vocab_size}")  # fmt: skip
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

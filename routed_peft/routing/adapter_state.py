@@ -86,10 +86,9 @@ class AdapterState:
         for name, layer, parent, attribute in self.layers:
             # merging tools put the plain layer back; wrappers of FSDP or checkpointing are other modules
             if parent._modules.get(attribute) is layer.base_layer:
-                raise ValueError(
-                    f"the adapters are gone from {name!r} (`unload`, `merge_and_unload`), but the routing is attached: "
-                    "train the model first, and save or ablate it afterwards (`save_routed`, `ablate`)"
-                )
+                raise ValueError(f"the adapters are gone from {name!r} (`unload`, `merge_and_unload`), but the routing "
+                                 "is attached: train the model first, and save or ablate it afterwards (`save_routed`, "
+                                 "`ablate`)")  # fmt: skip
             if layer.merged_adapters or layer.disable_adapters or expected != set(layer.active_adapters):
                 _refuse(name, layer, expected)
         for module_name, module, name, trained, in_adapter in self.trained:
@@ -110,8 +109,7 @@ def _refuse(name: str, layer: BaseTunerLayer, expected: Collection[str]) -> None
         raise ValueError(f"the adapters of {name!r} are switched off (`disable_adapter`, `disable_adapter_layers`), so "
                          "no region could learn: call `enable_adapter_layers()` before the next step. Use "
                          "`routed_peft.ablated(model, region)` to run a model without a region")  # fmt: skip
-    raise ValueError(
-        f"the adapters {sorted(layer.active_adapters)} of {name!r} are active (`set_adapter`), of {sorted(expected)} when "
-        f"routing was attached: call `model.base_model.set_adapter({sorted(expected)})` before the next step. Use "
-        "`routed_peft.ablated(model, region)` to run a model without a region"
-    )
+    raise ValueError(f"the adapters {sorted(layer.active_adapters)} of {name!r} are active (`set_adapter`), of "
+                     f"{sorted(expected)} when routing was attached: call "
+                     f"`model.base_model.set_adapter({sorted(expected)})` before the next step. Use "
+                     "`routed_peft.ablated(model, region)` to run a model without a region")  # fmt: skip

@@ -30,10 +30,9 @@ def check_model(
         if adapter not in names:
             raise ValueError(f"`base_adapters` has {adapter!r}; the adapters of this model are {names}")
     if not regions:
-        raise ValueError(
-            f"this model has no region: its adapters are {names}, `base_adapters` {list(base_adapters)}. Add one with "
-            '`get_peft_model(model, RoutedConfig(…), adapter_name="forget")` or a LoraConfig of that name.'
-        )
+        raise ValueError(f"this model has no region: its adapters are {names}, `base_adapters` {list(base_adapters)}. "
+                         'Add one with `get_peft_model(model, RoutedConfig(…), adapter_name="forget")` or a LoraConfig '
+                         "of that name.")  # fmt: skip
     for name in (*base_adapters, *regions):
         check_region_name(name)
     configs: Any = model.peft_config
@@ -79,22 +78,19 @@ def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | No
                          "cannot be routed: leave it out of `target_modules`")  # fmt: skip
     variants = getattr(layer, "lora_variant", {})
     if variants:
-        raise ValueError(
-            f"{name!r} has a LoRA variant for {sorted(variants)}, but only plain LoRA can be routed: train that"
-        )
+        raise ValueError(f"{name!r} has a LoRA variant for {sorted(variants)}, but only plain LoRA can be routed: "
+                         "train that")  # fmt: skip
     for adapter in adapters_in(layer):
         if not outlet_modules(layer, adapter):
-            raise ValueError(
-                f"the adapter {adapter!r} on {name!r} ({type(layer).__name__}) cannot be routed: regions are `RoutedConfig` "
-                "adapters or plain LoRA on linear layers. Leave it out of `target_modules`"
-            )
+            raise ValueError(f"the adapter {adapter!r} on {name!r} ({type(layer).__name__}) cannot be routed: regions "
+                             "are `RoutedConfig` adapters or plain LoRA on linear layers. Leave it out of "
+                             "`target_modules`")  # fmt: skip
     base = layer.get_base_layer()
     tied = embeddings is not None and getattr(base, "weight", None) is embeddings
     if tied and isinstance(layer, LoraLayer) and not isinstance(base, nn.Embedding):
-        raise ValueError(
-            f"{name!r} shares its weight with the embeddings, so LoRA on it cannot be merged without changing them: leave "
-            "it out of `target_modules`, or load the model with `tie_word_embeddings=False`"
-        )
+        raise ValueError(f"{name!r} shares its weight with the embeddings, so LoRA on it cannot be merged without "
+                         "changing them: leave it out of `target_modules`, or load the model with "
+                         "`tie_word_embeddings=False`")  # fmt: skip
 
 
 def check_auxiliary_loss(model: nn.Module, asked: bool = False) -> None:
@@ -111,11 +107,10 @@ def check_auxiliary_loss(model: nn.Module, asked: bool = False) -> None:
     coefficients = _coefficients([inner]) or _coefficients(configs)  # a model reads its own attribute, where it has one
     if coefficients and not any(coefficients.values()):
         return
-    raise ValueError(
-        f"`output_router_logits=True` adds the routers' load-balancing loss ({coefficients or 'coefficient unknown'}), which "
-        "depends on all rows of a batch, so forget rows would train the base: set `model.config.output_router_logits = "
-        "False` and do not pass it (in TRL, `router_aux_loss_coef=0.0`)"
-    )
+    raise ValueError("`output_router_logits=True` adds the routers' load-balancing loss "
+                     f"({coefficients or 'coefficient unknown'}), which depends on all rows of a batch, so forget rows "
+                     "would train the base: set `model.config.output_router_logits = False` and do not pass it (in "
+                     "TRL, `router_aux_loss_coef=0.0`)")  # fmt: skip
 
 
 def _coefficients(places: Iterable[Any]) -> dict[str, float]:
@@ -127,26 +122,23 @@ def _coefficients(places: Iterable[Any]) -> dict[str, float]:
 def check_member(member: Member) -> None:
     """Raise ValueError on a module whose forward pass would bypass the swapped class, or whose weights are too coarse."""
     if "forward" in member.module.__dict__ or hasattr(member.module, "_hf_hook"):
-        raise ValueError(
-            f"{member.name!r} has a forward of its own (`device_map` hooks, Liger or a kernel were put on the instance), "
-            "which would bypass the routing: load the model without `device_map` offload and without such patches"
-        )
+        raise ValueError(f"{member.name!r} has a forward of its own (`device_map` hooks, Liger or a kernel were put on "
+                         "the instance), which would bypass the routing: load the model without `device_map` offload "
+                         "and without such patches")  # fmt: skip
     if type(member.module).__module__.startswith("liger_kernel"):
         raise ValueError(
             f"{member.name!r} is a Liger module, which reads weights outside its forward: switch Liger off"
         )
     for name, p in member.module.named_parameters(recurse=False):
         if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{member.name}.{name} is {p.dtype} and trained: small updates would be lost to rounding. Load the model with "
-                "`dtype=torch.float32` and train with `bf16=True` (autocast keeps float32 masters)"
-            )
+            raise ValueError(f"{member.name}.{name} is {p.dtype} and trained: small updates would be lost to rounding. "
+                             "Load the model with `dtype=torch.float32` and train with `bf16=True` (autocast keeps "
+                             "float32 masters)")  # fmt: skip
 
 
 def check_covered(model: nn.Module, covered: Container[nn.Parameter]) -> None:
     """Raise ValueError where a trainable parameter of ``model`` is not among those that have a group."""
     for name, p in model.named_parameters():
         if p.requires_grad and p not in covered:
-            raise ValueError(
-                f"the trainable parameter {name!r} cannot be routed: it belongs to no supported module; freeze it"
-            )
+            raise ValueError(f"the trainable parameter {name!r} cannot be routed: it belongs to no supported module; "
+                             "freeze it")  # fmt: skip

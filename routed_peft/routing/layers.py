@@ -34,10 +34,9 @@ class Attachment:
         if step is not None and x is not None:
             for m in (step.weights.m if step.weights else None, step.gate):
                 if m is not None and x.shape[: m.dim()] != m.shape:
-                    raise ValueError(
-                        f"labels of shape {tuple(m.shape)} do not line up with the input of {self.name!r}, "
-                        f"{tuple(x.shape)}: give one label per example or one per position of this very batch"
-                    )
+                    raise ValueError(f"labels of shape {tuple(m.shape)} do not line up with the input of "
+                                     f"{self.name!r}, {tuple(x.shape)}: give one label per example or one per position "
+                                     "of this very batch")  # fmt: skip
         return step
 
 
@@ -145,10 +144,9 @@ def align(m: Tensor, x: Tensor, name: str) -> Tensor:
     if m.dim() == 2 and x.dim() == 4 and x.shape[0] == m.shape[0]:
         fits = [axis for axis in (1, 2) if x.shape[axis] == m.shape[1]]
         if len(fits) == 2:
-            raise ValueError(
-                f"{name!r} sees {tuple(x.shape)}: with as many heads as positions, token labels {tuple(m.shape)} could "
-                "belong to either axis. Pad the batch to another length (`pad_to_multiple_of`)."
-            )
+            raise ValueError(f"{name!r} sees {tuple(x.shape)}: with as many heads as positions, token labels "
+                             f"{tuple(m.shape)} could belong to either axis. Pad the batch to another length "
+                             "(`pad_to_multiple_of`).")  # fmt: skip
         if fits:
             return m if fits == [1] else m.unsqueeze(1)
     elif x.shape[: m.dim()] == m.shape:

@@ -78,9 +78,8 @@ def label_indices(labels: Sequence[str] | Sequence[int] | Tensor, routes: Routes
         labels = torch.tensor([known.index(label) if isinstance(label, str) else label for label in labels])
     labels = labels.detach().cpu()
     if labels.dim() not in (1, 2) or labels.is_floating_point() or not labels.numel():
-        raise ValueError(
-            f"`labels` are integers of shape (B,) or (B, T), or one name per example; got {labels.dtype} {tuple(labels.shape)}"
-        )
+        raise ValueError(f"`labels` are integers of shape (B,) or (B, T), or one name per example; got {labels.dtype} "
+                         f"{tuple(labels.shape)}")  # fmt: skip
     real = labels[labels != IGNORED]
     if real.numel() and (int(real.min()) < 0 or int(real.max()) >= len(known)):
         raise ValueError(f"`labels` index the routes {known}, so 0 … {len(known) - 1} ({IGNORED} for padding); got "

@@ -116,9 +116,8 @@ def _text(name: str, value: Any, kinds: set[Any]) -> str:
         if name == "resume_from_checkpoint":
             return str(value).lower()
         word = "yes or true" if value else "no or false"
-        raise ValueError(
-            f"`{name}` must not be {word} without quotes, which YAML takes for a truth value: quote the word"
-        )
+        raise ValueError(f"`{name}` must not be {word} without quotes, which YAML takes for a truth value: quote the "
+                         "word")  # fmt: skip
     if value is None or isinstance(value, dict | list):
         got = "nothing" if value is None else f"a {'list' if isinstance(value, list) else 'mapping'}"
         raise ValueError(f"`{name}` must be one value, got {got}: write one, or leave the line out")

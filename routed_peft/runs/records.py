@@ -141,9 +141,8 @@ class RunDirectory:
             return None
         target = Path(asked or f"{self.path}-ablated").expanduser().resolve()
         if target == self.path or self.path in target.parents or target in self.path.parents:
-            raise ValueError(
-                f"`ablate_to` {target} and the run's own directory {self.path} lie in each other: name a directory beside it"
-            )
+            raise ValueError(f"`ablate_to` {target} and the run's own directory {self.path} lie in each other: name a "
+                             "directory beside it")  # fmt: skip
         check_writable(target)
         if not (self.path / SUMMARY).exists():
             for record in (ABLATION, PLACEBO):

@@ -29,9 +29,8 @@ def activation_l1(model: nn.Module) -> Iterator[list[Tensor]]:
         if torch.is_grad_enabled():
             collected.append(h.abs().sum() * (h.shape[-1] / h.numel()))
         elif module.training:
-            raise ValueError(
-                "`activation_l1` needs activations with gradients: use non-reentrant gradient checkpointing"
-            )
+            raise ValueError("`activation_l1` needs activations with gradients: use non-reentrant gradient "
+                             "checkpointing")  # fmt: skip
 
     mlps = find_mlps(model)
     sources = [output_projection(mlp) for mlp in mlps.values()]

@@ -48,10 +48,9 @@ class SubspaceProjection(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Refuse a model without a subspace region, on which the callback would do nothing."""
         if model is None or not has_subspace(model):
-            raise ValueError(
-                "`SubspaceProjection` is for models with a region of kind 'subspace', and this one has none: add one with "
-                '`get_peft_model(model, RoutedConfig(kind="subspace", subspace="….safetensors"), "persona")`'
-            )
+            raise ValueError("`SubspaceProjection` is for models with a region of kind 'subspace', and this one has "
+                             'none: add one with `get_peft_model(model, RoutedConfig(kind="subspace", '
+                             'subspace="….safetensors"), "persona")`')  # fmt: skip
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Restore the component of the base along each subspace."""

@@ -65,7 +65,6 @@ class LabeledLoadersMixin(Host):
         collate = getattr(collate, "data_collator", collate)  # of RemoveColumnsCollator
         found = list(collate.routes or ()) if isinstance(collate, RoutedCollator | LabeledBatches) else None
         if self.labels_in_rows and found != list(self.routing.routes):
-            raise ValueError(
-                "the training loader is not the trainer's own, and its integer labels have no names: give it "
-                "`collate_fn=RoutedCollator(tokenizer, routes)` with the trainer's routes, or pass `data_collator` instead"
-            )
+            raise ValueError("the training loader is not the trainer's own, and its integer labels have no names: give "
+                             "it `collate_fn=RoutedCollator(tokenizer, routes)` with the trainer's routes, or pass "
+                             "`data_collator` instead")  # fmt: skip

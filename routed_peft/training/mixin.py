@@ -105,19 +105,17 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
     def _refuse_unsupported(self) -> None:
         args = self.args
         if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process means DataParallel, which cannot be routed: start one process per GPU "
-                "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one"
-            )
+            raise ValueError(f"{args.n_gpu} GPUs in one process means DataParallel, which cannot be routed: start one "
+                             "process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to "
+                             "one")  # fmt: skip
         if args.use_liger_kernel:
             raise ValueError(
                 "`use_liger_kernel` reads weights outside their modules, past the routing: set it to False"
             )
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"`hub_strategy={HubStrategy(args.hub_strategy).value!r}` would push checkpoints with their regions and "
-                "optimizer to the repository of the base: set it to 'every_save' or 'end', which push the base alone"
-            )
+            raise ValueError(f"`hub_strategy={HubStrategy(args.hub_strategy).value!r}` would push checkpoints with "
+                             "their regions and optimizer to the repository of the base: set it to 'every_save' or "
+                             "'end', which push the base alone")  # fmt: skip
         if getattr(self, "aux_loss_enabled", False):  # TRL's, for mixtures of experts
             raise ValueError("TRL adds the routers' load-balancing loss, which depends on all rows of a batch, so forget "
                              "rows would train the base: set `router_aux_loss_coef=0.0`")  # fmt: skip
@@ -125,9 +123,8 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
             raise ValueError("DeepSpeed keeps gradients where idle groups cannot be dropped: use DDP or FSDP2")
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 1 and not plugin.use_orig_params:
-            raise ValueError(
-                "FSDP1 flattens parameters of different groups together: set `use_orig_params` or use FSDP2"
-            )
+            raise ValueError("FSDP1 flattens parameters of different groups together: set `use_orig_params` or use "
+                             "FSDP2")  # fmt: skip
 
     def _refuse_sharded_norms(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -180,9 +177,8 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
             rate, decay = self.args.region_learning_rate, self.args.region_weight_decay
             tag_groups(optimizer, groups, region_learning_rate=rate, region_weight_decay=decay)
         elif not all("route" in group for group in optimizer.param_groups):
-            raise ValueError(
-                '`optimizers`: every parameter group needs a "route" key; see routed_peft.training.tag_groups'
-            )
+            raise ValueError('`optimizers`: every parameter group needs a "route" key; see '
+                             "routed_peft.training.tag_groups")  # fmt: skip
         if self._watched is not optimizer and hasattr(optimizer, "register_step_pre_hook"):
             # callbacks come between backward pass and step, and merging changes the size of a trained weight
             optimizer.register_step_pre_hook(lambda *_: self.routing.check_adapters())
@@ -199,10 +195,9 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         labels, weights = _pop_routes(inputs)
         environments = inputs.pop(ROUTE_ENVIRONMENT, None)
         if labels is None:
-            raise ValueError(
-                "a training batch came without `route_label` or `route_labels`: is the column in the dataset, and does the "
-                "collator keep it? (`packing=True` drops it; `routed_peft.data.pack` does not)"
-            )
+            raise ValueError("a training batch came without `route_label` or `route_labels`: is the column in the "
+                             "dataset, and does the collator keep it? (`packing=True` drops it; "
+                             "`routed_peft.data.pack` does not)")  # fmt: skip
         if not self._loader_checked:
             self._check_loader()
         if not self._checked and self._can_check(inputs):

@@ -42,10 +42,9 @@ def tag_groups(
     stepped = any(float(state.get("step", 1)) for state in optimizer.state.values())
     assert not stepped, "tag_groups is for an optimizer that has not stepped"
     if any(p not in groups for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            f"{type(optimizer).__name__} has parameters that are not the model's own, such as one that steps within the "
-            "backward pass: idle groups could not be left out. Take another `optim`, such as 'adamw_torch'"
-        )
+        raise ValueError(f"{type(optimizer).__name__} has parameters that are not the model's own, such as one that "
+                         "steps within the backward pass: idle groups could not be left out. Take another `optim`, "
+                         "such as 'adamw_torch'")  # fmt: skip
     split: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         by_route: dict[str, list[nn.Parameter]] = {}

@@ -105,10 +105,9 @@ class SelfLabeledRows(ChangingDataset):
                              "none: add them to `routes`")  # fmt: skip
         args = trainer.args
         if args.train_sampling_strategy != "sequential" or args.dataloader_num_workers:
-            raise ValueError(
-                "`SelfLabeledRows` change during training: set `train_sampling_strategy` to 'sequential' and "
-                f"`dataloader_num_workers` to 0 (got {args.train_sampling_strategy!r} and {args.dataloader_num_workers})"
-            )
+            raise ValueError("`SelfLabeledRows` change during training: set `train_sampling_strategy` to 'sequential' "
+                             f"and `dataloader_num_workers` to 0 (got {args.train_sampling_strategy!r} and "
+                             f"{args.dataloader_num_workers})")  # fmt: skip
         return SelfLabeler(trainer, self)
 
     def state(self) -> dict[str, Any]:
@@ -225,10 +224,9 @@ class SelfLabeler(TrainerCallback):
             self.rows.restore({})
         wanted = state.max_steps * self._per_step(args)
         if len(self.rows) != wanted:
-            raise ValueError(
-                f"the rows are laid out for a run of {len(self.rows)} and it takes {wanted}, {state.max_steps} steps of "
-                f"{self._per_step(args)}: make `SelfLabeledRows` with `count={wanted}`, or set `max_steps`"
-            )
+            raise ValueError(f"the rows are laid out for a run of {len(self.rows)} and it takes {wanted}, "
+                             f"{state.max_steps} steps of {self._per_step(args)}: make `SelfLabeledRows` with "
+                             f"`count={wanted}`, or set `max_steps`")  # fmt: skip
         steps = self._steps(state)
         last = max(steps)
         if len(steps) < len(self.rows.score_at) or self._start(args, last) >= len(self.rows):
@@ -275,10 +273,9 @@ class SelfLabeler(TrainerCallback):
         kind = self.rows.config.threshold
         (mu_f, _), (mu_r, _) = (middle_and_spread(side, kind) for side in (forget, retain))
         if not mu_f > mu_r:  # also where the model has diverged
-            raise ValueError(
-                f"{moment} the region helps labeled forget rows by {mu_f:.3f} nats per token and retain rows by "
-                f"{mu_r:.3f}, so it cannot tell them apart: give it a longer start, or check the labels"
-            )
+            raise ValueError(f"{moment} the region helps labeled forget rows by {mu_f:.3f} nats per token and retain "
+                             f"rows by {mu_r:.3f}, so it cannot tell them apart: give it a longer start, or check the "
+                             "labels")  # fmt: skip
         return benefit_threshold(forget, retain, kind)
 
 
