@@ -41,7 +41,7 @@ def parse_settings(*kinds: type, **defaults: Any) -> tuple[Any, ...]:
     return settings
 
 
-def run_recipe(main: Callable[[], None]) -> None:
+def run_recipe(main: Callable[[], object]) -> None:
     """Run a recipe, and end with exit code 1 and one line where it raises; `--debug` shows the traceback.
 
     Of several processes the main one writes the line.

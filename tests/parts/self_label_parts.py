@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,9 +23,9 @@ def two_alphabets(tokens: int = 8) -> Dataset:
     return Dataset.from_list(data)
 
 
-def self_labeled(rows: Dataset | None = None, first_forget_share: float = 0.25, **options) -> SelfLabeledRows:
+def self_labeled(rows: Dataset | None = None, first_forget_share: float = 0.25, **options: Any) -> SelfLabeledRows:
     """A start of ten steps, too short to learn much from a tenth of its rows."""
-    start = {"labeled_first": 0.5, "first_forget_share": first_forget_share}
+    start: dict[str, Any] = {"labeled_first": 0.5, "first_forget_share": first_forget_share}
     weights = options.pop("token_weights", None)
     config = SelfLabelConfig(forget_share=0.25, **start, **options)
     return SelfLabeledRows(rows or two_alphabets(), 160, config=config, token_weights=weights)
