@@ -25,6 +25,7 @@ from routed_peft.data import (
     DocumentArguments,
     check_both_sides,
     check_evaluation,
+    count_left_out,
     evaluation_rows,
     labeled_documents,
     labeled_tokens,
@@ -122,9 +123,11 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
-    labeled = labeled_tokens(documents, tokenizer, length=recipe.length, arm=recipe.arm)
+    labeled = labeled_tokens(documents, tokenizer, length=recipe.length, arm=recipe.arm, routes=method_routes(recipe))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     summary = {"method": recipe.method, "arm": recipe.arm, **trainer.run_summary(labeled)}
+    if left_out := count_left_out(documents, recipe.arm, method_routes(recipe)):
+        summary["left_out"] = left_out  # documents, by label or true side
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
@@ -154,7 +157,12 @@ def build(recipe: Recipe, args: RoutedTrainingArguments) -> tuple[PeftModel, Pre
 
 def make_routes(recipe: Recipe) -> dict[str, Route]:
     """Return the routes of the method, or weights of one in an arm without routing."""
-    if recipe.arm != "routed" or recipe.method == "control":
+    return method_routes(recipe) if recipe.arm == "routed" else presets.control()
+
+
+def method_routes(recipe: Recipe) -> dict[str, Route]:
+    """Return the routes of the method, whatever the arm."""
+    if recipe.method == "control":
         return presets.control()
     if recipe.method == "sgtm":
         return presets.sgtm(REGION)
@@ -166,7 +174,9 @@ def training_rows(
     recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
     """Return the rows of this run in training order, with the same number of tokens in every arm."""
-    rows = pack(select_arm(documents, recipe.arm), tokenizer, length=recipe.length, seed=args.seed)
+    rows = pack(
+        select_arm(documents, recipe.arm, method_routes(recipe)), tokenizer, length=recipe.length, seed=args.seed
+    )
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = args.max_steps * per_step if args.max_steps > 0 else round(args.num_train_epochs * len(rows))
     args.max_steps = math.ceil(count / per_step)  # all epochs are in the rows already

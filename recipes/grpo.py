@@ -34,6 +34,7 @@ from trl import rewards
 
 from routed_peft import Route, RoutedConfig, ablate, presets
 from routed_peft.data import load_training_file
+from routed_peft.mistakes import check_choices, check_numbers
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, apply_quarantine, run_with_rollback
 from routed_peft.monitoring.quarantine import read_quarantine
 from routed_peft.routes import routes_from_dict
@@ -133,6 +134,12 @@ class Recipe:
         default=None,
         metadata={"help": "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes none."},
     )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_numbers(self, "labeled", "recall", "precision", high=1)
+        check_numbers(self, "rank", "lora_alpha", "max_incidents", low=1)
+        check_numbers(self, "reward_rollouts", "label_seed")
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from routed_peft.data import (
     add_frequency_weights,
     check_both_sides,
     check_evaluation,
+    count_left_out,
     evaluation_rows,
     labeled_documents,
     labeled_tokens,
@@ -178,7 +179,9 @@ def main() -> None:
         check_both_sides(documents)
     routes = make_routes(recipe)
     by = ["route_label"] if recipe.by_document else None  # rows may mix documents of one label
-    rows = pack(select_arm(documents, recipe.arm), tokenizer, length=recipe.length, by=by, seed=args.seed)
+    rows = pack(
+        select_arm(documents, recipe.arm, method_routes(recipe)), tokenizer, length=recipe.length, by=by, seed=args.seed
+    )
     trainer = RoutedTrainer(
         model,
         args,
@@ -188,9 +191,11 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[RunRecorder(run, method=recipe.method, arm=recipe.arm)],
     )
-    labeled = labeled_tokens(documents, tokenizer, length=recipe.length, arm=recipe.arm)
+    labeled = labeled_tokens(documents, tokenizer, length=recipe.length, arm=recipe.arm, routes=method_routes(recipe))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     summary = {"method": recipe.method, "arm": recipe.arm, **trainer.run_summary(labeled)}
+    if left_out := count_left_out(documents, recipe.arm, method_routes(recipe)):
+        summary["left_out"] = left_out  # documents, by label or true side
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
@@ -248,9 +253,10 @@ def in_order(
         documents.filter(lambda found, label=label: found == label, input_columns="route_label")
         for label in ("forget", "retain")
     )
-    others = retain if len(retain) else select_arm(documents, "filter")  # unlabeled text contains forget text
+    if not len(retain):  # unlabeled text contains forget text
+        retain = documents.filter(lambda found: found != "forget", input_columns="route_label")
     knobs = {"bias": recipe.frequency_bias, "retain_count": recipe.frequency_count}
-    w = token_frequency_weights(tokenizer, forget["text"], retain_texts=others["text"], **knobs)
+    w = token_frequency_weights(tokenizer, forget["text"], retain_texts=retain["text"], **knobs)
     return add_frequency_weights(run, w, base_weight=make_routes(recipe)["forget"].weight("base"))
 
 
@@ -309,6 +315,12 @@ def experts(recipe: Recipe) -> list[str]:
 
 def make_routes(recipe: Recipe) -> dict[str, Route]:
     """Return the routes of the method, or weights of one in an arm without routing."""
+    routes = method_routes(recipe)
+    return routes if recipe.arm == "routed" else presets.control(list(routes))
+
+
+def method_routes(recipe: Recipe) -> dict[str, Route]:
+    """Return the routes of the method, whatever the arm."""
     if recipe.routes:
         routes = routes_from_dict(json.loads(recipe.routes) if isinstance(recipe.routes, str) else recipe.routes)
     elif recipe.method in PLACEBOS:
@@ -317,7 +329,7 @@ def make_routes(recipe: Recipe) -> dict[str, Route]:
         routes = {"sgtm": presets.sgtm, "era": presets.era, "demix": presets.demix}[recipe.method](recipe.region)
     if recipe.base_weight is not None and recipe.method not in PLACEBOS:
         routes["forget"] = replace(routes["forget"], weights={**routes["forget"].weights, "base": recipe.base_weight})
-    return routes if recipe.arm == "routed" else presets.control(list(routes))
+    return routes
 
 
 # After training
@@ -338,7 +350,8 @@ def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Modul
 def make_coherent(rows: Dataset, src: Path, steps: int, args: RoutedTrainingArguments) -> dict[str, object]:
     """Fine-tune the ablated model of ``src`` briefly on labeled retain rows, into a directory beside it."""
     known = rows.filter(lambda label: label == "retain", input_columns="route_label")
-    known = known if len(known) else select_arm(rows, "filter")
+    if not len(known):
+        known = rows.filter(lambda label: label != "forget", input_columns="route_label")
     model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32).to(args.device)  # type: ignore[arg-type]
     first = known.select(range(min(MAX_ROWS, len(known)))).with_format("torch")[:]
     found = restore_coherence(model, first["input_ids"], labels=first.get("labels"), steps=steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import warnings
 from typing import Annotated, Any
 
@@ -43,8 +45,12 @@ app = typer.Typer(
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Gradient routing: train data into a removable region, then remove it.
 
-    Train with `accelerate launch recipes/pretrain.py --config recipes/configs/self_labels.yaml`, or with `RoutedTrainer` in Python.
+    Train with `accelerate launch recipes/pretrain.py --config recipes/configs/self_labels.yaml`, or with `RoutedTrainer`
+    in Python.
     """
+    for stream in (sys.stdout, sys.stderr):  # names may hold what the terminal's encoding has no characters for
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # peft reads transformers' old name of the property
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -26,6 +28,25 @@ def explain(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}: {text} (`--debug` shows where)" if isinstance(error, _OURS) else text
 
 
+@contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Turn what a library trips over in damaged files of ``source`` into a ValueError.
+
+    >>> with reading("run"):
+    ...     {}["model_type"]
+    Traceback (most recent call last):
+    ...
+    ValueError: 'run' cannot be loaded (KeyError: 'model_type'): ...
+    """
+    try:
+        yield
+    except _OURS as error:
+        raise ValueError(
+            f"{str(source)!r} cannot be loaded ({type(error).__name__}: {error}): a file of it is damaged, or of another "
+            "kind; restore it from a copy"
+        ) from error
+
+
 def check_numbers(settings: Any, *names: str, low: float = 0.0, high: float = math.inf) -> None:
     """Raise ValueError where a field of ``settings`` is no number from ``low`` to ``high``; None passes.
 
@@ -40,8 +61,8 @@ def check_numbers(settings: Any, *names: str, low: float = 0.0, high: float = ma
         value = getattr(settings, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and low <= value <= high and math.isfinite(value)):
-            expected = f"from {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
-            raise ValueError(f"`{name}` must be a number {expected}, got {value!r}")
+            expected = ("" if math.isinf(low) else f" from {low:g}") + ("" if math.isinf(high) else f" to {high:g}")
+            raise ValueError(f"`{name}` must be a number{expected}, got {value!r}")
 
 
 def check_choices(settings: Any) -> None:
@@ -50,3 +71,40 @@ def check_choices(settings: Any) -> None:
         value, choices = getattr(settings, field.name), field.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise ValueError(f"`{field.name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_shape(data: Any, shape: Any, place: str) -> None:
+    """Raise ValueError where JSON data has another shape than expected.
+
+    Args:
+        data: what was read.
+        shape: a type or union of types; ``[shape]`` for a list; ``{str: shape}`` for a mapping; or a dictionary of keys, of
+            which those that end in "?" may be missing or null.
+        place: of the data, for the message.
+
+    Example:
+        >>> check_shape({"files": ["a", 3]}, {"files": [str], "routes?": {str: dict}}, "run.json")
+        Traceback (most recent call last):
+        ...
+        ValueError: run.json: files[1] must be str, got 3
+    """
+    kind: Any = type(shape) if isinstance(shape, list | dict) else shape
+    if not isinstance(data, kind) or (isinstance(data, bool) and kind in (int, float, int | float)):
+        names = getattr(kind, "__name__", str(kind))
+        separator = "" if ": " in place else ": the content"
+        raise ValueError(f"{place}{separator} must be {names}, got {data!r:.80}")
+    start = place if ": " in place else f"{place}: "
+    if isinstance(shape, list):
+        for index, item in enumerate(data):
+            check_shape(item, shape[0], f"{start}[{index}]")
+    elif isinstance(shape, dict) and str in shape:
+        for key, item in data.items():
+            check_shape(item, shape[str], f"{start}[{key!r}]")
+    elif isinstance(shape, dict):
+        for name, inner in shape.items():
+            key = name.removesuffix("?")
+            if key == name and key not in data:
+                raise ValueError(f"{place} lacks {key!r}")
+            if data.get(key) is not None or key == name:
+                dot = "" if start.endswith(": ") else "."
+                check_shape(data.get(key), inner, f"{start}{dot}{key}")

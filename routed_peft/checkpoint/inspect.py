@@ -74,7 +74,7 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
 def _describe_plain(root: Path, source: str) -> dict[str, Any]:
     record = root / "ablation.json"
     ablation = read_json(record, _ABLATION) if record.is_file() else None
-    expected = (ablation or {}).get("sha256", {})
+    expected = (ablation or {}).get("sha256") or {}
     problems = _problems(lambda: verify_files(root, expected, source))
     problems += _problems(lambda: verify_weights(root, expected or foreign_weights(root), source))
     return {"kind": "plain checkpoint", "ablation": ablation, "problems": problems}

@@ -134,17 +134,21 @@ class Layout:
         """Return the verified folder of a region or base adapter of this run."""
         folder = self.root / name
         if not folder.is_dir():
-            place = self.data.get("regions_repo") or "<id or path>"
-            raise ValueError(
-                f"{self.source!r} lacks the folder {name!r} of the {self.role(name)} of that name. Copy it there; or, "
-                f"where regions have a repository or directory of their own, load with regions={{{name!r}: {place!r}}}"
-            )
+            raise ValueError(self.missing(name))
         about = verify_adapter(inside(self.root, name), f"{self.source}/{name}")
         if about["base_fingerprint"] != self.data["base"]["fingerprint"]:
             raise ValueError(f"{name!r} in {self.source!r} belongs to another base model than the one of this run: "
                              "restore its folder from a copy of the run")  # fmt: skip
         self.verify_listed(name, folder)
         return folder
+
+    def missing(self, name: str) -> str:
+        """Return the message for an adapter whose folder is not here."""
+        place = self.data.get("regions_repo") or "<id or path>"
+        return (
+            f"{self.source!r} lacks the folder {name!r} of the {self.role(name)} of that name. Copy it there; or, where "
+            f"regions have a repository or directory of their own, load with regions={{{name!r}: {place!r}}} or `regions_repo`"
+        )
 
     def labels(self, region: str) -> list[str]:
         """Return the labels whose route trains ``region``."""

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from routed_peft.adapters import guard_saving, routing_record, set_routing_record
-from routed_peft.checkpoint.fetch import fetch, fetch_folder, hub_arguments
-from routed_peft.checkpoint.layout import CONFIG, REGION, WEIGHTS, Layout, verify_adapter
-from routed_peft.checkpoint.open_run import OpenRun
+from routed_peft.checkpoint.fetch import fetch, hub_arguments
+from routed_peft.checkpoint.layout import REGION, WEIGHTS, Layout
+from routed_peft.checkpoint.open_run import OpenRun, find_region
 from routed_peft.checkpoint.tensors import (
     adapter_configs,
     adapter_state_dict,
@@ -29,7 +29,7 @@ from routed_peft.checkpoint.tensors import (
 from routed_peft.files import read_json
 from routed_peft.mistakes import reading
 from routed_peft.regions.fingerprint import check_fingerprint
-from routed_peft.routes import check_region_name, routes_from_dict
+from routed_peft.routes import routes_from_dict
 
 
 def load_routed(
@@ -39,6 +39,7 @@ def load_routed(
     revision: str | None = None,
     is_trainable: bool = False,
     base: str | Path | PreTrainedModel | None = None,
+    regions_repo: str | Path | None = None,
     **from_pretrained_kwargs: Any,
 ) -> nn.Module:
     """Load a run that `save_routed` wrote.
@@ -50,6 +51,7 @@ def load_routed(
         revision: branch, tag or commit of a Hub id.
         is_trainable: whether the adapters are loaded for training.
         base: a loaded model, path or id to use instead of the base that the run names.
+        regions_repo: directory or Hub id of regions that are not stored with the run; by default the one that it names.
         **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub (``dtype``, ``token``, …).
 
     Returns:
@@ -65,7 +67,7 @@ def load_routed(
     ...
     ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
     """
-    run = OpenRun.from_source(src, revision, **hub_arguments(from_pretrained_kwargs))
+    run = OpenRun.from_source(src, revision, regions_repo=regions_repo, **hub_arguments(from_pretrained_kwargs))
     return load_run(run, regions, is_trainable=is_trainable, base=base, **from_pretrained_kwargs)
 
 
@@ -82,7 +84,7 @@ def load_run(
     elsewhere = dict(regions) if isinstance(regions, Mapping) else {}
     names = [] if elsewhere or regions is None else layout.check_regions(regions)
     folders = {name: run.adapter_folder(name) for name in (*layout.base_adapters, *names)}
-    folders |= {name: _region_elsewhere(name, place, **run.hub) for name, place in elsewhere.items()}
+    folders |= {name: find_region(name, place, **run.hub) for name, place in elsewhere.items()}
     with reading(layout.source):
         model: nn.Module = base if isinstance(base, nn.Module) else _load_base(layout, base, from_pretrained_kwargs)
     for folder in folders.values():
@@ -106,16 +108,6 @@ def load_run(
         set_routing_record(model, record)
         guard_saving(model)
     return model
-
-
-def _region_elsewhere(name: str, place: str | Path, **hub: Any) -> Path:
-    check_region_name(name)
-    root, commit = fetch(place, **hub)
-    folder = root if (root / CONFIG).is_file() else fetch_folder(place, name, commit=commit, **hub)
-    if not folder.is_dir():
-        raise ValueError(f"{str(place)!r} is no region, and has no folder {name!r} that could be one")
-    verify_adapter(folder, str(place))
-    return folder
 
 
 def _load_base(layout: Layout, base: str | Path | None, kwargs: dict[str, Any]) -> PreTrainedModel:

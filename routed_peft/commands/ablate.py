@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from routed_peft.commands.options import Revision, Source, pairs_table
+from routed_peft.commands.options import RegionsRepo, Revision, Source, TrustRemoteCode, pairs_table, plain_console
 
 
 def ablate(
@@ -19,6 +18,8 @@ def ablate(
         list[str] | None, typer.Option(metavar="REGION", help="A region to merge, not remove; may be repeated.")
     ] = None,
     revision: Revision = None,
+    regions_repo: RegionsRepo = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a plain transformers checkpoint without the regions of a run, and verify it.
 
@@ -37,7 +38,8 @@ def ablate(
     own = OpenRun.from_source(src, revision).layout.kept_regions
     if own and not keep:
         typer.echo(f"note: {', '.join(own)} belongs to {src}, which was trained without routing: --keep it", err=True)
-    place = export(src, out, keep=keep or [], revision=revision)
+    remote: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    place = export(src, out, keep=keep or [], revision=revision, regions_repo=regions_repo, **remote)
     record = json.loads((place / "ablation.json").read_text(encoding="utf-8"))
     table = pairs_table("Ablated")
     table.add_row("checkpoint", str(place))
@@ -45,4 +47,4 @@ def ablate(
         table.add_row(key.replace("_", " "), ", ".join(record[key]) or "none")
     difference, allowed = record["max_logit_difference"], record["allowed_logit_difference"]
     table.add_row("largest logit difference", f"{difference:.3g} (allowed: {allowed:.3g})")
-    Console().print(table)
+    plain_console().print(table)

@@ -11,10 +11,12 @@ import typer
 from routed_peft.commands.options import (
     Device,
     Dtype,
+    RegionsRepo,
     Revision,
     Source,
     TextColumn,
     TextTemplate,
+    TrustRemoteCode,
     check_device,
     plain_console,
 )
@@ -47,6 +49,8 @@ def evaluate(
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="Data type of the weights; auto: as saved.")] = Dtype.auto,
     revision: Revision = None,
+    regions_repo: RegionsRepo = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Measure a run with lm-eval: with all regions, with none, and with any set of them. The run is loaded once.
 
@@ -77,7 +81,8 @@ def evaluate(
         keys = ", ".join(sorted(METADATA))
         raise ValueError(f"`--metadata` has {unknown[0]!r}, which no task reads: the keys are {keys}")
     subsets = {entry: entry.split("+") for entry in regions} if regions else None
-    load: dict[str, Any] = {"revision": revision, "dtype": dtype.value}
+    load: dict[str, Any] = {"revision": revision, "regions_repo": regions_repo, "dtype": dtype.value}
+    load |= {"trust_remote_code": True} if trust_remote_code else {}
     load["device"] = device or ("cuda" if torch.cuda.is_available() else None)
     results = evaluate_source(
         src, chosen, regions=subsets, metadata=about, limit=limit, batch_size=batch_size, output=out, **load

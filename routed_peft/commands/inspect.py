@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from routed_peft.commands.options import Revision, Source, pairs_table
+from routed_peft.commands.options import Revision, Source, pairs_table, plain_console
 
 
 def inspect(
@@ -40,7 +39,7 @@ def inspect(
 
 def _show(about: Mapping[str, Any]) -> None:
     """Print a description returned by `inspect_checkpoint`."""
-    console = Console()
+    console = plain_console()
     overview = pairs_table(about["source"])
     overview.add_row("kind", "region" if "type" in about else about["kind"])
     base, ablation = about.get("base") or {}, about.get("ablation") or {}
@@ -49,7 +48,7 @@ def _show(about: Mapping[str, Any]) -> None:
         "base": base.get("id"),
         "trained from": (base.get("trained_from") or {}).get("id"),
         "ablated from": ablation.get("source"),
-        "regions removed": ", ".join(ablation.get("regions_removed", [])),
+        "regions removed": ", ".join(ablation.get("regions_removed") or []),
         "tokens per label": ", ".join(f"{k} {v:,}" for k, v in (about.get("tokens_per_route") or {}).items()),
         "versions": ", ".join(f"{name} {number}" for name, number in (about.get("versions") or {}).items()),
     }
@@ -77,13 +76,14 @@ def _adapters(adapters: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
         parameters = f"{entry['parameters']:,}" if "parameters" in entry else "–"
         labels = ", ".join(entry.get("labels", [])) or "–"
         here = "yes" if entry["present"] else "no"
-        table.add_row(entry["name"], role, entry.get("type") or "–", str(size or "–"), parameters, labels, here)
+        cells = (entry["name"], role, entry.get("type") or "–", size or "–", parameters, labels, here)
+        table.add_row(*map(str, cells))
     return table
 
 
 def _routes(routes: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("label", "gradient weights", "ablated", title="Routes", title_justify="left")
     for label, route in routes.items():
-        weights = ", ".join(f"{name} {weight:g}" for name, weight in route["weights"].items())
-        table.add_row(label, weights or "all 1", ", ".join(route["ablated"]) or "–")
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in (route.get("weights") or {}).items())
+        table.add_row(label, weights or "all 1", ", ".join(route.get("ablated") or ()) or "–")
     return table

@@ -11,10 +11,15 @@ from rich.table import Table
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Directory or Hub id.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
+RegionsRepo = Annotated[
+    str | None,
+    typer.Option(metavar="REPO", help="Directory or Hub id of regions not stored with SRC. Default: the one it names."),
+]
 Device = Annotated[str | None, typer.Option(help="Device, such as cuda:0. Default: a GPU if there is one.")]
 
 TextColumn = Annotated[str, typer.Option(help="Column of the text, or of chats, in every file.")]
 TextTemplate = Annotated[str | None, typer.Option(help='Text made of columns, such as "{question} {answer}".')]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that a model brings along.")]
 
 
 class Dtype(StrEnum):

@@ -8,7 +8,17 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from routed_peft.commands.options import Device, Revision, Source, TextColumn, TextTemplate, check_device, plain_console
+from routed_peft.commands.options import (
+    Device,
+    RegionsRepo,
+    Revision,
+    Source,
+    TextColumn,
+    TextTemplate,
+    TrustRemoteCode,
+    check_device,
+    plain_console,
+)
 
 _Number = TypeVar("_Number", int, float)
 _File = partial(typer.Option, metavar="FILE")
@@ -57,6 +67,8 @@ def relearn(
     limit: Annotated[int | None, typer.Option(min=1, help="Documents scored on each side, for a quick look.")] = None,
     device: Device = None,
     revision: Revision = None,
+    regions_repo: RegionsRepo = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Attack a checkpoint by fine-tuning, and measure how fast it relearns the forget side.
 
@@ -82,7 +94,9 @@ def relearn(
     check_device(device)
     marks = [_number(int, mark, "--steps") for mark in steps.split(",")]
     rates = [_number(float, rate, "--learning-rate") for rate in learning_rate.split(",")] if learning_rate else None
-    form = TextFormat(text_column, text_template, partial(load_tokenizer, src, revision))
+    form = TextFormat(
+        text_column, text_template, partial(load_tokenizer, src, revision, trust_remote_code=trust_remote_code)
+    )
     read = partial(relearning.read_texts, form=form)
     data = relearning.AttackData(
         forget_train=read(forget_train, "forget_train"),
@@ -98,8 +112,10 @@ def relearn(
         reference=reference if reference_loss is None else reference_loss,
         oracle=oracle,
         revision=revision,
+        regions_repo=regions_repo,
         device=device,
         progress=True,
+        trust_remote_code=trust_remote_code,
     )
     chosen = [relearning.Attack.parse(name, batch_size=batch_size, length=length) for name in attack or ["forget"]]
     grid: dict[str, Any] = {"learning_rates": rates, "seeds": range(seeds)}

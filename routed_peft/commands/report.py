@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from routed_peft.commands.options import plain_console
+
 
 def report(
     places: Annotated[
@@ -29,13 +31,12 @@ def report(
 
         routed-peft report attacked/sgtm attacked/rmu --out report
     """
-    from rich.console import Console
 
     from routed_peft.evaluation.relearning import summary_tables
     from routed_peft.report import write_report
 
     written = write_report(places, out)
-    console = Console()
+    console = plain_console()
     for checkpoint in written.checkpoints:
         console.print(*summary_tables(checkpoint.source.summary))
     typer.echo(f"written to {written.page}")

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from routed_peft.commands.options import Revision, Source, TextColumn, TextTemplate, pairs_table, plain_console
+from routed_peft.commands.options import (
+    Revision,
+    Source,
+    TextColumn,
+    TextTemplate,
+    TrustRemoteCode,
+    pairs_table,
+    plain_console,
+)
 
 if TYPE_CHECKING:
     from routed_peft.unlearning import UndoArguments
@@ -41,6 +49,7 @@ def undo(
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay in float32.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Use no GPU.")] = False,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Unlearn, noise, distill (UNDO): add noise to a copy of a model, and distill the original's outputs into it.
 
@@ -67,6 +76,7 @@ def undo(
     settings |= {"text_template": text_template} if text_template else {}
     settings |= {"alpha": alpha, "beta": beta, "tolerance": tolerance, "steps": steps, "learning_rate": learning_rate}
     settings |= {"batch_size": batch_size, "length": length, "eval_steps": eval_steps, "topk": topk, "seed": seed}
+    settings |= {"trust_remote_code": True} if trust_remote_code else {}
     look = min(eval_steps, steps)
     args = UndoArguments(
         str(out),
@@ -112,27 +122,30 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
     from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows
 
     src, run = settings["source"], RunDirectory(out)
+    own: dict[str, Any] = {"trust_remote_code": True} if settings.get("trust_remote_code") else {}
     if args.process_index == 0:  # the others may come when it has begun
         run.check_separate(src)
-    run.check_same(settings)
+    args.resume_from_checkpoint = latest_resumable(out, args.world_size)
+    if args.resume_from_checkpoint is not None:  # a run without a checkpoint has nothing to continue
+        run.check_same(settings)
     read_cost(src)  # a wrong record is reported before anything is computed
     form = TextFormat(
         settings.get("text_column", "text"),
         settings.get("text_template"),
-        partial(load_tokenizer, src, settings["revision"]),
+        partial(load_tokenizer, src, settings["revision"], **own),
     )
     documents = load_texts(settings["text"], argument="--text", form=form)
     retain, length = settings["retain"], settings["length"]
     held_out = None if retain is None else load_texts([retain], argument="--retain", form=form)
-    teacher, tokenizer = open_plain(src, revision=settings["revision"])
+    teacher, tokenizer = open_plain(src, revision=settings["revision"], **own)
     check_length(teacher, tokenizer, length=length, argument="--length")
     rows = pack(documents, tokenizer, length=length, by=[])
     retain_rows = None if held_out is None else pack(held_out, tokenizer, length=length, by=[])
     if retain_rows is not None:
         check_held_out(rows, retain_rows, name="--text", held_out_name="--retain")
     settings |= {"teacher": fingerprint(teacher), "rows": hash_rows(rows), "processes": args.world_size}
-    run.check_same(settings)
-    args.resume_from_checkpoint = latest_resumable(out, args.world_size)
+    if args.resume_from_checkpoint is not None:
+        run.check_same(settings)
     if args.process_index == 0:
         run.start(settings, {"seed": args.seed}, resume=args.resume_from_checkpoint is not None)
     recorder = RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +13,21 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from routed_peft.corpora import load_pair
-from routed_peft.data.columns import ROUTE_LABEL, column_values
+from routed_peft.data.columns import ROUTE_LABEL, check_has_route, class_names, column_values, label_name
 from routed_peft.data.label_noise import simulate_labels
-from routed_peft.data.labels import FORGET, RETAIN, labels_from_column, labels_from_keywords
+from routed_peft.data.labels import FORGET, RETAIN, UNLABELED, labels_from_column, labels_from_keywords
 from routed_peft.data.loading import TEXT, TOKENS, TextFormat, load_documents
 from routed_peft.data.packing import pack, tokenize
 from routed_peft.mistakes import check_choices, check_numbers
+from routed_peft.routes import BASE, Routes
 
 logger = logging.get_logger(__name__)
 
 SIDE = "side"
 """Column of the true side of a document, "forget" or "retain"."""
+
+_FILTERED = {"filter": ROUTE_LABEL, "perfect_filter": SIDE}
+"""Column by which an arm leaves documents out."""
 
 
 @dataclass
@@ -141,18 +146,19 @@ def _load(args: DocumentArguments, load_tokenizer: Callable[[], Any] | None) -> 
 
 
 def check_both_sides(documents: Dataset) -> None:
-    """Raise ValueError where no document is forget, or every one is, by label and by true side.
+    """Raise ValueError where all documents are of one label and true side.
 
     >>> check_both_sides(Dataset.from_dict({"route_label": ["forget", "forget"]}))
     Traceback (most recent call last):
     ...
-    ValueError: no document is retain, got `route_label` in ['forget']: routing needs text of both sides, so add some
+    ValueError: every document is forget, and routing needs text of both sides: add some of the other
     """
-    found = {name: set(documents[name]) for name in (ROUTE_LABEL, SIDE) if name in documents.column_names}
-    if not any(FORGET in values and values != {FORGET} for values in found.values()):
-        missing = RETAIN if any(FORGET in values for values in found.values()) else FORGET
-        got = f"`{ROUTE_LABEL}` in {sorted(map(str, found[ROUTE_LABEL]))}"
-        raise ValueError(f"no document is {missing}, got {got}: routing needs text of both sides, so add some")
+    labels, known = set(documents[ROUTE_LABEL]), SIDE in documents.column_names
+    # where sides are not known, unlabeled text may be of either
+    found = (labels | set(documents[SIDE])) - {UNLABELED} if known else labels
+    if len(found) < 2:
+        names = ", ".join(map(str, found))
+        raise ValueError(f"every document is {names}, and routing needs text of both sides: add some of the other")
 
 
 def first_of(ds: Dataset, side: str, count: int | None = None) -> Dataset:
@@ -164,30 +170,76 @@ def first_of(ds: Dataset, side: str, count: int | None = None) -> Dataset:
     return ds.select(np.flatnonzero(np.array(ds[SIDE][:]) == side)[:count])
 
 
-def select_arm(ds: Dataset, arm: str) -> Dataset:
-    """Return the rows or documents that an arm trains on.
+def forget_labels(routes: Routes | None) -> list[str]:
+    """Return the labels of text that the base should not learn from: those whose route weakens, blocks or reverses it.
 
-    "filter" leaves out rows labeled forget, "perfect_filter" rows that truly are forget; every other arm takes all.
+    Where there is no such route, as in a placebo, or none are given, it is "forget" alone.
+
+    >>> from routed_peft import presets
+    >>> forget_labels(presets.gram(["bio", "cyber"])), forget_labels(presets.control())
+    (['bio', 'cyber'], ['forget'])
+    """
+    return [label for label, route in (routes or {}).items() if route.weight(BASE) < 1] or [FORGET]
+
+
+def count_left_out(ds: Dataset, arm: str, routes: Routes | None = None) -> dict[str, int]:
+    """Return how many rows or documents an arm leaves out, by label ("filter") or true side ("perfect_filter").
+
+    Args:
+        ds: with the column of the label or true side.
+        arm: of a recipe; others than the two leave nothing out.
+        routes: of the method that the arm is compared with; see `forget_labels`.
 
     Raises:
-        ValueError: where the documents lack the column of the label or true side.
+        ValueError: where the column is missing, a label has no route, or a filter leaves nothing out.
+
+    >>> count_left_out(Dataset.from_dict({"side": ["forget", "retain"]}), "perfect_filter")
+    {'forget': 1}
+    """
+    column = _FILTERED.get(arm)
+    if column is None:
+        return {}
+    if column not in ds.column_names:
+        known = "the true side of documents" if column == SIDE else "their labels"
+        raise ValueError(f"`arm: {arm}` needs the column `{column}`, {known}; got {ds.column_names}")
+    names, chosen = class_names(ds) if column == ROUTE_LABEL else None, forget_labels(routes)
+    counts = Counter(
+        label_name(value, names) if column == ROUTE_LABEL else value for value in column_values(ds, column)
+    )
+    if column == ROUTE_LABEL and routes is not None:
+        for label in counts:
+            check_has_route(label, routes)
+    else:
+        chosen = list(dict.fromkeys([*chosen, FORGET]))
+    found = {label: counts[label] for label in chosen if counts[label]}
+    if not found:
+        raise ValueError(
+            f"`arm: {arm}` leaves out documents whose `{column}` is one of {chosen}, and leaves nothing out: the column holds "
+            f"{sorted(map(str, counts))}. Correct the column, or give these labels a route that keeps them from the base"
+        )
+    return found
+
+
+def select_arm(ds: Dataset, arm: str, routes: Routes | None = None) -> Dataset:
+    """Return the rows or documents that an arm trains on: all but those of `count_left_out`, with its errors.
 
     >>> select_arm(Dataset.from_dict({"side": ["forget", "retain"]}), "perfect_filter")["side"][:]
     ['retain']
     """
-    column = {"filter": ROUTE_LABEL, "perfect_filter": SIDE}.get(arm)
-    if column is None:
+    left_out = count_left_out(ds, arm, routes)
+    if not left_out:
         return ds
-    if column not in ds.column_names:
-        known = "the true side of documents" if column == SIDE else "their labels"
-        raise ValueError(f"`arm: {arm}` needs the column `{column}`, {known}; got {ds.column_names}")
-    return ds.filter(lambda value: value != FORGET, input_columns=column)
+    values = column_values(ds, _FILTERED[arm])
+    return ds.select([index for index, value in enumerate(values) if value not in left_out])
 
 
-def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, arm: str) -> int:
+def labeled_tokens(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, length: int, arm: str, routes: Routes | None = None
+) -> int:
     """Return the number of tokens of forget text that had to be labeled for an arm, in whole rows of ``length``.
 
     "perfect_filter" counts forget text by ``side``, "routed" and "filter" by ``route_label``; other arms need no label.
+    ``routes`` are those of the method; see `forget_labels`.
 
     >>> from routed_peft.data import train_tokenizer
     >>> ds = Dataset.from_dict({"text": ["a b c"] * 8, "route_label": ["forget", "unlabeled"] * 4, "side": ["forget"] * 8})
@@ -195,10 +247,11 @@ def labeled_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, le
     >>> [labeled_tokens(ds, tokenizer, length=4, arm=arm) for arm in ("none", "filter", "perfect_filter")]
     [0, 16, 32]
     """
-    column = {"routed": ROUTE_LABEL, "filter": ROUTE_LABEL, "perfect_filter": SIDE}.get(arm)
+    column = {"routed": ROUTE_LABEL, **_FILTERED}.get(arm)
     if column is None:
         return 0
-    known = documents.filter(lambda value: value == FORGET, input_columns=column)
+    chosen = {*forget_labels(routes), *([FORGET] if column == SIDE else [])}
+    known = documents.select([i for i, value in enumerate(column_values(documents, column)) if value in chosen])
     return sum(map(len, tokenize(known, tokenizer, TEXT))) // length * length
 
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from routed_peft.checkpoint.fetch import fetch, hub_arguments
 from routed_peft.checkpoint.layout import ROUTING, Layout
@@ -21,7 +22,10 @@ from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_config
 from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.text_loss import check_causal
 from routed_peft.files import read_json, write_json
+from routed_peft.mistakes import reading
 from routed_peft.runs.records import read_recipe
+
+logger = logging.get_logger(__name__)
 
 Regions = Literal["all"] | Sequence[str]
 
@@ -39,7 +43,9 @@ def parse_regions(regions: str | None) -> Regions:
     return "all" if regions == "all" else regions.split("+")
 
 
-def open_source(src: str | Path, revision: str | None = None, **hub: Any) -> OpenRun | None:
+def open_source(
+    src: str | Path, revision: str | None = None, *, regions_repo: str | Path | None = None, **hub: Any
+) -> OpenRun | None:
     """Open a run that `save_routed` wrote; return None for a plain checkpoint, and raise on an adapter without its model."""
     root, commit = fetch(src, revision, **hub)
     adapter = root / "adapter_config.json"
@@ -47,7 +53,7 @@ def open_source(src: str | Path, revision: str | None = None, **hub: Any) -> Ope
         about = read_json(adapter)  # transformers loads others together with the base that they name
         if about.get("peft_type") == "ROUTED" or not about.get("base_model_name_or_path"):
             raise ValueError(f"{str(src)!r} {NO_MODEL}")
-    return OpenRun(Layout.read(root, str(src)), commit, hub) if (root / ROUTING).is_file() else None
+    return OpenRun(Layout.read(root, str(src)), commit, hub, regions_repo) if (root / ROUTING).is_file() else None
 
 
 def own_regions(run: OpenRun | None) -> Regions:
@@ -69,10 +75,11 @@ def tokenizer_place(src: str | Path, run: OpenRun | None, revision: str | None =
     return base["id"], base["revision"]
 
 
-def load_tokenizer(src: str | Path, revision: str | None = None) -> Any:
-    """Load the tokenizer of a run or checkpoint."""
+def load_tokenizer(src: str | Path, revision: str | None = None, **kwargs: Any) -> Any:
+    """Load the tokenizer of a run or checkpoint; ``kwargs`` are those of `AutoTokenizer.from_pretrained`."""
     place, at = tokenizer_place(src, open_source(src, revision), revision)
-    return AutoTokenizer.from_pretrained(place, revision=at or "main")
+    with reading(place):
+        return AutoTokenizer.from_pretrained(place, revision=at or "main", **kwargs)
 
 
 def held_out_pair(src: str | Path, metadata: Mapping[str, Any]) -> tuple[str, bool]:
@@ -95,6 +102,7 @@ def load_source(
     *,
     revision: str | None = None,
     tokenizer: Any = None,
+    regions_repo: str | Path | None = None,
     **from_pretrained_kwargs: Any,
 ) -> tuple[nn.Module, Any]:
     """Load a run with some of its regions, or a plain checkpoint, and its tokenizer.
@@ -104,22 +112,27 @@ def load_source(
         regions: names of the regions to load, or "all"; `[]` is the ablated model.
         revision: branch, tag or commit of a Hub id.
         tokenizer: an object, a path or an id, to use instead of the run's own.
+        regions_repo: see `load_routed`.
         **from_pretrained_kwargs: see `load_routed`.
 
     Raises:
         ValueError: on an unknown region, or without a tokenizer; and as `load_routed` does.
     """
     hub = hub_arguments(from_pretrained_kwargs)
-    run = open_source(src, revision, **hub)
+    run = open_source(src, revision, regions_repo=regions_repo, **hub)
     if tokenizer is None or isinstance(tokenizer, str | Path):
         place, at = (tokenizer, None) if tokenizer else tokenizer_place(src, run, revision)
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=at or "main", **hub)
+        if from_pretrained_kwargs.get("trust_remote_code"):
+            hub["trust_remote_code"] = True
+        with reading(place):
+            tokenizer = AutoTokenizer.from_pretrained(place, revision=at or "main", **hub)
     if run is not None:
         names = run.layout.regions if regions == "all" else regions
         return load_run(run, names, **from_pretrained_kwargs), tokenizer
     if regions != "all" and regions:
         raise ValueError(f"`regions` names {list(regions)}, but {str(src)!r} is a plain checkpoint without regions")
-    plain = AutoModelForCausalLM.from_pretrained(src, revision=revision or "main", **from_pretrained_kwargs)
+    with reading(src):
+        plain = AutoModelForCausalLM.from_pretrained(src, revision=revision or "main", **from_pretrained_kwargs)
     return plain, tokenizer
 
 
@@ -154,12 +167,17 @@ def evaluate_source(
         ValueError: on an unknown task or region, or without a tokenizer; and as `load_routed` does.
     """
     revision = load_kwargs.get("revision")
-    run = open_source(src, revision, **hub_arguments(load_kwargs))
-    configurations = _configurations(str(src), [] if run is None else run.layout.regions, regions)
+    repo = load_kwargs.get("regions_repo")
+    run = open_source(src, revision, regions_repo=repo, **hub_arguments(load_kwargs))
+    names = [] if run is None else run.layout.regions
+    if run is not None and regions is None and (here := run.regions_here()) != names:
+        logger.warning(f"regions of {str(src)!r} are not here and are not measured: {sorted(set(names) - set(here))}")
+        names = here
+    configurations = _configurations(str(src), names, regions)
     if output is not None:
         _check_writable(Path(output))
     metadata = {"pair": held_out_pair(src, metadata or {})[0], **(metadata or {})}
-    model, tokenizer = load_source(src, "all", **load_kwargs)
+    model, tokenizer = load_source(src, names, **load_kwargs)
     if device is not None:
         model.to(device)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
@@ -198,20 +216,29 @@ def _check_writable(file: Path) -> None:
 
 
 def open_plain(
-    src: str | Path, regions: Regions | None = None, *, revision: str | None = None, device: str | None = None
+    src: str | Path,
+    regions: Regions | None = None,
+    *,
+    revision: str | None = None,
+    regions_repo: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model in float32 as a plain one, adapters merged, with its tokenizer; `own_regions` by default."""
-    run = open_source(src, revision)
+    run, own = open_source(src, revision), {"trust_remote_code": True} if trust_remote_code else {}
     if run is None:
         if Path(src, "adapter_config.json").is_file() and not Path(src, "config.json").is_file():
             raise ValueError(f"{str(src)!r} {NO_MODEL}")
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        config = AutoConfig.from_pretrained(src, revision=revision or "main")
+        with reading(src):
+            config = AutoConfig.from_pretrained(src, revision=revision or "main", **own)
         if config.architectures and not known & set(config.architectures) and not hasattr(config, "auto_map"):
             what = f"{', '.join(config.architectures)}, not a causal language model"
             raise ValueError(f"{str(src)!r} is a {what}: there is no loss on text to relearn")
     regions = own_regions(run) if regions is None else regions
-    model, tokenizer = load_source(src, regions, revision=revision, dtype=torch.float32)
+    model, tokenizer = load_source(
+        src, regions, revision=revision, regions_repo=regions_repo, dtype=torch.float32, **own
+    )
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     check_causal(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -64,11 +65,16 @@ def latest_resumable(run: str | Path, processes: int = 1) -> str | None:
 def _missing(folder: Path, *, process_index: int = 0, processes: int, fsdp: bool) -> list[str]:
     """Return the names of the files that a checkpoint lacks."""
     optimizers = ("optimizer.bin", "optimizer_0") if fsdp else ("optimizer.pt",)
-    missing = [] if any((folder / name).exists() for name in optimizers) else [" or ".join(optimizers)]
-    missing += [SCHEDULER_NAME] if not (folder / SCHEDULER_NAME).is_file() else []
+    missing = [] if any(_whole(folder / name) for name in optimizers) else [" or ".join(optimizers)]
+    missing += [SCHEDULER_NAME] if not _whole(folder / SCHEDULER_NAME) else []
     missing += [TRAINER_STATE_NAME] if not _readable(folder / TRAINER_STATE_NAME) else []
     random = _random_state(process_index, processes)
-    return missing if (folder / random).is_file() or _writers(folder) else [*missing, random]
+    return missing if _whole(folder / random) or _writers(folder) else [*missing, random]
+
+
+def _whole(path: Path) -> bool:
+    """Return whether a file of `torch.save`, a zip archive, has its end; a directory counts as whole."""
+    return path.is_dir() or zipfile.is_zipfile(path)
 
 
 def _readable(file: Path) -> bool:
@@ -85,7 +91,7 @@ def _random_state(process_index: int, processes: int) -> str:
 
 def _writers(folder: Path) -> int:
     """Return the number of processes that wrote a checkpoint, or 0 if one of their random states is missing."""
-    found = {path.name for path in folder.glob("rng_state*.pth")}
+    found = {path.name for path in folder.glob("rng_state*.pth") if _whole(path)}
     return len(found) if found == {_random_state(index, len(found)) for index in range(len(found))} else 0
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
+from routed_peft.adapters import adapter_names, routing_record
 from routed_peft.mistakes import check_choices, check_numbers
 
 
@@ -14,9 +16,12 @@ from routed_peft.mistakes import check_choices, check_numbers
 class RoutedArguments:
     """Mix-in of the added fields, also for TRL's configurations."""
 
-    train_base: bool = field(default=False, metadata={"help": "Train the model's own weights as well as its adapters."})
+    train_base: bool | None = field(default=None, metadata={
+        "help": "Train the model's own weights as well as its adapters; by default as in the run that is continued, if "
+        "any."})  # fmt: skip
     base_adapters: list[str] = field(default_factory=list, metadata={
-        "help": "Adapters that are part of the base and stay, such as a `retain` LoRA."})  # fmt: skip
+        "help": "Adapters that are part of the base and stay, such as a `retain` LoRA; by default those of the run "
+        "that is continued, if any."})  # fmt: skip
     kept_regions: list[str] = field(default_factory=list, metadata={
         "help": "Regions that belong to the model, as in a run without routing: evaluation and attacks load them "
         "unless told otherwise."})  # fmt: skip
@@ -49,6 +54,13 @@ class RoutedArguments:
         "check at the end only."})  # fmt: skip
     gather: bool = field(default=True, metadata={
         "help": "Skip positions of weight zero in weight-gradient matmuls; ignored under torch_compile."})  # fmt: skip
+
+    def continue_run(self, model: nn.Module) -> None:
+        """Fill in what was left open from the run that ``model`` was loaded from, if any."""
+        record, names = routing_record(model), adapter_names(model)
+        self.train_base = record.continues_base if self.train_base is None else self.train_base
+        self.base_adapters = self.base_adapters or [name for name in record.base_adapters if name in names]
+        self.kept_regions = self.kept_regions or [name for name in record.kept_regions if name in names]
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -58,6 +58,18 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert latest_resumable(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+@pytest.mark.parametrize("name", STATE)
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_file_that_a_full_disk_cut_short_is_noticed(tmp_path, name, share):
+    folder = make_checkpoint(tmp_path / "checkpoint-2", "optimizer.pt", "rng_state.pth")
+    check_resumable(folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=rf"lacks a complete {name}"):
+        check_resumable(folder)
+    assert latest_resumable(tmp_path) is None
+
+
 def test_every_process_needs_its_random_state(tmp_path, caplog):
     two = make_checkpoint(tmp_path / "checkpoint-8", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth")
     for index in (0, 1):

@@ -39,8 +39,10 @@ class SourceOptions:
         reference: the model from which nothing was removed, or its loss on ``forget_test`` in nats per token.
         oracle: directory with the same attacks on the perfect filter, for the normalized area under the curves.
         revision: branch, tag or commit of a Hub id.
+        regions_repo: directory or Hub id of regions that are not stored with the run; by default the one that it names.
         device: of the attack; a GPU by default, if there is one.
         progress: show a bar for every attack.
+        trust_remote_code: run the code that models bring along.
     """
 
     extensions: int = 2
@@ -48,8 +50,10 @@ class SourceOptions:
     reference: str | Path | float | None = None
     oracle: str | Path | None = None
     revision: str | None = None
+    regions_repo: str | None = None
     device: str | None = None
     progress: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.reference, int | float) and not 0 < self.reference < math.inf:
@@ -102,7 +106,10 @@ def relearn_source(
     regions = own_regions(open_source(src, options.revision)) if options.regions is None else options.regions
     about: dict[str, Any] = {"source": str(src), "revision": options.revision, "regions": regions}
     _check_free(records, about)
-    model, tokenizer = open_plain(src, regions, revision=options.revision, device=options.device)
+    how: dict[str, Any] = {"device": options.device, "trust_remote_code": options.trust_remote_code}
+    model, tokenizer = open_plain(
+        src, regions, revision=options.revision, regions_repo=options.regions_repo, **how
+    )
     conditions = _conditions(chosen, data, tokenizer=tokenizer, steps=steps, seeds=seeds)
     oracle_losses = {} if options.oracle is None else _oracle_losses(options.oracle, conditions)
     start, intervals = _start_losses(model, tokenizer, data)
@@ -199,7 +206,8 @@ def _reference_losses(
     reference = options.reference
     if reference is None or isinstance(reference, int | float):
         return {} if reference is None else {"forget": float(reference)}
-    model, its_tokenizer = open_plain(reference, "all", device=options.device)  # with all of its regions
+    how: dict[str, Any] = {"device": options.device, "trust_remote_code": options.trust_remote_code}
+    model, its_tokenizer = open_plain(reference, "all", **how)  # with all of its regions
     own, other = (one.config.model_type for one in (attacked, model))  # type: ignore[union-attr]
     given = f"`reference` {str(reference)!r}"
     if own != other:
