@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from routed_peft.data.columns import check_strings
+
 
 def begin_tokens(tokenizer: Any) -> list[int]:
     """Return the tokens that a tokenizer puts before every text by itself, such as Gemma's ``<bos>``; often none.
@@ -21,8 +23,7 @@ def begin_tokens(tokenizer: Any) -> list[int]:
 
 def document_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the tokens of each text without those of `begin_tokens`, even where the text spells them out."""
-    if odd := [text for text in texts if not isinstance(text, str)]:
-        raise ValueError(f"texts must be strings, got {odd[0]!r} of type {type(odd[0]).__name__}")
+    check_strings(texts)
     begin = begin_tokens(tokenizer)
     tokens = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
     return [ids[len(begin) :] if begin and ids[: len(begin)] == begin else ids for ids in tokens]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -271,3 +271,9 @@ def check_texts(ds: Dataset, column: str, name: str = "the dataset") -> None:
                 f"{name} must hold a non-empty `{column}` in every row, got {values[at].as_py()!r} in row {start + at + 1}"
             )
         start += len(table)
+
+
+def check_strings(texts: Iterable[Any], name: str = "texts") -> None:
+    """Raise ValueError unless all texts are strings."""
+    if odd := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"{name} must be strings, got {odd[0]!r} of type {type(odd[0]).__name__}")

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import Pipeline
 
-from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, AnyDataset, add_column
+from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, AnyDataset, add_column, check_strings
 
 FORGET, RETAIN, UNLABELED = "forget", "retain", "unlabeled"
 
@@ -88,6 +88,7 @@ def labels_from_keywords(
         raise ValueError("`keywords` is empty: give at least one label with its words")
 
     def label(texts: list[str]) -> list[str]:
+        check_strings(texts, f"values of the column `{column}`")
         return [next((name for name, pattern in patterns.items() if pattern.search(t)), default) for t in texts]
 
     out = _add_labels(ds, column, label=label)

@@ -67,7 +67,8 @@ def load_training_file(
     ...     list(load_training_file(path, streaming=True))
     [{'text': 'a', 'route_label': 'forget'}]
     """
-    ds = _stream(source, split) if streaming else load_rows(source, split)
+    strict = {TEXT, ROUTE_LABEL, "side", *columns}
+    ds = _stream(source, split) if streaming else load_rows(source, split, strict=strict)
     found = ds.column_names or list(next(iter(ds), {}))  # a stream learns its columns from its first row
     if missing := [column for column in columns if column not in found]:
         raise ValueError(f"{str(source)!r} lacks the columns {missing}, got {found}: every row needs its text and, for "

@@ -6,9 +6,11 @@ from collections import Counter
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from routed_peft import Route, presets
 from routed_peft.data import (
     DocumentArguments,
     check_both_sides,
+    count_left_out,
     evaluation_rows,
     labeled_documents,
     labeled_tokens,
@@ -124,9 +126,10 @@ def test_a_held_out_file_that_is_trained_on(file, tmp_path, caplog):
 def test_text_of_one_side_only(tmp_path, column, side):
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "a", column: side}) + "\n")
     ds = labeled_documents(DocumentArguments(train_file=str(tmp_path / "one.jsonl")))
-    with pytest.raises(ValueError, match=f"no document is {'forget' if side == 'retain' else 'retain'}, got"):
+    with pytest.raises(ValueError, match=f"every document is {side}, and routing needs text of both sides"):
         check_both_sides(ds)
     check_both_sides(labeled_documents(DocumentArguments(pair="spanish", labeled=0.0)))  # no labels are another matter
+    check_both_sides(Dataset.from_dict({"route_label": ["bio", "core"]}))
 
 
 def test_a_file_for_each_side(tmp_path):
@@ -158,3 +161,56 @@ def test_tokens_in_place_of_text(tmp_path):
         wrong = Dataset.from_list([{"input_ids": ids}, {"input_ids": bad}])
         with pytest.raises(ValueError, match="`input_ids`"):
             pack(wrong, tokenizer, length=2)
+
+
+def test_a_filter_leaves_out_what_the_routes_keep_from_the_base():
+    labels = ["bio", "core", "cyber/spread", "cyber", "bio"]
+    ds = Dataset.from_dict({"text": list("abcde"), "route_label": labels, "side": labels})
+    routes = presets.gram(["bio", "cyber"])
+    for arm in ("filter", "perfect_filter"):
+        assert select_arm(ds, arm, routes)["text"][:] == ["b", "c"]
+        assert count_left_out(ds, arm, routes) == {"bio": 2, "cyber": 1}
+    encoded = ds.class_encode_column("route_label").class_encode_column("side")
+    assert select_arm(encoded, "filter", routes)["text"][:] == ["b", "c"]
+    assert select_arm(encoded, "perfect_filter", routes)["text"][:] == ["b", "c"]
+    assert count_left_out(ds, "routed", routes) == count_left_out(ds, "none", routes) == {}
+    tokenizer = train_tokenizer(ds["text"], 258)
+    counts = [labeled_tokens(ds, tokenizer, length=1, arm=arm, routes=routes) for arm in ("filter", "routed", "none")]
+    assert (
+        counts[0] == counts[1] == labeled_tokens(ds.select([0, 3, 4]), tokenizer, length=1, arm="filter", routes=routes)
+    )
+    assert counts[0] > 0 == counts[2]
+
+
+@pytest.mark.parametrize(
+    ("routes", "left"),
+    [
+        (presets.sgtm("forget"), ["retain"]),
+        (presets.sgtm("forget", base_weight=0.2), ["retain"]),  # the base learns from it, though less
+        (presets.era("forget"), ["retain"]),
+        (presets.demix("forget"), ["retain"]),  # every route trains the base
+        (presets.control(), ["retain"]),
+        ({"forget": Route(), "retain": Route({"base": 0})}, ["forget"]),
+        (None, ["retain"]),
+    ],
+)
+def test_filters_of_every_method(routes, left):
+    ds = Dataset.from_dict({"route_label": ["forget", "retain"]})
+    assert select_arm(ds, "filter", routes)["route_label"][:] == left
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["retain", "unlabeled"], "leaves nothing out: the column holds .'retain', 'unlabeled'."),
+        (["Forget", "retain"], "the label 'Forget' has no route"),
+        (["bio", "retain"], "the label 'bio' has no route"),
+        ([1, 0], "the integer label 1 has no name"),
+    ],
+)
+def test_a_filter_that_leaves_nothing_out_is_refused(labels, message):
+    ds = Dataset.from_dict({"route_label": labels})
+    with pytest.raises(ValueError, match=message):
+        select_arm(ds, "filter", presets.sgtm("forget"))
+    with pytest.raises(ValueError, match="leaves nothing out"):
+        select_arm(Dataset.from_dict({"side": ["Forget", "retain"]}), "perfect_filter", presets.sgtm("forget"))

@@ -168,3 +168,8 @@ def test_a_transformers_pipeline_scores_the_class_that_is_named():
     for positive in (None, "bio"):
         with pytest.raises(ValueError, match=r"`positive` must name.*\['SAFE', 'BIO'\]"):
             labels_from_classifier(DS, pipe, forget_above=0.5, retain_below=0.5, positive=positive)
+
+
+def test_words_are_looked_up_in_text_only():
+    with pytest.raises(ValueError, match="values of the column `text` must be strings, got 12 of type int"):
+        labels_from_keywords(Dataset.from_dict({"text": [12]}), {"forget": ["a"]}, default="retain")

@@ -80,6 +80,8 @@ BAD_DATA = [
     ({"facts": FORGET[6:]}, "2 texts of `forget_test` are also in `facts`"),
     ({"facts": [("a", FORGET[6]), "b"]}, "1 text of `forget_test` is also in `facts`"),
     ({"forget_test": []}, "`forget_test` has no texts"),
+    ({"forget_train": [12]}, "`forget_train` must be strings, got 12 of type int"),
+    ({"facts": [("a", None)]}, "`facts` must be strings, got None"),
     ({"retain_test": []}, "`retain_test` has no texts"),
     ({"facts": ["a b", "a b"]}, "`facts` has texts twice"),
     ({"facts": ["a b", ("a c", "A  b")]}, "`facts` has texts twice"),

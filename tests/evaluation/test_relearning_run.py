@@ -287,6 +287,22 @@ def call(*arguments: object):
     return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(argument) for argument in arguments])
 
 
+def test_the_command_reads_any_kind_of_file(places, tmp_path):
+    given = []
+    for name in ("forget_train", "forget_test", "retain_test"):
+        rows = [json.loads(line) for line in (places / f"{name}.jsonl").read_text().splitlines()]
+        words = [{"a": row["text"].split(" ", 1)[0], "b": row["text"].split(" ", 1)[1]} for row in rows]
+        (tmp_path / f"{name}.json").write_text("\ufeff" + json.dumps(words), encoding="utf-8")
+        given += [f"--{name.replace('_', '-')}", tmp_path / f"{name}.json"]
+    more = ["--learning-rate", "1e-3", "--seeds", 1, "--steps", 1, "--extensions", 0, "--reference-loss", 2.0]
+    result = call("relearn", places / "ablated", *given, "--text-template", "{a} {b}", *more, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    same = call("relearn", places / "ablated", *files(places), *more, "--out", tmp_path / "same")
+    assert (
+        same.exit_code == 0 and read_summary(tmp_path / "same")["attacks"] == read_summary(tmp_path / "out")["attacks"]
+    )
+
+
 @pytest.mark.slow
 def test_the_command_shows_every_attack(places, tmp_path):
     known = read_summary(places / "attacked")["reference"]["forget"] if (places / "attacked").exists() else 2.0

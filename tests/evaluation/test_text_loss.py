@@ -96,6 +96,8 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer):
         TextLoss(tiny_llama(vocab_size=260), tokenizer, TEXTS)
     with pytest.raises(ValueError, match="at least one token each"):
         TextLoss(tiny_llama(), tokenizer, ["a", ""])
+    with pytest.raises(ValueError, match="texts must be strings, got 12 of type int"):
+        TextLoss(tiny_llama(), tokenizer, ["a", 12])
 
 
 def test_the_context_is_that_of_lm_eval(tokenizer):

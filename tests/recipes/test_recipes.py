@@ -127,7 +127,7 @@ def test_text_comes_in_files_of_any_kind_one_for_each_side(tmp_path):
     template = ["--text_template", "{q} {a}", "--eval_files", *held, "--output_dir", str(tmp_path / "out")]
     here([*command, *sides, *template])
     assert set(json.loads((tmp_path / "out/summary.json").read_text())["losses"]) >= {"retain"}
-    with pytest.raises(ValueError, match="no document is retain"):
+    with pytest.raises(ValueError, match="every document is forget"):
         here(
             [
                 *command,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from routed_peft.data.beginnings import begin_tokens, document_tokens
+from routed_peft.data.columns import check_strings
 from routed_peft.deprecation import warn_renamed
 from routed_peft.evaluation.relearning.attacks import DATA, TEXTS, Attack
 from routed_peft.evaluation.text_loss import first_token, pad
@@ -54,6 +55,8 @@ class AttackData:
             if not getattr(self, name):
                 raise ValueError(f"`{name}` has no texts: both sides are scored, so give held-out text of each")
         facts = _flat(self.facts)
+        for name in (*SCORED, *TEXTS, "facts"):
+            check_strings(facts if name == "facts" else getattr(self, name), f"`{name}`")
         for trained in (*TEXTS, "facts"):
             known = _KnownTexts(facts if trained == "facts" else getattr(self, trained))
             for scored in SCORED:
