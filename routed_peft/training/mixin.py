@@ -228,7 +228,11 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
                 return self.compute_loss(model, dict(batch), num_items_in_batch=items)
 
         model.train()
-        self.routing.self_check(prepared, loss)
+        penalty, self.args.activation_l1 = self.args.activation_l1, 0.0  # its gradient is not routed
+        try:
+            self.routing.self_check(prepared, loss)
+        finally:
+            self.args.activation_l1 = penalty
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as `Trainer` does, plus the activation penalty if `activation_l1` is set."""

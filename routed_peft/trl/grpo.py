@@ -105,6 +105,7 @@ class RoutedGRPOTrainer(SamplingMixin):
         self.label_fn = label_fn or labels_from_dataset(train_dataset, self.eval_dataset)
         self.beta, self.ref_model = beta, self._reference(ref_model) if beta else None  # type: ignore[assignment]
         self._check_environments()
+        args.continue_run(self.model)
         regions = [name for name in adapter_names(self.model) if name not in args.base_adapters]
         self._attach(with_anchor_route(routes, regions, args))
         self._check_dropout()

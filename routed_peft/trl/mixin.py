@@ -77,6 +77,8 @@ def check_arguments(args: Any, model: Any) -> None:
     """Raise ValueError on options that no routed TRL trainer supports, before TRL builds anything."""
     if args.use_liger_kernel:
         raise ValueError("`use_liger_kernel` reads weights outside their modules, past the routing: set it to False")
+    if isinstance(model, nn.Module):
+        args.continue_run(model)
     if args.train_base and getattr(args, "cast_lm_head_to_fp32", False):
         raise ValueError("`cast_lm_head_to_fp32` with `train_base=True`: a head with a forward of its own goes by the "
                          "routing. Load the model in float32 and train with `bf16=True`")  # fmt: skip
