@@ -108,7 +108,7 @@ def test_every_chunk_is_scored_with_the_gates_of_its_own_rows(tmp_path):
         "prompt_ids": torch.randint(4, VOCABULARY, (6, 3), generator=generator),
         "completion_ids": torch.randint(4, VOCABULARY, (6, 4), generator=generator),
     }
-    batch["prompt_mask"] = torch.tensor([[0, 1, 1], [1, 1, 1]] * 3)
+    batch["prompt_mask"] = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 1], [0, 0, 1], [0, 1, 1], [0, 0, 1]])
     batch["completion_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]] * 2)
     trainer._anchor = torch.tensor([False, False, True, True, True, False])
     found = trainer._sampled_logps(batch)
