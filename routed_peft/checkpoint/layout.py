@@ -52,9 +52,8 @@ class Layout:
                              f"loads with `AutoModelForCausalLM.from_pretrained`.{hint}")  # fmt: skip
         data = read_json(path)
         if data.get("format") != "routed_peft" or _KEYS - set(data):
-            raise ValueError(
-                f"{path} lacks {sorted(_KEYS - set(data)) or 'its format'}: restore it from a copy of the run"
-            )
+            raise ValueError(f"{path} lacks {sorted(_KEYS - set(data)) or 'its format'}: restore it from a copy of the "
+                             "run")  # fmt: skip
         read_json(path, _SHAPE)
         if data["format_version"] > VERSION:
             raise ValueError(f"{path} has format version {data['format_version']}, this routed_peft reads up to "
@@ -194,10 +193,9 @@ def verify_weights(root: Path, expected: Container[str], source: str) -> None:
         entries = set(map(str, read_json(index).get("weight_map", {}).values()))
         strangers |= {name for name in entries if name not in expected or "/" in name}
     if strangers:
-        raise ValueError(
-            f"{source!r} holds {sorted(strangers)}, which `save_routed` did not write and transformers would load: move "
-            "them elsewhere, and restore an index (*.index.json) that names them from a copy"
-        )
+        raise ValueError(f"{source!r} holds {sorted(strangers)}, which `save_routed` did not write and transformers "
+                         "would load: move them elsewhere, and restore an index (*.index.json) that names them from a "
+                         "copy")  # fmt: skip
 
 
 def describe_leftovers(root: Path) -> list[str]:

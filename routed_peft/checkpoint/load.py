@@ -119,9 +119,8 @@ def _load_base(layout: Layout, base: str | Path | None, kwargs: dict[str, Any]) 
         return AutoModelForCausalLM.from_pretrained(layout.root, **kwargs)
     name, revision = layout.data["base"]["id"], layout.data["base"]["revision"]
     if Path(name).is_absolute() and not Path(name).is_dir():
-        raise ValueError(
-            f"{layout.source!r} was trained on the base {name}, which is no longer there: give its new place as `base=`"
-        )
+        raise ValueError(f"{layout.source!r} was trained on the base {name}, which is no longer there: give its new "
+                         "place as `base=`")  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs)
 
 
@@ -155,9 +154,8 @@ def load_weights(model: nn.Module, path: str | Path, train_base: bool | None = N
     train_base = layout.data["train_base"] if train_base is None else train_base
     saved, have = {*layout.regions, *layout.base_adapters}, set(adapter_configs(model))
     if saved != have:
-        raise ValueError(
-            f"{str(path)!r} holds the adapters {sorted(saved)}, the model has {sorted(have)}: make them the same"
-        )
+        raise ValueError(f"{str(path)!r} holds the adapters {sorted(saved)}, the model has {sorted(have)}: make them "
+                         "the same")  # fmt: skip
     if train_base and not layout.saved_base:
         raise ValueError(f"{str(path)!r} holds no base weights, so `train_base` must be False; its base was frozen")
     layout.verify_base()

@@ -98,13 +98,11 @@ def route_column(columns: Sequence[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(
-            f"a row is labeled by `{ROUTE_LABEL}` or token by token by `{ROUTE_LABELS}`, got both: drop one"
-        )
-    raise ValueError(
-        f"no column `{ROUTE_LABEL}` (per example) or `{ROUTE_LABELS}` (per token), got {sorted(columns)}. "
-        "`routed_peft.data` has functions that add it; TRL's `packing=True` and `remove_unused_columns=True` drop it"
-    )
+        raise ValueError(f"a row is labeled by `{ROUTE_LABEL}` or token by token by `{ROUTE_LABELS}`, got both: drop "
+                         "one")  # fmt: skip
+    raise ValueError(f"no column `{ROUTE_LABEL}` (per example) or `{ROUTE_LABELS}` (per token), got {sorted(columns)}. "
+                     "`routed_peft.data` has functions that add it; TRL's `packing=True` and "
+                     "`remove_unused_columns=True` drop it")  # fmt: skip
 
 
 def class_names(dataset: Any) -> list[str] | None:
@@ -142,11 +140,10 @@ def label_name(label: Any, names: Sequence[str] | None = None) -> str:
         return label
     if isinstance(label, int | np.integer) and not isinstance(label, bool):
         if names is None:
-            raise ValueError(
-                f"the integer label {label} has no name, and routes are found by name, never by number: write the names "
-                'themselves into the column, or give the dataset their names by `dataset.cast_column("route_label", '
-                "ClassLabel(names=[…]))`, or the collator by `RoutedCollator(…, class_names=[…])`"
-            )
+            raise ValueError(f"the integer label {label} has no name, and routes are found by name, never by number: "
+                             "write the names themselves into the column, or give the dataset their names by "
+                             '`dataset.cast_column("route_label", ClassLabel(names=[…]))`, or the collator by '
+                             "`RoutedCollator(…, class_names=[…])`")  # fmt: skip
         if 0 <= label < len(names):
             return names[int(label)]
         if label != -1:  # -1 is how ClassLabel writes a missing value
@@ -259,17 +256,15 @@ def check_texts(ds: Dataset, column: str, name: str = "the dataset") -> None:
     feature = ds.features[column]
     if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
         kind = getattr(feature, "dtype", type(feature).__name__)
-        raise ValueError(
-            f"{name} needs strings in the column `{column}`, got {kind}: write numbers and dates as strings"
-        )
+        raise ValueError(f"{name} needs strings in the column `{column}`, got {kind}: write numbers and dates as "
+                         "strings")  # fmt: skip
     start = 0
     for table in ds.select_columns(column).with_format("arrow").iter(batch_size=10_000):
         values = table[column].cast(pa.large_string())
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
         if (at := pc.index(blank, True).as_py()) >= 0:
-            raise ValueError(
-                f"{name} must hold a non-empty `{column}` in every row, got {values[at].as_py()!r} in row {start + at + 1}"
-            )
+            raise ValueError(f"{name} must hold a non-empty `{column}` in every row, got {values[at].as_py()!r} in row "
+                             f"{start + at + 1}")  # fmt: skip
         start += len(table)
 
 

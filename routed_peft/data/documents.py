@@ -213,10 +213,9 @@ def count_left_out(ds: Dataset, arm: str, routes: Routes | None = None) -> dict[
         chosen = list(dict.fromkeys([*chosen, FORGET]))
     found = {label: counts[label] for label in chosen if counts[label]}
     if not found:
-        raise ValueError(
-            f"`arm: {arm}` leaves out documents whose `{column}` is one of {chosen}, and leaves nothing out: the column holds "
-            f"{sorted(map(str, counts))}. Correct the column, or give these labels a route that keeps them from the base"
-        )
+        raise ValueError(f"`arm: {arm}` leaves out documents whose `{column}` is one of {chosen}, and leaves nothing "
+                         f"out: the column holds {sorted(map(str, counts))}. Correct the column, or give these labels "
+                         "a route that keeps them from the base")  # fmt: skip
     return found
 
 
@@ -314,6 +313,5 @@ def check_evaluation(args: TrainingArguments, evaluated: Collection[str]) -> Non
     """
     if args.eval_strategy != "no" and not evaluated:
         strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
-        raise ValueError(
-            f"`eval_strategy` is {strategy!r}, but there is no held-out text: name `eval_files`, or set it to 'no'"
-        )
+        raise ValueError(f"`eval_strategy` is {strategy!r}, but there is no held-out text: name `eval_files`, or set "
+                         "it to 'no'")  # fmt: skip

@@ -177,14 +177,12 @@ def labels_from_classifier(
     def label(texts: list[str]) -> list[str]:
         scores = np.asarray(score(texts), dtype=float)
         if scores.shape != (len(texts),):
-            raise ValueError(
-                f"`classifier` must give one score per text: got shape {scores.shape} for {len(texts)} texts"
-            )
+            raise ValueError(f"`classifier` must give one score per text: got shape {scores.shape} for {len(texts)} "
+                             "texts")  # fmt: skip
         if not ((scores >= 0) & (scores <= 1)).all():
             bad = scores[~((scores >= 0) & (scores <= 1))][0]
-            raise ValueError(
-                f"`classifier` must give scores in [0, 1], got {bad}: apply a sigmoid to logits, and remove NaNs"
-            )
+            raise ValueError(f"`classifier` must give scores in [0, 1], got {bad}: apply a sigmoid to logits, and "
+                             "remove NaNs")  # fmt: skip
         return np.select([scores > forget_above, scores < retain_below], [FORGET, RETAIN], UNLABELED).tolist()
 
     return _add_labels(ds, column, label=label, batch_size=batch_size)

@@ -96,10 +96,9 @@ def load_documents(
     else:
         needed = _text_columns(form, ds.column_names)
         if missing := [column for column in needed if column not in ds.column_names]:
-            raise ValueError(
-                f"{name} must hold a non-empty `{missing[0]}` in every row, got None in row 1: {str(source)!r} lacks the "
-                f"columns {missing}, got {ds.column_names}; name the text's in `text_column`, or several in `text_template`"
-            )
+            raise ValueError(f"{name} must hold a non-empty `{missing[0]}` in every row, got None in row 1: "
+                             f"{str(source)!r} lacks the columns {missing}, got {ds.column_names}; name the text's in "
+                             "`text_column`, or several in `text_template`")  # fmt: skip
         if form.template is not None:
             _check_filled(ds, needed, name)
             texts = [form.template.format_map(row) for row in ds.select_columns(needed)]
@@ -254,9 +253,8 @@ def _rows(file: Path, argument: str) -> Iterator[dict[str, Any]]:
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{_expected(argument)}, but in line {number} of {file} {error}") from error
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-            raise ValueError(
-                f"`{argument}` must be JSONL in UTF-8, or text in it, plain or as `.gz`, got {file}: {error}"
-            ) from error
+            raise ValueError(f"`{argument}` must be JSONL in UTF-8, or text in it, plain or as `.gz`, got {file}: "
+                             f"{error}") from error  # fmt: skip
 
 
 def _expected(argument: str) -> str:
@@ -298,9 +296,8 @@ def _checked_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for file in files:
         for number, row in enumerate(_rows(file, "source"), 1):
             if TEXT in row and not (isinstance(row[TEXT], str) and row[TEXT].strip()):
-                raise ValueError(
-                    f"`source` must hold a non-empty `text` in every row, got {row[TEXT]!r} in row {number}"
-                )
+                raise ValueError(f"`source` must hold a non-empty `text` in every row, got {row[TEXT]!r} in row "
+                                 f"{number}")  # fmt: skip
             yield row
 
 

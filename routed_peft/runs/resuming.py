@@ -42,10 +42,9 @@ def check_resumable(checkpoint: str | Path, *, process_index: int = 0, processes
         advice = f"resume from the complete checkpoint '{max(complete, key=checkpoint_step)}'"
     else:
         advice = "no earlier one beside it is complete: begin anew, or from its weights (`load_routed(…, is_trainable=True)`)"
-    raise ValueError(
-        f"{str(checkpoint)!r} cannot be resumed from: it lacks a complete {', '.join(missing)} (lost, cut short, or never "
-        f"written: checkpoints of `save_only_model=True` and of `save_model` hold weights alone); {advice}"
-    )
+    raise ValueError(f"{str(checkpoint)!r} cannot be resumed from: it lacks a complete {', '.join(missing)} (lost, cut "
+                     "short, or never written: checkpoints of `save_only_model=True` and of `save_model` hold weights "
+                     f"alone); {advice}")  # fmt: skip
 
 
 def latest_resumable(run: str | Path, processes: int = 1) -> str | None:

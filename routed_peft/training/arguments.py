@@ -88,10 +88,9 @@ def check_training_numbers(args: Any) -> None:
 class RoutedTrainingArguments(RoutedArguments, TrainingArguments):
     """`transformers.TrainingArguments` for `RoutedTrainer`.
 
-    Example:
-        >>> args = RoutedTrainingArguments("out", train_base=True, report_to="none")
-        >>> args.output_dir, args.edges
-        ('out', 'parameters')
+    >>> args = RoutedTrainingArguments("out", train_base=True, report_to="none")
+    >>> args.output_dir, args.edges
+    ('out', 'parameters')
     """
 
     def __post_init__(self) -> None:
