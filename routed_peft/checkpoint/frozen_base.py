@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ def find_base(
     nowhere: dict[str, str | None] = {"id": None, "revision": None}
     if not name:
         return nowhere
-    local = Path(name).expanduser()
+    local, same = Path(name).expanduser(), partial(_same, inner=inner, weights=weights, content=content)
     if local.is_dir():
-        return {"id": str(local.resolve()), "revision": None} if _same(local, inner, weights, content) else nowhere
+        return {"id": str(local.resolve()), "revision": None} if same(local) else nowhere
     for folder in _cached(name, revision):
-        if _same(folder, inner, weights, content):
+        if same(folder):
             return {"id": name, "revision": folder.name}
     return nowhere
 
@@ -57,16 +58,16 @@ def _cached(repo: str, revision: str | None) -> Iterator[Path]:
     yield from (folders[name] for name in dict.fromkeys(wanted) if name in folders)
 
 
-def _same(folder: Path, inner: PreTrainedModel, weights: Mapping[str, Tensor], content: str | None) -> bool:
+def _same(folder: Path, *, inner: PreTrainedModel, weights: Mapping[str, Tensor], content: str | None) -> bool:
     files = sorted(folder.glob("*.safetensors"))
     stamp = tuple((path.stat().st_mtime_ns, path.stat().st_size) for path in [*files, *folder.glob("config.json")])
     key = (str(folder.resolve()), stamp, content, str(inner.dtype), str(configuration(inner)))
     if key not in _FOUND or content is None:
-        _FOUND[key] = _compare(folder, files, inner, weights)
+        _FOUND[key] = _compare(folder, files, inner=inner, weights=weights)
     return _FOUND[key]
 
 
-def _compare(folder: Path, files: list[Path], inner: PreTrainedModel, weights: Mapping[str, Tensor]) -> bool:
+def _compare(folder: Path, files: list[Path], *, inner: PreTrainedModel, weights: Mapping[str, Tensor]) -> bool:
     """Return whether configuration and weights of a checkpoint are those of ``inner``; quantized weights are not read."""
     try:
         saved = type(inner.config).from_pretrained(folder)

@@ -87,7 +87,7 @@ class LabeledBatches:
             batch[kind] = self._token_labels(features, batch, places)
         if ROUTE_WEIGHTS in keys:
             batch[ROUTE_WEIGHTS] = weight_tensors(
-                features, lambda values: torch.tensor(_put(values, batch, places, name=ROUTE_WEIGHTS, fill=1.0))
+                features, lambda values: torch.tensor(_put(values, batch, places=places, name=ROUTE_WEIGHTS, fill=1.0))
             )
         if ROUTE_ENVIRONMENT in keys:
             batch[ROUTE_ENVIRONMENT] = [row[ROUTE_ENVIRONMENT] for row in features]
@@ -124,7 +124,7 @@ class LabeledBatches:
             labels = plain(row[ROUTE_LABELS])
             check_length(ROUTE_LABELS, labels, plain(row.get("input_ids")) or [])
             rows.append([self._resolve(label, per_token=True) for label in labels])
-        labels = torch.tensor(_put(rows, batch, places, name=ROUTE_LABELS, fill=IGNORED))
+        labels = torch.tensor(_put(rows, batch, places=places, name=ROUTE_LABELS, fill=IGNORED))
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
             padding = mask == 0
@@ -184,7 +184,7 @@ def _places(ids: list[int], found: list[int], mask: list[int] | None) -> list[Pl
 
 
 def _put(
-    rows: Sequence[list[Any]], batch: Any, places: Sequence[list[Place]], *, name: str, fill: Any
+    rows: Sequence[list[Any]], batch: Any, *, places: Sequence[list[Place]], name: str, fill: Any
 ) -> list[list[Any]]:
     """Return values per token at the places of their tokens; ValueError without one, or where several disagree."""
     result = []

@@ -351,9 +351,9 @@ class GradientRouting:
         return [p for m in modules for p in m.parameters(recurse=False) if p in base]
 
 
-def _check_call(state: RoutingState, model: nn.Module, _: Any, kwargs: Mapping[str, Any]) -> None:
+def _check_call(state: RoutingState, model: nn.Module, *inputs: Any) -> None:
     """Refuse, before a forward pass under routes, a load-balancing loss that its caller asks for."""
-    if state.groups is not None and torch.is_grad_enabled() and kwargs.get("output_router_logits"):
+    if state.groups is not None and torch.is_grad_enabled() and inputs[1].get("output_router_logits"):
         check_auxiliary_loss(model, asked=True)
 
 
