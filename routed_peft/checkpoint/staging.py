@@ -115,7 +115,7 @@ def atomic_directory(path: Path, ours: Callable[[], Iterable[str]] = tuple, *, f
         aside.mkdir()
         try:
             yield aside
-            _decide(path, aside, replaced, journal)
+            _decide(path, aside, replaced=replaced, journal=journal)
         except BaseException:
             if not journal.exists():
                 shutil.rmtree(aside, ignore_errors=True)
@@ -188,7 +188,7 @@ def _lock(handle: int, path: Path) -> bool:
     return True
 
 
-def _decide(path: Path, aside: Path, replaced: set[str], journal: Path) -> None:
+def _decide(path: Path, aside: Path, *, replaced: set[str], journal: Path) -> None:
     """Write the journal and rename it into place."""
     new = files_in(aside)
     for name in {*new, *replaced}:
