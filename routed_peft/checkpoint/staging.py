@@ -10,14 +10,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-
-from transformers.utils import logging
 
 from routed_peft.files import HIDDEN, in_use, journals, read_json
 
@@ -26,7 +25,7 @@ try:
 except ImportError:  # Windows, which cannot open a directory either
     fcntl = None  # type: ignore[assignment]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LAST = "routing.json"
 """Moved last: a directory without it does not count as a saved run."""

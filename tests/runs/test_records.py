@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from routed_peft.files import write_json
 from routed_peft.training import RunDirectory
 
 
@@ -71,3 +72,50 @@ def test_a_failed_write_leaves_the_former_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         run.finish({"a": 2})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 1}
+
+
+def test_an_ablated_model_may_not_lie_in_the_run_nor_the_run_in_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    for target in (tmp_path / "run", tmp_path / "run/deep/out", tmp_path):
+        with pytest.raises(ValueError, match="lie in each other"):
+            run.ablation_target(str(target))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        run.ablation_target(str(tmp_path / "file/out"))
+
+
+def test_an_ablated_model_of_the_interrupted_run_itself_makes_way(tmp_path: Path) -> None:
+    run, target, other = RunDirectory(tmp_path / "run"), tmp_path / "run-ablated", tmp_path / "mine.txt"
+    other.write_text("mine")
+    files = {"model.safetensors": "0", "../mine.txt": "0"}
+
+    def write(source: Path) -> None:
+        write_json(target / "ablation.json", {"source": str(source), "sha256": files})
+        (target / "model.safetensors").write_text("weights")
+
+    write(tmp_path / "run")
+    assert run.ablation_target() == target and not list(target.iterdir()) and other.read_text() == "mine"
+    write(tmp_path / "another")
+    with pytest.raises(ValueError, match="is not empty"):
+        run.ablation_target()
+    write(tmp_path / "run")
+    run.finish({})
+    with pytest.raises(ValueError, match="is not empty"):
+        run.ablation_target()
+
+
+def test_tokens_are_not_written_down(tmp_path: Path) -> None:
+    secret, run = "hf_" + "a1B2" * 8, RunDirectory(tmp_path)
+    given = [
+        "train.py",
+        "--hub_token",
+        "s3cret",
+        "--token=s3cret",
+        f"HF_TOKEN={secret}",
+        f"https://u:{secret}@hub",
+        "--seed",
+        "1",
+    ]
+    run.start({}, {}, command=[*given, "--eos_token", "<eos>"])
+    text = (tmp_path / "run.json").read_text()
+    assert "s3cret" not in text and secret not in text and "--seed 1" in text and "<eos>" in text

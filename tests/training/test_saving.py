@@ -10,9 +10,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from training_parts import arguments, assert_same, model_of, rows, train, trainer_of, weights
 
-from routed_peft import RoutedConfig, RoutedTrainer, load_routed, presets
+from routed_peft import Route, RoutedConfig, RoutedTrainer, load_routed, presets
 from routed_peft.checkpoint import inspect_checkpoint
 from routed_peft.runs.resuming import latest_resumable
+
+BOTH = {**presets.sgtm("forget"), "unlabeled": Route(weights={"bio": 1.0})}
 
 
 @pytest.mark.parametrize("kind", ["trained base", "retain adapter", "two regions"])
@@ -27,6 +29,8 @@ def test_resumed_equals_uninterrupted(tmp_path, tokenizer, kind):
         },
     }[kind]
     options = dict(save_strategy="steps", save_steps=3, seed=4)
+    if kind == "two regions":
+        options |= dict(routes=BOTH)
     if kind == "retain adapter":
         options |= dict(train_base=False, base_adapters=["retain"])
     whole = train(tmp_path / "whole", tokenizer, model_of(adapters=adapters), **options)
@@ -53,7 +57,7 @@ def test_best_model_with_two_regions_and_a_trained_base(tmp_path, tokenizer):
             tmp_path, learning_rate=0.5, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
             load_best_model_at_end=True, metric_for_best_model="eval_ablated_loss", greater_is_better=False, max_steps=4,
         ),
-        routes=presets.sgtm("forget"), train_dataset=rows(), eval_dataset=rows(5).remove_columns("route_label"),
+        routes=BOTH, train_dataset=rows(), eval_dataset=rows(5).remove_columns("route_label"),
         processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
