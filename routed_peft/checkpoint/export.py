@@ -78,6 +78,7 @@ def export(
     keep: Iterable[str] = (),
     scale: float = 1.0,
     revision: str | None = None,
+    regions_repo: str | Path | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Path:
     """Write a plain checkpoint of a run with only the regions ``keep`` merged; otherwise as `ablate`.
@@ -88,6 +89,7 @@ def export(
         keep: names of regions to merge.
         scale: factor on their contribution; see `routed_peft.evaluation.choose_scale`.
         revision: branch, tag or commit of a Hub id.
+        regions_repo: directory or Hub id of regions that are not stored with the run; by default the one that it names.
         **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub.
 
     Raises:
@@ -99,7 +101,7 @@ def export(
     ValueError: `out` ... lies inside the source ...: ...
     """
     target = _checked_target(Path(src).expanduser().resolve(), Path(out).expanduser().resolve())
-    run = OpenRun.from_source(src, revision, **hub_arguments(from_pretrained_kwargs))
+    run = OpenRun.from_source(src, revision, regions_repo=regions_repo, **hub_arguments(from_pretrained_kwargs))
     layout = run.layout
     kept = layout.check_regions(keep, "keep")
     if scale != 1.0 and not kept:
@@ -125,7 +127,9 @@ def export(
     }
     merged = [*layout.base_adapters, *kept]
     adapter_attributes = _adapter_attributes(model)
-    plain = _merged_model(model, merged)
+    plain: Any = model
+    if isinstance(model, PeftModel):
+        plain = model.merge_and_unload(safe_merge=True, adapter_names=merged) if merged else model.unload()
     with atomic_directory(target, fresh=True) as aside:
         plain.save_pretrained(aside)
         del model, plain
@@ -175,12 +179,6 @@ def _adapter_attributes(model: nn.Module) -> set[str]:
     """Return the names of the attributes that hold adapters' tensors in ``model``."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return {"base_layer"}.union(*(set(layer.adapter_layer_names) | set(layer.other_param_names) for layer in layers))
-
-
-def _merged_model(model: PreTrainedModel | PeftModel, merged: list[str]) -> PreTrainedModel:
-    if not isinstance(model, PeftModel):
-        return model
-    return model.merge_and_unload(safe_merge=True, adapter_names=merged) if merged else model.unload()
 
 
 def _copy_companions(run: OpenRun, folder: Path, base: Any) -> None:

@@ -242,3 +242,38 @@ def test_a_local_frozen_base_cannot_be_pushed(tmp_path: Path) -> None:
         push_to_hub(save_routed(model, tmp_path / "run"), "org/x")
     with pytest.raises(ValueError, match="is no directory"):
         push_to_hub(tmp_path / "nothing", "org/x")
+
+
+@pytest.mark.slow
+def test_regions_of_a_pushed_run_are_found_where_the_token_allows(worker: Worker, run: Path, tmp_path: Path) -> None:
+    worker("push_to_hub(src, 'org/two', regions_repo='org/two-regions', token=token)", src=str(run), token=Hub.token)
+    model = wrapped("mlp")
+    assert torch.equal(
+        worker.logits("load_routed('org/two', ['bio'], token=token)", token=Hub.token), without(model, "forget")
+    )
+    worker("export('org/two', out, keep=['bio'], token=token)", token=Hub.token, out=str(tmp_path / "kept"))
+    kept = worker.logits("AutoModelForCausalLM.from_pretrained(out)", out=str(tmp_path / "kept"))
+    torch.testing.assert_close(kept, without(model, "forget"), rtol=0, atol=1e-5)
+    moved = "load_routed('org/two', ['bio'], regions_repo=repo)"
+    assert torch.equal(worker.logits(moved, repo=str(run)), without(model, "forget"))
+    assert torch.equal(worker.logits("load_routed('org/two')"), without(model, "forget", "bio"))
+    worker("ablate('org/two', out)", out=str(tmp_path / "out"))
+    plain = worker.logits("AutoModelForCausalLM.from_pretrained(out)", out=str(tmp_path / "out"))
+    assert torch.equal(plain, without(model, "forget", "bio"))
+    hidden = worker.run("export('org/two', out, keep=['bio'], token=False)", out=str(tmp_path / "no"))
+    assert hidden["error"] == "ValueError" and "org/two-regions" in hidden["message"], hidden
+
+
+@pytest.mark.slow
+def test_only_files_of_the_run_are_pushed(worker: Worker, tmp_path: Path) -> None:
+    path = save_routed(wrapped("mlp"), tmp_path / "run", train_base=True)
+    for name in ("forget.model", "vocab.bin", "changing_dataset.npz", "mine.safetensors.txt"):
+        (path / name).write_text("secret")
+    worker("push_to_hub(src, 'org/strict', token=token)", src=str(path), token=Hub.token)
+    assert set(worker.server.repos["org/strict"].head()) == BASE_FILES - {"LICENSE", "tokenizer_config.json"}
+    (tmp_path / "secret").write_text("secret")
+    (path / "LICENSE").symlink_to(tmp_path / "secret")
+    answer = worker.run("push_to_hub(src, 'org/linked', token=token)", src=str(path), token=Hub.token)
+    assert answer["error"] == "ValueError" and "leads out of it" in answer["message"]
+    worker("ablate(src, out)", src=str(path), out=str(tmp_path / "out"))
+    assert not {"LICENSE", "forget.model", "vocab.bin"} & {file.name for file in (tmp_path / "out").iterdir()}
