@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from routed_peft.routes import IGNORED
@@ -17,7 +16,7 @@ class TokenLossMixin:
     """Mix-in that makes a `Trainer`'s evaluation loss the mean over all *tokens* instead of the mean over batches."""
 
     accelerator: Accelerator
-    args: TrainingArguments
+    args: Any
     compute_loss_func: Any
     _loss_sums: Tensor
     _measures = False

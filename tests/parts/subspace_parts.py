@@ -28,7 +28,9 @@ def subspace_file(folder: Path, k: int = 2, width: int = 16, seed: int = 5, laye
     """Write a random subspace, shared by all layers or one for each, and return its path."""
     draw = lambda i: torch.randn(k, width, generator=torch.Generator().manual_seed(seed + i))
     directions = draw(0) if layers is None else {i: draw(i) for i in range(layers)}
-    return str(Subspace.from_directions(directions, source="random", seed=seed).save(folder / f"u{k}-{seed}.safetensors"))
+    return str(
+        Subspace.from_directions(directions, source="random", seed=seed).save(folder / f"u{k}-{seed}.safetensors")
+    )
 
 
 def with_subspace(base: nn.Module, path: str, name: str = "persona", start: bool = False, **fields: Any) -> PeftModel:
