@@ -108,7 +108,9 @@ def routes_differ(before: Routes, now: Routes) -> list[str]:
     for label in dict.fromkeys([*before, *now]):
         old, new = before.get(label), now.get(label)
         if old is None or new is None:
-            texts.append(f"{label!r} had no route and is {new}" if old is None else f"{label!r} was {old} and has no route")
+            texts.append(
+                f"{label!r} had no route and is {new}" if old is None else f"{label!r} was {old} and has no route"
+            )
             continue
         names = {*old.weights, *old.ablated, *new.weights, *new.ablated}
         if set(old.ablated) != set(new.ablated) or any(old.weight(name) != new.weight(name) for name in names):

@@ -34,8 +34,8 @@ def evaluate(
         typer.Option(metavar="NAME[+NAME...]", help="Set of regions to leave on, measured besides all and none; may be "
                      "repeated. Default: each region alone."),
     ] = None,
-    forget_file: Annotated[str | None, typer.Option(metavar="FILE", help="Forget side of the loss tasks: JSONL, JSON, Parquet or "
-                                                    "text.")] = None,
+    forget_file: Annotated[str | None, typer.Option(metavar="FILE", help="Forget side of the loss tasks: JSONL, JSON, "
+                                                    "Parquet or text.")] = None,
     retain_file: Annotated[str | None, typer.Option(metavar="FILE", help="Retain side, likewise.")] = None,
     text_column: TextColumn = "text",
     text_template: TextTemplate = None,

@@ -107,9 +107,7 @@ def relearn_source(
     about: dict[str, Any] = {"source": str(src), "revision": options.revision, "regions": regions}
     _check_free(records, about)
     how: dict[str, Any] = {"device": options.device, "trust_remote_code": options.trust_remote_code}
-    model, tokenizer = open_plain(
-        src, regions, revision=options.revision, regions_repo=options.regions_repo, **how
-    )
+    model, tokenizer = open_plain(src, regions, revision=options.revision, regions_repo=options.regions_repo, **how)
     conditions = _conditions(chosen, data, tokenizer=tokenizer, steps=steps, seeds=seeds)
     oracle_losses = {} if options.oracle is None else _oracle_losses(options.oracle, conditions)
     start, intervals = _start_losses(model, tokenizer, data)
