@@ -107,7 +107,7 @@ def loss_documents(
     if file := metadata.get(argument):
         place = {key: metadata[f"text_{key}"] for key in ("column", "template") if metadata.get(f"text_{key}")}
         form = TextFormat(**place, load_tokenizer=partial(load_tokenizer, metadata))
-        texts = read_texts(file, argument, read_limit(limit), form=form)
+        texts = read_texts(file, argument, limit=read_limit(limit), form=form)
     else:
         from routed_peft.corpora import load_pair
 

@@ -144,7 +144,7 @@ def named_in(routes: Routes) -> set[str]:
     return {name for route in routes.values() for name in (*route.weights, *route.ablated)}
 
 
-def validate_routes(routes: Routes, regions: Iterable[str], base: bool = True, *, frozen: Collection[str] = ()) -> None:
+def validate_routes(routes: Routes, regions: Iterable[str], *, base: bool = True, frozen: Collection[str] = ()) -> None:
     """Check ``routes`` against the ``regions`` of a model.
 
     A region is named by a route if it occurs in its weights or among its ablated regions. Where there are several regions

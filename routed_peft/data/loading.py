@@ -141,7 +141,7 @@ def load_texts(
     )
 
 
-def read_texts(file: str | Path, argument: str, limit: int | None = None, *, form: TextFormat = PLAIN) -> list[str]:
+def read_texts(file: str | Path, argument: str, *, limit: int | None = None, form: TextFormat = PLAIN) -> list[str]:
     """Read the texts of a file, as `load_texts` does."""
     return list(load_texts([file], argument=argument, form=form)[TEXT][:limit])
 

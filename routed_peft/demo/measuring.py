@@ -55,7 +55,7 @@ def attack(
     place: Path, arm: str, *, settings: DemoSettings, material: Material, records: RunDirectory, tick: Callable[[], Any]
 ) -> dict[int, float]:
     """Relearn a plain checkpoint at each learning rate; return step -> forget loss on test text in the worst case."""
-    scored = {side: read_texts(material.files[f"{side}_file"], side, settings.relearn_limit) for side in SIDES}
+    scored = {side: read_texts(material.files[f"{side}_file"], side, limit=settings.relearn_limit) for side in SIDES}
     data = AttackData(material.attacker, forget_test=scored[FORGET], retain_test=scored[RETAIN])
     model, steps = open_model(place), settings.relearn_steps
     loss = TextLoss(model, material.tokenizer, data.forget_test)

@@ -97,9 +97,8 @@ class GradientRouting:
         members = find_members(model, self.base_adapters, joint=joint, layers=layers)
         self._frozen = frozen_adapters(model, members)
         trained_base = self.train_base or any(name not in self._frozen for name in self.base_adapters)
-        validate_routes(
-            routes, self.regions, trained_base, frozen=[name for name in self.regions if name in self._frozen]
-        )
+        frozen = [name for name in self.regions if name in self._frozen]
+        validate_routes(routes, self.regions, base=trained_base, frozen=frozen)
         self._state = RoutingState()
         self._swapped: list[nn.Module] = []
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -179,10 +179,11 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         elif not all("route" in group for group in optimizer.param_groups):
             raise ValueError('`optimizers`: every parameter group needs a "route" key; see '
                              "routed_peft.training.tag_groups")  # fmt: skip
-        if self._watched is not optimizer and hasattr(optimizer, "register_step_pre_hook"):
+        inner = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper where a run is continued
+        if self._watched is not inner and hasattr(inner, "register_step_pre_hook"):
             # callbacks come between backward pass and step, and merging changes the size of a trained weight
-            optimizer.register_step_pre_hook(lambda *_: self.routing.check_adapters())
-            self._watched = optimizer
+            inner.register_step_pre_hook(lambda *_: self.routing.check_adapters())
+            self._watched = inner
         self.optimizer = optimizer
         return optimizer
 

@@ -36,7 +36,7 @@ ROOMS = {
     "ablation": "adapters",
     "checkpoint": "ablation adapters files regions routes runs",
     "data": "corpora routes",
-    "training": "ablation adapters architectures checkpoint data eval_mode losses regions routes routing runs",
+    "training": "ablation adapters architectures checkpoint data eval_mode files losses regions routes routing runs",
     "trl": "ablation adapters data routes routing training",
     "monitoring": "ablation adapters data eval_mode files functional regions routing subspaces",
     "unlearning": "architectures checkpoint data eval_mode files losses regions routes runs training",
