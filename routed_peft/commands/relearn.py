@@ -100,8 +100,8 @@ def relearn(
     read = partial(relearning.read_texts, form=form)
     data = relearning.AttackData(
         forget_train=read(forget_train, "forget_train"),
-        forget_test=read(forget_test, "forget_test", limit),
-        retain_test=read(retain_test, "retain_test", limit),
+        forget_test=read(forget_test, "forget_test", limit=limit),
+        retain_test=read(retain_test, "retain_test", limit=limit),
         retain_train=read(retain_train, "retain_train") if retain_train else (),
         unrelated_train=read(unrelated_train, "unrelated_train") if unrelated_train else (),
         facts=relearning.read_facts(facts, form=form) if facts else (),
