@@ -73,10 +73,8 @@ class OpenRun:
             return None, problem
         try:
             if not Path(place).expanduser().is_dir() and not self.hub.get("local_files_only"):
-                with suppress(OSError if constants.HF_HUB_OFFLINE else ()):
-                    HfApi(token=self.hub.get("token")).repo_info(
-                        str(place)
-                    )  # a cached copy says nothing about the token
+                with suppress(*[OSError] * constants.HF_HUB_OFFLINE):  # a cached copy says nothing about the token
+                    HfApi(token=self.hub.get("token")).repo_info(str(place))
             return find_region(name, place, **self.hub), ""
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             return None, f"{problem} ({type(error).__name__} at {place}: is it there, and may the token read it?)"

@@ -234,7 +234,9 @@ def test_detach_restores_everything_but_what_saving_needs():
     after = [(n, type(m)) for n, m in model.named_modules()], {n: p.requires_grad for n, p in model.named_parameters()}
     assert before == after and model.active_adapters == active
     left = set(vars(model)) - attributes
-    assert left == {"_routed", "save_pretrained", "push_to_hub"}, "the record, and the refusals to lose or publish weights"
+    assert left == {"_routed", "save_pretrained", "push_to_hub"}, (
+        "the record, and the refusals to lose or publish weights"
+    )
     assert model._routed == RoutingRecord(routes=ROUTES, train_base=True)
     with pytest.raises(ValueError, match="detached"), routing(["forget"]):
         pass

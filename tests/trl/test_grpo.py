@@ -246,7 +246,7 @@ def test_a_detector_may_find_nothing_yet(tmp_path, caplog):
         ({"anchor_share": 0.0, "anchor_environments": ["A"]}, "but `anchor_share` is 0"),
         ({"anchor_share": 0.5, "anchor_environments": ["Z"]}, r"has \['Z'\], which `environment` does not hold"),
         ({"anchor_share": 0.5, "anchor_environments": ["A"], "environment_column": "env"}, "needs the column `env`"),
-        ({"baseline_over": "all"}, 'one of group, unflagged'),
+        ({"baseline_over": "all"}, "one of group, unflagged"),
         ({"baseline_over": "unflagged", "flagged_labels": ["hack"]}, "none of `flagged_labels`"),
         ({"baseline_over": "unflagged", "multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
         ({"anchor_share": 0.5, "flagged_labels": ["hack"]}, r"add \['flagged'\] to `flagged_labels`"),
