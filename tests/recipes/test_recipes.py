@@ -228,6 +228,7 @@ def test_random_units_are_silenced_in_place_of_the_region(runs, files):
     summary = json.loads((runs / "random/summary.json").read_text())
     assert not any(point["ablated"] for point in RunDirectory(runs / "random").points()), "no region goes"
     about = json.loads((runs / "random-ablated/placebo.json").read_text())
+    assert set(about.pop("sha256")) == {p.name for p in (runs / "random-ablated").iterdir()} - {"placebo.json"}
     assert about == {"source": str(runs / "random"), "silenced_units_per_mlp": 8, "seed": 42}
     assert inspect_checkpoint(runs / "random-ablated")["kind"] == "plain checkpoint"
     model = AutoModelForCausalLM.from_pretrained(runs / "random-ablated")
