@@ -81,7 +81,9 @@ def loras(region_targets: Any) -> dict[str, PeftConfig]:
 
 def subspace_adapters(size: Size, folder: Path) -> dict[str, PeftConfig]:
     """A region along eight random directions, and a LoRA that stays, projected off them."""
-    path = str(haar(Subspace(torch.eye(size.hidden)[:, :RANK]), seed=0).save(folder / f"{size.hidden}.safetensors"))
+    file = folder / "subspaces" / f"{size.hidden}.safetensors"  # no run may be saved beside it
+    file.parent.mkdir(exist_ok=True)
+    path = str(haar(Subspace(torch.eye(size.hidden)[:, :RANK]), seed=0).save(file))
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     stays = RoutedConfig(
         kind="lora", r=RANK, lora_alpha=RANK, target_modules=linear, subspace=path, task_type="CAUSAL_LM"

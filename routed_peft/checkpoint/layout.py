@@ -209,5 +209,5 @@ def describe_leftovers(root: Path) -> list[str]:
 
 def foreign_weights(root: Path) -> set[str]:
     """Return the names of files directly in ``root`` that transformers could load as weights or as an adapter."""
-    patterns = ("model*.safetensors", "adapter_model*", "pytorch_model*.bin", CONFIG)
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", CONFIG)
     return {path.name for pattern in patterns for path in root.glob(pattern)}

@@ -25,12 +25,12 @@ X = tokens()
 
 
 def subspace_file(folder: Path, k: int = 2, width: int = 16, seed: int = 5, layers: int | None = None) -> str:
-    """Write a random subspace, shared by all layers or one for each, and return its path."""
+    """Write a random subspace, shared by all layers or one for each, and return its path: no run may be saved beside it."""
+    (folder / "subspaces").mkdir(parents=True, exist_ok=True)
     draw = lambda i: torch.randn(k, width, generator=torch.Generator().manual_seed(seed + i))
     directions = draw(0) if layers is None else {i: draw(i) for i in range(layers)}
-    return str(
-        Subspace.from_directions(directions, source="random", seed=seed).save(folder / f"u{k}-{seed}.safetensors")
-    )
+    subspace = Subspace.from_directions(directions, source="random", seed=seed)
+    return str(subspace.save(folder / "subspaces" / f"u{k}-{seed}.safetensors"))
 
 
 def with_subspace(base: nn.Module, path: str, name: str = "persona", start: bool = False, **fields: Any) -> PeftModel:

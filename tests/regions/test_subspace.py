@@ -136,7 +136,7 @@ def test_pefts_own_doors(family, tmp_path):
     model.save_pretrained(tmp_path)
     folder = tmp_path / "persona"
     assert str(tmp_path) not in (folder / "adapter_config.json").read_text().replace(str(tmp_path / "base"), "")
-    for file in tmp_path.glob("u*.safetensors"):
+    for file in tmp_path.glob("subspaces/u*.safetensors"):
         file.unlink()  # the region's own files are enough
     fresh = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert torch.equal(logits(PeftModel.from_pretrained(fresh(), folder, adapter_name="persona")), on)
@@ -363,7 +363,7 @@ def test_a_missing_file_and_a_basis_that_was_never_loaded(tmp_path):
 
     with pytest.raises(ValueError, match="the basis of the region 'again' was not loaded"):
         logits(get_peft_model(tiny("llama"), RoutedConfig(**config.to_dict() | {"inference_mode": False}), "again"))
-    again = with_subspace(tiny("llama"), Subspace.load(next(tmp_path.glob("u*"))).save(tmp_path / "same.safetensors"))
+    again = with_subspace(tiny("llama"), Subspace.load(next(tmp_path.glob("subspaces/u*"))).save(tmp_path / "same.safetensors"))
     assert torch.equal(logits(again), logits(model))
 
 
