@@ -363,7 +363,9 @@ def test_a_missing_file_and_a_basis_that_was_never_loaded(tmp_path):
 
     with pytest.raises(ValueError, match="the basis of the region 'again' was not loaded"):
         logits(get_peft_model(tiny("llama"), RoutedConfig(**config.to_dict() | {"inference_mode": False}), "again"))
-    again = with_subspace(tiny("llama"), Subspace.load(next(tmp_path.glob("subspaces/u*"))).save(tmp_path / "same.safetensors"))
+    again = with_subspace(
+        tiny("llama"), Subspace.load(next(tmp_path.glob("subspaces/u*"))).save(tmp_path / "same.safetensors")
+    )
     assert torch.equal(logits(again), logits(model))
 
 
