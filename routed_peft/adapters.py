@@ -6,7 +6,7 @@ An *outlet* of an adapter is a module inside a PEFT layer whose output is what t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -29,6 +29,8 @@ class RoutingRecord:
         base_adapters: adapters that belong to the base.
         kept_regions: regions that are part of the model, as in a run without routing: it is measured with them.
         continues_base: whether the model was loaded, for training, from a run that trained its base.
+        scope: what of the base was routed, as the arguments of training are called: ``edges``, ``route_layers`` and
+            ``joint``; None where it is not known.
     """
 
     routes: Routes | None = None
@@ -36,14 +38,11 @@ class RoutingRecord:
     base_adapters: tuple[str, ...] = ()
     kept_regions: tuple[str, ...] = ()
     continues_base: bool = False
+    scope: Mapping[str, Any] | None = None
 
 
 def routing_record(model: nn.Module) -> RoutingRecord:
-    """Return the record that `GradientRouting` or `load_routed` left on ``model``; an empty one where there is none.
-
-    >>> routing_record(nn.Linear(1, 1)).base_adapters
-    ()
-    """
+    """Return the record that `GradientRouting` or `load_routed` left on ``model``; an empty one where there is none."""
     record: RoutingRecord = getattr(model, "_routed", RoutingRecord())
     return record
 
@@ -79,15 +78,13 @@ def region_outlets(layer: BaseTunerLayer) -> tuple[str, ...]:
     Raises:
         ValueError: for a PEFT type other than LoRA and ROUTED, whose layers do not name any.
     """
-    own: tuple[str, ...] | None = getattr(layer, "region_outlets", None)
-    if own is not None:
-        return own
-    if isinstance(layer, LoraLayer):
-        return ("lora_B",)
-    raise ValueError(
-        f"a {type(layer).__module__}.{type(layer).__name__} layer cannot be ablated or routed: regions are adapters made by "
-        "`RoutedConfig` or `LoraConfig`"
+    own: tuple[str, ...] | None = getattr(
+        layer, "region_outlets", ("lora_B",) if isinstance(layer, LoraLayer) else None
     )
+    if own is None:
+        raise ValueError(f"a {type(layer).__module__}.{type(layer).__name__} layer cannot be ablated or routed: regions are "
+                         "adapters made by `RoutedConfig` or `LoraConfig`")  # fmt: skip
+    return own
 
 
 def outlet_modules(layer: BaseTunerLayer, adapter: str) -> list[nn.Module]:
@@ -139,25 +136,19 @@ def guard_saving(model: nn.Module) -> None:
     merged, both work as ever.
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else None
-    if inner is not None:  # methods, so that a deep copy guards itself
-        inner.save_pretrained, inner.push_to_hub = MethodType(save_pretrained, inner), MethodType(push_to_hub, inner)
+    for verb in ("save_pretrained", "push_to_hub") if inner is not None else ():
+        setattr(inner, verb, MethodType(_unless_adapted(verb), inner))  # methods, so that a deep copy guards itself
 
 
-def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Save a transformers model as its class does, unless it holds adapters; see `guard_saving`."""
-    _refuse_with_adapters(self, "save_pretrained")
-    return type(self).save_pretrained(self, *args, **kwargs)
+def _unless_adapted(verb: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if names := sorted({name for _, layer in tuner_layers(self) for name in adapters_in(layer)}):
+            raise ValueError(
+                f"`{verb}` of the inner model would write the weights of its adapters {names}, regions included: save the run "
+                "with `routed_peft.save_routed(model, path)`, and write a model without regions with "
+                "`routed_peft.ablate(path, out)`"
+            )
+        return getattr(type(self), verb)(self, *args, **kwargs)
 
-
-def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Push a transformers model as its class does, unless it holds adapters; see `guard_saving`."""
-    _refuse_with_adapters(self, "push_to_hub")
-    return type(self).push_to_hub(self, *args, **kwargs)
-
-
-def _refuse_with_adapters(inner: nn.Module, verb: str) -> None:
-    if names := sorted({name for _, layer in tuner_layers(inner) for name in adapters_in(layer)}):
-        raise ValueError(
-            f"`{verb}` of the inner model would write the weights of its adapters {names}, regions included: save the run with "
-            "`routed_peft.save_routed(model, path)`, and write a model without regions with `routed_peft.ablate(path, out)`"
-        )
+    method.__name__ = verb  # by which a pickle finds it
+    return method

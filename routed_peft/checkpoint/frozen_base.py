@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,40 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from routed_peft.regions.fingerprint import configuration
+from routed_peft.checkpoint.tensors import inner_model, plain_state_dict
+from routed_peft.regions.fingerprint import configuration, fingerprint
 
 logger = logging.get_logger(__name__)
 
-_FOUND: dict[tuple[Any, ...], bool] = {}
+_FOUND: dict[tuple[Any, ...], str | None] = {}
 """Results of comparisons, since every checkpoint of a run asks again."""
 
 
+def warn_if_changed(model: nn.Module) -> None:
+    """Warn where the base of ``model`` is no longer what its checkpoint holds, so that each save of a run will hold it too."""
+    inner, found = inner_model(model), []
+    if not inner.name_or_path:
+        return
+    plain, content = plain_state_dict(model), fingerprint(model)["content"]
+    if find_base(inner, plain, revision=None, content=content, differences=found)["id"] is None:
+        reason = found[0] if found else "it is not in the local cache"
+        logger.warning(
+            f"the base in memory is not that of {inner.name_or_path!r}, of which the run would otherwise be an addition: "
+            f"{reason}. It is saved with the run, and with every checkpoint"
+        )
+
+
 def find_base(
-    inner: PreTrainedModel, weights: Mapping[str, Tensor], *, revision: str | None, content: str | None
+    inner: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    *,
+    revision: str | None,
+    content: str | None,
+    differences: list[str] | None = None,
 ) -> dict[str, str | None]:
     """Return the id and the revision of the checkpoint that holds a frozen base; id None if no checkpoint does.
 
@@ -33,18 +52,23 @@ def find_base(
     or configuration.
 
     ``weights`` are those of the model ``inner`` by name, and ``content`` is their hash (`routed_peft.regions.fingerprint`).
-    ``revision`` is the commit of a base on the Hub, if it is known.
+    ``revision`` is the commit of a base on the Hub, if it is known. Sentences about checkpoints that differ are added to
+    ``differences``.
     """
     name = inner.name_or_path
     nowhere: dict[str, str | None] = {"id": None, "revision": None}
     if not name:
         return nowhere
-    local, same = Path(name).expanduser(), partial(_same, inner=inner, weights=weights, content=content)
-    if local.is_dir():
-        return {"id": str(local.resolve()), "revision": None} if same(local) else nowhere
-    for folder in _cached(name, revision):
-        if same(folder):
-            return {"id": name, "revision": folder.name}
+    local = Path(name).expanduser()
+    for folder in [local] if local.is_dir() else _cached(name, revision):
+        difference = _difference(folder, inner=inner, weights=weights, content=content)
+        if difference is None:
+            return (
+                {"id": str(local.resolve()), "revision": None}
+                if folder is local
+                else {"id": name, "revision": folder.name}
+            )
+        (differences if differences is not None else []).append(difference)
     return nowhere
 
 
@@ -58,7 +82,10 @@ def _cached(repo: str, revision: str | None) -> Iterator[Path]:
     yield from (folders[name] for name in dict.fromkeys(wanted) if name in folders)
 
 
-def _same(folder: Path, *, inner: PreTrainedModel, weights: Mapping[str, Tensor], content: str | None) -> bool:
+def _difference(
+    folder: Path, *, inner: PreTrainedModel, weights: Mapping[str, Tensor], content: str | None
+) -> str | None:
+    """Return in what a checkpoint differs from ``inner``, or None."""
     files = sorted(folder.glob("*.safetensors"))
     stamp = tuple((path.stat().st_mtime_ns, path.stat().st_size) for path in [*files, *folder.glob("config.json")])
     key = (str(folder.resolve()), stamp, content, str(inner.dtype), str(configuration(inner)))
@@ -67,17 +94,18 @@ def _same(folder: Path, *, inner: PreTrainedModel, weights: Mapping[str, Tensor]
     return _FOUND[key]
 
 
-def _compare(folder: Path, files: list[Path], *, inner: PreTrainedModel, weights: Mapping[str, Tensor]) -> bool:
-    """Return whether configuration and weights of a checkpoint are those of ``inner``; quantized weights are not read."""
+def _compare(folder: Path, files: list[Path], *, inner: PreTrainedModel, weights: Mapping[str, Tensor]) -> str | None:
+    """Compare configuration and weights of a checkpoint with those of ``inner``; quantized weights are not read."""
     try:
         saved = type(inner.config).from_pretrained(folder)
     except (OSError, ValueError):  # no checkpoint, such as that of a sub-folder
-        return False
+        return f"{folder} holds no checkpoint of this kind of model"
     mine, theirs = configuration(inner), configuration(saved)
-    if any(mine[key] != theirs[key] for key in mine.keys() & theirs.keys()):
-        return False
+    for key in sorted(mine.keys() & theirs.keys()):
+        if mine[key] != theirs[key]:
+            return f"`{key}` is {theirs[key]!r} there and {mine[key]!r} in memory"
     if getattr(inner, "is_quantized", False):
-        return True
+        return None
     where: dict[str, Path] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -86,21 +114,23 @@ def _compare(folder: Path, files: list[Path], *, inner: PreTrainedModel, weights
     if files and all(name in where or tensor.data_ptr() in seen for name, tensor in weights.items()):
         for path in files:
             with safe_open(path, framework="pt") as file:
-                if not all(_equal(file.get_tensor(name), weights[name]) for name in file.keys() if name in weights):
-                    return False
-        return True
+                for name in file.keys():
+                    if name in weights and not _equal(file.get_tensor(name), weights[name]):
+                        return f"`{name}` has other values or another shape there"
+        return None
     return _compare_loaded(folder, inner, weights)
 
 
-def _compare_loaded(folder: Path, inner: PreTrainedModel, weights: Mapping[str, Tensor]) -> bool:
+def _compare_loaded(folder: Path, inner: PreTrainedModel, weights: Mapping[str, Tensor]) -> str | None:
     """Compare with the checkpoint as transformers loads it, for names that it maps and files of other formats."""
     try:
         read: Any = type(inner).from_pretrained
         loaded = read(folder, dtype=inner.dtype, local_files_only=True).state_dict()
     except Exception as error:  # whatever it is, this checkpoint cannot be loaded in place of the base
         logger.warning(f"{folder} cannot be compared with the base in memory ({error})")
-        return False
-    return all(name in loaded and _equal(loaded[name], tensor) for name, tensor in weights.items())
+        return f"{folder} cannot be loaded in its place"
+    odd = [name for name, tensor in weights.items() if name not in loaded or not _equal(loaded[name], tensor)]
+    return f"`{odd[0]}` has other values or another shape there" if odd else None
 
 
 def _equal(saved: Tensor, tensor: Tensor) -> bool:

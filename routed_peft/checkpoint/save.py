@@ -125,6 +125,7 @@ def save_routed(
         "kept_regions": kept_regions,
         "base_adapters": base_adapters,
         "routes": None if routes is None else routes_to_dict(routes),
+        **(routed.scope or {}),
         "tokens_per_route": None if tokens is None else dict(tokens),
         "versions": versions(),
         "extra": dict(details.get("extra") or {}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,21 +76,16 @@ def pack(
     values = []
     for key, members in groups.items():
         sizes = [len(tokens[index]) for index in members]
-        stream = np.concatenate([tokens[index] for index in members])
-        places, inserted = _row_places(sizes, length=length, begin=len(begin))
-        rows = stream[places]
+        streams = {"input_ids": np.concatenate([tokens[index] for index in members])}
         if begin:
             starts = np.cumsum([0, *sizes[:-1]])
-            targets = stream.copy()
-            targets[(starts[:, None] + np.arange(len(begin))).ravel()] = IGNORED
-            labels = targets[places]
-            labels[inserted, : len(begin) + 1] = IGNORED
-            rows[:, : len(begin)] = begin
-            spread["labels"] += list(labels)
-        spread["input_ids"] += list(rows)
-        values += [key] * len(places)
-        for name, own in kinds.items():
-            spread[name] += list(np.repeat(own[members], sizes)[places])
+            streams["labels"] = streams["input_ids"].copy()
+            streams["labels"][(starts[:, None] + np.arange(len(begin))).ravel()] = IGNORED
+        streams |= {name: np.repeat(own[members], sizes) for name, own in kinds.items()}
+        rows = cut_rows(streams, sizes, length=length, begin=begin)
+        values += [key] * len(rows["input_ids"])
+        for name, found in rows.items():
+            spread[name] += list(found)
     _check_filled(groups, values, by=by, length=length)
     order = rng.permutation(len(values))
     features = Features({name: List(Value("int32")) for name in spread} | {name: ds.features[name] for name in by})
@@ -99,6 +94,22 @@ def pack(
     columns |= {name: [values[index][i] for index in order] for i, name in enumerate(by)}
     order_of_columns = ["input_ids", *by, *(name for name in spread if name != "input_ids")]
     return Dataset.from_dict({name: columns[name] for name in order_of_columns}, features=features)
+
+
+def cut_rows(
+    streams: Mapping[str, np.ndarray], sizes: Sequence[int], *, length: int, begin: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Cut documents laid end to end into rows of ``length`` tokens, as `pack` describes.
+
+    ``streams`` are columns with a value for each token; ``sizes`` are the tokens of every document. With the tokens
+    ``begin``, each document begins with them, and one of the columns is ``labels``.
+    """
+    places, inserted = _row_places(sizes, length=length, begin=len(begin))
+    rows = {name: stream[places] for name, stream in streams.items()}
+    if begin:
+        rows["input_ids"][:, : len(begin)] = begin
+        rows["labels"][inserted, : len(begin) + 1] = IGNORED
+    return rows
 
 
 def _row_places(sizes: Sequence[int], *, length: int, begin: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from routed_peft.data.columns import ROUTE_LABEL
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
+from routed_peft.data.packing import cut_rows
 
 
 def document_of(ids: Tensor, separator: int) -> Tensor:
@@ -40,12 +41,17 @@ def document_means(values: Tensor, documents: Tensor, counted: Tensor | None = N
     return (sums / counts.clamp(min=1)).gather(1, documents)
 
 
-def regroup(rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int) -> tuple[Dataset, list[str]]:
+def regroup(
+    rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int, begin: Sequence[int] = ()
+) -> tuple[Dataset, list[str]]:
     """Regroup unlabeled rows, so that no row mixes forget documents with others, and return them with their labels.
 
     ``rows`` are of one length, with ``input_ids``, ``route_label``, and further columns only with a value for each token.
     ``is_forget`` says for each row whether each of its documents, which a ``separator`` ends, counts as forget. The rows
     returned have the same length; tokens that do not fill one are dropped.
+
+    Where documents begin with the tokens ``begin`` (`routed_peft.data.beginnings`), as in rows of `pack` that have
+    ``labels``, so does a row that begins in the middle of one.
 
     >>> rows = Dataset.from_dict({"input_ids": [[5, 0, 6, 0], [7, 0, 8, 0]], "route_label": ["unlabeled"] * 2})
     >>> found, labels = regroup(rows, [[True, False], [True, False]], separator=0)
@@ -58,13 +64,22 @@ def regroup(rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int) 
     ids = columns["input_ids"]
     documents = document_of(torch.from_numpy(ids), separator).numpy()
     forget = np.stack([np.array(own, dtype=bool)[index] for own, index in zip(is_forget, documents, strict=True)])
+    begin = list(begin) if "labels" in columns and (ids[:, : len(begin)] == begin).all() else []
+    _, piece, counts = np.unique(
+        np.arange(len(ids))[:, None] * ids.shape[1] + documents, return_inverse=True, return_counts=True
+    )
+    sizes = counts[piece].reshape(ids.shape)
+    whole = sizes > len(begin)  # a row may end within the beginning of a document
     parts: dict[str, list[Any]] = {name: [] for name in columns}
     labels = []
-    for label, chosen in ((FORGET, forget), (RETAIN, ~forget)):
-        count = int(chosen.sum()) // ids.shape[1]
-        for name, values in columns.items():
-            parts[name] += list(values[chosen][: count * ids.shape[1]].reshape(count, -1))
-        labels += [label] * count
+    for label, kind in ((FORGET, forget), (RETAIN, ~forget)):
+        chosen = kind & whole
+        streams = {name: values[chosen] for name, values in columns.items()}
+        taken = counts[np.unique(piece.reshape(ids.shape)[chosen])]
+        found = cut_rows(streams, taken.tolist(), length=ids.shape[1], begin=begin)
+        for name, values in found.items():
+            parts[name] += list(values)
+        labels += [label] * len(found["input_ids"])
     return Dataset.from_dict(parts | {ROUTE_LABEL: [UNLABELED] * len(labels)}, features=rows.features), labels
 
 

@@ -118,7 +118,8 @@ class GradientRouting:
         # groups that have yet to show that weights of 0 block their gradient; in one process, where no other adds to it
         alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
         self._unproven = {*self.groups} - {JOINT} if alone and edges == "parameters" else set()
-        self._leave_record()
+        layers = None if layers is None else sorted(layers)
+        self._leave_record({"edges": edges, "route_layers": layers, "joint": sorted(joint)})
 
     # Attaching
 
@@ -165,10 +166,10 @@ class GradientRouting:
         swap(module, cls, Attachment(self._state, member.group, member.name, type(module), member.outlet))
         self._swapped.append(module)
 
-    def _leave_record(self) -> None:
+    def _leave_record(self, scope: Mapping[str, Any]) -> None:
         """Leave the record that saving needs on the model, where it outlives this object."""
         former, adapters = routing_record(self.model), tuple(self.base_adapters)
-        record = replace(former, routes=self.routes, train_base=self.train_base, base_adapters=adapters)
+        record = replace(former, routes=self.routes, train_base=self.train_base, base_adapters=adapters, scope=scope)
         set_routing_record(self.model, record)
         guard_saving(self.model)
         if self.train_base:

@@ -13,7 +13,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, get_last_checkpoint
 from transformers.utils.hub import PushInProgress
 
+from routed_peft.adapters import routing_record
 from routed_peft.checkpoint import load_weights, push_to_hub, save_routed
+from routed_peft.checkpoint.frozen_base import warn_if_changed
 from routed_peft.checkpoint.layout import ROUTING
 from routed_peft.checkpoint.save import check_can_save
 from routed_peft.files import read_json
@@ -85,6 +87,8 @@ class SavingMixin(FiniteWeightsMixin):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         check = partial(check_can_save, model, base_adapters=args.base_adapters, kept_regions=args.kept_regions)
         check(out, tokenizer=self.processing_class)
+        if not args.train_base:
+            warn_if_changed(model)
         later = [place for place in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if checkpoint_step(place) > step]
         for place in later if args.save_strategy != SaveStrategy.NO else ():
             check(place)
@@ -92,7 +96,8 @@ class SavingMixin(FiniteWeightsMixin):
     def _check_same_routes(self, checkpoint: str) -> None:
         file = Path(checkpoint, ROUTING)
         saved = read_json(file) if file.is_file() else {}  # a missing one is refused when weights are read
-        here = {"train_base": self.args.train_base, "base_adapters": list(self.args.base_adapters)}
+        here: dict[str, Any] = {"train_base": self.args.train_base, "base_adapters": list(self.args.base_adapters)}
+        here |= routing_record(self.model).scope or {}  # a run of an earlier version did not record it
         changed = [
             f"`{name}` was {saved[name]!r} and is {now!r}" for name, now in here.items() if saved.get(name, now) != now
         ]

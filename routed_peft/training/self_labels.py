@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 
+from routed_peft.data.beginnings import begin_tokens
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_WEIGHTS, column_values
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.data.regroup import check_regroupable, regroup
@@ -80,6 +81,8 @@ class SelfLabeledRows(ChangingDataset):
     ) -> None:
         self.config = config = _with_settings(config or SelfLabelConfig(), settings)
         self.rows, self.seed, self.token_weights, self.separator = rows, seed, token_weights, separator
+        self.begin: list[int] = []
+        """Tokens with which the trainer's tokenizer begins documents."""
         if separator is not None:
             check_regroupable(rows)
         again = {} if config.score_again_at is None else {"score_again_at": config.score_again_at}
@@ -108,6 +111,8 @@ class SelfLabeledRows(ChangingDataset):
             raise ValueError("`SelfLabeledRows` change during training: set `train_sampling_strategy` to 'sequential' "
                              f"and `dataloader_num_workers` to 0 (got {args.train_sampling_strategy!r} and "
                              f"{args.dataloader_num_workers})")  # fmt: skip
+        if self.separator is not None and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
+            self.begin = begin_tokens(trainer.processing_class)
         return SelfLabeler(trainer, self)
 
     def state(self) -> dict[str, Any]:
@@ -198,7 +203,7 @@ class SelfLabeledRows(ChangingDataset):
             self.labels[scored] = np.where(is_forget, FORGET, RETAIN)
             self.found_rows = np.sort(scored)
         else:  # rows of an earlier scoring stay, because the run has used them
-            found, labels = regroup(self._at_first.select(scored), list(is_forget), self.separator)
+            found, labels = regroup(self._at_first.select(scored), list(is_forget), self.separator, self.begin)
             self.found_rows = len(self.rows) + np.arange(len(labels))
             self.rows = concatenate_datasets([self.rows, found])
             self.labels = np.concatenate([self.labels, np.array(labels, dtype=object)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from training_parts import assert_same, model_of, rows, train, trainer_of, weights
@@ -96,3 +98,29 @@ def test_unlearning_that_diverges_in_the_last_step_ends_in_an_error(tmp_path):
     data = [{"input_ids": row} for row in rows(8, length=6)["input_ids"]]
     with pytest.raises(DivergedError, match="not finite after step 1"):
         unlearn(model, data, retain_rows=data, args=args)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"edges": "activations"}, "`edges` was 'parameters' and is 'activations'"),
+        ({"joint": ["norms"]}, {}, r"`joint` was \['norms'\] and is \[\]"),
+        ({"joint": ["norms"]}, {"joint": ["norms", "embeddings"]}, "`joint` was"),
+        ({"route_layers": [1]}, {}, r"`route_layers` was \[1\] and is None"),
+        ({"route_layers": [0]}, {"route_layers": [1]}, r"`route_layers` was \[0\] and is \[1\]"),
+    ],
+)
+def test_another_share_of_the_base_that_is_routed_is_refused(tmp_path, tokenizer, before, now, message):
+    train(tmp_path, tokenizer, **SAVING, **before)
+    with pytest.raises(ValueError, match=f"cannot be resumed with other routes.*{message}"):
+        train(tmp_path, tokenizer, resume=True, **SAVING | {"max_steps": 6}, **now)
+    resumed = train(tmp_path, tokenizer, resume=True, **SAVING | {"max_steps": 5}, **before)
+    assert resumed.state.global_step == 5
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path, tokenizer):
+    train(tmp_path, tokenizer, **SAVING)
+    for file in tmp_path.glob("checkpoint-*/routing.json"):
+        saved = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("edges", "joint", "route_layers")}
+        file.write_text(json.dumps(saved))
+    assert train(tmp_path, tokenizer, resume=True, **SAVING | {"max_steps": 5}).state.global_step == 5
