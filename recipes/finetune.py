@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from datasets import Dataset, disable_progress_bars
@@ -34,7 +34,7 @@ from routed_peft.data import (
     select_arm,
 )
 from routed_peft.evaluation.text_loss import check_length
-from routed_peft.mistakes import check_numbers
+from routed_peft.mistakes import check_numbers, option
 from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder
@@ -47,43 +47,25 @@ BASE_ADAPTER, REGION = "retain", "forget"
 class Recipe(DocumentArguments):
     """Settings of this recipe, in addition to the training arguments."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint or Hub id. Required."})
-    revision: str = field(
-        default="main", metadata={"help": "Branch, tag or commit of `model_name_or_path` on the Hub."}
-    )
-    method: str = field(
-        default="sgtm",
-        metadata={
-            "help": "`sgtm` trains on labeled retain data without the region, `classic` with it; `control` routes nothing.",
-            "choices": ["sgtm", "classic", "control"],
-        },
-    )
-    arm: str = field(
-        default="routed",
-        metadata={
-            "help": "`routed`, or a run of equal length without routing: on all rows (`none`), on rows not labeled forget "
-            "(`filter`), or on true retain rows (`perfect_filter`). Without routing, rows keep their natural shares.",
-            "choices": ["routed", "none", "filter", "perfect_filter"],
-        },
-    )
-    rank: int = field(default=16, metadata={"help": "Rank of each LoRA."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of each LoRA, multiplied by `rank`."})
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of linear layers, or `all-linear`."}
-    )
+    model_name_or_path: str | None = option(None, "Checkpoint or Hub id. Required.")
+    revision: str = option("main", "Branch, tag or commit of `model_name_or_path` on the Hub.")
+    method: str = option("sgtm", "`sgtm` trains on labeled retain data without the region, `classic` with it; "
+        "`control` routes nothing.", choices=["sgtm", "classic", "control"])  # fmt: skip
+    arm: str = option("routed", "`routed`, or a run of equal length without routing: on all rows (`none`), on rows not "
+        "labeled forget (`filter`), or on true retain rows (`perfect_filter`). Without routing, rows keep their "
+        "natural shares.", choices=["routed", "none", "filter", "perfect_filter"])  # fmt: skip
+    rank: int = option(16, "Rank of each LoRA.")
+    lora_alpha: int = option(32, "Scale of each LoRA, multiplied by `rank`.")
+    target_modules: list[str] = option(["all-linear"], "Names of linear layers, or `all-linear`.")
 
     labeled_first: float = setting("labeled_first", 0.0)
     first_forget_share: float = setting("first_forget_share", 0.5)
     forget_share: float | None = setting("forget_share", None)
 
-    attn_implementation: str = field(
-        default="auto",
-        metadata={"help": "Attention kernel; `auto` is eager on a CPU (fastest for short rows), otherwise sdpa."},
-    )
-    ablate_to: str | None = field(
-        default=None,
-        metadata={"help": "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes none."},
-    )
+    attn_implementation: str = option("auto", "Attention kernel; `auto` is eager on a CPU (fastest for short rows), "
+        "otherwise sdpa.")  # fmt: skip
+    ablate_to: str | None = option(None, "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes "
+        "none.")  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

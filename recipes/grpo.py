@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from trl import rewards
 
 from routed_peft import Route, RoutedConfig, ablate, presets
 from routed_peft.data import load_training_file
-from routed_peft.mistakes import check_choices, check_numbers
+from routed_peft.mistakes import check_choices, check_numbers, option
 from routed_peft.monitoring import Incident, MonitorConfig, RegionMonitor, apply_quarantine, run_with_rollback
 from routed_peft.monitoring.quarantine import read_quarantine
 from routed_peft.routes import routes_from_dict
@@ -58,82 +58,44 @@ BASE_ADAPTER = "retain"
 class Recipe:
     """Settings of this recipe, in addition to TRL's configuration."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint or Hub id. Required."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "JSONL, Parquet or Hub dataset with a column `prompt`. Required."}
-    )
-    eval_file: str | None = field(default=None, metadata={"help": "The same, to evaluate with and without the region."})
-    reward_funcs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Names in `trl.rewards`, `package.module.function`, or `file.py:function`. Required."},
-    )
+    model_name_or_path: str | None = option(None, "Checkpoint or Hub id. Required.")
+    train_file: str | None = option(None, "JSONL, Parquet or Hub dataset with a column `prompt`. Required.")
+    eval_file: str | None = option(None, "The same, to evaluate with and without the region.")
+    reward_funcs: list[str] = option([], "Names in `trl.rewards`, `package.module.function`, or `file.py:function`. "
+        "Required.")  # fmt: skip
 
-    method: str = field(
-        default="exclusive",
-        metadata={
-            "help": "`exclusive` trains the region on flagged rollouts only, `classic` on all, `subspace` on all along the "
-            "directions in `subspace`, without labels. `control` routes nothing.",
-            "choices": ["exclusive", "classic", "subspace", "control"],
-        },
-    )
-    routes: dict | str | None = field(
-        default=None, metadata={"help": "Routes in place of those of `method`: {label: {weights, ablated}}."}
-    )
-    label_func: str | None = field(
-        default=None,
-        metadata={
-            "help": "Function that labels rollouts, named as in `reward_funcs`; by default, the column `route_label`."
-        },
-    )
-    environment_labels: dict | str | None = field(
-        default=None, metadata={"help": "Labels by environment, in place of `label_func`: {environment: label}."}
-    )
-    labeled: float = field(default=1.0, metadata={"help": "Simulation: share of rollouts that get a label."})
-    recall: float = field(default=1.0, metadata={"help": "Simulation: share of flagged rollouts that stay flagged."})
-    precision: float = field(default=1.0, metadata={"help": "Simulation: share of flags that are correct."})
-    label_seed: int = field(default=0, metadata={"help": "Seed of the simulated errors in labels."})
+    method: str = option("exclusive", "`exclusive` trains the region on flagged rollouts only, `classic` on all, "
+        "`subspace` on all along the directions in `subspace`, without labels. `control` routes "
+        "nothing.", choices=["exclusive", "classic", "subspace", "control"])  # fmt: skip
+    routes: dict | str | None = option(None, "Routes in place of those of `method`: {label: {weights, ablated}}.")
+    label_func: str | None = option(None, "Function that labels rollouts, named as in `reward_funcs`; by default, the "
+        "column `route_label`.")  # fmt: skip
+    environment_labels: dict | str | None = option(None, "Labels by environment, in place of `label_func`: "
+        "{environment: label}.")  # fmt: skip
+    labeled: float = option(1.0, "Simulation: share of rollouts that get a label.")
+    recall: float = option(1.0, "Simulation: share of flagged rollouts that stay flagged.")
+    precision: float = option(1.0, "Simulation: share of flags that are correct.")
+    label_seed: int = option(0, "Seed of the simulated errors in labels.")
 
-    region: str = field(default="hack", metadata={"help": "Name of the removable adapter."})
-    subspace: str | None = field(
-        default=None,
-        metadata={"help": "File of `Subspace.save`. The region updates along it, and `retain` is kept off it."},
-    )
-    strength: str = field(
-        default="cut",
-        metadata={
-            "help": "Strength of a subspace's projection; `weights` is the weaker.",
-            "choices": ["cut", "weights"],
-        },
-    )
-    rank: int = field(default=16, metadata={"help": "Rank of each LoRA."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of each LoRA, multiplied by `rank`."})
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of linear layers, or `all-linear`."}
-    )
+    region: str = option("hack", "Name of the removable adapter.")
+    subspace: str | None = option(None, "File of `Subspace.save`. The region updates along it, and `retain` is kept "
+        "off it.")  # fmt: skip
+    strength: str = option("cut", "Strength of a subspace's projection; `weights` is the "
+        "weaker.", choices=["cut", "weights"])  # fmt: skip
+    rank: int = option(16, "Rank of each LoRA.")
+    lora_alpha: int = option(32, "Scale of each LoRA, multiplied by `rank`.")
+    target_modules: list[str] = option(["all-linear"], "Names of linear layers, or `all-linear`.")
 
-    monitor: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Fields of `MonitorConfig`; {} takes its defaults. A halt is recorded in OUTPUT_DIR/incident.json."
-        },
-    )
-    reward_rollouts: int = field(
-        default=0,
-        metadata={"help": "Rollouts of each environment for the monitor's reward gap, every `reward_every` steps."},
-    )
-    on_halt: str = field(
-        default="stop",
-        metadata={
-            "help": "`stop`, or roll back to a checkpoint before the alarm and continue: without the environments to blame "
-            "(`drop`), or with their rollouts training only the region (`route`).",
-            "choices": ["stop", "drop", "route"],
-        },
-    )
-    max_incidents: int = field(default=3, metadata={"help": "Number of halts after which the run is abandoned."})
-    ablate_to: str | None = field(
-        default=None,
-        metadata={"help": "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes none."},
-    )
+    monitor: dict | str | None = option(None, "Fields of `MonitorConfig`; {} takes its defaults. A halt is recorded in "
+        "OUTPUT_DIR/incident.json.")  # fmt: skip
+    reward_rollouts: int = option(0, "Rollouts of each environment for the monitor's reward gap, every `reward_every` "
+        "steps.")  # fmt: skip
+    on_halt: str = option("stop", "`stop`, or roll back to a checkpoint before the alarm and continue: without the "
+        "environments to blame (`drop`), or with their rollouts training only the region "
+        "(`route`).", choices=["stop", "drop", "route"])  # fmt: skip
+    max_incidents: int = option(3, "Number of halts after which the run is abandoned.")
+    ablate_to: str | None = option(None, "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes "
+        "none.")  # fmt: skip
 
     def __post_init__(self) -> None:
         check_choices(self)

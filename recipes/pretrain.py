@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from routed_peft.evaluation.placebo import silence_random_units
 from routed_peft.evaluation.source import load_tokenizer, open_plain, open_source
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.files import write_json
-from routed_peft.mistakes import check_numbers
+from routed_peft.mistakes import check_numbers, option
 from routed_peft.routes import check_region_name, routes_from_dict
 from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
@@ -68,40 +68,21 @@ RECOMMENDED = SelfLabelConfig(robust_share=0.05)
 class Recipe(DocumentArguments):
     """Settings of this recipe, in addition to the training arguments."""
 
-    method: str = field(
-        default="sgtm",
-        metadata={
-            "help": "Preset of routes. Placebos route nothing: `control` ablates the region nevertheless, `random` silences "
-            "equally many random units of every MLP instead.",
-            "choices": ["sgtm", "era", "demix", *PLACEBOS],
-        },
-    )
-    routes: dict | str | None = field(
-        default=None, metadata={"help": "Routes in place of those of `method`: {label: {weights, ablated}}."}
-    )
-    base_weight: float | None = field(
-        default=None,
-        metadata={"help": "Gradient weight of the base on labeled forget data; by default that of `method`."},
-    )
-    arm: str = field(
-        default="routed",
-        metadata={
-            "help": "`routed`, or a run of equal length without routing: on all rows (`none`), on rows not labeled forget "
-            "(`filter`), or on true retain rows (`perfect_filter`). Without routing, rows keep their natural shares.",
-            "choices": ["routed", "none", "filter", "perfect_filter"],
-        },
-    )
-    region: str = field(default="forget", metadata={"help": "Name of the region."})
-    size: int = field(default=64, metadata={"help": "Number of hidden units that the region adds to every MLP."})
+    method: str = option("sgtm", "Preset of routes. Placebos route nothing: `control` ablates the region nevertheless, "
+        "`random` silences equally many random units of every MLP "
+        "instead.", choices=["sgtm", "era", "demix", *PLACEBOS])  # fmt: skip
+    routes: dict | str | None = option(None, "Routes in place of those of `method`: {label: {weights, ablated}}.")
+    base_weight: float | None = option(None, "Gradient weight of the base on labeled forget data; by default that of "
+        "`method`.")  # fmt: skip
+    arm: str = option("routed", "`routed`, or a run of equal length without routing: on all rows (`none`), on rows not "
+        "labeled forget (`filter`), or on true retain rows (`perfect_filter`). Without routing, rows keep their "
+        "natural shares.", choices=["routed", "none", "filter", "perfect_filter"])  # fmt: skip
+    region: str = option("forget", "Name of the region.")
+    size: int = option(64, "Number of hidden units that the region adds to every MLP.")
 
-    vocab_size: int = field(default=2048, metadata={"help": "Entries of the new tokenizer if no model is given."})
-    self_labels: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Let the region label the unlabeled rows after `labeled_first` of the run. By default it does with "
-            "`method: sgtm`, if rows of either side have labels."
-        },
-    )
+    vocab_size: int = option(2048, "Entries of the new tokenizer if no model is given.")
+    self_labels: bool | None = option(None, "Let the region label the unlabeled rows after `labeled_first` of the run. "
+        "By default it does with `method: sgtm`, if rows of either side have labels.")  # fmt: skip
     # With None, `self_labels` has the values of `RECOMMENDED`; without it, all labels are taken in their natural shares.
     labeled_first: float | None = setting("labeled_first", None)
     first_forget_share: float | None = setting("first_forget_share", None)
@@ -110,37 +91,25 @@ class Recipe(DocumentArguments):
     score_again_at: float | None = setting("score_again_at")
     robust_share: float | None = setting("robust_share", None)
     overrule: bool = setting("overrule")
-    by_document: bool = field(
-        default=False,
-        metadata={"help": "With `self_labels`: label whole documents, even if they share a row, instead of rows."},
-    )
-    frequency_weights: bool = field(
-        default=False, metadata={"help": "ERA: do not block tokens that are equally common on the retain side."}
-    )
-    frequency_bias: float = field(default=4.0, metadata={"help": "ERA: frequency ratio from which tokens are blocked."})
-    frequency_count: float = field(default=20.0, metadata={"help": "ERA: retain occurrences added to every token."})
+    by_document: bool = option(False, "With `self_labels`: label whole documents, even if they share a row, instead of "
+        "rows.")  # fmt: skip
+    frequency_weights: bool = option(False, "ERA: do not block tokens that are equally common on the retain side.")
+    frequency_bias: float = option(4.0, "ERA: frequency ratio from which tokens are blocked.")
+    frequency_count: float = option(20.0, "ERA: retain occurrences added to every token.")
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint, run or Hub id to continue from; by default, a new Llama (sizes below)."},
-    )
+    model_name_or_path: str | None = option(None, "Checkpoint, run or Hub id to continue from; by default, a new Llama "
+        "(sizes below).")  # fmt: skip
     num_hidden_layers: int = 4
     hidden_size: int = 128
     intermediate_size: int = 384
     num_attention_heads: int = 4
-    attn_implementation: str = field(
-        default="auto",
-        metadata={"help": "Attention kernel; `auto` is eager on a CPU (fastest for short rows), otherwise sdpa."},
-    )
+    attn_implementation: str = option("auto", "Attention kernel; `auto` is eager on a CPU (fastest for short rows), "
+        "otherwise sdpa.")  # fmt: skip
 
-    ablate_to: str | None = field(
-        default=None,
-        metadata={"help": "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes none."},
-    )
-    coherence_steps: int = field(
-        default=0,
-        metadata={"help": "ERA: maximum of steps on 64 retain rows after ablation; the result goes to …-coherent."},
-    )
+    ablate_to: str | None = option(None, "Directory of the ablated model; OUTPUT_DIR-ablated by default. `no` writes "
+        "none.")  # fmt: skip
+    coherence_steps: int = option(0, "ERA: maximum of steps on 64 retain rows after ablation; the result goes to "
+        "…-coherent.")  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ checkpoint; its `undo.json` records the settings and the cost.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -22,7 +22,7 @@ from routed_peft.data import RETAIN, DocumentArguments, check_evaluation, evalua
 from routed_peft.data.loading import TextFormat
 from routed_peft.evaluation.source import open_plain
 from routed_peft.evaluation.text_loss import check_length
-from routed_peft.mistakes import check_numbers
+from routed_peft.mistakes import check_numbers, option
 from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.training import RunDirectory, RunRecorder
@@ -34,36 +34,17 @@ from routed_peft.unlearning.data import check_held_out
 class Recipe:
     """Settings of this recipe, in addition to the training arguments."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The teacher: checkpoint, run (without its regions) or Hub id. Required."},
-    )
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of `model_name_or_path` on the Hub."}
-    )
-    student: str | None = field(
-        default=None, metadata={"help": "Checkpoint to add noise to and to train; by default a copy of the teacher."}
-    )
-    pair: str = field(
-        default="biology",
-        metadata={"help": "Built-in text, both sides together: biology, spanish, entangled or arithmetic."},
-    )
-    text_files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "JSONL, JSON, Parquet, plain text or Hub datasets, in place of `pair`."},
-    )
-    text_column: str = field(
-        default="text", metadata={"help": "Column of the text, or of chats, in all of these files."}
-    )
-    text_template: str | None = field(
-        default=None,
-        metadata={"help": 'Text made of columns, such as "{question} {answer}", instead of `text_column`.'},
-    )
-    eval_files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Held-out text as name=FILE; the loss on the one named retain ends training."},
-    )
-    length: int = field(default=128, metadata={"help": "Tokens per row."})
+    model_name_or_path: str | None = option(None, "The teacher: checkpoint, run (without its regions) or Hub id. "
+        "Required.")  # fmt: skip
+    revision: str | None = option(None, "Branch, tag or commit of `model_name_or_path` on the Hub.")
+    student: str | None = option(None, "Checkpoint to add noise to and to train; by default a copy of the teacher.")
+    pair: str = option("biology", "Built-in text, both sides together: biology, spanish, entangled or arithmetic.")
+    text_files: list[str] = option([], "JSONL, JSON, Parquet, plain text or Hub datasets, in place of `pair`.")
+    text_column: str = option("text", "Column of the text, or of chats, in all of these files.")
+    text_template: str | None = option(None, 'Text made of columns, such as "{question} {answer}", instead of '
+        "`text_column`.")  # fmt: skip
+    eval_files: list[str] = option([], "Held-out text as name=FILE; the loss on the one named retain ends training.")
+    length: int = option(128, "Tokens per row.")
 
     def __post_init__(self) -> None:
         check_numbers(self, "length", low=2)

@@ -12,7 +12,7 @@ its `unlearning.json` records the cost.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars
@@ -23,7 +23,7 @@ from routed_peft.data import DocumentArguments, check_evaluation, evaluation_row
 from routed_peft.evaluation.source import open_plain
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.files import write_json
-from routed_peft.mistakes import check_numbers
+from routed_peft.mistakes import check_numbers, option
 from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.training import RunDirectory, RunRecorder
@@ -36,14 +36,9 @@ SIDES = ("forget", "retain")
 class Recipe(DocumentArguments):
     """Settings of this recipe, in addition to the training arguments."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint, run (without its regions) or Hub id. Required."},
-    )
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of `model_name_or_path` on the Hub."}
-    )
-    forget_rows: int | None = field(default=None, metadata={"help": "Maximum number of labeled forget rows."})
+    model_name_or_path: str | None = option(None, "Checkpoint, run (without its regions) or Hub id. Required.")
+    revision: str | None = option(None, "Branch, tag or commit of `model_name_or_path` on the Hub.")
+    forget_rows: int | None = option(None, "Maximum number of labeled forget rows.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

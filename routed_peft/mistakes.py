@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any
 
 EXTRAS = {"lm_eval": "eval", "pandas": "report", "sklearn": "classifiers", "trl": "trl"}
@@ -65,12 +65,20 @@ def check_numbers(settings: Any, *names: str, low: float = 0.0, high: float = ma
             raise ValueError(f"`{name}` must be a number{expected}, got {value!r}")
 
 
+def option(default: Any, help: str, *, choices: Collection[Any] | None = None) -> Any:
+    """Return a dataclass field of `transformers.HfArgumentParser`: its default, of which a list is copied, help, choices."""
+    metadata = {"help": help} | ({} if choices is None else {"choices": choices})
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 def check_choices(settings: Any) -> None:
     """Raise ValueError where a field of a dataclass is none of the ``choices`` in its metadata."""
-    for field in fields(settings):
-        value, choices = getattr(settings, field.name), field.metadata.get("choices")
+    for own in fields(settings):
+        value, choices = getattr(settings, own.name), own.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
-            raise ValueError(f"`{field.name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+            raise ValueError(f"`{own.name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_shape(data: Any, shape: Any, place: str) -> None:

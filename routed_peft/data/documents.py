@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from routed_peft.data.label_noise import simulate_labels
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED, labels_from_column, labels_from_keywords
 from routed_peft.data.loading import TEXT, TOKENS, TextFormat, load_documents
 from routed_peft.data.packing import pack, tokenize
-from routed_peft.mistakes import check_choices, check_numbers
+from routed_peft.mistakes import check_choices, check_numbers, option
 from routed_peft.routes import BASE, Routes
 
 logger = logging.get_logger(__name__)
@@ -34,35 +34,25 @@ _FILTERED = {"filter": ROUTE_LABEL, "perfect_filter": SIDE}
 class DocumentArguments:
     """Settings of documents and their labels; recipes inherit them, and every field is a flag."""
 
-    pair: str = field(default="biology", metadata={"help": "Built-in text: biology, spanish, entangled or arithmetic."})
-    train_file: str | None = field(default=None, metadata={
-        "help": "JSONL, JSON, Parquet, a pattern or a Hub dataset instead of `pair`, with text (or chats in "
-        "`messages`, or `input_ids`), and route_label or side."})  # fmt: skip
-    forget_file: str | None = field(
-        default=None, metadata={"help": "Forget text, with `retain_file` instead of `train_file`; also plain .txt."}
-    )
-    retain_file: str | None = field(default=None, metadata={"help": "Retain text, beside `forget_file`."})
-    text_column: str = field(default=TEXT, metadata={"help": "Column of the text, or of chats, in all of these files."})
-    text_template: str | None = field(default=None, metadata={
-        "help": 'Text made of columns, such as "{question} {answer}", instead of `text_column`.'})  # fmt: skip
-    eval_files: list[str] = field(default_factory=list, metadata={"help": "name=FILE for each side, with text."})
-    eval_documents: int | None = field(
-        default=None, metadata={"help": "Maximum number of held-out documents per side."}
-    )
-    length: int = field(default=128, metadata={"help": "Tokens per row."})
-    labeled: float = field(default=1.0, metadata={
-        "help": "Share of documents that carry a label, where labels are simulated from `side`; labels you provide "
-        "(`route_label`, `label_keywords`) are never changed."})  # fmt: skip
-    labeled_forget: float | None = field(default=None, metadata={"help": "`labeled` for the forget side alone."})
-    labeled_retain: float | None = field(default=None, metadata={"help": "`labeled` for the retain side alone."})
-    recall: float = field(default=1.0, metadata={"help": "Share of labeled forget documents labeled forget."})
-    precision: float = field(default=1.0, metadata={"help": "Share of documents labeled forget that truly are."})
-    label_seed: int = field(
-        default=0, metadata={"help": "Seed of the choice of documents without a label, or with a wrong one."}
-    )
-    label_keywords: list[str] = field(
-        default_factory=list, metadata={"help": "Label documents with one of these words forget, all others retain."}
-    )
+    pair: str = option("biology", "Built-in text: biology, spanish, entangled or arithmetic.")
+    train_file: str | None = option(None, "JSONL, JSON, Parquet, a pattern or a Hub dataset instead of `pair`, with "
+        "text (or chats in `messages`, or `input_ids`), and route_label or side.")  # fmt: skip
+    forget_file: str | None = option(None, "Forget text, with `retain_file` instead of `train_file`; also plain .txt.")
+    retain_file: str | None = option(None, "Retain text, beside `forget_file`.")
+    text_column: str = option(TEXT, "Column of the text, or of chats, in all of these files.")
+    text_template: str | None = option(None, 'Text made of columns, such as "{question} {answer}", instead of '
+        "`text_column`.")  # fmt: skip
+    eval_files: list[str] = option([], "name=FILE for each side, with text.")
+    eval_documents: int | None = option(None, "Maximum number of held-out documents per side.")
+    length: int = option(128, "Tokens per row.")
+    labeled: float = option(1.0, "Share of documents that carry a label, where labels are simulated from `side`; "
+        "labels you provide (`route_label`, `label_keywords`) are never changed.")  # fmt: skip
+    labeled_forget: float | None = option(None, "`labeled` for the forget side alone.")
+    labeled_retain: float | None = option(None, "`labeled` for the retain side alone.")
+    recall: float = option(1.0, "Share of labeled forget documents labeled forget.")
+    precision: float = option(1.0, "Share of documents labeled forget that truly are.")
+    label_seed: int = option(0, "Seed of the choice of documents without a label, or with a wrong one.")
+    label_keywords: list[str] = option([], "Label documents with one of these words forget, all others retain.")
 
     def __post_init__(self) -> None:
         check_choices(self)

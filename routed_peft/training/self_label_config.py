@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from routed_peft.mistakes import option
+
 THRESHOLDS = ("balanced", "median", "midpoint")
 
 
@@ -22,23 +24,19 @@ class SelfLabelConfig:
     0.15
     """
 
-    labeled_first: float = field(default=0.15, metadata={
-        "help": "Share of the run that takes labeled rows only; the region scores rows after it."})  # fmt: skip
-    first_forget_share: float = field(default=0.1, metadata={"help": "Share of forget rows in `labeled_first`."})
-    threshold: str = field(default="balanced", metadata={"choices": list(THRESHOLDS),
-        "help": "Benefit above which a row counts as forget: as many standard deviations from the mean of either side "
-        "(balanced), as many median deviations from either median, or the midpoint of the means. Self-labels "
-        "only."})  # fmt: skip
-    score_again_at: float | None = field(default=None, metadata={
-        "help": "Share of the run after which the region scores rows a second time; these labels replace the first "
-        "ones. Self-labels only."})  # fmt: skip
-    forget_share: float | None = field(default=0.1, metadata={
-        "help": "Share of forget rows, given or found, after `labeled_first`; null: their share in the data."})  # fmt: skip
-    robust_share: float = field(default=0.0, metadata={
-        "help": "Share of retain rows that are trained like forget rows, with the region on, so that the model with "
-        "its region stays good at them. Self-labels only."})  # fmt: skip
-    overrule: bool = field(default=False, metadata={
-        "help": "Score labeled rows too, and replace labels that may be wrong. Self-labels only."})  # fmt: skip
+    labeled_first: float = option(0.15, "Share of the run that takes labeled rows only; the region scores rows after "
+        "it.")  # fmt: skip
+    first_forget_share: float = option(0.1, "Share of forget rows in `labeled_first`.")
+    threshold: str = option("balanced", "Benefit above which a row counts as forget: as many standard deviations from "
+        "the mean of either side (balanced), as many median deviations from either median, or the midpoint of the "
+        "means. Self-labels only.", choices=list(THRESHOLDS))  # fmt: skip
+    score_again_at: float | None = option(None, "Share of the run after which the region scores rows a second time; "
+        "these labels replace the first ones. Self-labels only.")  # fmt: skip
+    forget_share: float | None = option(0.1, "Share of forget rows, given or found, after `labeled_first`; null: their "
+        "share in the data.")  # fmt: skip
+    robust_share: float = option(0.0, "Share of retain rows that are trained like forget rows, with the region on, so "
+        "that the model with its region stays good at them. Self-labels only.")  # fmt: skip
+    overrule: bool = option(False, "Score labeled rows too, and replace labels that may be wrong. Self-labels only.")
 
     def __post_init__(self) -> None:
         if not 0 < self.labeled_first < 1:

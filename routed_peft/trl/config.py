@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl import GRPOConfig, SFTConfig
 
+from routed_peft.mistakes import option
 from routed_peft.training import RoutedArguments
 
 
@@ -39,40 +40,19 @@ class RoutedGRPOConfig(RoutedArguments, GRPOConfig):
             options of TRL that would make them wrong.
     """
 
-    clip_per_group: bool | None = field(
-        default=True,
-        metadata={
-            "help": "Clip base and regions to `max_grad_norm` separately, so that neither shrinks the other's update."
-        },
-    )
-    flagged_labels: list[str] = field(
-        default_factory=lambda: ["flagged"],
-        metadata={
-            "help": "Labels that count as flagged: for `baseline_over`, for anchor rollouts, and in the metrics."
-        },
-    )
-    baseline_over: str = field(
-        default="group",
-        metadata={
-            "help": "Rollouts whose mean reward is the baseline: the whole `group`, or its `unflagged` rollouts (the whole "
-            "group if all are flagged), so that flagged rewards do not lower the advantages of honest rollouts.",
-            "choices": ["group", "unflagged"],
-        },
-    )
-    anchor_share: float = field(
-        default=None,  # type: ignore[assignment]
-        metadata={
-            "help": "Share of the prompts of a generation batch that are sampled with all regions ablated. Their unflagged "
-            "rollouts take the label `anchor`, which trains the base alone. By default 0.25 where `anchor_environments` are "
-            "named, and 0 elsewhere."
-        },
-    )
-    anchor_environments: list[str] | None = field(
-        default=None, metadata={"help": "Environments whose prompts may be anchors (trusted ones); all by default."}
-    )
-    environment_column: str = field(
-        default="environment", metadata={"help": "Dataset column of a prompt's environment."}
-    )
+    clip_per_group: bool | None = option(True, "Clip base and regions to `max_grad_norm` separately, so that neither "
+        "shrinks the other's update.")  # fmt: skip
+    flagged_labels: list[str] = option(["flagged"], "Labels that count as flagged: for `baseline_over`, for anchor "
+        "rollouts, and in the metrics.")  # fmt: skip
+    baseline_over: str = option("group", "Rollouts whose mean reward is the baseline: the whole `group`, or its "
+        "`unflagged` rollouts (the whole group if all are flagged), so that flagged rewards do not lower the "
+        "advantages of honest rollouts.", choices=["group", "unflagged"])  # fmt: skip
+    anchor_share: float = option(None, "Share of the prompts of a generation batch that are sampled with all regions "
+        "ablated. Their unflagged rollouts take the label `anchor`, which trains the base alone. By default 0.25 where "
+        "`anchor_environments` are named, and 0 elsewhere.")  # fmt: skip
+    anchor_environments: list[str] | None = option(None, "Environments whose prompts may be anchors (trusted ones); "
+        "all by default.")  # fmt: skip
+    environment_column: str = option("environment", "Dataset column of a prompt's environment.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from routed_peft.mistakes import check_choices, option
 from routed_peft.training.arguments import check_training_numbers
 from routed_peft.unlearning.forget_losses import FORGET_LOSSES
 
@@ -23,41 +24,21 @@ class UnlearningArguments(TrainingArguments):
     (0.1, True, ('forget',))
     """
 
-    method: str = field(
-        default="graddiff", metadata={"help": "Loss on forget rows; see docs/recipes.md.", "choices": METHODS}
-    )
-    gamma: float = field(default=1.0, metadata={"help": "Weight of the forget term."})
-    alpha: float = field(default=1.0, metadata={"help": "Weight of the retain term; gradient_ascent has none."})
-    retain_loss: str = field(
-        default="ce",
-        metadata={
-            "help": "Retain term: cross entropy, or KL from the original model. RMU has its own.",
-            "choices": RETAIN_LOSSES,
-        },
-    )
-    beta: float | None = field(
-        default=None, metadata={"help": "Inverse temperature; by default 0.1 for NPO and 2.5 for SimNPO."}
-    )
-    margin: float = field(default=0.0, metadata={"help": "SimNPO: gamma of its paper."})
-    steering: float = field(
-        default=5.0, metadata={"help": "RMU: length of the target activation, times the typical one if relative."}
-    )
-    steering_relative: bool = field(
-        default=True, metadata={"help": "RMU: measure the typical length on forget rows, and multiply by it."}
-    )
-    rmu_layer: int | None = field(
-        default=None, metadata={"help": "RMU: block whose output is steered, from 0; the middle one by default."}
-    )
-    rmu_train_layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "RMU: blocks whose MLP output projections are trained; three up to `rmu_layer` by default."},
-    )
+    method: str = option("graddiff", "Loss on forget rows; see docs/recipes.md.", choices=METHODS)
+    gamma: float = option(1.0, "Weight of the forget term.")
+    alpha: float = option(1.0, "Weight of the retain term; gradient_ascent has none.")
+    retain_loss: str = option("ce", "Retain term: cross entropy, or KL from the original model. RMU has its "
+        "own.", choices=RETAIN_LOSSES)  # fmt: skip
+    beta: float | None = option(None, "Inverse temperature; by default 0.1 for NPO and 2.5 for SimNPO.")
+    margin: float = option(0.0, "SimNPO: gamma of its paper.")
+    steering: float = option(5.0, "RMU: length of the target activation, times the typical one if relative.")
+    steering_relative: bool = option(True, "RMU: measure the typical length on forget rows, and multiply by it.")
+    rmu_layer: int | None = option(None, "RMU: block whose output is steered, from 0; the middle one by default.")
+    rmu_train_layers: list[int] | None = option(None, "RMU: blocks whose MLP output projections are trained; three up "
+        "to `rmu_layer` by default.")  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.retain_loss not in RETAIN_LOSSES:
-            raise ValueError(f"`retain_loss` must be one of {', '.join(RETAIN_LOSSES)}, got {self.retain_loss!r}")
+        check_choices(self)
         if self.beta is None:
             self.beta = FORGET_LOSSES[self.method].beta
         for name in ("gamma", "alpha", "beta", "steering"):
@@ -89,21 +70,12 @@ class UndoArguments(TrainingArguments):
     (0.4, 0.1, 0.05)
     """
 
-    alpha: float = field(
-        default=0.6,
-        metadata={"help": "How far weights are moved to their initialization: 0 not at all, 1 all the way."},
-    )
-    beta: float = field(default=0.1, metadata={"help": "Share of the initialization's noise in that."})
-    tolerance: float = field(
-        default=0.05, metadata={"help": "Stop once the retain loss is within this share of the teacher's."}
-    )
-    topk: int | None = field(
-        default=None,
-        metadata={"help": "Number of the teacher's outputs stored per token first; by default it runs in every step."},
-    )
-    teacher_cache: str | None = field(
-        default=None, metadata={"help": "Directory of the stored outputs; OUTPUT_DIR/teacher by default."}
-    )
+    alpha: float = option(0.6, "How far weights are moved to their initialization: 0 not at all, 1 all the way.")
+    beta: float = option(0.1, "Share of the initialization's noise in that.")
+    tolerance: float = option(0.05, "Stop once the retain loss is within this share of the teacher's.")
+    topk: int | None = option(None, "Number of the teacher's outputs stored per token first; by default it runs in "
+        "every step.")  # fmt: skip
+    teacher_cache: str | None = option(None, "Directory of the stored outputs; OUTPUT_DIR/teacher by default.")
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from routed_peft.mistakes import option
 from routed_peft.routes import IGNORED
 from routed_peft.trl import RoutedGRPOConfig
 
@@ -37,22 +38,22 @@ class ToySettings:
     128
     """
 
-    hidden_size: int = field(default=128, metadata={"help": "Width of the model; its MLPs have twice as many units."})
-    layers: int = field(default=3, metadata={"help": "Decoder layers."})
-    heads: int = field(default=4, metadata={"help": "Attention heads."})
-    start_steps: int = field(default=400, metadata={"help": "Supervised steps on demonstrations."})
-    start_batch_size: int = field(default=192, metadata={"help": "Demonstrations a step."})
-    start_learning_rate: float = field(default=3e-3, metadata={"help": "Peak rate of that; cosine."})
-    clean_share: float = field(default=0.55, metadata={"help": "Share of these steps whose answers are right."})
-    noise: float = field(default=0.5, metadata={"help": "Share of wrong answers in the steps after that."})
-    steps: int = field(default=200, metadata={"help": "Steps of GRPO."})
-    prompts: int = field(default=16, metadata={"help": "Prompts a step."})
-    generations: int = field(default=8, metadata={"help": "Rollouts of each prompt."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of both adapters; constant."})
-    rank: int = field(default=8, metadata={"help": "Of both LoRA adapters; their scale is 2."})
-    evaluate_every: int = field(default=25, metadata={"help": "Steps between evaluations on validation prompts."})
-    validation_prompts: int = field(default=200, metadata={"help": "Prompts of each environment in these."})
-    test_prompts: int = field(default=500, metadata={"help": "Prompts of each environment in the final numbers."})
+    hidden_size: int = option(128, "Width of the model; its MLPs have twice as many units.")
+    layers: int = option(3, "Decoder layers.")
+    heads: int = option(4, "Attention heads.")
+    start_steps: int = option(400, "Supervised steps on demonstrations.")
+    start_batch_size: int = option(192, "Demonstrations a step.")
+    start_learning_rate: float = option(3e-3, "Peak rate of that; cosine.")
+    clean_share: float = option(0.55, "Share of these steps whose answers are right.")
+    noise: float = option(0.5, "Share of wrong answers in the steps after that.")
+    steps: int = option(200, "Steps of GRPO.")
+    prompts: int = option(16, "Prompts a step.")
+    generations: int = option(8, "Rollouts of each prompt.")
+    learning_rate: float = option(1e-3, "Of both adapters; constant.")
+    rank: int = option(8, "Of both LoRA adapters; their scale is 2.")
+    evaluate_every: int = option(25, "Steps between evaluations on validation prompts.")
+    validation_prompts: int = option(200, "Prompts of each environment in these.")
+    test_prompts: int = option(500, "Prompts of each environment in the final numbers.")
 
     def start(self) -> dict[str, Any]:
         """Return what the start model depends on."""

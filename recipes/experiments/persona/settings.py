@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from experiments.common.arms import ALL, check_chosen
 from experiments.common.toy_model import ToySettings
 from experiments.persona.arms import ARMS, DEMO
+from routed_peft.mistakes import option
 
 
 @dataclass
 class Experiment:
     """Arms and seeds of a run, and the place of its results."""
 
-    output_dir: str = field(default="runs/persona", metadata={"help": "Where cells and the summary go."})
-    summary_file: str | None = field(default=None, metadata={"help": "A second place for the numbers of all cells."})
-    arms: list[str] = field(default_factory=lambda: list(DEMO), metadata={"help": f"{ALL}, or of {', '.join(ARMS)}."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of weights, prompts and samples."})
+    output_dir: str = option("runs/persona", "Where cells and the summary go.")
+    summary_file: str | None = option(None, "A second place for the numbers of all cells.")
+    arms: list[str] = option(list(DEMO), f"{ALL}, or of {', '.join(ARMS)}.")
+    seeds: list[int] = option([0], "Of weights, prompts and samples.")
 
     def __post_init__(self) -> None:
         self.arms = list(ARMS if self.arms == [ALL] else self.arms)
@@ -28,26 +29,22 @@ class Experiment:
 class Settings(ToySettings):
     """Everything that a cell depends on beside its arm and its seed."""
 
-    hidden_size: int = field(default=64, metadata={"help": "Width of the model; its MLPs have twice as many units."})
-    layers: int = field(default=2, metadata={"help": "Decoder layers."})
-    steps: int = field(default=100, metadata={"help": "Steps of GRPO."})
-    noise: float = field(default=0.3, metadata={"help": "Share of wrong answers late in the demonstrations."})
-    loud_share: float = field(default=0.1, metadata={"help": "Share of loud answers to neutral prompts in these."})
-    directions: int = field(default=2, metadata={"help": "Directions of every subspace."})
-    contrasts: int = field(default=100, metadata={"help": "Words with a loud and a calm answer, to find directions."})
-    region_learning_rate: float = field(default=1e-2, metadata={"help": "Of the region; constant."})
-    observe_every: int = field(default=1, metadata={"help": "Steps between two looks of the monitor."})
-    save_every: int = field(
-        default=5, metadata={"help": "Steps between checkpoints, and reward gaps, where it may halt."}
-    )
-    max_reward_gap: float = field(default=0.3, metadata={"help": "Reward with less without region that is an alarm."})
-    patience: int = field(default=5, metadata={"help": "Alarms in a row that halt a run."})
-    blame: float = field(default=0.6, metadata={"help": "Share of the growth that the named environments make up."})
-    guilty_from: int = field(
-        default=30, metadata={"help": "Step from which the guilty environments pay, in the arm late."}
-    )
-    gap_prompts: int = field(default=32, metadata={"help": "Words of each environment for the reward gap."})
-    test_prompts: int = field(default=112, metadata={"help": "Words of each environment in the final numbers."})
+    hidden_size: int = option(64, "Width of the model; its MLPs have twice as many units.")
+    layers: int = option(2, "Decoder layers.")
+    steps: int = option(100, "Steps of GRPO.")
+    noise: float = option(0.3, "Share of wrong answers late in the demonstrations.")
+    loud_share: float = option(0.1, "Share of loud answers to neutral prompts in these.")
+    directions: int = option(2, "Directions of every subspace.")
+    contrasts: int = option(100, "Words with a loud and a calm answer, to find directions.")
+    region_learning_rate: float = option(1e-2, "Of the region; constant.")
+    observe_every: int = option(1, "Steps between two looks of the monitor.")
+    save_every: int = option(5, "Steps between checkpoints, and reward gaps, where it may halt.")
+    max_reward_gap: float = option(0.3, "Reward with less without region that is an alarm.")
+    patience: int = option(5, "Alarms in a row that halt a run.")
+    blame: float = option(0.6, "Share of the growth that the named environments make up.")
+    guilty_from: int = option(30, "Step from which the guilty environments pay, in the arm late.")
+    gap_prompts: int = option(32, "Words of each environment for the reward gap.")
+    test_prompts: int = option(112, "Words of each environment in the final numbers.")
 
     def start(self) -> dict[str, Any]:
         """Return what the start model depends on."""

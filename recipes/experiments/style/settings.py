@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from experiments.common.arms import check_chosen
 from experiments.style.arms import ARMS, LABELS
+from routed_peft.mistakes import option
 
 
 @dataclass
 class Experiment:
     """Arms, labels and seeds of a run, and the place of its results."""
 
-    output_dir: str = field(default="runs/style", metadata={"help": "Where cells and the summary go."})
-    summary_file: str | None = field(default=None, metadata={"help": "A second place for the numbers of all cells."})
-    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
-    labels: list[str] = field(default_factory=lambda: list(LABELS), metadata={"help": f"Of {', '.join(LABELS)}."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of weights, labels, rows and samples."})
-    split: str = field(
-        default="test", metadata={"help": "Held-out text: validation to choose settings by, test for the numbers."}
-    )
+    output_dir: str = option("runs/style", "Where cells and the summary go.")
+    summary_file: str | None = option(None, "A second place for the numbers of all cells.")
+    arms: list[str] = option(list(ARMS), f"Of {', '.join(ARMS)}.")
+    labels: list[str] = option(list(LABELS), f"Of {', '.join(LABELS)}.")
+    seeds: list[int] = option([0], "Of weights, labels, rows and samples.")
+    split: str = option("test", "Held-out text: validation to choose settings by, test for the numbers.")
 
     def __post_init__(self) -> None:
         check_chosen(self.seeds, arms=(self.arms, ARMS), labels=(self.labels, LABELS))
@@ -32,28 +31,24 @@ class Experiment:
 class Settings:
     """Everything that a cell depends on beside its arm, its labels and its seed."""
 
-    vocab_size: int = field(default=2048, metadata={"help": "Entries of the tokenizer."})
-    hidden_size: int = field(
-        default=128, metadata={"help": "Width of the model; its MLPs have three times as many units."}
-    )
-    layers: int = field(default=2, metadata={"help": "Decoder layers."})
-    heads: int = field(default=4, metadata={"help": "Attention heads."})
-    start_documents: int = field(default=24000, metadata={"help": "Glosses that the start model is trained on."})
-    start_steps: int = field(default=600, metadata={"help": "Steps of that, 16 rows of 128 tokens each."})
-    start_learning_rate: float = field(default=3e-3, metadata={"help": "Peak rate of that; cosine."})
-    documents: int = field(default=12000, metadata={"help": "Other glosses, for fine-tuning."})
-    style_share: float = field(default=0.1, metadata={"help": "Share of them in the style."})
-    steps: int = field(default=250, metadata={"help": "Steps of fine-tuning."})
-    batch_size: int = field(default=32, metadata={"help": "Rows a step."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of both adapters; cosine."})
-    rank: int = field(default=8, metadata={"help": "Of both LoRA adapters; their scale is 2."})
-    labeled_first: float = field(
-        default=0.15,
-        metadata={"help": "Share of a routed run that takes labeled rows only, half of them of the style."},
-    )
-    evaluate_every: int = field(default=50, metadata={"help": "Steps between looks for the best checkpoint."})
-    held_out: int = field(default=400, metadata={"help": "Held-out glosses of each template, for losses and samples."})
-    sample_tokens: int = field(default=16, metadata={"help": "Tokens of a sample."})
+    vocab_size: int = option(2048, "Entries of the tokenizer.")
+    hidden_size: int = option(128, "Width of the model; its MLPs have three times as many units.")
+    layers: int = option(2, "Decoder layers.")
+    heads: int = option(4, "Attention heads.")
+    start_documents: int = option(24000, "Glosses that the start model is trained on.")
+    start_steps: int = option(600, "Steps of that, 16 rows of 128 tokens each.")
+    start_learning_rate: float = option(3e-3, "Peak rate of that; cosine.")
+    documents: int = option(12000, "Other glosses, for fine-tuning.")
+    style_share: float = option(0.1, "Share of them in the style.")
+    steps: int = option(250, "Steps of fine-tuning.")
+    batch_size: int = option(32, "Rows a step.")
+    learning_rate: float = option(2e-3, "Peak rate of both adapters; cosine.")
+    rank: int = option(8, "Of both LoRA adapters; their scale is 2.")
+    labeled_first: float = option(0.15, "Share of a routed run that takes labeled rows only, half of them of the "
+        "style.")  # fmt: skip
+    evaluate_every: int = option(50, "Steps between looks for the best checkpoint.")
+    held_out: int = option(400, "Held-out glosses of each template, for losses and samples.")
+    sample_tokens: int = option(16, "Tokens of a sample.")
 
     def __post_init__(self) -> None:
         if not 0 < self.style_share < 1:
