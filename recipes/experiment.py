@@ -8,13 +8,12 @@ was killed goes on with the next cell, and the same command may be started in as
 numbers of all cells go to `summary_file`, from which `recipes/report.py` and the tables of the docs are made.
 """
 
-from experiments.removal import Experiment, run_experiment
-from routed_peft.demo.settings import DemoSettings
+from experiments.removal import Experiment, Settings, run_experiment
 from routed_peft.runs.command_line import parse_settings, run_recipe
 
 
 def main() -> None:
-    experiment, settings = parse_settings(Experiment, DemoSettings)
+    experiment, settings = parse_settings(Experiment, Settings)
     run_experiment(experiment, settings)
     print(f"written to {experiment.summary_file}; `python recipes/report.py {experiment.summary_file}` draws it")
 

@@ -78,21 +78,12 @@ def training_curves(split: str, title: str) -> Panel:
     """Return the panel of validation losses of one side during training."""
 
     def panel(points: Sequence[Point], summary: Mapping[str, Any]) -> Draw:
-        lines = {}
+        lines: dict[str, list[tuple[float, float]]] = {}
         for key in STYLES:
-            arm, ablated = ("routed", False) if key == "routed_on" else (key, key == "routed")
-            lines[key] = [
-                (point["tokens"] / 1e6, point["loss"])
-                for point in points
-                if (point["phase"], point["split"], point["arm"], point.get("ablated"))
-                == ("training", split, arm, ablated)
-            ]
-
-        def draw(axes: Axes, theme: Theme) -> None:
-            _lines(axes, theme, lines)
-            axes.set(title=title, xlabel="training tokens (millions)", ylabel="loss (nats per token)")
-
-        return draw
+            wanted = ("training", split, key.removesuffix("_on"), key == "routed")
+            chosen = (p for p in points if (p["phase"], p["split"], p["arm"], p.get("ablated")) == wanted)
+            lines[key] = [(point["tokens"] / 1e6, point["loss"]) for point in chosen]
+        return partial(_draw_lines, lines, {"title": title, "xlabel": "training tokens (millions)"})
 
     return panel
 
@@ -101,21 +92,20 @@ def relearning_curves(points: Sequence[Point], summary: Mapping[str, Any]) -> Dr
     """Return the panel of the forget loss under attack, in the worst case over learning rates."""
     curves = {key: summary["models"][key].get("relearned") for key in STYLES}
     lines = {key: sorted((int(step), loss) for step, loss in curve.items()) for key, curve in curves.items() if curve}
-
-    def draw(axes: Axes, theme: Theme) -> None:
-        _lines(axes, theme, lines)
-        title = "Biology, relearned from a few documents"
-        axes.set(title=title, xlabel="steps of the attack", ylabel="loss (nats per token)")
-
-    return draw
+    return partial(
+        _draw_lines, lines, {"title": "Biology, relearned from a few documents", "xlabel": "steps of the attack"}
+    )
 
 
-def before_and_after(points: Sequence[Point], summary: Mapping[str, Any]) -> Draw:
-    """Return the panel of the routed model with its region and without, between no routing and the perfect filter."""
-    return partial(_draw_before_and_after, summary["models"])
+def _draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], words: Mapping[str, str], axes: Axes, theme: Theme
+) -> None:
+    draw_lines(axes, theme, lines=[Line(NAMES[key], line, STYLES[key]) for key, line in lines.items()])
+    axes.set(ylabel="loss (nats per token)", **words)
 
 
-def _draw_before_and_after(models: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
+def _before_and_after(models: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
+    """Draw the routed model with its region and without, between no routing and the perfect filter."""
     sides = {"forget": "biology", "retain": "other text"}
     for y, (key, place) in enumerate((key, row) for row, _ in enumerate(sides) for key in ("routed_on", "routed")):
         side = list(sides)[place]
@@ -140,12 +130,8 @@ PANELS: dict[str, Panel] = {
     "forget": training_curves("forget", "Biology: should stay high"),
     "retain": training_curves("retain", "Other text: should go low"),
     "relearning": relearning_curves,
-    "ablation": before_and_after,
+    "ablation": lambda points, summary: partial(_before_and_after, summary["models"]),
 }
-
-
-def _lines(axes: Axes, theme: Theme, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    draw_lines(axes, theme, lines=[Line(NAMES[key], line, STYLES[key]) for key, line in lines.items()])
 
 
 def derive(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
+from routed_peft import presets
 from routed_peft.demo.display import Display, Watcher
 from routed_peft.demo.material import Material, tokens_by_side
 from routed_peft.demo.measuring import attack, measure_model, open_model
 from routed_peft.demo.report import derive, terminal_table, verdict, write_report
 from routed_peft.demo.settings import ARMS, Arm, DemoSettings
-from routed_peft.demo.training import REGION, bf16_helps, train_arm
+from routed_peft.demo.training import REGION, arguments, bf16_helps, build_model, train_arm
 from routed_peft.files import in_use
 from routed_peft.runs.records import SUMMARY
 from routed_peft.runs.silence import silenced_libraries
@@ -96,7 +97,16 @@ def _run_arm(
     display.start(arm)
     run = material.run_of(arm, settings)
     began, watcher = time.monotonic(), Watcher(display, arm)
-    seen = train_arm(arm, settings, material=material, run=run, folder=folder, records=records, watcher=watcher)
+    seen = train_arm(
+        arm,
+        build_model(settings, material),
+        args=arguments(arm, settings, folder / "run"),
+        routes=presets.sgtm(REGION) if arm.routed else presets.control(),
+        material=material,
+        run=run,
+        records=records,
+        watcher=watcher,
+    )
     facts: dict[str, Any] = {"name": arm.name, "about": arm.about, "tokens": settings.tokens}
     facts |= {"tokens_by_side": tokens_by_side(run, settings.length), "targets_by_label": seen}
     facts |= {"seconds_training": round(time.monotonic() - began, 1)}

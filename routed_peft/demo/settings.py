@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from routed_peft.training.self_label_config import SelfLabelConfig, setting
 
@@ -26,22 +26,7 @@ class DemoSettings(SelfLabelConfig):
     warmup_steps: int = 50
     weight_decay: float = 0.1
     labeled: float = 0.5  # share of the documents of each side that carry a label
-    recall: float = 1.0  # share of the labeled forget documents that are labeled forget (`simulate_labels`)
-    precision: float = 1.0  # share of the documents labeled forget that are
-    # The next settings, to `region_learning_rate`, are of the routed arm.
-    self_labels: bool = True  # the region then labels the unlabeled rows (`SelfLabeledRows`)
     robust_share: float = setting("robust_share", 0.05)
-    # Gradient weight of forget rows on the base. A little above 0 lets them teach it what both sides share, at the price of a
-    # little of what they do not.
-    base_weight: float = 0.0
-    # Forget rows teach the base as far as their tokens are as common in retain text (`token_frequency_weights`), and at
-    # `base_weight` otherwise; with self-labels only.
-    frequency_weights: bool = False
-    # Rows mix the sides of documents that have the same label, or none. By default they do not, as a page of a longer text does
-    # not: then the truth has sorted unlabeled text into rows.
-    mixed_rows: bool = False
-    by_document: bool = False  # the region is asked about documents and not about rows; with `mixed_rows`
-    region_learning_rate: float | None = None  # peak learning rate of the region; None for `learning_rate`
     seed: int = 0
     evaluations: int = 10  # how often the validation losses are taken during training
     validation_rows: int = 32  # packed rows per side for that
@@ -51,10 +36,6 @@ class DemoSettings(SelfLabelConfig):
     relearn_learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # all are tried, and the worst case counts
     relearn_limit: int = 100  # test documents for that
 
-    def __post_init__(self) -> None:
-        if self.self_labels:
-            super().__post_init__()
-
     @classmethod
     def quick(cls) -> DemoSettings:
         """Return the settings of ``--quick``: fewer documents, tokens and questions, the same model and attack.
@@ -62,18 +43,10 @@ class DemoSettings(SelfLabelConfig):
         >>> DemoSettings.quick().steps < DemoSettings().steps
         True
         """
-        return cls(
-            steps=160,
-            batch_size=8,
-            documents=8000,
-            warmup_steps=20,
-            evaluations=4,
-            validation_rows=16,
-            limit=50,
-            relearn_steps=(0, 5, 20),
-            relearn_learning_rates=(3e-4, 1e-3),
-            relearn_limit=30,
+        fewer = cls(
+            steps=160, batch_size=8, documents=8000, warmup_steps=20, evaluations=4, validation_rows=16, limit=50
         )
+        return replace(fewer, relearn_steps=(0, 5, 20), relearn_learning_rates=(3e-4, 1e-3), relearn_limit=30)
 
     @property
     def tokens(self) -> int:
@@ -90,10 +63,6 @@ class Arm:
     about: str  # its treatment of forget data
     drop: str | None = None  # column in which the value "forget" keeps a row out of training
     routed: bool = False  # gradients are routed; otherwise the region's units are ordinary parameters
-    era: bool = False  # routed as published for ERA (arXiv 2410.04332): masks at activations, by token frequency
-    demix: bool = (
-        False  # either side has an expert of its own, in place of most of the MLP (`routed_peft.presets.demix`)
-    )
 
     @property
     def plain(self) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftMixedModel, PeftModel, get_peft_model
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
-from routed_peft import presets
 from routed_peft.checkpoint.export import export
 from routed_peft.demo.material import Material
 from routed_peft.demo.settings import Arm, DemoSettings
@@ -18,9 +19,6 @@ from routed_peft.routes import Route
 from routed_peft.training import RoutedTrainer, RoutedTrainingArguments, RunDirectory, RunRecorder, SelfLabeledRows
 
 REGION = "forget"
-OTHER_EXPERT = "retain"
-SHARED = 12
-"""Where either side has an expert, one in so many of the MLP's hidden units stays with the base."""
 
 
 def bf16_helps() -> bool:
@@ -31,30 +29,20 @@ def bf16_helps() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def regions_of(arm: Arm) -> tuple[list[str], list[str]]:
-    """Return the regions of an arm's model, and those of them that its plain checkpoint keeps.
-
-    >>> from routed_peft.demo.settings import ARMS
-    >>> {arm.key: regions_of(arm) for arm in ARMS[1:3]}
-    {'filter': (['forget'], ['forget']), 'routed': (['forget'], [])}
-    """
-    if arm.demix:
-        return [REGION, OTHER_EXPERT], [OTHER_EXPERT]
-    return [REGION], [] if arm.routed else [REGION]
+def build_model(settings: DemoSettings, material: Material) -> PeftModel | PeftMixedModel:
+    """Return a fresh model with its region; the same weights for every arm."""
+    region = RoutedConfig(kind="mlp", size=settings.region_size, init="model", task_type="CAUSAL_LM")
+    return get_peft_model(bare_model(settings, material), region, adapter_name=REGION)
 
 
-def build_model(arm: Arm, settings: DemoSettings, material: Material) -> PeftModel | PeftMixedModel:
-    """Return a fresh model with its region; the same weights for every arm, but for one with experts.
-
-    Of those, either is as large as region and MLP are elsewhere, less the units that stay with the base.
-    """
+def bare_model(settings: DemoSettings, material: Material) -> LlamaForCausalLM:
+    """Return a fresh model without regions."""
     set_seed(settings.seed)
     tokenizer = material.tokenizer
-    shared = settings.intermediate_size // (SHARED if arm.demix else 1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
-        intermediate_size=shared,
+        intermediate_size=settings.intermediate_size,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
@@ -66,12 +54,7 @@ def build_model(arm: Arm, settings: DemoSettings, material: Material) -> PeftMod
     )
     # on the processor and at this length plain matmuls are faster by a third
     config._attn_implementation = "sdpa" if torch.cuda.is_available() else "eager"
-    size = settings.intermediate_size + settings.region_size - shared
-    region = RoutedConfig(kind="mlp", size=size, init="model", task_type="CAUSAL_LM")
-    model = get_peft_model(LlamaForCausalLM(config), region, adapter_name=REGION)
-    for name in regions_of(arm)[0][1:]:
-        model.add_adapter(name, region)
-    return model
+    return LlamaForCausalLM(config)
 
 
 def arguments(arm: Arm, settings: DemoSettings, folder: Path) -> RoutedTrainingArguments:
@@ -79,7 +62,7 @@ def arguments(arm: Arm, settings: DemoSettings, folder: Path) -> RoutedTrainingA
     return RoutedTrainingArguments(
         str(folder),
         train_base=True,
-        kept_regions=regions_of(arm)[1],
+        kept_regions=[] if arm.routed else [REGION],
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
@@ -96,10 +79,6 @@ def arguments(arm: Arm, settings: DemoSettings, folder: Path) -> RoutedTrainingA
         eval_strategy="steps",
         eval_steps=max(1, settings.steps // settings.evaluations),
         evaluate_ablated=arm.routed,
-        edges="activations" if arm.era else "parameters",
-        route_layers=list(range(settings.layers - 1)) if arm.era else None,  # as in the paper, not the last ones
-        activation_l1=1e-4 if arm.era else 0.0,
-        region_learning_rate=settings.region_learning_rate if arm.routed else None,
         include_num_input_tokens_seen="all",
         logging_steps=max(1, min(10, settings.steps // 10)),
         save_strategy="no",
@@ -110,33 +89,22 @@ def arguments(arm: Arm, settings: DemoSettings, folder: Path) -> RoutedTrainingA
     )
 
 
-def routes_of(arm: Arm, settings: DemoSettings) -> dict[str, Route]:
-    """Return the routes of an arm."""
-    if arm.demix:
-        return presets.demix(REGION, OTHER_EXPERT)
-    if arm.era:
-        return presets.era(REGION)
-    if not arm.routed:
-        return presets.control()
-    # where tokens have weights of their own for the base, these multiply the route's
-    return presets.sgtm(REGION, 1.0 if settings.frequency_weights else settings.base_weight)
-
-
 def train_arm(
     arm: Arm,
-    settings: DemoSettings,
+    model: nn.Module,
     *,
+    args: RoutedTrainingArguments,
+    routes: Mapping[str, Route],
     material: Material,
     run: Dataset | SelfLabeledRows,
-    folder: Path,
     records: RunDirectory,
     watcher: TrainerCallback,
 ) -> dict[str, int]:
-    """Train an arm, save it to ``folder/run``, export its plain checkpoint beside that, and return tokens seen per label."""
+    """Train an arm, save it, export its plain checkpoint beside ``args.output_dir``, and return tokens seen per label."""
     trainer = RoutedTrainer(
-        build_model(arm, settings, material),
-        arguments(arm, settings, folder / "run"),
-        routes=routes_of(arm, settings),
+        model,
+        args,
+        routes=routes,
         train_dataset=run,
         eval_dataset=material.validation,
         processing_class=material.tokenizer,
@@ -145,5 +113,6 @@ def train_arm(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
-    export(folder / "run", folder / arm.plain, keep=regions_of(arm)[1])
+    place = Path(str(args.output_dir))
+    export(place, place.with_name(arm.plain), keep=args.kept_regions)
     return dict(trainer.tokens_per_route)

@@ -10,16 +10,17 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from demo_parts import TINY
+from demo_parts import TINY as DEMO
 from filelock import FileLock
 from places import ROOT
 from transformers import AutoModelForCausalLM
 
 from experiments.common.cells import agree, plain, write_json
 from experiments.common.engine import SummaryFile
-from experiments.removal import METHODS, Experiment, MethodCell, all_cells, cells, run, run_experiment
+from experiments.removal import METHODS, Experiment, MethodCell, Settings, all_cells, cells, run, run_experiment
 from experiments.removal import derive_cell as changing
 from experiments.removal import train_cell as making
+from experiments.removal.material import run_of
 from experiments.removal.methods import (
     COHERENCE_RATES,
     COHERENCE_STEPS,
@@ -34,10 +35,10 @@ from routed_peft.checkpoint import load_routed
 from routed_peft.corpora import load_pair
 from routed_peft.corpora.arithmetic import FACTS
 from routed_peft.demo.material import Material
-from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.relearning import Attack
 from routed_peft.unlearning import UnlearningArguments
 
+TINY = Settings(**vars(DEMO))
 CONFIGS = ROOT / "recipes" / "configs"
 RESULTS = CONFIGS.parent.parent / "results"
 
@@ -58,7 +59,7 @@ def experiment_of(place, **changes):
 def experiment_in(asked):
     known = {field.name for field in fields(Experiment)}
     experiment = Experiment(**{name: value for name, value in asked.items() if name in known})
-    return experiment, DemoSettings(**{name: value for name, value in asked.items() if name not in known})
+    return experiment, Settings(**{name: value for name, value in asked.items() if name not in known})
 
 
 @pytest.fixture(scope="module")
@@ -435,11 +436,11 @@ def test_a_filter_at_equal_retain_text_needs_to_know_how_much_that_is():
 
 
 def test_facts_are_what_the_model_was_trained_on():
-    facts = making.known_facts(DemoSettings(pair="arithmetic"), ["3 × 4 = 12; 1 × 1 = 1"])
+    facts = making.known_facts(Settings(pair="arithmetic"), ["3 × 4 = 12; 1 × 1 = 1"])
     assert ("3 × 4 = 12", "4 × 3 = 12", "12 ÷ 3 = 4", "12 ÷ 4 = 3") in facts and ("5 × 5 = 25", "25 ÷ 5 = 5") in facts
     assert {fact for group in facts for fact in group} == set(FACTS["multiplication"]) and len(facts) == 78
     trained = set(load_pair("biology")["text"][:])
-    assert trained.issuperset(making.known_facts(DemoSettings(limit=50), [])), "and not held-out documents"
+    assert trained.issuperset(making.known_facts(Settings(limit=50), [])), "and not held-out documents"
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path):
@@ -450,7 +451,7 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
 def test_token_weights_need_self_labels(tmp_path):
     settings = replace(TINY, self_labels=False, frequency_weights=True)
     with pytest.raises(ValueError, match="`frequency_weights` needs `self_labels`"):
-        Material.prepare(TINY, tmp_path / "data").run_of(METHODS["routed"].arm, settings)
+        run_of(Material.prepare(TINY, tmp_path / "data"), METHODS["routed"].arm, settings)
 
 
 def test_what_would_repeat_another_cell_has_none():

@@ -12,7 +12,7 @@ from places import ROOT
 from report_parts import cells, summary
 from transformers import AutoModelForCausalLM
 
-from experiments.removal import Experiment
+from experiments.removal import Experiment, Settings
 from experiments.removal.train_cell import attack_data
 from experiments.report.attackers import attacker_documents
 from experiments.tables import absent, page_figures
@@ -20,7 +20,6 @@ from experiments.tables import experiment_tables as tables
 from experiments.tables import tradeoff_tables as tradeoff
 from experiments.tables.overview_table import overview
 from experiments.tables.results import load_experiment
-from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.relearning import Attack
 
 
@@ -109,7 +108,7 @@ def test_tables_name_what_is_asked_for_and_not_there():
 
 
 def test_tables_say_how_many_documents_attackers_have():
-    settings, about = DemoSettings(pair="arithmetic", limit=20), Experiment("s.json", attacks=["forget", "few-shot-16"])
+    settings, about = Settings(pair="arithmetic", limit=20), Experiment("s.json", attacks=["forget", "few-shot-16"])
     count = len(attack_data(Attack.parse("forget"), settings, about).forget_train)
     assert count == attacker_documents(asdict(settings), asdict(about)) > 16
     report = summary(cells(), pair="arithmetic", limit=20) | {"experiment": asdict(about)}

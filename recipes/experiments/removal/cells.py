@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from experiments.removal.methods import ALLOWED_RISE, EXTENSIONS, METHODS, UNLEARNING, UNLEARNING_STEPS, Method
+from experiments.removal.settings import Settings
 from experiments.report.methods import VARIANT, base_of
-from routed_peft.demo.settings import DemoSettings
 from routed_peft.evaluation.relearning import Attack
 from routed_peft.evaluation.relearning.grid import check_grid
+from routed_peft.mistakes import option
 from routed_peft.training.self_label_config import SETTING_NAMES
 
 ROUTING = (*SETTING_NAMES, "self_labels", "base_weight", "frequency_weights", "by_document", "region_learning_rate")
@@ -27,45 +28,23 @@ ATTACKING = ("relearn_documents", "relearn_steps", "relearn_learning_rates", "re
 
 @dataclass
 class Experiment:
-    """Methods, labels, seeds and attacks to be compared; the rest is `DemoSettings`."""
+    """Methods, labels, seeds and attacks to be compared; the rest is `Settings`."""
 
     summary_file: str = field(metadata={"help": "JSON with the numbers of every cell."})
-    cells_dir: str = field(default="runs/cells", metadata={"help": "Where every cell has its directory."})
-    methods: list[str] = field(
-        default_factory=lambda: ["no_routing", "filter", "routed", "perfect_filter"],
-        metadata={
-            "help": f"Of {', '.join(METHODS)}; with other settings of routing as in routed:forget_share=0.2,robust_share=0.1."
-        },
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of labels, order and weights."})
-    labeled_shares: list[float] = field(
-        default_factory=lambda: [0.5], metadata={"help": "Shares of the documents of either side that carry a label."}
-    )
-    attacks: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Relearning attacks on every model, such as few-shot-16, forget, mixed; or none."},
-    )
-    attack_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Learning rates tried; the worst case counts."}
-    )
-    attack_steps: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 5, 10, 20, 40, 80], metadata={"help": "Steps at which attacks are measured."}
-    )
-    attack_split: str = field(
-        default="validation",
-        metadata={
-            "help": "Whose documents attackers have: validation, which no model saw, or train, which models without a filter "
-            "were trained on."
-        },
-    )
-    extensions: int = field(default=1, metadata={"help": "Rates added beyond either end while the best is there."})
-    label_quality: list[str] = field(
-        default_factory=lambda: ["1/1"], metadata={"help": "RECALL/PRECISION of the labels, such as 0.9/0.8."}
-    )
+    cells_dir: str = option("runs/cells", "Where every cell has its directory.")
+    methods: list[str] = option(["no_routing", "filter", "routed", "perfect_filter"], f"Of {', '.join(METHODS)}; with other "
+        "settings of routing as in routed:forget_share=0.2,robust_share=0.1.")  # fmt: skip
+    seeds: list[int] = option([0, 1, 2], "Of labels, order and weights.")
+    labeled_shares: list[float] = option([0.5], "Shares of the documents of either side that carry a label.")
+    attacks: list[str] = option([], "Relearning attacks on every model, such as few-shot-16, forget, mixed; or none.")
+    attack_rates: list[float] = option([3e-4, 1e-3, 3e-3], "Learning rates tried; the worst case counts.")
+    attack_steps: list[int] = option([0, 1, 2, 5, 10, 20, 40, 80], "Steps at which attacks are measured.")
+    attack_split: str = option("validation", "Whose documents attackers have: validation, which no model saw, or "
+        "train, which models without a filter were trained on.")  # fmt: skip
+    extensions: int = option(1, "Rates added beyond either end while the best is there.")
+    label_quality: list[str] = option(["1/1"], "RECALL/PRECISION of the labels, such as 0.9/0.8.")
 
-    collect: bool = field(
-        default=False, metadata={"help": "Make nothing: write the summary of the cells that are there."}
-    )
+    collect: bool = option(False, "Make nothing: write the summary of the cells that are there.")
 
     def __post_init__(self) -> None:
         self.attacks = [name for name in self.attacks if name != "none"]  # a list on the command line cannot be empty
@@ -106,16 +85,16 @@ class MethodCell:
     shown: str
     name: str
     method: Method
-    settings: DemoSettings
+    settings: Settings
     labels: dict[str, float]
 
     @classmethod
-    def from_method(cls, shown: str, settings: DemoSettings) -> MethodCell:
+    def from_method(cls, shown: str, settings: Settings) -> MethodCell:
         """Return the cell of a method, or of a variant of it, under an experiment's settings."""
         asked, _, changes = shown.partition(VARIANT)
         changed = variant(changes)
         settings = replace(settings, labeled=float(settings.labeled), **changed)
-        name, plain = twin(asked, settings), DemoSettings()
+        name, plain = twin(asked, settings), Settings()
         method = METHODS[name]
         neutral = {key: getattr(plain, key) for key in irrelevant(method)}
         if fixed := sorted({*irrelevant(METHODS[asked]), *METHODS[asked].settings} & set(changed)):
@@ -179,7 +158,7 @@ def variant(changes: str) -> dict[str, Any]:
     return found
 
 
-def twin(name: str, settings: DemoSettings) -> str:
+def twin(name: str, settings: Settings) -> str:
     """Return the method that makes the same model without looking at labels, where there is one.
 
     With all labels, and right ones, filtering by them is the perfect filter, and a classifier has nothing to add. Without
@@ -190,7 +169,7 @@ def twin(name: str, settings: DemoSettings) -> str:
         ValueError: for UNDO without labels, which has nothing to start from.
 
     Example:
-        >>> none, all = DemoSettings(labeled=0.0), DemoSettings(labeled=1.0)
+        >>> none, all = Settings(labeled=0.0), Settings(labeled=1.0)
         >>> twin("filter", none), twin("routed", none), twin("npo", none), twin("filter", all), twin("routed", all)
         ('no_routing', 'control', 'no_routing', 'perfect_filter', 'routed')
     """
@@ -208,12 +187,12 @@ def twin(name: str, settings: DemoSettings) -> str:
     return "control" if method.arm.routed else "no_routing"
 
 
-def adds_nothing(name: str, settings: DemoSettings) -> bool:
+def adds_nothing(name: str, settings: Settings) -> bool:
     """Return whether a method's cell would repeat another's and be no measurement of it.
 
     Without labels nothing is unlearned, found by a classifier, or made longer; with all of them a classifier finds nothing.
 
-    >>> adds_nothing("npo", DemoSettings(labeled=0.0)), adds_nothing("routed", DemoSettings(labeled=0.0))
+    >>> adds_nothing("npo", Settings(labeled=0.0)), adds_nothing("routed", Settings(labeled=0.0))
     (True, False)
     """
     method = METHODS[name]
@@ -233,7 +212,7 @@ def irrelevant(method: Method) -> list[str]:
     ]
 
 
-def all_cells(experiment: Experiment, settings: DemoSettings) -> list[MethodCell]:
+def all_cells(experiment: Experiment, settings: Settings) -> list[MethodCell]:
     """Return the cells of an experiment, those of a seed together, each once."""
     if unknown := [name for name in experiment.methods if base_of(name) not in METHODS]:
         raise ValueError(f"`methods` has {unknown}; the methods are {list(METHODS)}")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from experiments.removal.settings import DEMO_ARMS, MethodArm
 from routed_peft.data import FORGET, RETAIN, UNLABELED
-from routed_peft.demo.settings import ARMS, Arm
 from routed_peft.training.benefit import benefit_threshold
 
 
@@ -33,7 +33,7 @@ class Method:
         noise: alpha and beta of UNDO.
     """
 
-    arm: Arm
+    arm: MethodArm
     settings: dict[str, Any] = field(default_factory=dict)
     labels: bool = True
     relabel: Callable[[Dataset], Dataset] | None = None
@@ -101,7 +101,6 @@ COHERENCE_STEPS = 41
 """After ablation, in ERA; as published."""
 COHERENCE_RATES = (5e-5, 3e-4)
 """The published rate, and the published share of the peak rate of training, which is higher here: the better one counts."""
-_ARM = {arm.key: arm for arm in ARMS}
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 UNLEARNING: dict[
     str, tuple[dict[str, Any], tuple[float, ...]]
@@ -115,28 +114,28 @@ UNLEARNING: dict[
 }
 
 METHODS = {
-    "no_routing": Method(_ARM["no_routing"], labels=False),
-    "perfect_filter": Method(_ARM["perfect_filter"], labels=False),
-    "filter": Method(_ARM["filter"]),
-    "filter_equal_retain": Method(_ARM["filter"], equal_retain=True),
-    "classifier_filter": Method(_ARM["filter"], relabel=tfidf_labels),
-    "classifier_filter_balanced": Method(_ARM["filter"], relabel=tfidf_balanced),
-    "classifier_filter_overrule": Method(_ARM["filter"], relabel=tfidf_overrule),
-    "routed": Method(_ARM["routed"]),
-    "sgtm": Method(_ARM["routed"], PLAIN),
-    "era": Method(replace(_ARM["routed"], era=True), PLAIN),
-    "era_coherent": Method(replace(_ARM["routed"], era=True), PLAIN, parent="era", change="cohere"),
-    "demix": Method(replace(_ARM["routed"], demix=True), PLAIN),
-    "control": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="ablate"),
-    "random_units": Method(_ARM["no_routing"], labels=False, parent="no_routing", change="random"),
+    "no_routing": Method(DEMO_ARMS["no_routing"], labels=False),
+    "perfect_filter": Method(DEMO_ARMS["perfect_filter"], labels=False),
+    "filter": Method(DEMO_ARMS["filter"]),
+    "filter_equal_retain": Method(DEMO_ARMS["filter"], equal_retain=True),
+    "classifier_filter": Method(DEMO_ARMS["filter"], relabel=tfidf_labels),
+    "classifier_filter_balanced": Method(DEMO_ARMS["filter"], relabel=tfidf_balanced),
+    "classifier_filter_overrule": Method(DEMO_ARMS["filter"], relabel=tfidf_overrule),
+    "routed": Method(DEMO_ARMS["routed"]),
+    "sgtm": Method(DEMO_ARMS["routed"], PLAIN),
+    "era": Method(replace(DEMO_ARMS["routed"], era=True), PLAIN),
+    "era_coherent": Method(replace(DEMO_ARMS["routed"], era=True), PLAIN, parent="era", change="cohere"),
+    "demix": Method(replace(DEMO_ARMS["routed"], demix=True), PLAIN),
+    "control": Method(DEMO_ARMS["no_routing"], labels=False, parent="no_routing", change="ablate"),
+    "random_units": Method(DEMO_ARMS["no_routing"], labels=False, parent="no_routing", change="random"),
 } | {
-    name: Method(_ARM["no_routing"], parent="no_routing", change=name, unlearning=weights, rates=rates)
+    name: Method(DEMO_ARMS["no_routing"], parent="no_routing", change=name, unlearning=weights, rates=rates)
     for name, (weights, rates) in UNLEARNING.items()
 }
 METHODS |= {
-    f"undo-{alpha:g}": Method(_ARM["no_routing"], parent="maxent", change="undo", noise=(alpha, 0.1))
+    f"undo-{alpha:g}": Method(DEMO_ARMS["no_routing"], parent="maxent", change="undo", noise=(alpha, 0.1))
     for alpha in ALPHAS
 }
-METHODS["undo-1"] = Method(_ARM["no_routing"], parent="maxent", change="undo", noise=(1.0, 1.0))
-METHODS["routed_undo"] = Method(_ARM["no_routing"], parent="routed", change="undo", noise=(0.6, 0.1))
+METHODS["undo-1"] = Method(DEMO_ARMS["no_routing"], parent="maxent", change="undo", noise=(1.0, 1.0))
+METHODS["routed_undo"] = Method(DEMO_ARMS["no_routing"], parent="routed", change="undo", noise=(0.6, 0.1))
 """The methods by name."""

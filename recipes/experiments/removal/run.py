@@ -17,9 +17,9 @@ from rich.console import Console
 from experiments.common.cells import Cell, CellStore
 from experiments.common.engine import Design, Row, SummaryFile, run_cells
 from experiments.removal.cells import DEFAULTS, LABELS, Experiment, MethodCell, all_cells
+from experiments.removal.settings import Settings
 from experiments.removal.train_cell import attack, check_attacks, make
 from experiments.report.reading import EXPERIMENT_FORMAT, read_experiment
-from routed_peft.demo.settings import DemoSettings
 from routed_peft.runs.records import RUN
 
 ATTACK_SETTINGS = ("attack_rates", "attack_steps", "extensions", "attack_split")
@@ -36,7 +36,7 @@ class Removal(Design):
 
     defaults = DEFAULTS
 
-    def __init__(self, experiment: Experiment, settings: DemoSettings) -> None:
+    def __init__(self, experiment: Experiment, settings: Settings) -> None:
         self.experiment, self.settings = experiment, settings
         self.attack_settings = {name: getattr(experiment, name) for name in ATTACK_SETTINGS}
         self.cells = [self._cell(cell) for cell in all_cells(experiment, settings)]
@@ -93,7 +93,7 @@ def versions_of(folders: Iterable[Path]) -> dict[str, str]:
     return {name: " or ".join(sorted(versions)) for name, versions in found.items()}
 
 
-def run_experiment(experiment: Experiment, settings: DemoSettings) -> None:
+def run_experiment(experiment: Experiment, settings: Settings) -> None:
     """Make and attack all cells that are not there yet, and write the summary after each; see `run_cells`.
 
     Args:

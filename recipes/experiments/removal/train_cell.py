@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from experiments.common.cells import NUMBERS, Site
 from experiments.common.progress import Ticker
 from experiments.removal.cells import Experiment, MethodCell
 from experiments.removal.derive_cell import change
+from experiments.removal.material import make_rows, run_of, share_of, tokens_by_side
+from experiments.removal.settings import MethodArm, Settings
+from experiments.removal.training import regions_of, train
 from routed_peft.corpora import PAIRS, load_pair
 from routed_peft.corpora.arithmetic import EQUIVALENT
 from routed_peft.data import FORGET, RETAIN, UNLABELED, first_of, labeled_tokens
-from routed_peft.demo.material import SIDES, Material, share_of, tokens_by_side
+from routed_peft.demo.material import SIDES, Material
 from routed_peft.demo.measuring import measure_model, open_model
-from routed_peft.demo.settings import Arm, DemoSettings
-from routed_peft.demo.training import REGION, regions_of, train_arm
+from routed_peft.demo.training import REGION
 from routed_peft.evaluation.measures import bootstrap, region_activity
 from routed_peft.evaluation.relearning import Attack, AttackData, RelearnOptions, relearn
 from routed_peft.evaluation.relearning.grid import check_settings
@@ -38,7 +41,7 @@ UNRELATED = {pair: "biology" if pair == "spanish" else "spanish" for pair in PAI
 def make(cell: MethodCell, site: Site) -> dict[str, Any]:
     """Train a cell's model, or change that of its parent, measure it, and return its numbers."""
     settings, arm, folder = cell.settings, cell.method.arm, site.folder
-    material = Material.prepare(settings, folder / "data", cell.method.relabel)
+    material = Material.prepare(settings, folder / "data", partial(make_rows, relabel=cell.method.relabel))
     if cell.method.change:
         about = change(cell, site.parent, out=folder / cell.method.plain, material=material)
         return with_former(about, cell, site.parent) | measured(
@@ -46,11 +49,9 @@ def make(cell: MethodCell, site: Site) -> dict[str, Any]:
         )
     if cell.method.equal_retain:
         settings = replace(settings, steps=round(settings.steps * stretch(material, arm, settings)))
-    run, records = material.run_of(arm, settings), RunDirectory(folder)
+    run, records = run_of(material, arm, settings), RunDirectory(folder)
     records.start(asdict(settings) | {"method": cell.name}, seeds={"seed": settings.seed})
-    labels = train_arm(
-        arm, settings, material=material, run=run, folder=folder, records=records, watcher=Ticker(site.tick)
-    )
+    labels = train(arm, settings, material=material, run=run, folder=folder, records=records, watcher=Ticker(site.tick))
     numbers: dict[str, Any] = {"tokens_by_side": tokens_by_side(run, settings.length), "targets_by_label": labels}
     if cell.method.labels:
         numbers["unlabeled_tokens_by_side"] = tokens_by_side(run, settings.length, UNLABELED)
@@ -85,7 +86,7 @@ def last_validation(records: RunDirectory, ablated: bool) -> dict[str, float]:
     return {f"validation_{point['split']}_loss": point["loss"] for point in points}
 
 
-def measured(model: nn.Module, settings: DemoSettings, material: Material) -> dict[str, Any]:
+def measured(model: nn.Module, settings: Settings, material: Material) -> dict[str, Any]:
     """Return what `measure_model` does, and between which losses other documents of a side would lie in 95 of 100 draws."""
     numbers: dict[str, Any] = dict(measure_model(model, settings, material))
     for side, texts in test_texts(settings).items():
@@ -94,19 +95,19 @@ def measured(model: nn.Module, settings: DemoSettings, material: Material) -> di
     return numbers
 
 
-def test_texts(settings: DemoSettings) -> dict[str, list[str]]:
+def test_texts(settings: Settings) -> dict[str, list[str]]:
     """Return the test documents of either side that models are measured on."""
     test = load_pair(settings.pair, "test")
     return {side: first_of(test, side, settings.limit)["text"][:] for side in SIDES}
 
 
-def stretch(material: Material, arm: Arm, settings: DemoSettings) -> float:
+def stretch(material: Material, arm: MethodArm, settings: Settings) -> float:
     """Return how many times longer an arm must train to see the retain text that teaches the base of the routed arm."""
     if settings.forget_share is None:
         raise ValueError(
             "`filter_equal_retain` needs a `forget_share`, by which it knows how much retain text routing sees"
         )
-    own = tokens_by_side(material.run_of(arm, settings), 1)[RETAIN] / (settings.steps * settings.batch_size)
+    own = tokens_by_side(run_of(material, arm, settings), 1)[RETAIN] / (settings.steps * settings.batch_size)
     rest = (1 - settings.forget_share) * (1 - settings.robust_share * settings.self_labels)
     first = 1 - settings.first_forget_share
     return (settings.labeled_first * first + (1 - settings.labeled_first) * rest) / own
@@ -154,7 +155,7 @@ def attack(cell: MethodCell, site: Site, *, name: str, experiment: Experiment) -
     ]
 
 
-def check_attacks(experiment: Experiment, settings: DemoSettings) -> None:
+def check_attacks(experiment: Experiment, settings: Settings) -> None:
     """Raise ValueError where an attack lacks text, before the first model is trained."""
     for name in experiment.attacks:
         plan = Attack.parse(name, length=settings.length)
@@ -168,7 +169,7 @@ def rates_of(plan: Attack, experiment: Experiment) -> list[float] | None:
     return experiment.attack_rates if plan.method in ("full", "lora") else None
 
 
-def attack_data(plan: Attack, settings: DemoSettings, experiment: Experiment) -> AttackData:
+def attack_data(plan: Attack, settings: Settings, experiment: Experiment) -> AttackData:
     """Return what an attacker trains on, and what is scored."""
     texts, test = load_pair(settings.pair, experiment.attack_split), test_texts(settings)
     mine = {side: first_of(texts, side)["text"][:] for side in SIDES}
@@ -185,7 +186,7 @@ def attack_data(plan: Attack, settings: DemoSettings, experiment: Experiment) ->
     return replace(data, facts=known_facts(settings, data.forget_test)) if plan.data == "facts" else data
 
 
-def known_facts(settings: DemoSettings, scored: Sequence[str]) -> list[str | tuple[str, ...]]:
+def known_facts(settings: Settings, scored: Sequence[str]) -> list[str | tuple[str, ...]]:
     """Return what a model that was trained on forget data has seen of it: documents, or facts, with what they tell."""
     corpus = PAIRS[settings.pair].forget
     if corpus in EQUIVALENT:

@@ -10,9 +10,9 @@ import yaml
 
 from experiments.removal.cells import adds_nothing, parse_quality
 from experiments.removal.methods import METHODS
+from experiments.removal.settings import Settings
 from experiments.report.aggregate import Condition, complete_seeds
 from experiments.report.methods import base_of, card
-from routed_peft.demo.settings import DemoSettings
 
 Report = dict[str, Any]
 """A summary of `recipes/experiment.py`."""
@@ -53,7 +53,7 @@ def not_run(report: Report, labels: Sequence[Labels], methods: Collection[str] |
             base = base_of(method)
             if methods is not None and base not in methods:
                 continue
-            if adds_nothing(base, DemoSettings(labeled=labeled, recall=recall, precision=precision)):
+            if adds_nothing(base, Settings(labeled=labeled, recall=recall, precision=precision)):
                 continue
             looks = METHODS[base].labels
             wanted = Condition(method, labeled, recall, precision) if looks else Condition(method)
