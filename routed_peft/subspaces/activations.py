@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from routed_peft.architectures import decoder_layers, find_writers, layer_index
@@ -18,48 +20,34 @@ Conversations = Sequence[Conversation]
 """Prompts and their responses, in the form that the model reads (chat template applied)."""
 
 
-def check_layers(model: nn.Module, layers: Sequence[int]) -> None:
-    """Raise ValueError where ``layers`` is empty, or names a decoder layer that the model lacks."""
-    have = len(decoder_layers(model))
-    if not layers or not all(0 <= layer < have for layer in layers):
-        raise ValueError(f"`layers` must be among the decoder layers 0 … {have - 1} of this model, got {list(layers)}")
-
-
+@torch.no_grad()
 def response_means(
     model: nn.Module, tokenizer: Tokenizer, *, conversations: Conversations, layers: Sequence[int], batch_size: int = 8
 ) -> dict[int, Tensor]:
     """Return the mean residual stream behind each decoder layer over the tokens of each response: float32 ``(n, d)``."""
     means: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     streams = _residual_streams(model, tokenizer, conversations=conversations, layers=layers, batch_size=batch_size)
-    with torch.no_grad():
-        for hidden, mask in streams:
-            weights = mask.float().unsqueeze(2)
-            for layer, h in hidden.items():
-                means[layer].append(((h.float() * weights).sum(1) / weights.sum(1)).cpu())
+    for hidden, mask in streams:
+        weights = mask.float().unsqueeze(2)
+        for layer, h in hidden.items():
+            means[layer].append(((h.float() * weights).sum(1) / weights.sum(1)).cpu())
     return {layer: torch.cat(parts) for layer, parts in means.items()}
 
 
+@torch.no_grad()
 def covariance(
     model: nn.Module, tokenizer: Tokenizer, *, conversations: Conversations, layer: int, batch_size: int = 8
 ) -> Tensor:
     """Return the uncentered second moment ``(d, d)`` of the residual stream behind ``layer`` over all response tokens."""
-    total: Tensor | float = 0.0
     streams = _residual_streams(model, tokenizer, conversations=conversations, layers=[layer], batch_size=batch_size)
-    with torch.no_grad():
-        for hidden, mask in streams:
-            h = hidden[layer][mask].cpu().double()
-            total = total + h.T @ h
-    assert isinstance(total, Tensor)
-    return total
+    rows = (hidden[layer][mask].cpu().double() for hidden, mask in streams)
+    return reduce(torch.add, (h.T @ h for h in rows))
 
 
 def writer_gradients(
     model: nn.Module, tokenizer: Tokenizer, *, conversations: Conversations, batch_size: int = 8
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (layer, gradient ``(N, d)`` by position) of the responses' loss at each residual writer's output.
-
-    Fine-tuning on the conversations would follow this gradient.
-    """
+    """Yield (layer, gradient ``(N, d)`` by position) of the responses' loss at each residual writer's output."""
     caught: list[tuple[int, Tensor]] = []
 
     def watch(layer: int) -> Callable[..., Tensor]:
@@ -87,8 +75,10 @@ def _residual_streams(
     model: nn.Module, tokenizer: Tokenizer, *, conversations: Conversations, layers: Sequence[int], batch_size: int
 ) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
     """Yield, by batch, the residual stream behind each layer ``(B, T, d)`` and the mask of response tokens ``(B, T)``."""
-    check_layers(model, layers)
     blocks, caught = decoder_layers(model), dict[int, Tensor]()
+    if not layers or not set(layers) <= blocks.keys():
+        there = f"the decoder layers 0 … {len(blocks) - 1} of this model"
+        raise ValueError(f"`layers` must be among {there}, got {list(layers)}")
 
     def watch(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -117,11 +107,9 @@ def _batches(
             after = list(tokenizer(response, add_special_tokens=False)["input_ids"])
             if not after:
                 raise ValueError(f"conversation {i} has an empty response: give each response one token or more")
-            rows.append((before, after))
-        length = max(len(before) + len(after) for before, after in rows)
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        attention, mask = torch.zeros_like(ids), torch.zeros(len(rows), length, dtype=torch.bool)
-        for i, (before, after) in enumerate(rows):  # padding on the right, to which no token attends
-            stop = len(before) + len(after)
-            ids[i, :stop], attention[i, :stop], mask[i, len(before) : stop] = torch.tensor(before + after), 1, True
-        yield {"input_ids": ids.to(device), "attention_mask": attention.to(device)}, mask.to(device)
+            marks = [False] * len(before) + [True] * len(after)
+            rows.append((torch.tensor(before + after), torch.ones(len(marks), dtype=torch.long), torch.tensor(marks)))
+        # padding on the right, to which no token attends
+        padded = (pad_sequence(list(part), batch_first=True).to(device) for part in zip(*rows, strict=True))
+        ids, attention, mask = padded
+        yield {"input_ids": ids, "attention_mask": attention}, mask

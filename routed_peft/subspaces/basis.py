@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from routed_peft.deprecation import warn_renamed
 from routed_peft.files import atomic_write
 
 _METADATA = "routed_peft_subspace"
+_DERIVED = ("width", "k", "layers", "layer_convention", "sha256")
 _SHARED = "U"
 _TOLERANCE = 1e-4
 
@@ -57,6 +58,15 @@ def orthonormal(directions: Tensor) -> Tensor:
     return u[:, s > 1e-6 * s.max()].float().to(directions.device)
 
 
+def each_basis(
+    bases: Tensor | Mapping[int, Tensor], change: Callable[[Tensor, int | None], Tensor]
+) -> Tensor | dict[int, Tensor]:
+    """Return what ``change`` makes of a tensor, or of each layer's in order; it is called with the tensor and its layer."""
+    if isinstance(bases, Tensor):
+        return change(bases, None)
+    return {int(layer): change(bases[layer], int(layer)) for layer in sorted(bases, key=int)}
+
+
 @dataclass(frozen=True)
 class Subspace:
     """A basis for all layers, or one for each of several layers.
@@ -77,25 +87,19 @@ class Subspace:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.bases, Tensor):
-            object.__setattr__(self, "bases", self.bases.detach().to("cpu", torch.float32).contiguous())
-        else:
-            bases = {int(i): u.detach().to("cpu", torch.float32).contiguous() for i, u in self.bases.items()}
-            object.__setattr__(self, "bases", dict(sorted(bases.items())))
-        if not self._named():
+        bases = each_basis(self.bases, lambda u, _: u.detach().to("cpu", torch.float32).contiguous())
+        object.__setattr__(self, "bases", bases)
+        if not (named := self._named()):
             raise ValueError("`bases` is empty: give a basis (d, k), or one per decoder layer")
-        for name, u in self._named().items():
+        for name, u in named.items():
             check_basis(u, f"`{name}`")
-        shapes = sorted({tuple(u.shape) for u in self._named().values()})
-        if len(shapes) > 1:
+        if len(shapes := sorted({tuple(u.shape) for u in named.values()})) > 1:
             raise ValueError(f"the bases of all layers must have one shape (d, k), got {shapes}")
 
     @classmethod
     def from_directions(cls, directions: Tensor | Mapping[int, Tensor], **provenance: Any) -> Subspace:
         """Return the span of ``directions``, ``(n, d)`` or such by layer; they need not be orthonormal."""
-        if isinstance(directions, Tensor):
-            return cls(orthonormal(directions), provenance)
-        return cls({layer: orthonormal(v) for layer, v in directions.items()}, provenance)
+        return cls(each_basis(directions, lambda v, _: orthonormal(v)), provenance)
 
     @classmethod
     def of(cls, directions: Tensor | Mapping[int, Tensor], **provenance: Any) -> Subspace:
@@ -122,10 +126,10 @@ class Subspace:
         """Return the basis for a decoder layer; ValueError where there is none."""
         if isinstance(self.bases, Tensor):
             return self.bases
-        if layer not in self.bases:
-            problem = f"this subspace has no basis for layer {layer}, only for {self.layers}"
-            raise ValueError(f"{problem}: measure it there, or choose `layers_to_transform`")
-        return self.bases[layer]
+        if layer in self.bases:
+            return self.bases[layer]
+        raise ValueError(f"this subspace has no basis for layer {layer}, only for {self.layers}: measure it there, or choose "
+                         "`layers_to_transform`")  # fmt: skip
 
     @property
     def sha256(self) -> str:
@@ -137,9 +141,8 @@ class Subspace:
 
     def describe(self) -> dict[str, Any]:
         """Return the provenance, shape and hash as plain data for JSON."""
-        shape = {"width": self.width, "k": self.k, "layers": self.layers}
-        convention = "resid_post of decoder layer, from 0"
-        return {**self.provenance, **shape, "layer_convention": convention, "sha256": self.sha256}
+        derived = (self.width, self.k, self.layers, "resid_post of decoder layer, from 0", self.sha256)
+        return {**self.provenance, **dict(zip(_DERIVED, derived, strict=True))}
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file: ``U``, or ``U.0``, ``U.1``, …, with the provenance as JSON in its metadata."""
@@ -163,8 +166,7 @@ class Subspace:
             raise ValueError(f"{str(path)!r} is not a subspace file: it holds {sorted(tensors)[:3]} and no provenance. "
                              "Make one with `routed_peft.subspaces` and `Subspace.save`")  # fmt: skip
         described = json.loads(metadata)
-        derived = ("width", "k", "layers", "layer_convention", "sha256")
-        provenance = {name: value for name, value in described.items() if name not in derived}
+        provenance = {name: value for name, value in described.items() if name not in _DERIVED}
         shared = tensors.get(_SHARED)
         bases = {int(name.removeprefix("U.")): u for name, u in tensors.items()} if shared is None else shared
         subspace = cls(bases, provenance)
@@ -176,3 +178,41 @@ class Subspace:
         if isinstance(self.bases, Tensor):
             return {_SHARED: self.bases}
         return {f"U.{layer}": u for layer, u in self.bases.items()}
+
+
+@torch.no_grad()
+def leak(weight: Tensor, initial: Tensor, u: Tensor) -> float:
+    r"""Return the share of a writer's weight change that lies along the subspace.
+
+    .. math:: \mathrm{leak}(W) = \frac{\lVert U^\top (W - W_0) \rVert^2}{\lVert W - W_0 \rVert^2}
+
+    A change in random directions has k / d. After `routed_peft.regions.project_base` only rounding is left, about 1e-14 in
+    float32. More than 1e-6 in float32, or 1e-3 in bfloat16, is an alarm. Weights are ``(d, n)``, so transpose those of a Conv1D
+    or an embedding, and ``u`` is ``(d, k)``; 0 where nothing changed.
+
+    >>> leak(torch.tensor([[3.0], [4.0]]), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]]))
+    0.36
+    """
+    check_basis(u)
+    change = weight.cpu().double() - initial.cpu().double()  # on the CPU, because not every GPU has float64
+    total = float(change.square().sum())
+    return float((u.to(change).T @ change).square().sum()) / total if total else 0.0
+
+
+@torch.no_grad()
+def drift(hidden: Tensor, reference: Tensor, u: Tensor) -> float:
+    r"""Return the relative change of hidden states along the subspace.
+
+    .. math:: d_U = \frac{\lVert U^\top (h - h_0) \rVert}{\lVert U^\top h_0 \rVert}
+
+    The cut removes the gradient along the subspace, which is a first-order protection. This measures the movement that
+    remains, on fixed texts, with the region ablated. Hidden states are residual streams ``(..., d)``; the reference is that of
+    the untrained model; ``u`` is ``(d, k)``.
+
+    >>> drift(torch.tensor([3.0, 9.0]), torch.tensor([2.0, 0.0]), torch.tensor([[1.0], [0.0]]))
+    0.5
+    """
+    check_basis(u)
+    basis = u.cpu().double()
+    before = reference.cpu().double() @ basis
+    return float((hidden.cpu().double() @ basis - before).norm() / before.norm())

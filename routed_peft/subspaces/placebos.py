@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from routed_peft.deprecation import formerly_positional
 from routed_peft.subspaces.activations import Conversations, covariance
-from routed_peft.subspaces.basis import Subspace
+from routed_peft.subspaces.basis import Subspace, each_basis
 
 
 def haar(like: Subspace, seed: int) -> Subspace:
@@ -26,7 +25,7 @@ def haar(like: Subspace, seed: int) -> Subspace:
         q, r = torch.linalg.qr(torch.randn(u.shape, generator=generator, dtype=torch.float64))
         return (q * r.diagonal().sign()).float()  # without the signs, QR is not uniform
 
-    return _of_the_same_shape(like, draw, source="haar", seed=seed, in_place_of=like.sha256)
+    return Subspace(each_basis(like.bases, draw), {"source": "haar", "seed": seed, "in_place_of": like.sha256})
 
 
 @formerly_positional("tokenizer", "texts", "seed", "layer")
@@ -51,11 +50,11 @@ def energy_matched(
         raise ValueError("this subspace serves all layers, and does not say where it was measured: give `layer`")
 
     def draw(u: Tensor, own: int | None) -> Tensor:
-        at = own if own is not None else cast(int, common)
+        at = cast(int, common if own is None else own)
         return matched_directions(u, covariance(model, tokenizer, conversations=texts, layer=at), generator)
 
-    about = {"seed": seed, "in_place_of": like.sha256, "measured_at": common}
-    return _of_the_same_shape(like, draw, source="energy_matched", **about)
+    about = {"source": "energy_matched", "seed": seed, "in_place_of": like.sha256, "measured_at": common}
+    return Subspace(each_basis(like.bases, draw), about)
 
 
 def matched_directions(u: Tensor, moment: Tensor, generator: torch.Generator) -> Tensor:
@@ -70,8 +69,7 @@ def matched_directions(u: Tensor, moment: Tensor, generator: torch.Generator) ->
     free = torch.ones(len(values), dtype=torch.bool)
     chosen = torch.zeros(u.shape, dtype=torch.float64)
     for j in energies.argsort(descending=True).tolist():
-        above = (free & (values >= energies[j])).nonzero().squeeze(1)
-        below = (free & (values < energies[j])).nonzero().squeeze(1)
+        above, below = ((free & side).nonzero().squeeze(1) for side in (values >= energies[j], values < energies[j]))
         if not len(above) or not len(below):  # beyond the spectrum's end: the nearest unused eigenvector
             nearest = int(torch.where(free, (values - energies[j]).abs(), torch.inf).argmin())
             free[nearest], chosen[:, j] = False, vectors[:, nearest]
@@ -83,9 +81,3 @@ def matched_directions(u: Tensor, moment: Tensor, generator: torch.Generator) ->
         free[a] = False
         free[b] = free[b] & (share == 1)  # an eigenvector's own energy needs no partner
     return chosen.float()
-
-
-def _of_the_same_shape(like: Subspace, draw: Callable[[Tensor, int | None], Tensor], **provenance: Any) -> Subspace:
-    if isinstance(like.bases, Tensor):
-        return Subspace(draw(like.bases, None), provenance)
-    return Subspace({layer: draw(u, layer) for layer, u in like.bases.items()}, provenance)

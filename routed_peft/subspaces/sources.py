@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -35,13 +36,11 @@ def difference_of_means(
     ``model`` is the one to be trained, as it is before; ``positive`` conversations show the trait, and ``negative`` ones,
     perhaps of another number, do not. A ValueError names an unknown layer or an empty response.
     """
-    chosen = _chosen(model, layers)
-    with_trait, without = (
-        response_means(model, tokenizer, conversations=texts, layers=chosen) for texts in (positive, negative)
-    )
-    directions = {layer: (with_trait[layer].mean(0) - without[layer].mean(0)).unsqueeze(0) for layer in chosen}
-    about = {"positive": len(positive), "negative": len(negative)}
-    return _measured(directions, layers, source="difference_of_means", **_origin(model), **about)
+    chosen = _listed(layers, decoder_layers(model))
+    shown, plain = [response_means(model, tokenizer, conversations=c, layers=chosen) for c in (positive, negative)]
+    directions = {layer: (shown[layer].mean(0) - plain[layer].mean(0)).unsqueeze(0) for layer in chosen}
+    about = {**_origin(model), "positive": len(positive), "negative": len(negative)}
+    return _measured(directions, layers, source="difference_of_means", **about)
 
 
 @formerly_positional("positive", "negative", "layers", "k")
@@ -53,17 +52,14 @@ def contrastive_pca(
     ``model`` is the one to be trained, as it is before; ``negative`` are the counterparts of ``positive``, in the same
     order, and there are at least ``k`` pairs.
     """
-    if len(positive) != len(negative):
-        got = f"{len(positive)} and {len(negative)} conversations"
-        raise ValueError(f"`positive` and `negative` must be pairs, got {got}")
-    if not 1 <= k <= len(positive):
-        raise ValueError(f"`k` must be from 1 to the number of pairs, {len(positive)}, got {k}")
-    chosen = _chosen(model, layers)
-    with_trait, without = (
-        response_means(model, tokenizer, conversations=texts, layers=chosen) for texts in (positive, negative)
-    )
-    directions, energy = _leading({layer: with_trait[layer] - without[layer] for layer in chosen}, k)
-    return _measured(directions, layers, source="contrastive_pca", **_origin(model), pairs=len(positive), energy=energy)
+    if (n := len(positive)) != len(negative):
+        raise ValueError(f"`positive` and `negative` must be pairs, got {n} and {len(negative)} conversations")
+    if not 1 <= k <= n:
+        raise ValueError(f"`k` must be from 1 to the number of pairs, {n}, got {k}")
+    chosen = _listed(layers, decoder_layers(model))
+    shown, plain = [response_means(model, tokenizer, conversations=c, layers=chosen) for c in (positive, negative)]
+    directions, energy = _leading({layer: shown[layer] - plain[layer] for layer in chosen}, k)
+    return _measured(directions, layers, source="contrastive_pca", **_origin(model), pairs=n, energy=energy)
 
 
 def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
@@ -83,8 +79,7 @@ def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
             raise ValueError(f"{str(folder)!r} is no autoencoder in SAELens's layout: it has no {path.name}")
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings |= settings.get("metadata") or {}
-    hook = str(settings.get("hook_name"))
-    found = _HOOK.fullmatch(hook)
+    found = _HOOK.fullmatch(hook := str(settings.get("hook_name")))
     if found is None or found[2] not in _SITES:
         raise ValueError(
             f"this autoencoder was trained at {hook!r}, which is not the residual stream: take one of `hook_resid_post`, "
@@ -93,8 +88,7 @@ def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
     with safe_open(weights, framework="pt") as file:
         if "W_dec" not in file.keys():  # noqa: SIM118
             raise ValueError(f"{str(weights)!r} has no tensor `W_dec`, only {sorted(file.keys())}")
-        decoder = file.get_slice("W_dec")
-        size = decoder.get_shape()[0]
+        size = (decoder := file.get_slice("W_dec")).get_shape()[0]
         if not latents or not all(0 <= i < size for i in latents):
             raise ValueError(f"`latents` must be ids from 0 to {size - 1}, got {list(latents)}")
         rows = torch.cat([decoder[i : i + 1] for i in latents])
@@ -129,15 +123,16 @@ def tensor_file(
     read = {str(path): _tensor(path, key) for path in files}
     flat = all(t.dim() == 1 for t in read.values())
     if flat and not isinstance(layers, int):
-        remedy = "give the one that they were measured at, as `layers`"
-        raise ValueError(f"files of one direction serve all layers: {remedy}")
+        raise ValueError(
+            "files of one direction serve all layers: give the one that they were measured at, as `layers`"
+        )
     count = min(1 if flat else len(t) - shift for t in read.values())
-    chosen = [layers] if isinstance(layers, int) else list(range(count) if layers is None else layers)
+    chosen = _listed(layers, range(count))
     if not flat and not all(0 <= layer < count for layer in chosen):
         raise ValueError(f"`layers` must be from 0 to {count - 1}, the rows of {list(read)} as {rows}, got {chosen}")
     directions = {i: torch.stack([(t if flat else t[i + shift]).float() for t in read.values()]) for i in chosen}
-    names = [path.name for path in files]
-    return _measured(directions, layers, source="tensor_file", files=names, key=key, rows=rows, **provenance)
+    provenance = {"files": [path.name for path in files], "key": key, "rows": rows, **provenance}
+    return _measured(directions, layers, source="tensor_file", **provenance)
 
 
 @formerly_positional("k", "layers")
@@ -153,20 +148,18 @@ def weight_change(
     Raises:
         ValueError: where the two have different writers, or a layer changed in fewer than ``k`` directions.
     """
-    old, new = (find_writers(_model(m)) for m in (before, after))
+    models = [m if isinstance(m, nn.Module) else AutoModelForCausalLM.from_pretrained(m) for m in (before, after)]
+    old, new = (find_writers(model) for model in models)
     shapes = [{name: tuple(_matrix(m).shape) for name, m in writers.items()} for writers in (old, new)]
     if shapes[0] != shapes[1]:
         raise ValueError("`before` and `after` have different residual writers: they must be one architecture and size")
-    by_layer: dict[int, list[Tensor]] = {}
+    by_layer: dict[int, list[Tensor]] = defaultdict(list)
     for name in old:
-        index = layer_index(name)
-        assert index is not None
-        by_layer.setdefault(index, []).append(_matrix(new[name]) - _matrix(old[name]))
-    chosen = [layers] if isinstance(layers, int) else list(by_layer if layers is None else layers)
-    if not set(chosen) <= set(by_layer):
+        by_layer[cast(int, layer_index(name))].append(_matrix(new[name]) - _matrix(old[name]))
+    if not set(chosen := _listed(layers, by_layer)) <= set(by_layer):
         raise ValueError(f"`layers` must be among {list(by_layer)}, got {chosen}")
     directions, energy = _leading({layer: torch.cat(by_layer[layer], 1).T for layer in chosen}, k)
-    return _measured(directions, layers, source="weight_change", **_origin(_model(after)), energy=energy)
+    return _measured(directions, layers, source="weight_change", **_origin(models[1]), energy=energy)
 
 
 def _leading(samples: Mapping[int, Tensor], k: int) -> tuple[dict[int, Tensor], dict[str, float]]:
@@ -188,17 +181,13 @@ def _measured(directions: Mapping[int, Tensor], layers: Layers, **provenance: An
     return Subspace.from_directions(directions, **provenance)
 
 
-def _chosen(model: nn.Module, layers: Layers) -> list[int]:
-    return [layers] if isinstance(layers, int) else list(decoder_layers(model) if layers is None else layers)
+def _listed(layers: Layers, every: Iterable[int]) -> list[int]:
+    return [layers] if isinstance(layers, int) else list(every if layers is None else layers)
 
 
 def _origin(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     return {"model": getattr(config, "_name_or_path", None) or None, "revision": getattr(config, "_commit_hash", None)}
-
-
-def _model(model: nn.Module | str | Path) -> nn.Module:
-    return model if isinstance(model, nn.Module) else AutoModelForCausalLM.from_pretrained(model)
 
 
 def _matrix(writer: Any) -> Tensor:
@@ -221,7 +210,8 @@ def _tensor(path: Path, key: str | None) -> Tensor:
             names = sorted(map(str, content))[:10]
             raise ValueError(f"{str(path)!r} holds {names}: name one of them as `key`, got {key!r}")
         content = content[key]
-    if not isinstance(content, Tensor) or content.dim() not in (1, 2):
-        got = getattr(content, "shape", content)
-        raise ValueError(f"{str(path)!r} must hold a tensor (n_layers, d) or (d,), got {got}")
-    return content
+    if isinstance(content, Tensor) and content.dim() in (1, 2):
+        return content
+    raise ValueError(
+        f"{str(path)!r} must hold a tensor (n_layers, d) or (d,), got {getattr(content, 'shape', content)}"
+    )

@@ -56,8 +56,8 @@ class Validation:
             if at.auroc <= auroc:
                 found.append(f"{name}: a random subspace tells the texts apart as well ({auroc:.2f})")
             if at.energy <= energy:
-                shares = f"{energy:.3f}, this one {at.energy:.3f}"
-                found.append(f"{name}: a random subspace holds as much of the gradient ({shares})")
+                rival = f"a random subspace holds as much of the gradient ({energy:.3f}, this one {at.energy:.3f})"
+                found.append(f"{name}: {rival}")
         return found
 
     @property
@@ -107,22 +107,18 @@ def validate(
         raise ValueError(f"{_FEWEST} texts a side at least are needed, got {len(positive)} and {len(negative)}")
     if len(set(seeds)) < 3:
         raise ValueError(f"compare with at least 3 random subspaces, got the seeds {list(seeds)}")
-    chosen = list(layers if layers is not None else subspace.layers or [])
+    measured = subspace.provenance.get("measured_at")
+    chosen = list((subspace.layers if layers is None else layers) or ([] if measured is None else [int(measured)]))
     if not chosen:
-        measured = subspace.provenance.get("measured_at")
-        if measured is None:
-            raise ValueError("this subspace serves all layers, and does not say where it was measured: give `layers`")
-        chosen = [int(measured)]
+        raise ValueError("this subspace serves all layers, and does not say where it was measured: give `layers`")
     candidates = [subspace, *(haar(subspace, seed) for seed in seeds)]
-    with_trait, without = (
-        response_means(model, tokenizer, conversations=texts, layers=chosen) for texts in (positive, negative)
-    )
+    shown, plain = [response_means(model, tokenizer, conversations=c, layers=chosen) for c in (positive, negative)]
     energies = _energies(candidates, model, tokenizer=tokenizer, texts=positive, layers=chosen)
     found = []
     for layer in chosen:
-        aurocs = [_auroc(with_trait[layer], without[layer], candidate.at(layer)) for candidate in candidates]
-        own, *random = energies[layer]
-        found.append(LayerValidation(layer, aurocs[0], tuple(aurocs[1:]), own, tuple(random)))
+        auroc, *aurocs = (_auroc(shown[layer], plain[layer], candidate.at(layer)) for candidate in candidates)
+        energy, *random = energies[layer]
+        found.append(LayerValidation(layer, auroc, tuple(aurocs), energy, tuple(random)))
     return Validation(subspace.width, subspace.k, (len(positive), len(negative)), tuple(found))
 
 
@@ -143,19 +139,12 @@ def _auroc(positive: Tensor, negative: Tensor, u: Tensor) -> float:
 
 
 def _energies(
-    candidates: Sequence[Subspace],
-    model: nn.Module,
-    *,
-    tokenizer: Tokenizer,
-    texts: Conversations,
-    layers: Sequence[int],
+    spaces: Sequence[Subspace], model: nn.Module, *, tokenizer: Tokenizer, texts: Conversations, layers: Sequence[int]
 ) -> dict[int, list[float]]:
-    """Return, by layer and candidate, the share of the gradient at the layer's writers that is within the candidate."""
-    totals = dict.fromkeys(layers, 0.0)
-    parts = {layer: [0.0] * len(candidates) for layer in layers}
+    """Return, by layer and subspace, the share of the gradient at the layer's writers that is within it."""
+    sums = {layer: torch.zeros(1 + len(spaces), dtype=torch.float64) for layer in layers}  # of all, and within each
     for layer, gradient in writer_gradients(model, tokenizer, conversations=texts):
-        if layer in totals:
-            totals[layer] += float(gradient.square().sum())
-            for i, candidate in enumerate(candidates):
-                parts[layer][i] += float((gradient @ candidate.at(layer).to(gradient.device)).square().sum())
-    return {layer: [part / totals[layer] if totals[layer] else 0.0 for part in parts[layer]] for layer in layers}
+        if layer in sums:
+            parts = (gradient, *(gradient @ space.at(layer).to(gradient.device) for space in spaces))
+            sums[layer] += torch.tensor([float(part.square().sum()) for part in parts])
+    return {layer: (found[1:] / found[0]).nan_to_num(0.0).tolist() for layer, found in sums.items()}

@@ -15,8 +15,7 @@ from routed_peft.architectures import find_writers
 from routed_peft.checkpoint.stock_lora import to_stock_lora
 from routed_peft.regions.linear import LowRankLinear
 from routed_peft.regions.subspace import ProtectedEmbedding, project_base
-from routed_peft.subspaces import Subspace
-from routed_peft.subspaces.measures import leak
+from routed_peft.subspaces import Subspace, leak
 
 pytestmark = [
     pytest.mark.filterwarnings(PEFT_NOISE),

@@ -13,8 +13,7 @@ from routed_peft import GradientRouting, Route, RoutedTrainer, RoutedTrainingArg
 from routed_peft.data import RoutedCollator
 from routed_peft.regions.linear import LowRankLinear
 from routed_peft.regions.subspace import project_base
-from routed_peft.subspaces import Subspace
-from routed_peft.subspaces.measures import drift, leak
+from routed_peft.subspaces import Subspace, drift, leak
 from routed_peft.training import SubspaceProjection
 
 pytestmark = pytest.mark.filterwarnings(PEFT_NOISE)
