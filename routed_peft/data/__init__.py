@@ -39,17 +39,9 @@ from routed_peft.deprecation import renamed
 
 __all__ = ["FORGET", "RETAIN", "ROUTE_LABEL", "ROUTE_LABELS", "ROUTE_WEIGHTS", "UNLABELED", "DocumentArguments"]
 __all__ += ["RoutedCollator", "add_frequency_weights", "check_both_sides", "check_evaluation", "check_route_columns"]
-__all__ += [
-    "class_names",
-    "count_left_out",
-    "evaluation_rows",
-    "first_of",
-    "label_statistics",
-    "labeled_documents",
-    "labeled_tokens",
-]
-__all__ += ["labels_from_classifier", "labels_from_column", "labels_from_keywords", "labels_from_tokens", "load_texts"]
-__all__ += ["load_training_file", "pack", "route_column", "schedule", "select_arm", "shift", "simulate_labels"]
-__all__ += ["token_frequency_weights", "tokens_of_words", "train_tokenizer"]
+__all__ += ["class_names", "count_left_out", "evaluation_rows", "first_of", "label_statistics", "labeled_documents"]
+__all__ += ["labeled_tokens", "labels_from_classifier", "labels_from_column", "labels_from_keywords"]
+__all__ += ["labels_from_tokens", "load_texts", "load_training_file", "pack", "route_column", "schedule", "select_arm"]
+__all__ += ["shift", "simulate_labels", "token_frequency_weights", "tokens_of_words", "train_tokenizer"]
 
 __getattr__ = renamed(__name__, {"of_arm": "select_arm"})

@@ -9,12 +9,7 @@ from routed_peft.data.columns import check_strings
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
-    """Return the tokens that a tokenizer puts before every text by itself, such as Gemma's ``<bos>``; often none.
-
-    >>> from routed_peft.data import train_tokenizer
-    >>> begin_tokens(train_tokenizer(["a"], vocab_size=258))
-    []
-    """
+    """Return the tokens that a tokenizer puts before every text by itself, such as Gemma's ``<bos>``; often none."""
     plain, full = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
     if plain:
         return full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from routed_peft.data.padding import check_mask, check_unpacked, infer_mask
 from routed_peft.routes import IGNORED
 
 Feature = Mapping[str, Any]
+Align = Callable[[list[list[Any]], str], Tensor]
 
 
 @dataclass
@@ -41,19 +42,16 @@ class RoutedCollator:
         pad_to_multiple_of: positions; the batch's length is a multiple of it.
         class_names: names of ClassLabel integers (`class_names` finds them in a dataset).
 
-    Calling it takes rows with ``input_ids``, either ``route_label`` or ``route_labels``, and optionally
-    ``attention_mask`` (without it, 0 at padding tokens at either end, see `routed_peft.data.padding.infer_mask`),
-    ``labels``, ``route_weights`` (by group: a number, or one number per position) and
-    ``route_environment``, which passes through as a list; each optional key in every row or in none. It returns
-    ``(B, T)`` tensors ``input_ids``, ``attention_mask`` and ``labels``; the integer ``route_label`` ``(B,)`` or
-    ``route_labels`` ``(B, T)``, shifted, -100 at padding and at the last token; and ``route_weights``,
-    ``{group: (B,) or (B, T)}``, not shifted, 1 at padding. The first token after left padding has no
-    loss, just as with padding on the right, where nothing predicts it.
+    Calling it takes rows with ``input_ids``, either ``route_label`` or ``route_labels``, and, each in every row or in none,
+    ``attention_mask`` (else 0 at padding tokens at either end), ``labels``, ``route_weights`` (by group: a number, or one per
+    position) and ``route_environment``, which passes through as a list. It returns ``(B, T)`` tensors ``input_ids``,
+    ``attention_mask`` and ``labels``; the integer ``route_label`` ``(B,)`` or ``route_labels`` ``(B, T)``, shifted, -100 at
+    padding and at the last token; and ``route_weights``, ``{group: (B,) or (B, T)}``, not shifted, 1 at padding. The first
+    token after left padding has no loss, as on the right, where nothing predicts it.
 
     Raises:
-        ValueError: if a row has no label, both kinds of label, a null, a label without a route, labels or weights of
-            another length than its tokens, padding that cannot be told from text, or documents that a mask or
-            ``position_ids`` keep apart.
+        ValueError: if a row has no label, both kinds, a null, a label without a route, labels or weights of another length
+            than its tokens, padding that cannot be told from text, or documents kept apart by a mask or ``position_ids``.
 
     >>> from routed_peft import presets
     >>> from routed_peft.data import train_tokenizer
@@ -87,7 +85,8 @@ class RoutedCollator:
             features = [{name: row[name] for name in row if name not in ROUTE_COLUMNS} for row in features]
         keys = common_keys(features)
         check_unpacked(keys)
-        kind = None if self.routes is None else route_column(keys)
+        if self.routes is not None:
+            route_column(keys)
         rows = [self._tokens(row, keys) for row in features]
         length = max(len(row["input_ids"]) for row in rows)
         multiple = self.pad_to_multiple_of or 1
@@ -96,38 +95,22 @@ class RoutedCollator:
         padding = batch["attention_mask"] == 0
         batch["labels"].masked_fill_(padding, IGNORED)
         batch["labels"][:, 1:].masked_fill_(padding[:, :-1], IGNORED)  # padding predicts nothing
-        if kind == ROUTE_LABELS:
-            shifted = shift(batch[kind].masked_fill_(padding, IGNORED))
-            batch[kind] = shifted.masked_fill_(padding, IGNORED)  # left padding got the first token's label
-        elif kind == ROUTE_LABEL:
-            batch[kind] = torch.tensor([self._resolve(row[kind]) for row in features])
-        if ROUTE_WEIGHTS in keys:
-            batch[ROUTE_WEIGHTS] = weight_tensors(
-                features, lambda values: self._pad([self._cut(row) for row in values], ROUTE_WEIGHTS, length)
-            )
-        if ROUTE_ENVIRONMENT in keys:
-            batch[ROUTE_ENVIRONMENT] = [row[ROUTE_ENVIRONMENT] for row in features]
+        if self.routes is not None:
+            align = lambda values, name: self._pad([self._cut(row) for row in values], name, length)
+            label_batch(batch, features, keys=keys, routes=self.routes, names=self.class_names, align=align)
         return batch
 
     def _tokens(self, row: Feature, keys: Sequence[str]) -> dict[str, list[Any]]:
         """Read the columns of a row that have one value per token, checked and cut to `max_length`."""
         ids = plain(row["input_ids"])
         columns = {"input_ids": ids, "labels": ids}
-        for name in ("attention_mask", "labels", ROUTE_LABELS):
-            if name in keys:
-                columns[name] = plain(row[name])
-                check_length(name, columns[name], ids)
-        if ROUTE_LABELS in keys:
-            columns[ROUTE_LABELS] = [self._resolve(label, per_token=True) for label in columns[ROUTE_LABELS]]
+        columns |= {name: per_token(row, name) for name in ("attention_mask", "labels") if name in keys}
         if "attention_mask" in keys:
             check_mask(columns["attention_mask"])
         else:
             trained = [label != IGNORED for label in columns["labels"]]
             columns["attention_mask"] = infer_mask(ids, trained, self.tokenizer)
         return {name: self._cut(values) for name, values in columns.items()}
-
-    def _resolve(self, label: Any, per_token: bool = False) -> int:
-        return route_index(label, self.routes or {}, names=self.class_names, per_token=per_token)
 
     def _cut(self, values: list[Any]) -> list[Any]:
         if self.max_length is None:
@@ -147,11 +130,37 @@ class RoutedCollator:
         return torch.tensor(padded, dtype=torch.float32 if name == ROUTE_WEIGHTS else torch.long)
 
 
-def weight_tensors(features: Sequence[Feature], align: Callable[[list[list[float]]], Tensor]) -> dict[str, Tensor]:
-    """Make ``{group: (B,) or (B, T)}`` of the column ``route_weights``; ``align`` pads lists of one number per token.
+def label_batch(
+    batch: Any,
+    features: Sequence[Feature],
+    *,
+    keys: Collection[str],
+    routes: Mapping[str, Any],
+    names: Sequence[str] | None,
+    align: Align,
+) -> None:
+    """Add to the ``batch`` of the rows ``features`` their route columns among ``keys``, labels as indices of ``routes``.
 
-    ValueError if a group is missing in a row, numbers are not finite, or a list is not as long as its row.
+    ``names`` are those of integer labels; ``align`` pads lists of one value per token, given with the name of their column.
     """
+    if ROUTE_LABEL in keys:
+        batch[ROUTE_LABEL] = torch.tensor([route_index(row[ROUTE_LABEL], routes, names=names) for row in features])
+    else:
+        rows = [per_token(row, ROUTE_LABELS) for row in features]
+        found = [[route_index(label, routes, names=names, per_token=True) for label in row] for row in rows]
+        labels, mask = align(found, ROUTE_LABELS), batch.get("attention_mask")
+        known = isinstance(mask, Tensor) and mask.shape == labels.shape
+        padding = mask == 0 if known else torch.zeros_like(labels, dtype=torch.bool)
+        shifted = shift(labels.masked_fill(padding, IGNORED))
+        batch[ROUTE_LABELS] = shifted.masked_fill(padding, IGNORED)  # left padding got the first token's label
+    if ROUTE_WEIGHTS in keys:
+        batch[ROUTE_WEIGHTS] = _weight_tensors(features, align)
+    if ROUTE_ENVIRONMENT in keys:
+        batch[ROUTE_ENVIRONMENT] = [row[ROUTE_ENVIRONMENT] for row in features]
+
+
+def _weight_tensors(features: Sequence[Feature], align: Align) -> dict[str, Tensor]:
+    """Make ``{group: (B,) or (B, T)}`` of the column ``route_weights``."""
     weights = {}
     for group in features[0][ROUTE_WEIGHTS]:
         values = [plain(row[ROUTE_WEIGHTS].get(group)) for row in features]
@@ -160,8 +169,8 @@ def weight_tensors(features: Sequence[Feature], align: Callable[[list[list[float
             raise ValueError(f"`{ROUTE_WEIGHTS}` needs {group!r} in every row, always as a number or always as a list")
         if any(per_position):
             for value, row in zip(values, features, strict=True):
-                check_length(ROUTE_WEIGHTS, value, row["input_ids"])
-            weights[group] = align(values)
+                _check_length(ROUTE_WEIGHTS, value, row["input_ids"])
+            weights[group] = align(values, ROUTE_WEIGHTS)
         else:
             weights[group] = torch.tensor(values, dtype=torch.float32)
         if not weights[group].isfinite().all():
@@ -200,8 +209,14 @@ def plain(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, tuple) else values
 
 
-def check_length(name: str, values: Any, ids: Any) -> None:
-    """Raise ValueError where ``values`` are not one for each of a row's tokens ``ids``."""
+def per_token(row: Feature, name: str) -> list[Any]:
+    """Return a column of a row that has one value per token."""
+    values = plain(row[name])
+    _check_length(name, values, plain(row.get("input_ids")) or [])
+    return values
+
+
+def _check_length(name: str, values: Any, ids: Any) -> None:
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(ids):
         got = len(values) if isinstance(values, list) else repr(values)
         raise ValueError(f"`{name}` needs one value per token: got {got}, expected {len(ids)} values")

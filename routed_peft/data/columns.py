@@ -18,19 +18,14 @@ from routed_peft.routes import IGNORED
 
 ROUTE_LABEL = "route_label"
 """Column of one label per example."""
-
 ROUTE_LABELS = "route_labels"
 """Column of one label per token; a label describes its own token."""
-
 ROUTE_WEIGHTS = "route_weights"
 """Column of real-valued multipliers by group, ``{"base": ...}``: one number, or one per position, already aligned."""
-
 ROUTE_ENVIRONMENT = "route_environment"
 """Column of an example's environment, for monitoring: a name, or an integer."""
-
 ROUTE_QUARANTINE = "route_quarantine"
 """Column of the label for rollouts of a quarantined environment, which replaces other labels; null elsewhere."""
-
 ROUTE_COLUMNS = (ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, ROUTE_ENVIRONMENT)
 """Columns that a batch can have; `ROUTE_QUARANTINE` is read from the rows of rollouts instead."""
 
@@ -48,10 +43,6 @@ def add_column(
     """Add or replace the column ``name``, a function of batches of the columns ``needs``; lazily where they stream.
 
     ClassLabel integers arrive as their names, and missing values as None. ValueError if a column of ``needs`` is missing.
-
-    >>> ds = Dataset.from_dict({"a": [1, 2]})
-    >>> add_column(ds, "b", needs=["a"], values=lambda batch: [2 * a for a in batch["a"]])["b"][:]
-    [2, 4]
     """
     if (found := ds.column_names) is not None and (missing := [column for column in needs if column not in found]):
         raise ValueError(f"the dataset lacks the columns {missing}, got {found}")
@@ -69,11 +60,7 @@ def add_column(
 
 
 def column_values(ds: Dataset, name: str) -> list[Any]:
-    """Return a whole column, ClassLabel integers as their names; ValueError if there is no such column.
-
-    >>> column_values(Dataset.from_dict({"side": ["forget"]}), "side")
-    ['forget']
-    """
+    """Return a whole column, ClassLabel integers as their names."""
     if name not in ds.column_names:
         raise ValueError(f"the dataset lacks the column `{name}`, got {ds.column_names}")
     return _decode(ds.with_format(None)[name][:], ds.features[name])
@@ -132,9 +119,6 @@ def label_name(label: Any, names: Sequence[str] | None = None) -> str:
     """Return a label as a string; an integer is looked up in ``names``, never among the routes.
 
     ValueError if the label is null, or an integer without a name.
-
-    >>> label_name(1, names=["retain", "forget"])
-    'forget'
     """
     if isinstance(label, str):
         return label
@@ -154,13 +138,7 @@ def label_name(label: Any, names: Sequence[str] | None = None) -> str:
 
 
 def check_has_route(label: str, routes: Mapping[str, Any] | Sequence[str]) -> None:
-    """Raise ValueError where no route is called ``label``, naming those there are and the nearest.
-
-    >>> check_has_route("forgte", ["forget", "retain"])
-    Traceback (most recent call last):
-    ...
-    ValueError: the label 'forgte' has no route, got routes for ['forget', 'retain']: did you mean 'forget'?
-    """
+    """Raise ValueError where no route is called ``label``, naming those there are and the nearest."""
     if label not in routes:
         near = get_close_matches(label, list(routes), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "add a route of this name to `routes`, or relabel the rows"
@@ -173,9 +151,6 @@ def route_index(
     """Return the index of a label's route, found by name; -100 remains where labels are ``per_token``.
 
     ValueError if the label is null, an integer without a name, or has no route.
-
-    >>> route_index(1, {"forget": ..., "retain": ...}, names=["retain", "forget"])
-    0
     """
     label = label.item() if isinstance(label, Tensor | np.generic) else label
     if per_token and label == IGNORED:
@@ -190,13 +165,8 @@ def check_route_columns(
 ) -> Counter[str]:
     """Check before training that every row of a map-style dataset has a label, and every label a route.
 
-    Args:
-        dataset: with the column ``route_label``, or ``route_labels`` and ``input_ids``.
-        routes: label -> route.
-        names: names of integer labels; those of the dataset's ClassLabel column by default.
-
-    Returns:
-        How many rows, or tokens, carry each label. A label of the routes that is missing here never occurs.
+    Return how many rows of the column ``route_label``, or tokens of ``route_labels``, carry each label. ``names`` are those of
+    integer labels, by default from the dataset's ClassLabel column.
 
     Raises:
         ValueError: if there is no such column or both, a null, a label without a route, or a row whose token labels are
@@ -215,7 +185,10 @@ def check_route_columns(
             if not pa.types.is_nested(values.type):
                 raise ValueError(f"the column `{ROUTE_LABELS}` has one label per token, got one {values.type} a row: a "
                                  f"label of a whole row belongs in `{ROUTE_LABEL}`")  # fmt: skip
-            _check_lengths(values, table["input_ids"].combine_chunks() if ids else None, start)
+            if values.null_count:
+                raise ValueError(f"the column `{ROUTE_LABELS}` has nulls after row {start}: every token needs a label")
+            if ids:
+                _check_lengths(values, table["input_ids"].combine_chunks(), start)
             values = values.flatten()
         if values.null_count or (names and pc.any(pc.equal(values, -1)).as_py()):  # -1 is how ClassLabel writes a null
             raise ValueError(f"the column `{column}` has nulls in rows {start} to {start + len(table) - 1}: every row "
@@ -231,28 +204,16 @@ def check_route_columns(
     return counts
 
 
-def _check_lengths(labels: pa.ListArray, ids: pa.ListArray | None, start: int) -> None:
-    if labels.null_count:
-        raise ValueError(f"the column `{ROUTE_LABELS}` has nulls after row {start}: every token needs a label")
-    if ids is None:
-        return
+def _check_lengths(labels: pa.ListArray, ids: pa.ListArray, start: int) -> None:
     got, expected = (pc.list_value_length(lists).to_numpy(zero_copy_only=False) for lists in (labels, ids))
     if len(wrong := np.flatnonzero(got != expected)):
         row = wrong[0]
-        raise ValueError(
-            f"`{ROUTE_LABELS}` needs one label per token: got {got[row]} labels for {expected[row]} tokens in row "
-            f"{start + row}. Truncate both alike (TRL's `max_length` cuts `input_ids` only)"
-        )
+        raise ValueError(f"`{ROUTE_LABELS}` needs one label per token: got {got[row]} labels for {expected[row]} "
+            f"tokens in row {start + row}. Truncate both alike (TRL's `max_length` cuts `input_ids` only)")  # fmt: skip
 
 
 def check_texts(ds: Dataset, column: str, name: str = "the dataset") -> None:
-    """Raise ValueError unless a column holds strings, none of them missing or blank.
-
-    >>> check_texts(Dataset.from_dict({"text": [12]}), "text")
-    Traceback (most recent call last):
-    ...
-    ValueError: the dataset needs strings in the column `text`, got int64: write numbers and dates as strings
-    """
+    """Raise ValueError unless a column holds strings, none of them missing or blank."""
     feature = ds.features[column]
     if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
         kind = getattr(feature, "dtype", type(feature).__name__)

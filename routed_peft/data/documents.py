@@ -75,10 +75,7 @@ def labeled_documents(args: DocumentArguments, load_tokenizer: Callable[[], Any]
 
     Labels come from ``label_keywords``, else from the column ``route_label``, else they are simulated from the column
     ``side`` with the shares, recall and precision of ``args``. Labels of the first two sources are never changed.
-
-    Args:
-        args: files and labels.
-        load_tokenizer: returns the model's tokenizer, which chats need.
+    ``load_tokenizer`` returns the model's tokenizer, which chats need.
 
     Raises:
         ValueError: where documents have neither column and there are no keywords; and as `load_documents` does.
@@ -97,22 +94,17 @@ def labeled_documents(args: DocumentArguments, load_tokenizer: Callable[[], Any]
     if args.label_keywords or ROUTE_LABEL in ds.column_names:
         if spoilt:
             whose = "`label_keywords`" if args.label_keywords else f"the column `{ROUTE_LABEL}`"
-            logger.warning(
-                f"the labels of {whose} are never changed: `labeled`, `recall` and `precision` are for labels simulated from "
-                f"the column `{SIDE}`, and are not applied"
-            )
+            logger.warning(f"the labels of {whose} are never changed: `labeled`, `recall` and `precision` are for "
+                           f"labels simulated from the column `{SIDE}`, and are not applied")  # fmt: skip
         if args.label_keywords:
             ds = labels_from_keywords(ds, {FORGET: args.label_keywords}, default=RETAIN)
         return ds
     if SIDE not in ds.column_names:
-        raise ValueError(
-            f"documents need a column `{ROUTE_LABEL}` (their label) or `{SIDE}` (their true side: forget or retain), got "
-            f"{ds.column_names}: add one, or make labels from words with `label_keywords`"
-        )
+        raise ValueError(f"documents need a column `{ROUTE_LABEL}` (their label) or `{SIDE}` (their true side: forget "
+            f"or retain), got {ds.column_names}: add one, or make labels from words with `label_keywords`")  # fmt: skip
     if spoilt:
-        return simulate_labels(
-            ds, SIDE, labeled=labeled, recall=args.recall, precision=args.precision, seed=args.label_seed
-        )
+        shares = {"recall": args.recall, "precision": args.precision}
+        return simulate_labels(ds, SIDE, labeled=labeled, **shares, seed=args.label_seed)
     return labels_from_column(ds, SIDE, {FORGET: FORGET, RETAIN: RETAIN})
 
 
@@ -164,10 +156,6 @@ def forget_labels(routes: Routes | None) -> list[str]:
     """Return the labels of text that the base should not learn from: those whose route weakens, blocks or reverses it.
 
     Where there is no such route, as in a placebo, or none are given, it is "forget" alone.
-
-    >>> from routed_peft import presets
-    >>> forget_labels(presets.gram(["bio", "cyber"])), forget_labels(presets.control())
-    (['bio', 'cyber'], ['forget'])
     """
     return [label for label, route in (routes or {}).items() if route.weight(BASE) < 1] or [FORGET]
 
@@ -175,10 +163,7 @@ def forget_labels(routes: Routes | None) -> list[str]:
 def count_left_out(ds: Dataset, arm: str, routes: Routes | None = None) -> dict[str, int]:
     """Return how many rows or documents an arm leaves out, by label ("filter") or true side ("perfect_filter").
 
-    Args:
-        ds: with the column of the label or true side.
-        arm: of a recipe; others than the two leave nothing out.
-        routes: of the method that the arm is compared with; see `forget_labels`.
+    Other arms leave nothing out. ``routes`` are those of the method that the arm is compared with; see `forget_labels`.
 
     Raises:
         ValueError: where the column is missing, a label has no route, or a filter leaves nothing out.
@@ -193,9 +178,8 @@ def count_left_out(ds: Dataset, arm: str, routes: Routes | None = None) -> dict[
         known = "the true side of documents" if column == SIDE else "their labels"
         raise ValueError(f"`arm: {arm}` needs the column `{column}`, {known}; got {ds.column_names}")
     names, chosen = class_names(ds) if column == ROUTE_LABEL else None, forget_labels(routes)
-    counts = Counter(
-        label_name(value, names) if column == ROUTE_LABEL else value for value in column_values(ds, column)
-    )
+    values = column_values(ds, column)
+    counts = Counter(label_name(value, names) for value in values) if column == ROUTE_LABEL else Counter(values)
     if column == ROUTE_LABEL and routes is not None:
         for label in counts:
             check_has_route(label, routes)
@@ -249,17 +233,12 @@ def evaluation_rows(
 ) -> dict[str, Dataset]:
     """Return packed held-out rows by side, from ``eval_files`` or else the validation split of ``pair``.
 
-    Args:
-        args: files, and tokens per row.
-        tokenizer: of the model.
-        documents: those of training; held-out files must not hold the same.
+    Held-out files must not hold the ``documents`` of training.
 
     Raises:
         ValueError: where an entry of ``eval_files`` is not ``name=FILE``, a name comes twice, most of a file is in
             ``documents``, or there is no training file.
     """
-    if args.eval_files and not args.own_files():
-        raise ValueError(f"`eval_files` are used beside `train_file`, got none: the pair `{args.pair}` has its own")
     if args.own_files():
         if wrong := [entry for entry in args.eval_files if "=" not in entry]:
             raise ValueError(f"`eval_files` has {wrong[0]!r}: write name=FILE, such as forget={wrong[0]}")
@@ -272,6 +251,8 @@ def evaluation_rows(
         for name, part in sides.items():
             if documents is not None:
                 _check_held_out(name, part, documents)
+    elif args.eval_files:
+        raise ValueError(f"`eval_files` are used beside `train_file`, got none: the pair `{args.pair}` has its own")
     else:
         ds = load_pair(args.pair, "validation")
         sides = {name: first_of(ds, name) for name in (FORGET, RETAIN)}

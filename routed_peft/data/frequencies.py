@@ -33,9 +33,8 @@ def token_frequency_weights(
         w = 1 - \sigma\!\left(\text{scale} \cdot (f/r - r/f) - \text{bias}\right)
 
     where :math:`f` and :math:`r` are a token's share of all tokens on the forget and on the retain side, counted in
-    tokenized running text (where " tree" and "tree" are two tokens), with pseudo-counts of ``forget_count`` and
-    ``retain_count`` for every token. A token equally frequent on both sides has weight 0.982, one much more frequent on
-    the forget side a weight near 0.
+    tokenized running text with pseudo-counts. A token equally frequent on both sides has weight 0.982, one much more
+    frequent on the forget side a weight near 0. The weights are ``(V,)``, in (0, 1).
 
     Args:
         tokenizer: the tokenizer of the model to be trained.
@@ -43,11 +42,8 @@ def token_frequency_weights(
         retain_texts: texts of the retain side.
         scale: steepness of the fall.
         bias: ratio of frequencies at which the weight falls to one half, about.
-        forget_count: pseudo-count on the forget side.
-        retain_count: pseudo-count on the retain side; it keeps tokens rare on both sides from being routed.
-
-    Returns:
-        ``(V,)``, in (0, 1).
+        forget_count: pseudo-count of every token on the forget side.
+        retain_count: the same on the retain side; it keeps tokens rare on both sides from being routed.
 
     Raises:
         ValueError: if a side has no tokens, a pseudo-count is not positive, or no token that occurs has a weight below
@@ -71,17 +67,16 @@ def token_frequency_weights(
     w = 1 - torch.sigmoid(scale * (f / r - r / f) - bias)
     if not ((w < 0.5) & (forget > 0)).any():
         raise ValueError(f"no token of `forget_texts` is routed: the lowest weight is {w.min():.3f}, and none is below "
-                         f"0.5. Give more text, a lower `bias` (now {bias}) or a lower `retain_count` (now "
-                         f"{retain_count})")  # fmt: skip
+            f"0.5. Give more text, a lower `bias` (now {bias}) or a lower `retain_count` (now {retain_count})")  # fmt: skip
     return w.float()
 
 
 def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, label: str = FORGET) -> AnyDataset:
-    r"""Add ERA's per-token base weights as the column ``route_weights``, for rows labeled ``label``.
+    r"""Add ERA's per-token base weights as the column ``route_weights``, ``{"base": one number per position}``.
 
-    The base weight :math:`a` of the position that predicts token :math:`t` becomes :math:`w_t + (1 - w_t) a`. The
-    column multiplies the route's own weight, so it holds that number divided by :math:`a`. Positions of other rows, and
-    a row's last position, have 1.
+    In rows labeled ``label`` the base weight :math:`a` of the position that predicts token :math:`t` becomes
+    :math:`w_t + (1 - w_t) a`. The column multiplies the route's own weight, so it holds that number divided by :math:`a`.
+    Other rows, and a row's last position, have 1.
 
     Args:
         ds: packed rows with ``input_ids`` and ``route_label``.
@@ -89,13 +84,9 @@ def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, labe
         base_weight: the base weight in the route of ``label`` (``presets.era``: -0.75), not zero.
         label: label of the rows that get weights.
 
-    Returns:
-        ``ds`` with the column ``route_weights``: ``{"base": one number per position}``.
-
     Raises:
-        ValueError: if ``base_weight`` is zero (no multiple of it is ``w``), if a token is outside ``w``, or if no token
-            of these rows has a weight below one half: then nothing would be routed. A streaming dataset
-            is not checked for the latter.
+        ValueError: if ``base_weight`` is zero (no multiple of it is ``w``), a token is outside ``w``, or no token of these
+            rows has a weight below one half: nothing would be routed. A streaming dataset is not checked for the latter.
 
     >>> ds = Dataset.from_dict({"input_ids": [[2, 1, 0], [2, 1, 0]], "route_label": ["forget", "retain"]})
     >>> add_frequency_weights(ds, torch.tensor([0.0, 1.0, 0.5]), base_weight=-0.5)["route_weights"][:]
@@ -126,8 +117,7 @@ def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, labe
     out = add_column(ds, ROUTE_WEIGHTS, needs=["input_ids", ROUTE_LABEL], values=weights)
     if isinstance(out, Dataset) and not routed:
         raise ValueError(f"no token of the rows labeled {label!r} has a weight below 0.5: nothing would be routed. "
-                         "Check that `w` was made with this tokenizer, from text like these rows, and that the label "
-                         "occurs")  # fmt: skip
+            "Check that `w` was made with this tokenizer, from text like these rows, and that the label occurs")  # fmt: skip
     return out
 
 
@@ -135,13 +125,8 @@ def tokens_of_words(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) ->
     """Return the ids of words that are single tokens: as written and capitalized, with and without a leading space.
 
     In running text a word's token nearly always has the leading space, so ids of words without it route almost nothing.
-
-    Args:
-        tokenizer: the tokenizer of the model to be trained.
-        words: words without surrounding spaces.
-
-    Raises:
-        ValueError: for a word none of whose forms is a single token.
+    ``words`` have no surrounding spaces, and ``tokenizer`` is that of the model to be trained. ValueError for a word none of
+    whose forms is a single token.
 
     >>> from routed_peft.data import train_tokenizer
     >>> tokenizer = train_tokenizer(["a tree, the tree"] * 9, vocab_size=270)
@@ -155,9 +140,8 @@ def tokens_of_words(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) ->
         single = [ids[0] for ids in encoded if len(ids) == 1 and ids[0] != tokenizer.unk_token_id]
         if not single:
             pieces = tokenizer.convert_ids_to_tokens(encoded[-1])
-            raise ValueError(
-                f"`words`: {word!r} is no single token in any form, this tokenizer splits it into {pieces}"
-            )
+            raise ValueError(f"`words`: {word!r} is no single token in any form, this tokenizer splits it into "
+                             f"{pieces}")  # fmt: skip
         found += single
     return list(dict.fromkeys(found))
 

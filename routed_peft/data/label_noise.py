@@ -21,22 +21,20 @@ def simulate_labels(
     precision: float = 1.0,
     seed: int = 0,
 ) -> Dataset:
-    r"""Label rows of known side as an imperfect labeler would, with exact counts.
+    r"""Add the column ``route_label`` to rows of known side, as an imperfect labeler would, with exact counts.
 
-    Of the :math:`N_s` rows of side :math:`s`, :math:`n_s = [\ell_s N_s]` are labeled at all; the rest are "unlabeled".
-    Among those labeled, with brackets for rounding,
+    Of the :math:`N_s` rows of side :math:`s`, :math:`n_s = [\ell_s N_s]` are labeled at all, with brackets for rounding; the
+    rest are "unlabeled". Among those labeled,
 
     .. math::
         TP = [\text{recall} \cdot n_\text{forget}], \qquad
         FP = [TP \cdot (1 - \text{precision}) / \text{precision}],
 
-    :math:`TP` true forget rows and :math:`FP` retain rows carry "forget"; the other :math:`n_\text{forget} - TP` forget
-    rows and :math:`n_\text{retain} - FP` retain rows carry "retain". So recall is ``TP / n_forget`` and precision
-    ``TP / (TP + FP)``, to the nearest row.
+    :math:`TP` true forget rows and :math:`FP` retain rows carry "forget", the other labeled rows "retain".
 
-    The choice of rows depends on the seed alone: each side has a random order of its own, and every count takes rows from
-    the front. The rows labeled at ``labeled=0.1`` are thus among those labeled at 0.5. As ``labeled`` or ``recall`` rises or
-    ``precision`` falls, more rows carry "forget", and none of the former lose it.
+    The seed gives each side an order of its own, and every count takes rows from the front. So rows labeled at
+    ``labeled=0.1`` are among those labeled at 0.5. As ``labeled`` or ``recall`` rises or ``precision`` falls, more rows carry
+    "forget", and none of the former lose it.
 
     Args:
         ds: with the true side of each row, ``"forget"`` or ``"retain"``.
@@ -45,9 +43,6 @@ def simulate_labels(
         recall: share of labeled true forget rows that carry "forget", in [0, 1].
         precision: share of the rows carrying "forget" that truly are, in (0, 1].
         seed: same seed, same labels.
-
-    Returns:
-        ``ds`` with the column ``route_label``.
 
     Raises:
         ValueError: if a share is out of range, a side is neither of the two, or there are fewer labeled retain rows

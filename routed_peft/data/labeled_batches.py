@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from routed_peft.data.collator import Feature, RoutedCollator, check_length, common_keys, plain, shift, weight_tensors
+from routed_peft.data.collator import Feature, RoutedCollator, common_keys, label_batch, plain
 from routed_peft.data.columns import (
     ROUTE_COLUMNS,
-    ROUTE_ENVIRONMENT,
     ROUTE_LABEL,
-    ROUTE_LABELS,
     ROUTE_QUARANTINE,
     ROUTE_WEIGHTS,
     label_name,
     route_column,
-    route_index,
 )
 from routed_peft.routes import IGNORED
 
@@ -37,11 +35,7 @@ class Place:
     count: int
 
     def put(self, values: Sequence[Any], length: int, fill: Any) -> list[Any]:
-        """Return one value for each of ``length`` positions, ``fill`` outside the row.
-
-        >>> Place(start=1, source=0, count=2).put([7, 8], 4, 0)
-        [0, 7, 8, 0]
-        """
+        """Return one value for each of ``length`` positions, ``fill`` outside the row."""
         own = list(values[self.source : self.source + self.count])
         return [fill] * self.start + own + [fill] * (length - self.start - self.count)
 
@@ -80,17 +74,8 @@ class LabeledBatches:
         if size != len(features):
             raise ValueError(f"the collator made a batch of {size} rows out of {len(features)}, so their labels do not "
                              "line up: collate row by row, without packing or flattening")  # fmt: skip
-        places = _find_places(features, batch)
-        if kind == ROUTE_LABEL:
-            batch[kind] = torch.tensor([self._resolve(row[kind]) for row in features])
-        else:
-            batch[kind] = self._token_labels(features, batch, places)
-        if ROUTE_WEIGHTS in keys:
-            batch[ROUTE_WEIGHTS] = weight_tensors(
-                features, lambda values: torch.tensor(_put(values, batch, places=places, name=ROUTE_WEIGHTS, fill=1.0))
-            )
-        if ROUTE_ENVIRONMENT in keys:
-            batch[ROUTE_ENVIRONMENT] = [row[ROUTE_ENVIRONMENT] for row in features]
+        align = partial(_put, places=_find_places(features, batch), batch=batch)
+        label_batch(batch, features, keys=keys, routes=self.routes, names=self.class_names, align=align)
         return batch
 
     def _collate(self, features: Sequence[Feature], named: Sequence[Feature]) -> Any:
@@ -115,31 +100,11 @@ class LabeledBatches:
             return [label if label == IGNORED else label_name(label, self.class_names) for label in value]
         return label_name(value, self.class_names)
 
-    def _resolve(self, label: Any, per_token: bool = False) -> int:
-        return route_index(label, self.routes or {}, names=self.class_names, per_token=per_token)
-
-    def _token_labels(self, features: Sequence[Feature], batch: Any, places: Sequence[list[Place]]) -> Tensor:
-        rows = []
-        for row in features:
-            labels = plain(row[ROUTE_LABELS])
-            check_length(ROUTE_LABELS, labels, plain(row.get("input_ids")) or [])
-            rows.append([self._resolve(label, per_token=True) for label in labels])
-        labels = torch.tensor(_put(rows, batch, places=places, name=ROUTE_LABELS, fill=IGNORED))
-        mask = batch.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == labels.shape:
-            padding = mask == 0
-            return shift(labels.masked_fill(padding, IGNORED)).masked_fill(padding, IGNORED)
-        return shift(labels)
-
 
 def labeled_batches(
     collator: Collator, routes: Mapping[str, Any] | None, class_names: Sequence[str] | None = None
 ) -> Collator:
-    """Return a collator that makes the batches of ``collator`` and labels them by ``routes``; None leaves labels out.
-
-    >>> labeled_batches(list, None).collator
-    <class 'list'>
-    """
+    """Return a collator that makes the batches of ``collator`` and labels them by ``routes``; None leaves labels out."""
     if isinstance(collator, RoutedCollator):
         return collator.with_routes(routes, class_names)
     return LabeledBatches(collator, routes, class_names)
@@ -183,15 +148,14 @@ def _places(ids: list[int], found: list[int], mask: list[int] | None) -> list[Pl
     return []
 
 
-def _put(
-    rows: Sequence[list[Any]], batch: Any, *, places: Sequence[list[Place]], name: str, fill: Any
-) -> list[list[Any]]:
-    """Return values per token at the places of their tokens; ValueError without one, or where several disagree."""
+def _put(rows: Sequence[list[Any]], name: str, *, places: Sequence[list[Place]], batch: Any) -> Tensor:
+    """Return values per token, ``(B, T)``, at the places of their tokens; ValueError without one, or where several disagree."""
+    length, fill = batch["input_ids"].shape[1], 1.0 if name == ROUTE_WEIGHTS else IGNORED
     result = []
     for index, (values, found) in enumerate(zip(rows, places, strict=True)):
-        options = [place.put(values, batch["input_ids"].shape[1], fill) for place in found]
+        options = [place.put(values, length, fill) for place in found]
         if not options or any(option != options[0] for option in options):
             raise ValueError(f"`{name}` has one value per token, and the tokens of row {index} cannot be found in the batch "
                              "that the collator made: pad or cut rows on one side only, or take `RoutedCollator`")  # fmt: skip
         result.append(options[0])
-    return result
+    return torch.tensor(result)

@@ -19,15 +19,12 @@ Classifier = Callable[[list[str]], Sequence[float]]
 
 
 def labels_from_column(ds: AnyDataset, column: str, mapping: Mapping[Any, str]) -> AnyDataset:
-    """Label rows by the value of a column they already have.
+    """Add or replace the column ``route_label``, by the value of a column that rows already have.
 
     Args:
         ds: map-style or streaming.
         column: its name; ClassLabel integers count by their names.
         mapping: value -> label.
-
-    Returns:
-        ``ds`` with the column ``route_label``, an earlier one replaced.
 
     Raises:
         ValueError: if the column is missing or holds a value that ``mapping`` lacks (a streaming dataset: when read).
@@ -55,7 +52,7 @@ def labels_from_keywords(
     whole_words: bool = True,
     case_sensitive: bool = False,
 ) -> AnyDataset:
-    """Label rows by the words in their text; the first label of ``keywords`` with a match applies.
+    """Add or replace the column ``route_label``, by words in the text: of ``keywords`` the first label with a match.
 
     Args:
         ds: map-style or streaming.
@@ -64,9 +61,6 @@ def labels_from_keywords(
         column: name of the text's column.
         whole_words: match whole words, so that "tree" does not match "street".
         case_sensitive: match case, so that "tree" does not match "Tree".
-
-    Returns:
-        ``ds`` with the column ``route_label``, an earlier one replaced.
 
     Raises:
         ValueError: if there are no keywords, an empty one, or a label of ``keywords`` that no row gets; a streaming
@@ -100,16 +94,13 @@ def labels_from_keywords(
 def labels_from_tokens(
     ds: AnyDataset, tokens: Mapping[str, Iterable[int]], *, default: str = UNLABELED, within: str | None = None
 ) -> AnyDataset:
-    """Label single tokens by their id; `tokens_of_words` finds ids.
+    """Add the column ``route_labels``, in place of any ``route_label``, by ids of tokens; `tokens_of_words` finds ids.
 
     Args:
         ds: with ``input_ids``.
         tokens: label -> token ids.
         default: the label of every other token.
         within: label only tokens of rows with this ``route_label``; None for all rows.
-
-    Returns:
-        ``ds`` with the column ``route_labels``, one label per token, in place of any ``route_label``.
 
     Raises:
         ValueError: if a label of ``tokens`` never occurs, so that nothing would be routed; a streaming dataset is not
@@ -146,7 +137,7 @@ def labels_from_classifier(
     positive: str | None = None,
     batch_size: int = 64,
 ) -> AnyDataset:
-    """Label rows by a score: above one threshold "forget", below another "retain", in between "unlabeled".
+    """Add or replace the column ``route_label``, by a score: high "forget", low "retain", in between "unlabeled".
 
     Args:
         ds: map-style or streaming.
@@ -156,9 +147,6 @@ def labels_from_classifier(
         column: name of the text's column.
         positive: of a pipeline, the class whose probability is the score.
         batch_size: texts per call.
-
-    Returns:
-        ``ds`` with the column ``route_label``, an earlier one replaced.
 
     Raises:
         ValueError: if the thresholds are not ``0 <= retain_below <= forget_above <= 1``, or the scores are too few, too

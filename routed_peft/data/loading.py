@@ -48,13 +48,10 @@ def load_training_file(
     columns: Sequence[str] = (TEXT, ROUTE_LABEL),
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """Load rows and check that they have their columns.
+    """Load rows of a ``source``, as `load_rows` does, and check that they have their ``columns``, the text's of strings.
 
-    Args:
-        source: as for `load_rows`.
-        split: split of a Hub dataset or directory; a single file is one split, whatever its name.
-        columns: required columns; those of text must be strings.
-        streaming: return an IterableDataset, which reads rows as they are needed.
+    ``split`` is of a Hub dataset or directory; a single file is one split. With ``streaming``, an IterableDataset reads rows
+    as they are needed.
 
     Raises:
         ValueError: if a column is missing, a text is blank or no string, or the file is empty or of another kind.
@@ -81,10 +78,9 @@ def load_training_file(
 def load_documents(
     source: str | os.PathLike[str], *, argument: str = "source", form: TextFormat = PLAIN, keep_tokens: bool = False
 ) -> Dataset:
-    """Load rows, as `load_rows` does, with their text as the column ``text``; other columns stay as they are.
+    """Load rows, as `load_rows` does, with their text as the column ``text``; ValueError where one is blank or no string.
 
     ``form`` says where the text is; with ``keep_tokens``, rows that have ``input_ids`` and no text stay as they are.
-    ValueError without text, and where a text is blank or no string.
     """
     strict = {TEXT, CHAT, TOKENS, ROUTE_LABEL, "side", *_text_columns(form, [TEXT])}
     ds, name = load_rows(source, argument=argument, strict=strict), f"`{argument}`"
@@ -100,7 +96,10 @@ def load_documents(
                              f"{str(source)!r} lacks the columns {missing}, got {ds.column_names}; name the text's in "
                              "`text_column`, or several in `text_template`")  # fmt: skip
         if form.template is not None:
-            _check_filled(ds, needed, name)
+            for column in needed:
+                if None in (values := ds[column][:]):
+                    raise ValueError(f"{name} needs `{column}` in every row, for `text_template`, and has none in row "
+                                     f"{values.index(None) + 1}")  # fmt: skip
             texts = [form.template.format_map(row) for row in ds.select_columns(needed)]
         elif isinstance(getattr(ds.features[needed[0]], "feature", None), dict):
             tokenizer = _tokenizer(form, name, needed[0])
@@ -130,15 +129,13 @@ def load_texts(
 ) -> Dataset:
     """Load and concatenate the text of several files, as the one column ``text``.
 
-    Raises:
-        ValueError: where a file is a directory, and as `load_documents` does.
+    ValueError where a file is a directory, and as `load_documents` does.
     """
     if folders := [str(file) for file in files if Path(file).is_dir()]:
         raise ValueError(f"`{argument}` must be a file, got {folders[0]!r}, which is a directory: name each of its files that "
                          "should be read")  # fmt: skip
-    return concatenate_datasets(
-        [load_documents(file, argument=argument, form=form).select_columns(TEXT) for file in files]
-    )
+    parts = [load_documents(file, argument=argument, form=form).select_columns(TEXT) for file in files]
+    return concatenate_datasets(parts)
 
 
 def read_texts(file: str | Path, argument: str, *, limit: int | None = None, form: TextFormat = PLAIN) -> list[str]:
@@ -166,19 +163,12 @@ def load_rows(
     argument: str = "source",
     strict: Collection[str] | None = None,
 ) -> Dataset:
-    """Load rows of files, or of a dataset of the Hub.
+    """Load rows of files, or of a dataset of the Hub; FileNotFoundError and ValueError name the ``argument`` that gave it.
 
-    Args:
-        source: a ``.jsonl`` file; a ``.json`` file with a list, or with one object a line; a ``.txt`` file, of whose lines
-            each is a document; all of them plain or with ``.gz`` behind; a ``.parquet`` file; a pattern such as
-            ``data/*.jsonl``; a directory laid out like a dataset of the Hub; or the id of one.
-        split: of a directory or a dataset of the Hub.
-        argument: through which it was given, for messages.
-        strict: columns whose values must be of one type, by default all; values of others become JSON if they are not.
-
-    Raises:
-        ValueError: where a file cannot be read, has no rows, or has several types of values in a strict column.
-        FileNotFoundError: if there is no such file.
+    ``source`` is a ``.jsonl`` file; a ``.json`` file with a list, or with one object a line; a ``.txt`` file, of whose lines
+    each is a document; all of them plain or with ``.gz`` behind; a ``.parquet`` file; a pattern such as ``data/*.jsonl``; a
+    directory laid out like a dataset of the Hub; or the id of one. Values of a column in ``strict``, by default of all, must
+    be of one type; those of others become JSON if they are not.
     """
     files = find_files(source, split, argument)
     parts = [_load_file(file, argument, strict) for file in files or ()] or [load_dataset(str(source), split=split)]
@@ -193,10 +183,8 @@ def find_files(source: str | os.PathLike[str], split: str, argument: str) -> lis
     """Return the files that ``source`` names; None for a dataset of the Hub, or a directory that only `datasets` can read."""
     path, kinds = Path(source).expanduser(), ", ".join(ENDINGS)
     if path.is_dir():
-        files = [
-            file for pattern in (f"{split}*", f"data/{split}*") for file in sorted(path.glob(pattern)) if _ending(file)
-        ]
-        return files or None
+        found = (file for pattern in (f"{split}*", f"data/{split}*") for file in sorted(path.glob(pattern)))
+        return [file for file in found if _ending(file)] or None
     if path.is_file():
         if _ending(path) is None and path.suffix:  # without an ending: JSONL
             raise ValueError(f"`{argument}` must be one of {kinds}, a pattern or a Hub dataset, got {str(source)!r}")
@@ -212,15 +200,14 @@ def find_files(source: str | os.PathLike[str], split: str, argument: str) -> lis
 
 
 def _ending(file: Path) -> str | None:
-    name = file.name.removesuffix(".gz")
-    return next(
-        (ending for ending in ENDINGS if name.endswith(ending) and (name == file.name or ending != ".parquet")), None
-    )
+    ending = "." + file.name.removesuffix(".gz").rpartition(".")[2]
+    return ending if ending in ENDINGS and (ending != ".parquet" or file.suffix != ".gz") else None
 
 
 def _load_file(file: Path, argument: str, strict: Collection[str] | None) -> Dataset:
+    expected = f"`{argument}` must hold one JSON object a line and at least one, but {str(file)!r}"
     if not file.stat().st_size:
-        raise ValueError(f"{_expected(argument)} and at least one, but {str(file)!r} is empty")
+        raise ValueError(f"{expected} is empty")
     if _ending(file) == ".parquet":
         try:
             ds = Dataset(pq.read_table(file))
@@ -229,12 +216,13 @@ def _load_file(file: Path, argument: str, strict: Collection[str] | None) -> Dat
     else:
         ds = _table(list(_rows(file, argument)), f"`{argument}` ({file})", strict)
     if not len(ds):
-        raise ValueError(f"{_expected(argument)} and at least one, but {str(file)!r} has no rows")
+        raise ValueError(f"{expected} has no rows")
     return ds
 
 
 def _rows(file: Path, argument: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file of text, whose encoding is UTF-8 with or without a byte order mark."""
+    expected = f"`{argument}` must hold one JSON object a line"
     with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
         text = (str(line, "utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(stream))
         number = 0
@@ -248,17 +236,13 @@ def _rows(file: Path, argument: str) -> Iterator[dict[str, Any]]:
                     value = json.loads(line + "".join(text) if whole else line)
                     for row in value if whole else [value]:
                         if not isinstance(row, dict):
-                            raise ValueError(f"{_expected(argument)}, got {str(row)[:60]} in line {number} of {file}")
+                            raise ValueError(f"{expected}, got {str(row)[:60]} in line {number} of {file}")
                         yield row
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{_expected(argument)}, but in line {number} of {file} {error}") from error
+            raise ValueError(f"{expected}, but in line {number} of {file} {error}") from error
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
             raise ValueError(f"`{argument}` must be JSONL in UTF-8, or text in it, plain or as `.gz`, got {file}: "
                              f"{error}") from error  # fmt: skip
-
-
-def _expected(argument: str) -> str:
-    return f"`{argument}` must hold one JSON object a line"
 
 
 def _table(rows: Sequence[dict[str, Any]], name: str, strict: Collection[str] | None) -> Dataset:
@@ -302,7 +286,6 @@ def _checked_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _tokenizer(form: TextFormat, name: str, column: str) -> Any:
-    """Return the tokenizer, which this column needs."""
     if form.load_tokenizer is None:
         raise ValueError(f"{name} has no text but `{column}`, which needs a model's own tokenizer: name a model, or the column "
                          "of the text with `text_column`")  # fmt: skip
@@ -318,10 +301,3 @@ def _chat(tokenizer: Any, messages: Any, name: str) -> str:
         return str(tokenizer.apply_chat_template(given, tokenize=False))
     except Exception as error:  # whatever a template raises
         raise ValueError(f"{name} has a chat that the chat template refuses, {str(messages)[:60]}: {error}") from error
-
-
-def _check_filled(ds: Dataset, columns: Sequence[str], name: str) -> None:
-    for column in columns:
-        if None in ds[column][:]:
-            row = ds[column][:].index(None) + 1
-            raise ValueError(f"{name} needs `{column}` in every row, for `text_template`, and has none in row {row}")

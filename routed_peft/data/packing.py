@@ -30,10 +30,9 @@ def pack(
     cannot reach the base through a retain neighbor. Tokens that do not fill a row at the end of a group are dropped. The
     seed shuffles documents first and rows afterwards.
 
-    A tokenizer that begins texts with a token of its own (Gemma's and Llama's ``<bos>``) does so here: before every document,
-    and before a row that begins in the middle of one. ``labels`` then say which tokens have a loss. A beginning has
-    none, and the first token of a document is predicted from it. After a beginning in the middle of a document, the
-    first token has no loss either, like the first token of every row where no tokenizer begins texts.
+    A tokenizer that begins texts with a token of its own (Gemma's and Llama's ``<bos>``) does so before every document, and
+    before a row that begins in the middle of one. ``labels`` then say which tokens have a loss. A beginning has none, nor
+    has the first token after it in the middle of a document, like the first of every row where no tokenizer begins texts.
 
     Args:
         ds: a map-style dataset of documents; where it has no text, of their tokens, ``input_ids``.
@@ -43,10 +42,6 @@ def pack(
         column: name of the text's column.
         seed: same seed, same rows.
         per_token: further columns, which a row may mix; they become lists with the value of each token's document.
-
-    Returns:
-        A shuffled dataset of ``input_ids``, the columns of ``by`` and ``per_token``, and, where the tokenizer begins texts,
-        ``labels``.
 
     Raises:
         ValueError: if a column is missing or has nulls, if ``ds`` is labeled by token, or if a value of the first

@@ -16,13 +16,7 @@ PACKED_COLUMNS = ("position_ids", "seq_lengths", "seq_idx", "cu_seq_lens_q", "cu
 
 
 def check_unpacked(columns: Collection[str]) -> None:
-    """Raise ValueError where ``columns`` tell apart documents within a row, which attention here does not.
-
-    >>> check_unpacked(["input_ids", "position_ids"])
-    Traceback (most recent call last):
-    ...
-    ValueError: rows have the column `position_ids`, ...
-    """
+    """Raise ValueError where ``columns`` tell apart documents within a row, which attention here does not."""
     if found := [name for name in PACKED_COLUMNS if name in columns]:
         raise ValueError(f"rows have the column `{found[0]}`, by which attention keeps documents in one row apart; "
                          "that is not supported, and without it a document's loss would train on its neighbors. Give "
@@ -31,13 +25,7 @@ def check_unpacked(columns: Collection[str]) -> None:
 
 
 def check_mask(mask: Sequence[Any]) -> None:
-    """Raise ValueError where a row's attention mask is not one 0 or 1 per token.
-
-    >>> check_mask([1, 1, 2, 2])
-    Traceback (most recent call last):
-    ...
-    ValueError: `attention_mask` has one 0 or 1 per token, got [2], too: ...
-    """
+    """Raise ValueError where a row's attention mask is not one 0 or 1 per token."""
     nested = [value for value in mask if hasattr(value, "__len__")]
     if odd := nested[:1] or sorted(set(mask) - {0, 1}):
         raise ValueError(f"`attention_mask` has one 0 or 1 per token, got {odd}, too: documents in one row cannot be "
@@ -51,12 +39,6 @@ def infer_mask(ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTraine
     Where the padding token also ends or begins texts, one of it at either end may be part of the text. More cannot be told
     from padding. ``trained`` says whether each of the row's tokens has a loss; ValueError where padding that cannot be told
     from text would be trained on.
-
-    >>> from routed_peft.data import train_tokenizer
-    >>> tokenizer = train_tokenizer(["a"], vocab_size=258)
-    >>> pad = tokenizer.pad_token_id
-    >>> infer_mask([pad, 70, 71, pad, pad], [True] * 5, tokenizer)
-    [0, 1, 1, 0, 0]
     """
     pad, count = tokenizer.pad_token_id, len(ids)
     if pad is None or not count or pad not in (ids[0], ids[-1]):

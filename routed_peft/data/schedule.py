@@ -22,13 +22,10 @@ def schedule(
 ) -> Dataset:
     r"""Lay out a run of exactly ``rows`` rows, for ``train_sampling_strategy="sequential"``.
 
-    The first ``labeled_first`` of the run takes labeled rows only, half of them forget (``first_forget_share``), so that
-    the region knows its side before unlabeled rows come, which train base and region alike. The rest of the run takes all
-    labels in their shares of ``ds``, except for ``forget_share``: labeled forget rows teach the base nothing, so a smaller
-    share of them leaves more of the budget to the others.
-
-    Any stretch of the run has the shares of its phase to within one row (largest remainder), so batches are alike. The rows
-    of a label are shuffled, and reshuffled each time they are used up.
+    At first only labeled rows come, so that the region knows its side before unlabeled rows, which train base and region
+    alike. The rest of the run takes all labels in their shares of ``ds``, but for ``forget_share``: labeled forget rows teach
+    the base nothing, so a smaller share of them leaves more of the budget to the others. Any stretch has the shares of its
+    phase to within one row, so batches are alike. The rows of a label are shuffled, and again each time they are used up.
 
     Args:
         ds: rows with ``route_label``.
@@ -45,15 +42,8 @@ def schedule(
     >>> schedule(ds, 8, labeled_first=0.5, forget_share=0.0)["route_label"][:4]
     ['forget', 'retain', 'forget', 'retain']
     """
-    order = draw_order(
-        column_values(ds, ROUTE_LABEL),
-        rows,
-        labeled_first=labeled_first,
-        forget_share=forget_share,
-        seed=seed,
-        first_forget_share=first_forget_share,
-    )
-    return ds.select(order)
+    shares = {"labeled_first": labeled_first, "forget_share": forget_share, "first_forget_share": first_forget_share}
+    return ds.select(draw_order(column_values(ds, ROUTE_LABEL), rows, seed=seed, **shares))  # type: ignore[arg-type]
 
 
 def draw_order(
@@ -65,11 +55,7 @@ def draw_order(
     seed: int | Sequence[int] = 0,
     first_forget_share: float = 0.5,
 ) -> list[int]:
-    """Return the indices that `schedule` selects from rows with these labels; its arguments are those of `schedule`.
-
-    >>> draw_order(["forget", "retain"], 4, labeled_first=1.0)
-    [0, 1, 0, 1]
-    """
+    """Return the indices that `schedule` selects from rows with these labels; its arguments are those of `schedule`."""
     if rows < 1 or not 0 <= labeled_first <= 1:
         raise ValueError(f"`rows` must be positive and `labeled_first` in [0, 1], got {rows} and {labeled_first}")
     if forget_share is not None and not 0 <= forget_share < 1:

@@ -13,12 +13,8 @@ PAD, EOS = "<pad>", "<eos>"
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, which encodes any text; the same texts give the same tokenizer.
 
-    Args:
-        texts: texts from which merges are learned.
-        vocab_size: maximum number of entries: 256 bytes, ``<pad>``, ``<eos>`` (which also begins a sequence), and merges.
-
-    Raises:
-        ValueError: if ``vocab_size`` is too small for the bytes and the two special tokens.
+    ``vocab_size`` is the maximum number of entries: 256 bytes, ``<pad>``, ``<eos>`` (which also begins a sequence), and merges
+    learned from ``texts``. ValueError where bytes and special tokens do not fit.
 
     >>> tokenizer = train_tokenizer(["one tree, two trees"] * 3, vocab_size=270)
     >>> tokenizer.decode(tokenizer("año")["input_ids"]), tokenizer.pad_token_id, tokenizer.eos_token_id
