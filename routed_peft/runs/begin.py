@@ -19,13 +19,10 @@ ROWS = "per_device_train_batch_size × gradient_accumulation_steps × processes"
 
 
 def begin(run: RunDirectory, recipe: Any, *, args: TrainingArguments, own: Collection[str]) -> None:
-    """Write the ``run.json`` of a recipe, and find the checkpoint if the run resumes.
+    """Write the ``run.json`` of a recipe, and find the checkpoint if the run resumes: in ``args``, a directory or None.
 
-    A resumed run must have the same settings as at its beginning: `SCHEDULE`, the rows per step, ``own``, and all of
-    ``recipe`` except ``ablate_to``.
-
-    ``own`` are the fields of ``args`` that must stay the same when the run resumes; ``args.resume_from_checkpoint`` is
-    replaced by a directory or None.
+    A resumed run must have the same settings as at its beginning: of ``args`` the `SCHEDULE`, the rows per step and the
+    fields ``own``, and all of ``recipe`` except ``ablate_to``.
 
     Raises:
         ValueError: the directory holds a run that has finished, began with other settings, or could be resumed but is not;
@@ -36,15 +33,11 @@ def begin(run: RunDirectory, recipe: Any, *, args: TrainingArguments, own: Colle
         check_not_begun(run.path, args.world_size)
     if args.process_index:
         return
-    settings, training = asdict(recipe), args.to_dict()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    same = {
-        "recipe": {name: value for name, value in settings.items() if name != "ablate_to"},
-        "training": {name: training[name] for name in (*own, *SCHEDULE)},
-        ROWS: rows,
-    }
-    seeds = {"seed": args.seed} | ({"label_seed": settings["label_seed"]} if "label_seed" in settings else {})
-    config = {"recipe": settings, "training": training, ROWS: rows}
+    config: dict[str, Any] = {"recipe": asdict(recipe), "training": args.to_dict(), ROWS: rows}
+    settings = {name: value for name, value in config["recipe"].items() if name != "ablate_to"}
+    same = config | {"recipe": settings, "training": {name: config["training"][name] for name in (*own, *SCHEDULE)}}
+    seeds = {"seed": args.seed, **{name: settings[name] for name in ("label_seed",) if name in settings}}
     run.start(config, seeds, resume=args.resume_from_checkpoint is not None, same=same)
 
 
@@ -58,6 +51,8 @@ def check_not_begun(run: Path, processes: int = 1) -> None:
 def find_checkpoint(run: Path, asked: str | bool | None, processes: int = 1) -> str | None:
     """Return the checkpoint to resume from: ``asked``, or the newest of the run for "true"; None to begin.
 
+    "auto" is the newest of a run that has not finished, if it has one: a command that was killed can be repeated as it is.
+
     >>> find_checkpoint(Path("run"), None), find_checkpoint(Path("run"), "false")
     (None, None)
     """
@@ -65,6 +60,8 @@ def find_checkpoint(run: Path, asked: str | bool | None, processes: int = 1) -> 
     if word in ("none", "false", ""):
         return None
     newest = latest_resumable(run, processes)
+    if word == "auto":
+        return None if (run / SUMMARY).exists() else newest
     if word == "true":
         if newest is None:
             raise ValueError(f"`resume_from_checkpoint` is {word}, but {run} holds no complete checkpoint: leave it "

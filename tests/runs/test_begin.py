@@ -62,3 +62,11 @@ def test_a_recipe_begins_and_goes_on_with_the_same_settings(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             begin(run, recipe, args=arguments("true", **more), own=("weight_decay",))
+
+
+def test_a_command_with_auto_can_be_repeated_as_it_is(tmp_path):
+    assert find_checkpoint(tmp_path, "auto") is None
+    newest = make_checkpoint(tmp_path / "checkpoint-2", "optimizer.pt", "rng_state.pth")
+    assert find_checkpoint(tmp_path, "auto") == str(newest)
+    (tmp_path / "summary.json").write_text("{}")
+    assert find_checkpoint(tmp_path, "auto") is None, "a finished run is not begun again by accident"
