@@ -40,10 +40,7 @@ class TrainingCost:
         teacher_tokens: int = 0,
         teacher_parameters: int | None = None,
     ) -> TrainingCost:
-        """Return the cost of one run: N ``parameters`` (`matmul_parameters`), D ``tokens``, and those of the teacher.
-
-        ``teacher_parameters`` are N by default, and ``labeled_forget_tokens`` distinct.
-        """
+        """Return the cost of one run: N ``parameters`` (`matmul_parameters`), D ``tokens``, and those of the teacher."""
         teacher = parameters if teacher_parameters is None else teacher_parameters
         return cls(6 * parameters * tokens + 2 * teacher * teacher_tokens, steps, tokens, labeled_forget_tokens)
 
@@ -56,11 +53,7 @@ class TrainingCost:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingCost:
-        """Read what `to_dict` returned; raise ValueError where entries are missing or unknown.
-
-        >>> TrainingCost.from_dict(TrainingCost(flops=6).to_dict()).flops
-        6
-        """
+        """Read what `to_dict` returned; raise ValueError where entries are missing or unknown."""
         expected = {field.name for field in fields(cls)}
         if set(data) != expected:
             raise ValueError(f"a cost has the entries {sorted(expected)}, got {sorted(data)}")
@@ -75,7 +68,6 @@ def matmul_parameters(model: nn.Module) -> int:
     >>> matmul_parameters(nn.Sequential(nn.Embedding(9, 2), nn.Linear(2, 3, bias=False)))
     6
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    tied = getattr(head, "weight", None)
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not tied}
+    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - heads
     return sum(p.numel() for p in model.parameters() if id(p) not in tables)

@@ -13,10 +13,8 @@ from routed_peft.runs.records import RunDirectory
 class RunRecorder(TrainerCallback):
     """Append the logs of a Trainer to ``metrics.jsonl``: one point per training log and per evaluated split.
 
-    A point has ``split`` ("train", or the name of the evaluation set), ``ablated`` (whether regions were off), ``step``,
-    ``tokens`` (if ``include_num_input_tokens_seen`` is on), the metrics without their prefix, and ``names``.
-
-    ``names`` are entries of every point, such as ``method="sgtm", arm="routed"``.
+    A point has ``names`` (such as ``method="sgtm"``), ``split`` ("train", or the name of the evaluation set), ``ablated``
+    (whether regions were off), ``step``, ``tokens`` (if ``include_num_input_tokens_seen`` is on), and the metrics.
 
     >>> import tempfile
     >>> from transformers import TrainerControl, TrainingArguments
@@ -55,7 +53,6 @@ def _split(logs: Mapping[str, Any]) -> tuple[str, bool, str]:
     key = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), None)
     if key is None:
         return "train", False, ""
-    prefix = key.removesuffix("loss")
-    name = prefix.removeprefix("eval_")
-    ablated = name.startswith("ablated_")
-    return name.removeprefix("ablated_").rstrip("_") or "eval", ablated, prefix
+    name = key.removeprefix("eval_").removesuffix("loss")
+    split = name.removeprefix("ablated_").rstrip("_") or "eval"
+    return split, name.startswith("ablated_"), key.removesuffix("loss")

@@ -17,11 +17,8 @@ from routed_peft.files import check_writable, in_use, read_json, write_bytes, wr
 from routed_peft.runs.provenance import all_versions, hardware
 
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
-ABLATION = "ablation.json"
-"""Record of an exported model, which names its run."""
-PLACEBO = "placebo.json"
-"""Record of a model with silenced units, which names its run."""
-
+ABLATION = "ablation.json"  # record of an exported model, which names its run
+PLACEBO = "placebo.json"  # record of a model with silenced units, likewise
 
 _SECRET = re.compile(r"(--?)?(\w+[-_])?(?<!eos_)(?<!bos_)(?<!pad_)(token|api[-_]?key|password|secret)", re.I)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{12,}")
@@ -88,21 +85,18 @@ class RunDirectory:
             raise ValueError(f"{self.path} is the source of the model and would be overwritten: name another directory")
         self._check_unfinished(resume)
         if in_use(self.path) and not (self.path / RUN).is_file():
-            raise ValueError(
-                f"{self.path} holds files but no run to continue ({RUN}): name a new or an empty directory"
-            )
+            raise ValueError(f"{self.path} holds files but no run to continue ({RUN}): name a new or an empty "
+                             "directory")  # fmt: skip
 
     def _check_unfinished(self, resume: bool) -> None:
         if (self.path / SUMMARY).exists() and not resume:
-            remedy = "name another directory, resume it, or move it away"
-            raise ValueError(f"{self.path} holds a finished run ({SUMMARY}): {remedy}")
+            raise ValueError(f"{self.path} holds a finished run ({SUMMARY}): name another directory, resume it, or "
+                             "move it away")  # fmt: skip
 
     def check_same(self, config: Mapping[str, Any]) -> None:
         """Raise ValueError if ``run.json`` and ``config`` differ in a setting that both of them have."""
-        if not (self.path / RUN).is_file():
-            return
-        before = read_json(self.path / RUN).get("config", {})
-        _check_same(self.path, before, _plain(config))
+        if (self.path / RUN).is_file():
+            _check_same(self.path, read_json(self.path / RUN).get("config", {}), _plain(config))
 
     def log(self, **point: Any) -> None:
         """Append one point to ``metrics.jsonl``; it replaces a last line that an interruption cut short."""
@@ -114,10 +108,9 @@ class RunDirectory:
 
     def points(self) -> list[dict[str, Any]]:
         """Return all points, without a last line that an interruption cut short."""
-        if not (self.path / METRICS).exists():
-            return []
-        lines = (self.path / METRICS).read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # without what follows the last line break
+        file = self.path / METRICS
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []  # until the last line break
+        return [json.loads(line) for line in lines]
 
     def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """Drop the points that are not ``wanted``, such as those after the checkpoint from which a run resumes."""
@@ -127,12 +120,8 @@ class RunDirectory:
     def ablation_target(self, asked: str | None = None) -> Path | None:
         """Return the directory for the ablated model: ``asked``, or one beside the run; None for "no".
 
-        Call it before training, so that a directory in use is refused early. An ablated model that this run wrote before it
-        was interrupted is removed.
-
-        Raises:
-            ValueError: the directory is not empty, lies in that of the run, or holds it.
-            OSError: the directory cannot be written.
+        Call it before training, so that it refuses early a directory that is not empty, lies in that of the run or holds it
+        (ValueError), or cannot be written (OSError). What this run wrote there before it was interrupted is removed.
 
         >>> RunDirectory("run").ablation_target().name, RunDirectory("run").ablation_target("no")
         ('run-ablated', None)
@@ -165,11 +154,7 @@ class RunDirectory:
 
 
 def _without_tokens(command: Sequence[str]) -> list[str]:
-    """Return the arguments of a command without tokens, keys and passwords.
-
-    >>> _without_tokens(["train.py", "--hub_token", "hf_abc", "--token=secret", "--seed", "1"])
-    ['train.py', '--hub_token', '***', '--token=***', '--seed', '1']
-    """
+    """Return the arguments of a command without tokens, keys and passwords."""
     shown: list[str] = []
     for word in command:
         secret = bool(shown) and _SECRET.fullmatch(shown[-1]) is not None
@@ -181,11 +166,9 @@ def _without_tokens(command: Sequence[str]) -> list[str]:
 
 def _ends_whole(file: Path) -> bool:
     """Return whether a file is missing, empty, or ends with a line break."""
-    if not file.exists() or not file.stat().st_size:
-        return True
-    with file.open("rb") as lines:
-        lines.seek(-1, os.SEEK_END)
-        return lines.read() == b"\n"
+    with file.open("a+b") as lines:
+        lines.seek(max(lines.tell() - 1, 0))
+        return lines.read() in (b"", b"\n")
 
 
 def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -223,7 +206,5 @@ def records_directory(src: str | Path) -> Path:
 def read_recipe(src: str | Path) -> dict[str, Any]:
     """Return the settings of the recipe that trained a model, from its ``run.json``; empty without one."""
     file = records_directory(src) / RUN
-    if not file.is_file():
-        return {}
-    config = read_json(file).get("config", {})
+    config = read_json(file).get("config", {}) if file.is_file() else {}
     return dict(config.get("recipe", config))

@@ -33,30 +33,24 @@ def check_resumable(checkpoint: str | Path, *, process_index: int = 0, processes
                 "not fit, so the run continues with others"
             )
         return
-    complete = [
-        other
-        for other in folder.resolve().parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if checkpoint_step(other) < checkpoint_step(folder.resolve()) and not find_missing(other)
-    ]
+    step, others = checkpoint_step(folder.resolve()), folder.resolve().parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    complete = [other for other in others if checkpoint_step(other) < step and not find_missing(other)]
+    advice = (
+        "no earlier one beside it is complete: begin anew, or from its weights (`load_routed(…, is_trainable=True)`)"
+    )
     if complete:
         advice = f"resume from the complete checkpoint '{max(complete, key=checkpoint_step)}'"
-    else:
-        advice = "no earlier one beside it is complete: begin anew, or from its weights (`load_routed(…, is_trainable=True)`)"
     raise ValueError(f"{str(checkpoint)!r} cannot be resumed from: it lacks a complete {', '.join(missing)} (lost, cut "
                      "short, or never written: checkpoints of `save_only_model=True` and of `save_model` hold weights "
                      f"alone); {advice}")  # fmt: skip
 
 
 def latest_resumable(run: str | Path, processes: int = 1) -> str | None:
-    """Return the newest complete checkpoint of a run, or None.
-
-    A checkpoint that a kill cut short is skipped: `Trainer` writes in place, the state of the run last.
-    """
-    found = [
-        path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and checkpoint_step(path) >= 0
-    ]
+    """Return the newest complete checkpoint of a run, or None; `Trainer` writes in place, so a kill leaves incomplete ones."""
+    found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    lost = partial(_missing, processes=processes)
     complete = [
-        one for one in found if not all(_missing(one, processes=processes, fsdp=fsdp) for fsdp in (False, True))
+        one for one in found if checkpoint_step(one) >= 0 and not (lost(one, fsdp=False) and lost(one, fsdp=True))
     ]
     return str(max(complete, key=checkpoint_step)) if complete else None
 

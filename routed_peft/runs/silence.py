@@ -33,12 +33,7 @@ def silenced_libraries() -> Iterator[None]:
 
 @contextmanager
 def silenced_logger(name: str) -> Iterator[None]:
-    """Hide what a logger says below errors for the length of a block.
-
-    >>> with silenced_logger("lm_eval"):
-    ...     logging.getLogger("lm_eval").isEnabledFor(logging.WARNING)
-    False
-    """
+    """Hide what a logger says below errors for the length of a block."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
