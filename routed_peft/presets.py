@@ -17,11 +17,7 @@ def sgtm(region: str = "forget", base_weight: float = 0.0) -> dict[str, Route]:
     >>> sgtm("bio")["forget"]
     Route(weights={'base': 0.0}, ablated=())
     """
-    return {
-        "forget": Route(weights={BASE: base_weight}),
-        "retain": Route(ablated=(region,)),
-        "unlabeled": Route(),
-    }
+    return {"forget": Route(weights={BASE: base_weight}), "retain": Route(ablated=(region,)), "unlabeled": Route()}
 
 
 def era(region: str = "forget", base_weight: float = -0.75) -> dict[str, Route]:
@@ -34,11 +30,7 @@ def era(region: str = "forget", base_weight: float = -0.75) -> dict[str, Route]:
     >>> era()["forget"].weights
     {'base': -0.75}
     """
-    return {
-        "forget": Route(weights={BASE: base_weight}),
-        "retain": Route(),
-        "unlabeled": Route(),
-    }
+    return {"forget": Route(weights={BASE: base_weight}), "retain": Route(), "unlabeled": Route()}
 
 
 def classic(region: str = "forget") -> dict[str, Route]:
@@ -62,24 +54,24 @@ def exclusive(region: str = "forget") -> dict[str, Route]:
     return {**classic(region), "unflagged": Route(weights={region: 0.0})}
 
 
-def gram(regions: Sequence[str]) -> dict[str, Route]:
+def gram(regions: Sequence[str], core: str = "core") -> dict[str, Route]:
     """One region per category (GRAM / modular pretraining, arXiv 2607.08077).
 
     Every region has three kinds of data. ``<region>`` trains the region alone (aux-isolated), ``<region>/spread`` trains
     region and core (aux-spread), and ``<region>/robust`` is core data read with that one region on (core-robustness). The
-    latter two have the same route; their labels tell their data apart. ``core`` is read with all regions off. In the
-    publication, a third to a half of a category's data is spread, and a fifth to a half of the core data robust.
+    latter two have the same route; their labels tell their data apart. ``core`` is read with all regions off, and
+    ``unlabeled`` data trains everything. In the publication, a third to a half of a category's data is spread, and a fifth
+    to a half of the core data robust; `routed_peft.training.RegionSchedule` draws such shares.
 
     >>> list(gram(["bio", "cyber"]))
-    ['core', 'bio', 'bio/spread', 'bio/robust', 'cyber', 'cyber/spread', 'cyber/robust']
+    ['core', 'bio', 'bio/spread', 'bio/robust', 'cyber', 'cyber/spread', 'cyber/robust', 'unlabeled']
     """
-    routes = {"core": Route(ablated=tuple(regions))}
+    routes = {core: Route(ablated=tuple(regions))}
     for region in regions:
         others = tuple(r for r in regions if r != region)
         routes[region] = Route(weights={BASE: 0.0}, ablated=others)
-        routes[f"{region}/spread"] = Route(ablated=others)
-        routes[f"{region}/robust"] = Route(ablated=others)
-    return routes
+        routes |= {f"{region}/{kind}": Route(ablated=others) for kind in ("spread", "robust")}
+    return {**routes, "unlabeled": Route()}
 
 
 def subspace(region: str = "persona", anchor: bool = False) -> dict[str, Route]:

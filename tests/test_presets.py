@@ -31,6 +31,7 @@ TABLES = [
             "core": [1, 0, 0],
             "bio": [0, 1, 0], "bio/spread": [1, 1, 0], "bio/robust": [1, 1, 0],
             "cyber": [0, 0, 1], "cyber/spread": [1, 0, 1], "cyber/robust": [1, 0, 1],
+            "unlabeled": [1, 1, 1],
         },
     ),
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,16 +9,21 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from routed_peft.adapters import adapters_in
 from routed_peft.architectures import MLP_TARGETS, is_writer, layer_index, model_type
+from routed_peft.regions.attentions import set_heads
 from routed_peft.regions.config import KINDS, RoutedConfig
+from routed_peft.regions.embeddings import share_tables, untie_tables
 from routed_peft.regions.fingerprint import check_fingerprint
+from routed_peft.regions.heads import RoutedHeads, plan_heads
 from routed_peft.regions.hidden_units import check_uniform, pad_to_widest
 from routed_peft.regions.layer import RoutedLayer
 from routed_peft.regions.linear import LowRankLinear
 from routed_peft.regions.mlp import RoutedMLP
 from routed_peft.regions.peft_type import PREFIX
 from routed_peft.regions.subspace import ProtectedEmbedding
-from routed_peft.regions.targets import RegionPlan, input_embeddings, plan_targets, unwrapped_mlps
+from routed_peft.regions.targets import RegionPlan, input_embeddings, unwrapped
+from routed_peft.regions.whole import plan_region
 from routed_peft.routes import check_region_name
 
 
@@ -64,12 +68,23 @@ class RoutedModel(BaseTuner):
             check_region_name(adapter_name)
         if config.base_fingerprint is not None:
             check_fingerprint(model, config.base_fingerprint)
-        with nullcontext() if config.kind == "mlp" else unwrapped_mlps(model):
-            self._plan = plan_targets(model, config)
-            self._plan.write_to(config)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        parts = plan_region(model, config)
+        try:
+            for part in parts:
+                self.peft_config[adapter_name], self._plan = part.config, part.plan
+                with unwrapped(model, part.config.kind):
+                    super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            self.peft_config[adapter_name] = config
+        share_tables(model, adapter_name)
         if config.kind == "subspace":
             self._protect_embeddings(model, adapter_name, config)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        """Accept: tables that a model ties share a region's rows, or are untied by a merge."""
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []
 
     def _protect_embeddings(self, model: nn.Module, adapter_name: str, config: RoutedConfig) -> None:
         lowest = min(index for target in self._plan.targets if (index := layer_index(target)) is not None)
@@ -95,9 +110,9 @@ class RoutedModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, RoutedConfig)
-        make = RoutedMLP if peft_config.kind == "mlp" else KINDS[peft_config.kind].layer
+        make = RoutedMLP if peft_config.kind == "mlp" else KINDS[str(peft_config.kind)].layer
         if make is not None:
-            if isinstance(target, RoutedLayer):
+            if isinstance(target, make if isinstance(make, type) else RoutedLayer):
                 target.update_layer(adapter_name, peft_config, model=self.model)
             else:
                 setattr(parent, target_name, make(target, adapter_name, config=peft_config, model=self.model))
@@ -131,9 +146,11 @@ class RoutedModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge regions, the active ones by default, so that `unmerge_adapter` restores the base exactly."""
         self._check_names(adapter_names)
-        for mlp in self._mlps():  # before anything is merged
-            if any(name in mlp.routed_up for name in adapter_names or self.active_adapters):
-                mlp.check_unwrapped()
+        names = adapter_names or self.active_adapters
+        for layer in self._layers():  # before anything is merged
+            if isinstance(layer, RoutedMLP | RoutedHeads) and set(names) & set(adapters_in(layer)):
+                layer.check_unwrapped()
+        untie_tables(self.model, names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _check_names(self, adapter_names: list[str] | None) -> None:
@@ -165,6 +182,8 @@ class RoutedModel(BaseTuner):
         widens = merge and any(name in layer.routed_up for layer in self._mlps() for name in names or ())
         if widens:  # all layers are unmerged now, so a refusal leaves the model whole
             check_uniform(self.model)
+        heads = plan_heads(self.model, names or []) if merge else None
+        untied = merge and untie_tables(self.model, names or [])
         inner_first = sorted(self.model.named_modules(), key=lambda item: -item[0].count("."))
         for path, layer in inner_first:  # PEFT's own loop does not look inside its layers
             if isinstance(layer, RoutedLayer):
@@ -173,8 +192,13 @@ class RoutedModel(BaseTuner):
                 parent, _, child = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, layer.base_layer)
         super()._unload_and_optionally_merge(False, progressbar)
+        if untied:
+            model: Any = self.model
+            model.config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
         if widens:
             pad_to_widest(self.model)
+        if heads is not None:
+            set_heads(self.model, heads)
         return self.model
 
     def _mlps(self) -> list[RoutedMLP]:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from routed_peft.architectures import (
     width,
 )
 from routed_peft.regions.config import KINDS, RoutedConfig
+from routed_peft.regions.layer import RoutedLayer
 from routed_peft.regions.mlp import RoutedMLP
 from routed_peft.regions.subspace import ProtectedEmbedding
 from routed_peft.subspaces.basis import Subspace
@@ -46,7 +47,7 @@ class RegionPlan:
     Attributes:
         targets: qualified names of the modules that get the region.
         target_modules: the names, or the regular expression, that select them.
-        init: initialization of hidden units; None for kinds without any.
+        init: initialization of hidden units or heads; None for kinds without any.
         subspace: the directions that were read from `RoutedConfig.subspace`; None where there is no file to read.
         provenance: description of the directions, from that file or from the region's own files.
         store_base_part: whether the region's file holds the base's component along the directions.
@@ -73,7 +74,7 @@ def plan_targets(model: nn.Module, config: RoutedConfig) -> RegionPlan:
     """Decide where a region goes and check that it can go there. Neither argument is changed.
 
     Args:
-        model: the model, without the wrappers of widened MLPs where the region is of another kind (`unwrapped_mlps`).
+        model: the model, without the layers around those of this kind (`unwrapped`).
         config: the region's configuration.
 
     Raises:
@@ -93,12 +94,12 @@ def plan_targets(model: nn.Module, config: RoutedConfig) -> RegionPlan:
             f"Its supported MLPs: {list(find_mlps(model)) or 'none'}. Supported layouts: {supported_layouts()}."
         )
     init, store_base_part = config.init, config.store_base_part
+    if init is None and "init" in KINDS[str(config.kind)].fields:
+        init = "zero" if getattr(model, "name_or_path", None) else "model"
     if config.kind == "mlp":
         _check_mlps(targets)
-        if init is None:
-            init = "zero" if getattr(model, "name_or_path", None) else "model"
-    elif KINDS[config.kind].layer is not None:
-        _check_others(config, targets)
+    elif KINDS[str(config.kind)].layer is not None:
+        _check_others(model, config, targets)
     else:
         _check_linear(model, config, targets)
         if subspace is not None or config.provenance is not None:
@@ -121,10 +122,16 @@ def _target_modules(model: nn.Module, config: RoutedConfig) -> list[str] | str:
         return sorted(expanded.target_modules or ())
     if config.target_modules is not None:
         return config.target_modules
-    kind, defaults = model_type(model), KINDS[config.kind].targets
+    kind, defaults = model_type(model), KINDS[str(config.kind)].targets
+    if callable(defaults):
+        return list(defaults(model)) or _nothing(config, model)
     if kind is None or kind not in defaults:
         raise ValueError(f"no default `target_modules` for the model type {kind!r}: {_advice(model, config)}")
     return list(defaults[kind])
+
+
+def _nothing(config: RoutedConfig, model: nn.Module) -> NoReturn:
+    raise ValueError(f"{type(model).__name__} has no module for a region of kind {config.kind!r}: leave that part out")
 
 
 def _advice(model: nn.Module, config: RoutedConfig) -> str:
@@ -176,16 +183,19 @@ def _check_mlps(targets: Mapping[str, nn.Module]) -> None:
             verify_layout(mlp, layout)
 
 
-def _check_others(config: RoutedConfig, targets: Mapping[str, nn.Module]) -> None:
-    kind = KINDS[config.kind]
+def _check_others(model: nn.Module, config: RoutedConfig, targets: Mapping[str, nn.Module]) -> None:
+    kind = KINDS[str(config.kind)]
+    joins = kind.layer if isinstance(kind.layer, type) else ()
     for name, module in targets.items():
-        if isinstance(module, BaseTunerLayer) and not (isinstance(kind.layer, type) and isinstance(module, kind.layer)):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, joins) and not getattr(joins, "outer", False):
             raise ValueError(
                 f"{name!r} holds a region of another kind already ({type(module).__name__}), beside which one of kind "
                 f"{config.kind!r} cannot stand: choose other `target_modules`"
             )
         if kind.check is not None:
             kind.check(name, _inner(module))
+    if kind.check_together is not None:
+        kind.check_together(model, targets)
 
 
 def _check_linear(model: nn.Module, config: RoutedConfig, targets: Mapping[str, nn.Module]) -> None:
@@ -255,8 +265,10 @@ def input_embeddings(model: nn.Module, size: int) -> dict[str, nn.Embedding | Pr
 
 
 @contextmanager
-def unwrapped_mlps(model: nn.Module) -> Iterator[None]:
-    """Take the `RoutedMLP` wrappers off within the block, so that PEFT finds the inner modules under their plain names.
+def unwrapped(model: nn.Module, kind: str | None) -> Iterator[None]:
+    """Take off layers that stand around others (`RoutedLayer.outer`) within the block, so that PEFT finds what is inside.
+
+    The modules inside then have the names of the plain model. Nothing is taken off for a ``kind`` of such layers itself.
 
     Raises:
         ValueError: while a region is merged.
@@ -265,7 +277,7 @@ def unwrapped_mlps(model: nn.Module) -> Iterator[None]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, RoutedMLP)
+        if isinstance(child, RoutedLayer) and child.outer and kind not in ("mlp", "heads")
     ]
     merged = [region for *_, child in wrapped for region in child.merged_adapters]
     if merged:

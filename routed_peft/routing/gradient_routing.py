@@ -16,7 +16,7 @@ from routed_peft.adapters import adapter_names, guard_saving, routing_record, se
 from routed_peft.architectures import find_mlps, output_projection
 from routed_peft.deprecation import warn_renamed
 from routed_peft.functional import PositionWeights
-from routed_peft.routes import BASE, Routes, named_in, validate_routes
+from routed_peft.routes import BASE, Routes, named_in, routes_differ, validate_routes
 from routed_peft.routing.adapter_state import AdapterState, active_adapters, frozen_adapters
 from routed_peft.routing.compatibility import check_auxiliary_loss, check_covered, check_member, check_model
 from routed_peft.routing.groups import JOINT, Member, find_members
@@ -248,12 +248,44 @@ class GradientRouting:
         """
         if self._state.groups is not None:
             raise ValueError("`routing.ablated` cannot be used within `with routing(...)`: leave that block first")
-        if unknown := sorted(set(rows) - set(self.regions)):
+        with self._holding_rows({name: ~absent for name, absent in rows.items()}, None), torch.no_grad():
+            yield
+
+    @contextmanager
+    def subset(self, present: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Run passes in which every example has regions, and gradient weights, of its own; routes play no part.
+
+        Args:
+            present: region -> bool ``(B,)``, true where it takes part; a region left out takes part everywhere.
+            weights: group -> gradient weights ``(B,)``; a group left out learns nothing.
+
+        Raises:
+            ValueError: inside ``with routing(...)``, and on a name that is no region or group.
+
+        Example: ``with routing.subset({"bio": on}, {"bio": on.float()}): loss(model(**batch)).backward()``
+        """
+        if self._state.groups is not None:
+            raise ValueError("`routing.subset` cannot be used within `with routing(...)`: leave that block first")
+        self.check_adapters()
+        with self._holding_rows(present, weights or {}):
+            yield
+
+    @contextmanager
+    def _holding_rows(self, present: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+        if unknown := sorted(set(present) - set(self.regions)):
             raise ValueError(f"`rows` has {unknown}; the regions are {self.regions}")
-        device = next(self.model.parameters()).device
-        gates = {region: (~absent).to(device, self._table.dtype) for region, absent in rows.items() if absent.any()}
-        groups = {group: GroupWeights(gate=gates.get(group)) for group in (BASE, *self.regions)}
-        with self._state.holding(groups), torch.no_grad():
+        names = (BASE, *self.regions)
+        if unknown := sorted(set(weights or ()) - set(names)):
+            raise ValueError(f"`weights` has {unknown}; the groups are {list(names)}")
+        device, dtype = next(self.model.parameters()).device, self._table.dtype
+        gates = {name: here.to(device, dtype) for name, here in present.items() if not here.all()}
+        groups = {name: GroupWeights(gate=gates.get(name)) for name in names}
+        if weights is not None:
+            size = len(next(iter((*present.values(), *weights.values()))))
+            for name in names:
+                m = weights.get(name, torch.zeros(size)).to(dtype)
+                groups[name].weights = PositionWeights.from_weights(m.cpu(), self._table.gather).to(device)
+        with self._state.holding(groups):
             yield
 
     def parameters(self, group: str) -> list[nn.Parameter]:
@@ -303,7 +335,8 @@ class GradientRouting:
         if self.edges == "activations":
             groups = {BASE: self._upstream()}
         compute = loss or (lambda model, inputs: model(**inputs).loss)
-        leaks, received = [], {}
+        leaks: list[str] = []
+        received: dict[str, dict[str, bool]] = {}
         self._unproven.clear()
         try:
             if any(group in named_in(self.routes) for group in groups):
@@ -315,6 +348,12 @@ class GradientRouting:
                 with self._state.holding({group: GroupWeights(zero) for group in (BASE, *self.regions)}):
                     leaks = find_leaks(lambda: compute(self.model, batch), self._names(groups))
             for label, route in self.routes.items():
+                twin = next(
+                    (name for name in received if not routes_differ({label: self.routes[name]}, {label: route})), None
+                )
+                if twin is not None:  # labels that do the same are tried once
+                    received[label] = received[twin]
+                    continue
                 self.model.zero_grad()
                 with self([label] * size):
                     received[label] = check_gradients(

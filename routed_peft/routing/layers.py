@@ -82,23 +82,23 @@ class _RoutedEmbedding(Routed):
         step = self._attachment.read()
         y: Tensor = super().forward(ids)  # type: ignore[misc]
         if step is None or step.weights is None:
-            return y
+            return self._gated(y, step)
         m = step.weights.m
         if y.shape[0] == 1 and len(m) > 1:  # learned positions are looked up once for the whole batch
             y = y.expand(len(m), *y.shape[1:])
         if y.shape[: m.dim()] != m.shape:
             self._attachment.read(ids)  # raises, and names the shapes
-        return scale_gradient(y, m)
+        return self._gated(scale_gradient(y, m), step)
 
 
 class _RoutedModule(Routed):
     def forward(self, x: Tensor) -> Tensor:
         step = self._attachment.read()
-        if step is None or step.weights is None:
-            return super().forward(x)  # type: ignore[misc]
-        view = self._attachment.view
+        view, name = self._attachment.view, self._attachment.name
         assert view is not None
-        return routed_module(view, x, align(step.weights.m, x, self._attachment.name))
+        weights, gate = (None, None) if step is None else (step.weights, step.gate)
+        y: Tensor = super().forward(x) if weights is None else routed_module(view, x, align(weights.m, x, name))  # type: ignore[misc]
+        return y if gate is None or not self._attachment.outlet else y * spread(align(gate, x, name), y)
 
 
 class _RoutedRMSNorm(Routed):

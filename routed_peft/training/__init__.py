@@ -7,9 +7,18 @@ from routed_peft.training.callbacks import SubspaceProjection
 from routed_peft.training.changing_dataset import ChangingDataset
 from routed_peft.training.mixin import RoutingMixin
 from routed_peft.training.optimizer import tag_groups
+from routed_peft.training.region_schedule import RegionSchedule
 from routed_peft.training.self_label_config import SelfLabelConfig
 from routed_peft.training.self_labels import SelfLabeledRows
 from routed_peft.training.trainer import RoutedTrainer
 
-__all__ = ["ChangingDataset", "RoutedArguments", "RoutedTrainer", "RoutedTrainingArguments", "RoutingMixin"]
-__all__ += ["RunDirectory", "RunRecorder", "SelfLabelConfig", "SelfLabeledRows", "SubspaceProjection", "tag_groups"]
+__all__ = ["ChangingDataset", "RoutedArguments", "RoutedTrainer", "RoutedTrainingArguments", "RoutingMixin", "RegionSchedule"]
+__all__ += [
+    "RegionSchedule",
+    "RunDirectory",
+    "RunRecorder",
+    "SelfLabelConfig",
+    "SelfLabeledRows",
+    "SubspaceProjection",
+    "tag_groups",
+]

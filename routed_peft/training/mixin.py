@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
 from routed_peft.ablation import ablated
 from routed_peft.checkpoint.save import check_kept_regions
-from routed_peft.data import RoutedCollator, check_route_columns
+from routed_peft.data import RoutedCollator
 from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT, ROUTE_QUARANTINE
-from routed_peft.data.padding import check_batch, check_unpacked
+from routed_peft.data.padding import check_batch
 from routed_peft.losses import check_finite
 from routed_peft.regions.subspace import has_subspace
 from routed_peft.routes import IGNORED, Routes
@@ -24,9 +23,10 @@ from routed_peft.routing.gradient_routing import GradientRouting
 from routed_peft.training.activation_penalty import activation_l1
 from routed_peft.training.callbacks import SubspaceProjection, single_on_evaluate
 from routed_peft.training.changing_dataset import ChangingDataset
-from routed_peft.training.label_checks import check_labels_occur
+from routed_peft.training.consistency import ScheduleMixin
 from routed_peft.training.labeled_loaders import LabeledLoadersMixin
 from routed_peft.training.optimizer import clip_by_group, clips_by_group, drop_idle_gradients, tag_groups
+from routed_peft.training.region_schedule import RegionSchedule
 from routed_peft.training.saving import SavingMixin
 from routed_peft.training.token_loss import TokenLossMixin
 
@@ -48,7 +48,7 @@ class BatchObserver(Protocol):
         """Take a batch without its route columns; ``environments`` is its column ``route_environment``, or None."""
 
 
-class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
+class RoutingMixin(ScheduleMixin, LabeledLoadersMixin, SavingMixin, TokenLossMixin):
     """Routing for a Trainer, shared by `RoutedTrainer` and TRL's trainers."""
 
     optimizer: torch.optim.Optimizer
@@ -57,10 +57,10 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
 
     # Setting up
 
-    def _attach(self, routes: Routes) -> None:
+    def _attach(self, routes: Routes | RegionSchedule) -> None:
         """Attach the routing; called at the end of the Trainer's constructor."""
         self._refuse_unsupported()
-        self._route(self.model, routes)
+        self._route(self.model, self._take_schedule(routes))
         self.add_callback(_IdleGradients(self))
         if has_subspace(self.model):
             self.add_callback(SubspaceProjection())
@@ -106,12 +106,10 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         args = self.args
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process means DataParallel, which cannot be routed: start one "
-                             "process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to "
-                             "one")  # fmt: skip
+                "process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one")  # fmt: skip
         if args.use_liger_kernel:
-            raise ValueError(
-                "`use_liger_kernel` reads weights outside their modules, past the routing: set it to False"
-            )
+            raise ValueError("`use_liger_kernel` reads weights outside their modules, past the routing: set it to "
+                             "False")  # fmt: skip
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(f"`hub_strategy={HubStrategy(args.hub_strategy).value!r}` would push checkpoints with "
                              "their regions and optimizer to the repository of the base: set it to 'every_save' or "
@@ -138,36 +136,6 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         ours = (*ROUTE_COLUMNS, ROUTE_QUARANTINE)
         self._signature_columns = [*columns, *(column for column in ours if column not in columns)]  # type: ignore[assignment]
 
-    def _check_labels_occur(self, labels: Mapping[str, int], steps: int | None = None) -> None:
-        trained = self.routing.groups
-        regions = [region for region in self.routing.regions if region in trained]  # frozen ones need no data
-        check_labels_occur(labels, self.routing.routes, regions=regions, steps=steps)
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_before_training()
-        output = super()._inner_training_loop(*args, **kwargs)
-        self._check_after_training()
-        return output
-
-    def _check_before_training(self) -> None:
-        self._loader_checked = False
-        check_unpacked(getattr(self.train_dataset, "column_names", None) or ())
-        if isinstance(self.train_dataset, Dataset):
-            names = self._label_names(self.train_dataset)
-            self._check_labels_occur(check_route_columns(self.train_dataset, self.routing.routes, names))
-
-    def _check_under_way(self) -> None:
-        """Check the labels of a stream, once, after `check_labels_after` steps; they cannot be known before."""
-        step = self.state.global_step + 1
-        if self._labels_checked or isinstance(self.train_dataset, Dataset) or step < self.args.check_labels_after:
-            return
-        self._labels_checked = True
-        self._check_labels_occur(self.tokens_per_route, step)
-
-    def _check_after_training(self) -> None:
-        if not isinstance(self.train_dataset, Dataset):
-            self._check_labels_occur(self.tokens_per_route)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer as `Trainer` does, then split its groups by routing group."""
         fresh = self.optimizer is None
@@ -175,6 +143,8 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         if fresh:
             groups = {p: group for group in self.routing.groups for p in self.routing.parameters(group)}
             rate, decay = self.args.region_learning_rate, self.args.region_weight_decay
+            if rate is None and self.schedule is not None:
+                rate = self.schedule.rate * self.args.learning_rate
             tag_groups(optimizer, groups, region_learning_rate=rate, region_weight_decay=decay)
         elif not all("route" in group for group in optimizer.param_groups):
             raise ValueError('`optimizers`: every parameter group needs a "route" key; see '
@@ -196,9 +166,8 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
         labels, weights = _pop_routes(inputs)
         environments = inputs.pop(ROUTE_ENVIRONMENT, None)
         if labels is None:
-            raise ValueError("a training batch came without `route_label` or `route_labels`: is the column in the "
-                             "dataset, and does the collator keep it? (`packing=True` drops it; "
-                             "`routed_peft.data.pack` does not)")  # fmt: skip
+            raise ValueError("a training batch came without `route_label` or `route_labels`: is the column in the dataset, "
+                "and does the collator keep it? (`packing=True` drops it; `routed_peft.data.pack` does not)")  # fmt: skip
         if not self._loader_checked:
             self._check_loader()
         if not self._checked and self._can_check(inputs):
@@ -206,6 +175,7 @@ class RoutingMixin(LabeledLoadersMixin, SavingMixin, TokenLossMixin):
             self._check_routing(model, inputs)
         if self.labels_in_rows and not isinstance(self.data_collator, RoutedCollator):
             check_batch(inputs, self.processing_class)
+        labels = self._draw(model, labels, inputs)
         taught = self._count(labels, weights, inputs)
         if self.observer is not None:
             self.observer.observe(inputs, environments)

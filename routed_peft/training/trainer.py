@@ -13,6 +13,7 @@ from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.training.arguments import RoutedTrainingArguments
 from routed_peft.training.changing_dataset import ChangingDataset
 from routed_peft.training.mixin import RoutingMixin
+from routed_peft.training.region_schedule import RegionSchedule
 
 
 class RoutedTrainer(RoutingMixin, Trainer):
@@ -28,7 +29,7 @@ class RoutedTrainer(RoutingMixin, Trainer):
     Args:
         model: a model with adapters; see `GradientRouting`. None where ``model_init`` makes one.
         args: `RoutedTrainingArguments`.
-        routes: label -> `Route`.
+        routes: label -> `Route`; or a `RegionSchedule`, which makes regions that work when they are on.
         data_collator: a `RoutedCollator` for ``processing_class`` by default. Any other makes batches of rows without
             their route columns, and the trainer adds the labels.
         **kwargs: as for `Trainer`.
@@ -42,7 +43,7 @@ class RoutedTrainer(RoutingMixin, Trainer):
         model: nn.Module | None,
         args: RoutedTrainingArguments,
         *,
-        routes: Routes,
+        routes: Routes | RegionSchedule,
         data_collator: Any = None,
         processing_class: Any = None,
         **kwargs: Any,
@@ -51,7 +52,8 @@ class RoutedTrainer(RoutingMixin, Trainer):
             if processing_class is None:
                 raise ValueError("`RoutedTrainer` needs `processing_class` (the tokenizer) or a `data_collator`")
             dataset = kwargs.get("train_dataset")
-            data_collator = RoutedCollator(processing_class, routes, class_names=class_names(dataset))
+            table, names = RegionSchedule.routes_of(routes), class_names(dataset)
+            data_collator = RoutedCollator(processing_class, table, class_names=names)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         self._attach(routes)
 
@@ -84,12 +86,12 @@ class RoutedTrainer(RoutingMixin, Trainer):
             },
         }
         if tokens:
-            rows = self.train_dataset
+            rows, silenced = self.train_dataset, self.consistency_tokens * self.args.world_size
             summary["ledger"] = TrainingCost.from_counts(
                 matmul_parameters(self.accelerator.unwrap_model(self.model)),
-                tokens,
+                tokens + silenced,
                 steps=step,
                 labeled_forget_tokens=labeled_forget_tokens,
-                teacher_tokens=rows.forward_tokens if isinstance(rows, ChangingDataset) else 0,
+                teacher_tokens=silenced + (rows.forward_tokens if isinstance(rows, ChangingDataset) else 0),
             ).to_dict()
         return summary

@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from routed_peft.data import RoutedCollator, class_names
 from routed_peft.data.columns import ROUTE_COLUMNS
 from routed_peft.routes import Routes
+from routed_peft.training.region_schedule import RegionSchedule
 from routed_peft.trl.config import RoutedSFTConfig
 from routed_peft.trl.mixin import TRLMixin, check_arguments, with_adapters
 
@@ -45,11 +46,16 @@ class RoutedSFTTrainer(TRLMixin, SFTTrainer):
         data_collator: Any = None,
         train_dataset: Dataset | IterableDataset | None = None,
         *,
-        routes: Routes,
+        routes: Routes | RegionSchedule,
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        _check_arguments(args)
+        if not isinstance(args, RoutedSFTConfig):
+            raise ValueError(f"`args` is a `RoutedSFTConfig`, got {type(args).__name__}")
+        if args.packing or args.eval_packing or args.padding_free:
+            raise ValueError("`packing`, `eval_packing` and `padding_free` put documents of different labels into one "
+                             "row, and TRL drops their labels: set all three to False. (`routed_peft.data.pack` packs "
+                             "documents of one label; give its rows to `RoutedTrainer`.)")  # fmt: skip
         quantization_config = kwargs.pop("quantization_config", None)
         model = with_adapters(model, peft_config, args=args, quantization_config=quantization_config)
         check_arguments(args, model)
@@ -61,20 +67,13 @@ class RoutedSFTTrainer(TRLMixin, SFTTrainer):
             own: Any = self.processing_class
             tokenizer = copy.copy(own.tokenizer if isinstance(own, ProcessorMixin) else own)
             tokenizer.padding_side = "right"  # as TRL's own collator pads
-            names, multiple = class_names(train_dataset), cast(Any, args.pad_to_multiple_of)
-            self.data_collator = RoutedCollator(tokenizer, routes, pad_to_multiple_of=multiple, class_names=names)
+            names, multiple = self._class_names, cast(Any, args.pad_to_multiple_of)
+            self.data_collator = RoutedCollator(
+                tokenizer, RegionSchedule.routes_of(routes), pad_to_multiple_of=multiple, class_names=names
+            )
         self._attach(routes)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as TRL does; route columns are no arguments of the model."""
         inputs = {name: value for name, value in inputs.items() if name not in ROUTE_COLUMNS}
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-
-def _check_arguments(args: Any) -> None:
-    if not isinstance(args, RoutedSFTConfig):
-        raise ValueError(f"`args` is a `RoutedSFTConfig`, got {type(args).__name__}")
-    if args.packing or args.eval_packing or args.padding_free:
-        raise ValueError("`packing`, `eval_packing` and `padding_free` put documents of different labels into one "
-                         "row, and TRL drops their labels: set all three to False. (`routed_peft.data.pack` packs "
-                         "documents of one label; give its rows to `RoutedTrainer`.)")  # fmt: skip

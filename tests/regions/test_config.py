@@ -16,7 +16,7 @@ from routed_peft.regions.peft_type import peft_type
     ("fields", "message"),
     [
         ({"size": 4, "kind": "attention"}, "`kind` must be one of 'mlp', 'lora'.*, got 'attention'"),
-        ({}, "`size` must be a whole number of hidden units, at least 1, got None"),
+        ({"kind": "mlp"}, "`size` must be a whole number of hidden units, at least 1, got None"),
         ({"size": 0}, "`size` .* got 0"),
         ({"size": 2.5}, "`size` .* got 2.5"),
         ({"size": True}, "`size` .* got True"),
