@@ -12,13 +12,6 @@ from routed_peft.training.self_label_config import SelfLabelConfig
 from routed_peft.training.self_labels import SelfLabeledRows
 from routed_peft.training.trainer import RoutedTrainer
 
-__all__ = ["ChangingDataset", "RoutedArguments", "RoutedTrainer", "RoutedTrainingArguments", "RoutingMixin", "RegionSchedule"]
-__all__ += [
-    "RegionSchedule",
-    "RunDirectory",
-    "RunRecorder",
-    "SelfLabelConfig",
-    "SelfLabeledRows",
-    "SubspaceProjection",
-    "tag_groups",
-]
+__all__ = ["ChangingDataset", "RegionSchedule", "RoutedArguments", "RoutedTrainer", "RoutedTrainingArguments"]
+__all__ += ["RoutingMixin", "RunDirectory", "RunRecorder", "SelfLabelConfig", "SelfLabeledRows", "SubspaceProjection"]
+__all__ += ["tag_groups"]
