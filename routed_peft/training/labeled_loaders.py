@@ -1,27 +1,37 @@
-"""Loaders of a routed Trainer: whatever collator makes a batch, its labels are found by name."""
+"""Labels of a routed Trainer: found by name whatever collator makes a batch, and checked, so that they route something."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
-from routed_peft.data import RoutedCollator, class_names
+from routed_peft.data import RoutedCollator, check_route_columns, class_names
 from routed_peft.data.labeled_batches import LabeledBatches, labeled_batches
-from routed_peft.routes import Routes
+from routed_peft.data.padding import check_unpacked
+from routed_peft.routes import Route, Routes
 from routed_peft.routing.gradient_routing import GradientRouting
+from routed_peft.training.arguments import RoutedTrainingArguments
 from routed_peft.training.finite_weights import Host
+
+logger = logging.get_logger(__name__)
 
 
 class LabeledLoadersMixin(Host):
     """Overrides of Trainer's loaders: the training loader labels its batches, and those of evaluation need no labels."""
 
+    args: RoutedTrainingArguments
     routing: GradientRouting
     labels_in_rows = True
     """Whether labels are columns of the rows; otherwise the trainer labels batches itself."""
     _loader_checked = False
+    _labels_checked: bool
+    tokens_per_route: Counter[str]
     _class_names: list[str] | None = None  # of a dataset that the host has processed since
 
     def _label_names(self, dataset: Any) -> list[str] | None:
@@ -68,3 +78,48 @@ class LabeledLoadersMixin(Host):
             raise ValueError("the training loader is not the trainer's own, and its integer labels have no names: give "
                              "it `collate_fn=RoutedCollator(tokenizer, routes)` with the trainer's routes, or pass "
                              "`data_collator` instead")  # fmt: skip
+
+    def _check_labels_occur(self, labels: Mapping[str, int], steps: int | None = None) -> None:
+        """Raise where the labels that occur (label -> how often) route nothing, or no label trains a region.
+
+        ``steps`` are those in which ``labels`` were counted, of a run that goes on. A region without data is then only
+        logged, because its data may come later.
+        """
+        routes, trained = self.routing.routes, [name for name in self.routing.regions if name in self.routing.groups]
+        seen = {label: routes[label] for label, count in labels.items() if count}
+        if all(route == Route() for route in seen.values()) and any(route != Route() for route in routes.values()):
+            within = "" if steps is None else f" in the first {steps} steps (`check_labels_after`)"
+            raise ValueError(f"no row is routed: only {sorted(seen)} occurs{within}, which trains everything. Is the label "
+                             "column right? (for a run without routing on purpose, use `presets.control()`)")  # fmt: skip
+        for region in trained:  # frozen ones need no data
+            if any(route.weight(region) for route in seen.values()):
+                continue
+            if steps is None:
+                raise ValueError(f"no row trains the region {region!r}: only {sorted(seen)} occurs in `train_dataset`")
+            logger.warning(f"no row has trained the region {region!r} in the first {steps} steps: only {sorted(seen)} "
+                           "occurred. If that stays so, the run ends in an error")  # fmt: skip
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_before_training()
+        output = super()._inner_training_loop(*args, **kwargs)
+        self._check_after_training()
+        return output
+
+    def _check_before_training(self) -> None:
+        self._loader_checked = False
+        check_unpacked(getattr(self.train_dataset, "column_names", None) or ())
+        if isinstance(self.train_dataset, Dataset):
+            names = self._label_names(self.train_dataset)
+            self._check_labels_occur(check_route_columns(self.train_dataset, self.routing.routes, names))
+
+    def _check_under_way(self) -> None:
+        """Check the labels of a stream, once, after `check_labels_after` steps; they cannot be known before."""
+        step = self.state.global_step + 1
+        if self._labels_checked or isinstance(self.train_dataset, Dataset) or step < self.args.check_labels_after:
+            return
+        self._labels_checked = True
+        self._check_labels_occur(self.tokens_per_route, step)
+
+    def _check_after_training(self) -> None:
+        if not isinstance(self.train_dataset, Dataset):
+            self._check_labels_occur(self.tokens_per_route)
