@@ -177,9 +177,8 @@ class RoutedConfig(PeftConfig):
         for name in special:
             if name not in KINDS[str(self.kind)].fields and getattr(self, name) is not None:
                 kind = " or ".join(repr(other) for other in KINDS if name in KINDS[other].fields and other != WHOLE)
-                raise ValueError(
-                    f"`{name}` belongs to kind {kind}, got `{name}` = {getattr(self, name)!r} with kind {self.kind!r}"
-                )
+                raise ValueError(f"`{name}` belongs to kind {kind}, got `{name}` = {getattr(self, name)!r} with kind "
+                                 f"{self.kind!r}")  # fmt: skip
         if self.kind == "lora":
             self.r = 8 if self.r is None else self.r
             self.lora_alpha = 8 if self.lora_alpha is None else self.lora_alpha
@@ -193,10 +192,8 @@ class RoutedConfig(PeftConfig):
             if self.strength not in STRENGTHS:
                 raise ValueError(f"`strength` must be one of {', '.join(map(repr, STRENGTHS))}, got {self.strength!r}")
             if self.subspace is None and self.provenance is None:
-                raise ValueError(
-                    "a region of kind 'subspace' needs `subspace`, the path of a file of directions: make one with "
-                    "`routed_peft.subspaces` and `Subspace.save`"
-                )
+                raise ValueError("a region of kind 'subspace' needs `subspace`, the path of a file of directions: make "
+                                 "one with `routed_peft.subspaces` and `Subspace.save`")  # fmt: skip
 
     def _check_parts(self) -> None:
         for name, what in (("size", "hidden units"), ("heads", "key-value heads"), ("r", "ranks")):
@@ -225,9 +222,8 @@ class RoutedConfig(PeftConfig):
         if indices is not None and not all(isinstance(i, int) and i >= 0 for i in indices):
             raise ValueError(f"`layers_to_transform` holds layer indices from 0 on, got {self.layers_to_transform!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                "`layers_to_transform` needs `target_modules` as a list of names, got a regular expression"
-            )
+            raise ValueError("`layers_to_transform` needs `target_modules` as a list of names, got a regular "
+                             "expression")  # fmt: skip
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` works only together with `layers_to_transform`: give both")
 

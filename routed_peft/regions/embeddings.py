@@ -111,10 +111,9 @@ class RoutedTable(nn.Module, RoutedLayer):
     def check_mergeable(self) -> None:
         """Raise ValueError where the table is quantized."""
         if not is_plain(self.weight):
-            raise ValueError(
-                f"rows of regions cannot be merged into {type(self.base_layer).__name__}, whose weights are quantized or "
-                "wrapped. Load the base unquantized (float32 or bfloat16), or keep the region as an adapter."
-            )
+            raise ValueError(f"rows of regions cannot be merged into {type(self.base_layer).__name__}, whose weights "
+                             "are quantized or wrapped. Load the base unquantized (float32 or bfloat16), or keep the "
+                             "region as an adapter.")  # fmt: skip
 
     @torch.no_grad()
     def get_delta_weight(self, name: str) -> Tensor:
@@ -204,17 +203,13 @@ def check_table(name: str, module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         return
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-        raise ValueError(
-            f"`embeddings` needs an nn.Embedding without `max_norm` and an nn.Linear head, got {name!r}, a "
-            f"{type(module).__name__}: leave `embeddings` out"
-        )
+        raise ValueError(f"`embeddings` needs an nn.Embedding without `max_norm` and an nn.Linear head, got {name!r}, "
+                         f"a {type(module).__name__}: leave `embeddings` out")  # fmt: skip
     ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device)
     looked_up = module.weight[ids] * getattr(module, "embed_scale", 1.0)
     if not torch.equal(module(ids.unsqueeze(0))[0], looked_up.to(module.weight.dtype)):
-        raise ValueError(
-            f"{name!r} ({type(module).__name__}) does more than look up rows, so rows of a region cannot be merged into it: "
-            "leave `embeddings` out"
-        )
+        raise ValueError(f"{name!r} ({type(module).__name__}) does more than look up rows, so rows of a region cannot "
+                         "be merged into it: leave `embeddings` out")  # fmt: skip
 
 
 def share_tables(model: nn.Module, region: str) -> None:

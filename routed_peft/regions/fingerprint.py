@@ -114,11 +114,9 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
         differs, what = "content", "the values of its weights"
     else:
         return
-    raise ValueError(
-        f"this region belongs to another base model: the {differs} differs ({what}). Got a base with {_short(got)}, "
-        f"expected {_short(expected)}. Load the base that was saved with the region (`base_model_name_or_path` in its "
-        "adapter_config.json), at the same revision."
-    )
+    raise ValueError(f"this region belongs to another base model: the {differs} differs ({what}). Got a base with "
+                     f"{_short(got)}, expected {_short(expected)}. Load the base that was saved with the region "
+                     "(`base_model_name_or_path` in its adapter_config.json), at the same revision.")  # fmt: skip
 
 
 def _short(print_: Mapping[str, Any]) -> str:
@@ -144,10 +142,8 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int,
         name, module = pending.pop()
         if isinstance(module, BaseTunerLayer):
             if module.merged:
-                raise ValueError(
-                    f"the adapters {module.merged_adapters} are merged into the base weights, which cannot be "
-                    "compared with the saved ones: call `unmerge_adapter()` first"
-                )
+                raise ValueError(f"the adapters {module.merged_adapters} are merged into the base weights, which "
+                                 "cannot be compared with the saved ones: call `unmerge_adapter()` first")  # fmt: skip
             pending.append((name, module.get_submodule("base_layer")))
             continue
         if isinstance(module, AuxiliaryTrainingWrapper):

@@ -136,10 +136,8 @@ class LowRankLinear(nn.Module, SubspaceLayer):
     def check_mergeable(self) -> None:
         """Raise ValueError where the layer is quantized."""
         if not is_plain(self.weight):
-            raise ValueError(
-                f"regions cannot be merged into {type(self.base_layer).__name__}, whose weights are quantized or wrapped. "
-                "Load the base unquantized (float32 or bfloat16), or keep the region as an adapter."
-            )
+            raise ValueError(f"regions cannot be merged into {type(self.base_layer).__name__}, whose weights are quantized "
+                "or wrapped. Load the base unquantized (float32 or bfloat16), or keep the region as an adapter.")  # fmt: skip
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of regions to the layer's weight.

@@ -141,10 +141,8 @@ def norm_names(model: nn.Module) -> list[str]:
 def check_norm(name: str, module: nn.Module) -> None:
     """Raise ValueError where ``module`` does not multiply a normalized input by a gain."""
     if _unit_gain(module) is None:
-        raise ValueError(
-            f"`norms` needs layers with a gain `weight` of one axis, got {name!r}, a {type(module).__name__}: leave "
-            "`norms` out"
-        )
+        raise ValueError(f"`norms` needs layers with a gain `weight` of one axis, got {name!r}, a "
+                         f"{type(module).__name__}: leave `norms` out")  # fmt: skip
 
 
 register_region_kind("norms", RegionKind(("norms",), norm_names, layer=RoutedNorm, check=check_norm))

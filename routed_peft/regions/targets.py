@@ -88,11 +88,9 @@ def plan_targets(model: nn.Module, config: RoutedConfig) -> RegionPlan:
     targets = _matching_modules(model, chosen)
     subspace = None if config.subspace is None else Subspace.load(config.subspace)
     if not targets:
-        raise ValueError(
-            f"`target_modules` = {chosen.target_modules} (`exclude_modules` = {config.exclude_modules}, "
-            f"`layers_to_transform` = {config.layers_to_transform}) match no module of {type(model).__name__}. "
-            f"Its supported MLPs: {list(find_mlps(model)) or 'none'}. Supported layouts: {supported_layouts()}."
-        )
+        raise ValueError(f"`target_modules` = {chosen.target_modules} (`exclude_modules` = {config.exclude_modules}, "
+            f"`layers_to_transform` = {config.layers_to_transform}) match no module of {type(model).__name__}. Its "
+            f"supported MLPs: {list(find_mlps(model)) or 'none'}. Supported layouts: {supported_layouts()}.")  # fmt: skip
     init, store_base_part = config.init, config.store_base_part
     if init is None and "init" in KINDS[str(config.kind)].fields:
         init = "zero" if getattr(model, "name_or_path", None) else "model"
@@ -155,22 +153,18 @@ def _check_residual_stream(model: nn.Module, config: RoutedConfig) -> None:
     """Refuse models in which a writer's output differs from what arrives in the residual stream."""
     norms = sorted({name for path, _ in model.named_modules() if (name := path.rpartition(".")[2]) in _POST_NORMS})
     if norms:
-        raise ValueError(
-            f"{type(model).__name__} normalizes what a layer writes before it is added (`{norms[0]}`), so a subspace of the "
-            "residual stream is not one of the writer's output, and `W + U M` cannot be merged: subspace regions are not "
-            "built for such models (Gemma 2 and 3, OLMo 2 and 3). Use a region of kind 'mlp' or 'lora'"
-        )
+        raise ValueError(f"{type(model).__name__} normalizes what a layer writes before it is added (`{norms[0]}`), so "
+                         "a subspace of the residual stream is not one of the writer's output, and `W + U M` cannot be "
+                         "merged: subspace regions are not built for such models (Gemma 2 and 3, OLMo 2 and 3). Use a "
+                         "region of kind 'mlp' or 'lora'")  # fmt: skip
     if model_type(model) not in WRITERS:
-        raise ValueError(
-            f"the residual writers of the model type {model_type(model)!r} are not known; known are {sorted(WRITERS)}"
-        )
+        raise ValueError(f"the residual writers of the model type {model_type(model)!r} are not known; known are "
+                         f"{sorted(WRITERS)}")  # fmt: skip
     settings = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
     dropouts = {name: p for name in _DROPOUTS if (p := getattr(settings, name, 0.0))}
     if dropouts and not config.inference_mode:
-        raise ValueError(
-            f"the model applies dropout to what its layers write ({dropouts}), so directions before and after it differ: "
-            f"load it with `{next(iter(dropouts))}=0.0`"
-        )
+        raise ValueError(f"the model applies dropout to what its layers write ({dropouts}), so directions before and "
+                         f"after it differ: load it with `{next(iter(dropouts))}=0.0`")  # fmt: skip
 
 
 def _check_mlps(targets: Mapping[str, nn.Module]) -> None:
@@ -188,10 +182,8 @@ def _check_others(model: nn.Module, config: RoutedConfig, targets: Mapping[str, 
     joins = kind.layer if isinstance(kind.layer, type) else ()
     for name, module in targets.items():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, joins) and not getattr(joins, "outer", False):
-            raise ValueError(
-                f"{name!r} holds a region of another kind already ({type(module).__name__}), beside which one of kind "
-                f"{config.kind!r} cannot stand: choose other `target_modules`"
-            )
+            raise ValueError(f"{name!r} holds a region of another kind already ({type(module).__name__}), beside which "
+                             f"one of kind {config.kind!r} cannot stand: choose other `target_modules`")  # fmt: skip
         if kind.check is not None:
             kind.check(name, _inner(module))
     if kind.check_together is not None:
@@ -203,15 +195,11 @@ def _check_linear(model: nn.Module, config: RoutedConfig, targets: Mapping[str, 
     for name, module in targets.items():
         inner = _inner(module)
         if not isinstance(inner, nn.Linear | Conv1D):
-            raise ValueError(
-                f"a region of kind {config.kind!r} goes to linear layers (nn.Linear, Conv1D), got {name!r}, a "
-                f"{type(inner).__name__}: choose other `target_modules`"
-            )
+            raise ValueError(f"a region of kind {config.kind!r} goes to linear layers (nn.Linear, Conv1D), got "
+                             f"{name!r}, a {type(inner).__name__}: choose other `target_modules`")  # fmt: skip
         if embeddings is not None and inner.weight is getattr(embeddings, "weight", None):
-            raise ValueError(
-                f"{name!r} shares its weight with the embeddings, so a region on it cannot be merged: leave it out of "
-                "`target_modules`"
-            )
+            raise ValueError(f"{name!r} shares its weight with the embeddings, so a region on it cannot be merged: "
+                             "leave it out of `target_modules`")  # fmt: skip
 
 
 def _check_writers(
@@ -221,18 +209,14 @@ def _check_writers(
     writers = {name: module for name, module in targets.items() if is_writer(name, kind)}
     others = sorted(set(targets) - set(writers))
     if config.kind == "subspace" and others:
-        raise ValueError(
-            f"a region of kind 'subspace' goes to residual writers, here those ending in {WRITERS[kind]}; got "
-            f"{others[0]!r}: choose among these, or leave `target_modules` out"
-        )
+        raise ValueError(f"a region of kind 'subspace' goes to residual writers, here those ending in {WRITERS[kind]}; "
+                         f"got {others[0]!r}: choose among these, or leave `target_modules` out")  # fmt: skip
     if subspace is None:
         return
     for name, module in writers.items():
         if width(module, "out") != subspace.width:
-            raise ValueError(
-                f"`subspace` belongs to a residual stream of width {subspace.width}, but that of {name!r} has "
-                f"{width(module, 'out')}: it was made for another model"
-            )
+            raise ValueError(f"`subspace` belongs to a residual stream of width {subspace.width}, but that of {name!r} "
+                             f"has {width(module, 'out')}: it was made for another model")  # fmt: skip
         index = layer_index(name)
         assert index is not None
         subspace.at(index)
@@ -241,10 +225,8 @@ def _check_writers(
 def _stores_base_part(config: RoutedConfig, targets: Mapping[str, nn.Module]) -> bool:
     plain = all(is_plain(cast(Tensor, _inner(module).weight)) for module in targets.values())
     if config.store_base_part and not plain:
-        raise ValueError(
-            "`store_base_part=True` on a quantized base, whose weights cannot be trained: leave it at None, and train "
-            "adapters beside the region"
-        )
+        raise ValueError("`store_base_part=True` on a quantized base, whose weights cannot be trained: leave it at "
+                         "None, and train adapters beside the region")  # fmt: skip
     return plain if config.store_base_part is None else config.store_base_part
 
 

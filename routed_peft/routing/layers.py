@@ -34,9 +34,8 @@ class Attachment:
         if step is not None and x is not None:
             for m in (step.weights.m if step.weights else None, step.gate):
                 if m is not None and x.shape[: m.dim()] != m.shape:
-                    raise ValueError(f"labels of shape {tuple(m.shape)} do not line up with the input of "
-                                     f"{self.name!r}, {tuple(x.shape)}: give one label per example or one per position "
-                                     "of this very batch")  # fmt: skip
+                    raise ValueError(f"labels of shape {tuple(m.shape)} do not line up with the input of {self.name!r}, "
+                        f"{tuple(x.shape)}: give one label per example or one per position of this very batch")  # fmt: skip
         return step
 
 

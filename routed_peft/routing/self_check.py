@@ -43,12 +43,10 @@ def check_gradients(
         if got and not route.weight(group):
             which = f"{_some(leaks)}: read" if leaks else "One of its parameters is probably read"
             raise ValueError(f"self-check: data labeled {label!r} must not train {group!r}, but gradient arrived "
-                             f"there. {which} outside its own module's forward (a fused loss or kernel that takes "
-                             "`weight`).")  # fmt: skip
+                f"there. {which} outside its own module's forward (a fused loss or kernel that takes `weight`).")  # fmt: skip
         if not got and route.weight(group):
-            raise ValueError(f"self-check: data labeled {label!r} should train {group!r}, but no gradient arrived. "
-                             "Look for a region whose output is dropped, or a batch without tokens that have a loss "
-                             "(all labels -100)")  # fmt: skip
+            raise ValueError(f"self-check: data labeled {label!r} should train {group!r}, but no gradient arrived. Look for "
+                "a region whose output is dropped, or a batch without tokens that have a loss (all labels -100)")  # fmt: skip
     return received
 
 
@@ -71,9 +69,8 @@ def check_leaks(names: Sequence[str]) -> None:
     """Raise ValueError where there are ``names`` of parameters that learn although all their weights are 0."""
     if names:
         raise ValueError(f"with all weights 0, gradient still reaches {_some(names)}. These are read outside their own "
-                         "module's forward (fused experts, a fused loss or a kernel that takes `weight`), so no route "
-                         "holds for them: freeze them, name their modules in `joint` if all data may train them, or "
-                         "switch the fused code off")  # fmt: skip
+            "module's forward (fused experts, a fused loss or a kernel that takes `weight`), so no route holds for them: "
+            "freeze them, name their modules in `joint` if all data may train them, or switch the fused code off")  # fmt: skip
 
 
 def nonzero_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:

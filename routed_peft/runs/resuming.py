@@ -28,10 +28,8 @@ def check_resumable(checkpoint: str | Path, *, process_index: int = 0, processes
     missing = find_missing(folder)
     if not missing:
         if not (folder / _random_state(process_index, processes)).is_file():
-            logger.warning(
-                f"{folder} was written by {_writers(folder)} processes and is resumed in {processes}: its random states do "
-                "not fit, so the run continues with others"
-            )
+            logger.warning(f"{folder} was written by {_writers(folder)} processes and is resumed in {processes}: its "
+                           "random states do not fit, so the run continues with others")  # fmt: skip
         return
     step, others = checkpoint_step(folder.resolve()), folder.resolve().parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     complete = [other for other in others if checkpoint_step(other) < step and not find_missing(other)]

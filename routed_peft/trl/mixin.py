@@ -50,11 +50,9 @@ class TRLMixin(RoutingMixin):
         for p in passed_by:
             p.requires_grad_(False)
         if passed_by:
-            logger.warning(
-                "the output embeddings, and input embeddings tied to them, stay frozen: TRL's fused head reads their weight "
-                "past the routing. To train them from all data, whatever its label, name `head` in `joint` (with "
-                "`embeddings`, if tied)."
-            )
+            logger.warning("the output embeddings, and input embeddings tied to them, stay frozen: TRL's fused head "
+                           "reads their weight past the routing. To train them from all data, whatever its label, name "
+                           "`head` in `joint` (with `embeddings`, if tied).")  # fmt: skip
 
     def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         # TRL's losses update counters; those of the check are no part of the run.
@@ -169,11 +167,9 @@ def check_foldable(model: nn.Module, adapters: Collection[str]) -> None:
             continue
         biased = isinstance(layer, LoraLayer) and any(layer.lora_bias.get(adapter) for adapter in here)
         if not hasattr(layer, "get_delta_weight") or biased:
-            raise ValueError(
-                f'`use_vllm` with the adapter {min(here)!r}: {name!r} is no linear update of a weight (`kind="mlp"` adds '
-                'hidden units), so it cannot be folded into the engine\'s weights. Take `kind="lora"` or "subspace" '
-                "(without bias), or set `use_vllm=False`"
-            )
+            raise ValueError(f"`use_vllm` with the adapter {min(here)!r}: {name!r} is no linear update of a weight "
+                             "(`kind=\"mlp\"` adds hidden units), so it cannot be folded into the engine's weights. "
+                             'Take `kind="lora"` or "subspace" (without bias), or set `use_vllm=False`')  # fmt: skip
 
 
 @torch.no_grad()
