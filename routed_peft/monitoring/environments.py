@@ -1,7 +1,8 @@
-"""Environments of a dataset, and the rows of a batch by environment."""
+"""Environments of a dataset, and rows of a batch and values by environment."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -45,31 +46,33 @@ def rows_by_environment(
     {'a': tensor([1]), 'b': tensor([0, 2])}
     """
     if given is None and column != ROUTE_ENVIRONMENT:
-        raise ValueError(
-            f"rollouts came without an environment, which the monitor needs: give every prompt a value in the column "
-            f"`{column}` of the dataset (`environment_column` in the arguments names another)"
-        )
+        raise ValueError("rollouts came without an environment, which the monitor needs: give every prompt a value in the "
+                         f"column `{column}` of the dataset (`environment_column` in the arguments names another)")  # fmt: skip
     if given is None:
         raise ValueError(f"a training batch came without `{ROUTE_ENVIRONMENT}`, which the monitor needs: add the "
                          "column to the dataset, and let the collator keep it")  # fmt: skip
     values = given.tolist() if isinstance(given, Tensor) else list(given)
     if len(values) != size:
         raise ValueError(f"`{column}` names {len(values)} rows, and the batch has {size}")
-    found = [_name(value, names, column) for value in values]  # in the order of `names`, in all processes
-    return {
-        name: torch.tensor([i for i, other in enumerate(found) if other == name]) for name in names if name in found
-    }
+    rows: dict[str, list[int]] = {name: [] for name in names}  # in the order of `names`, in all processes
+    for row, value in enumerate(values):
+        rows[_name(value, names, column)].append(row)
+    return {name: torch.tensor(found) for name, found in rows.items() if found}
 
 
 def _name(value: Any, names: Sequence[str], column: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
-        if not 0 <= value < len(names):
-            raise ValueError(
-                f"`{column}` has the index {value}, and there are {len(names)} environments: {list(names)}"
-            )
-        return names[value]
-    if value not in names:
-        near = get_close_matches(str(value), names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "add it to the monitor's `environments`"
-        raise ValueError(f"unknown environment {value!r}, got {list(names)}: {hint}")
-    return str(value)
+        if 0 <= value < len(names):
+            return names[value]
+        raise ValueError(f"`{column}` has the index {value}, and there are {len(names)} environments: {list(names)}")
+    if value in names:
+        return str(value)
+    near = get_close_matches(str(value), names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "add it to the monitor's `environments`"
+    raise ValueError(f"unknown environment {value!r}, got {list(names)}: {hint}")
+
+
+def by_name(environments: Sequence[str], values: Tensor) -> dict[str, float]:
+    """Return values ``(E,)`` by environment, without NaN, which stands for an environment without rows."""
+    pairs = zip(environments, values.tolist(), strict=True)
+    return {name: value for name, value in pairs if not math.isnan(value)}

@@ -37,13 +37,8 @@ class Factors:
 
     @property
     def modules(self) -> list[nn.Linear]:
-        """The modules that hold the factors."""
+        """The modules that hold the factors; the output of the last, times ``s``, is the region's, up to a rotation."""
         return [self.a] if self.b is None else [self.a, self.b]
-
-    @property
-    def outlet(self) -> nn.Linear:
-        """The module whose output, times ``s``, is the region's contribution; up to a rotation if ``B`` is fixed."""
-        return self.a if self.b is None else self.b
 
     def read(self) -> Pair:
         """Return copies of the factors."""
@@ -54,38 +49,29 @@ class Factors:
         return Pair(a, b.clone() if self.off is None else project_off(b.T, self.off).T)
 
 
-def gather_full(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Any) -> Tensor:
     """Return a full tensor, gathered over processes if it is sharded (FSDP2)."""
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def find_factors(model: nn.Module, region: str) -> list[Factors]:
     """Return the layers of ``region``; raise ValueError without any, and on one that is no product of two linear modules."""
-    found = []
-    for name, layer in tuner_layers(model):
-        parts = _parts(layer, region)
-        if parts is None:
-            continue
-        if not all(isinstance(module, nn.Linear) for module in parts[:2] if module is not None):
-            raise ValueError(f"the region {region!r} has a {type(layer).__name__} at {name!r}, which the monitor "
-                             "cannot read: use `RoutedConfig` regions, or plain LoRA on linear layers")  # fmt: skip
-        assert isinstance(layer, nn.Module)
-        found.append(Factors(name.removeprefix("base_model.model."), layer, *parts))
+    found: list[Factors] = []
+    for name, module in tuner_layers(model):
+        layer: Any = module
+        for inner, outer in (("lora_A", "lora_B"), ("routed_M", None), ("routed_up", "routed_down")):
+            if region not in getattr(layer, inner, ()):
+                continue
+            a, b = getattr(layer, inner)[region], getattr(layer, outer)[region] if outer else None
+            if not isinstance(a, nn.Linear) or not isinstance(b, nn.Linear | None):
+                raise ValueError(f"the region {region!r} has a {type(layer).__name__} at {name!r}, which the monitor "
+                                 "cannot read: use `RoutedConfig` regions, or plain LoRA on linear layers")  # fmt: skip
+            off = layer.basis(region) if outer == "lora_B" and region in getattr(layer, "routed_U", ()) else None
+            scale = float(layer.scaling[region]) if outer == "lora_B" else 1.0
+            found.append(Factors(name.removeprefix("base_model.model."), layer, a, b, scale, off))
     if not found:
         raise ValueError(f"the model has no region {region!r}: name one of its adapters")
     return found
-
-
-def _parts(layer: Any, region: str) -> tuple[Any, Any, float, Tensor | None] | None:
-    if region in getattr(layer, "lora_A", ()):
-        off = layer.basis(region) if region in getattr(layer, "routed_U", ()) else None
-        return layer.lora_A[region], layer.lora_B[region], float(layer.scaling[region]), off
-    if region in getattr(layer, "routed_M", ()):
-        return layer.routed_M[region], None, 1.0, None
-    if region in getattr(layer, "routed_up", ()):
-        return layer.routed_up[region], layer.routed_down[region], 1.0, None
-    return None
 
 
 def squared_norm(pair: Pair, scale: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,14 +60,13 @@ class GrowthMeter:
     environments: Sequence[str]  # in the order of the columns
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor  # sums over processes
     processes: int = 1
-    _old: dict[str, list[Pair]] = field(default_factory=dict)
-    _matches: dict[str, Tensor] = field(default_factory=dict)
+    _old: dict[str, tuple[list[Pair], Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def before(self) -> None:
         """Copy the factors, and compare the optimizer's gradients with the recorded ones."""
-        self._old = {region: [f.read() for f in layers] for region, layers in self.factors.items()}
-        self._matches = {region: self._match(layers) for region, layers in self.factors.items()}
+        for region, layers in self.factors.items():
+            self._old[region] = [f.read() for f in layers], self._match(layers)
 
     def _match(self, layers: Sequence[Factors]) -> Tensor:
         """Return <used, used>, <used, seen> and <seen, seen>; used gradients are the seen ones times a clipping factor."""
@@ -86,26 +85,26 @@ class GrowthMeter:
         return {region: self._growth(region, optimizer) for region in self.factors}
 
     def _growth(self, region: str, optimizer: Any) -> Growth:
-        layers, match = self.factors[region], self._matches[region]
+        layers, (old, match) = self.factors[region], self._old[region]
         across = self.reduce(match)[1] / self.processes
         clipped = match[0] / across if match[0] > 0 and across > 0 else torch.zeros_like(across)
         rates = step_sizes(optimizer, {module.weight for f in layers for module in f.modules})
         new = [f.read() for f in layers]
         zeros = match.new_zeros(len(layers), len(self.environments))
         contributions, raw, moved, steepness = zeros, zeros.clone(), match.new_zeros(()), match.new_zeros(())
-        for i, (f, old, now) in enumerate(zip(layers, self._old[region], new, strict=True)):
-            for module, v, then, later in zip(f.modules, sensitivities(old, now, f.scale), old, now, strict=False):
-                assert then is not None and later is not None
-                moved += (v * (later - then)).sum()
+        for i, (f, before, after) in enumerate(zip(layers, old, new, strict=True)):
+            steps = zip(f.modules, sensitivities(before, after, f.scale), before, after, strict=False)
+            for module, v, then, now in steps:
+                moved += (v * (cast(Tensor, now) - cast(Tensor, then))).sum()
                 steepness += v.square().sum()
                 for name, g in self.gradients.sums[module].items() if module.weight in rates else ():
                     column = self.environments.index(name)
                     contributions[i, column] -= (v * rates[module.weight] * g).sum() * clipped
                     raw[i, column] -= (v * g).sum() * clipped
         contributions, raw = self.reduce(torch.stack([contributions, raw])) / self.processes
-        squares = torch.stack([squared_norm(pair, f.scale) for f, pair in zip(layers, new, strict=True)])
-        former = torch.stack([squared_norm(p, f.scale) for f, p in zip(layers, self._old[region], strict=True)])
-        norms = squares.sum().sqrt() + former.sum().sqrt()
+        squared = lambda pairs: torch.stack([squared_norm(p, f.scale) for f, p in zip(layers, pairs, strict=True)])
+        squares = squared(new)
+        norms = squares.sum().sqrt() + squared(old).sum().sqrt()
         used, both_ways, seen = match.tolist()
         return Growth(
             size=float(squares.sum().sqrt()),

@@ -15,23 +15,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from routed_peft.data.columns import ROUTE_ENVIRONMENT
-from routed_peft.monitoring.alarms import HALT, OK, WARN, Alarms
-from routed_peft.monitoring.config import MonitorConfig
+from routed_peft.monitoring.alarms import HALT, OK, WARN, Alarms, MonitorConfig
 from routed_peft.monitoring.environments import list_environments, rows_by_environment
 from routed_peft.monitoring.factors import find_factors
-from routed_peft.monitoring.gradients import EnvironmentGradients
+from routed_peft.monitoring.gradients import EnergyShare, EnvironmentGradients, weight_drift
 from routed_peft.monitoring.growth import Growth, GrowthMeter
-from routed_peft.monitoring.incidents import INCIDENT, describe_incident
-from routed_peft.monitoring.observation import ContributionLog, RegionReport
-from routed_peft.monitoring.probe import Probe
-from routed_peft.monitoring.reward_gap import Reward, reward_gaps
-from routed_peft.monitoring.samples import RowSamples
-from routed_peft.monitoring.subspace_energy import EnergyShare, weight_drift
+from routed_peft.monitoring.observation import INCIDENT, ContributionLog, Incident, RegionReport, RowSamples, rank_blame
+from routed_peft.monitoring.probe import Probe, Reward, reward_gaps
 
 logger = logging.getLogger(__name__)
-
-_LEAST_CAPTURED = 0.9
-_CODES = {OK: 0, WARN: 1, HALT: 2}
 
 
 class RegionMonitor(TrainerCallback, ExportableState):
@@ -75,15 +67,24 @@ class RegionMonitor(TrainerCallback, ExportableState):
         reward: Reward | None = None,
     ) -> None:
         if trainer.args.restore_callback_states_from_checkpoint:
-            raise ValueError(
-                "`restore_callback_states_from_checkpoint` would replace the monitor, which restores itself: set it to False"
-            )
+            raise ValueError("`restore_callback_states_from_checkpoint` would replace the monitor, which restores "
+                             "itself: set it to False")  # fmt: skip
         self.trainer, self.config, self.reward = trainer, config or MonitorConfig(), reward
         self.column = getattr(trainer.args, "environment_column", ROUTE_ENVIRONMENT)
         self.environments = list(environments or list_environments(trainer.train_dataset, self.column))
         if unknown := [name for name in self.config.exempt if name not in self.environments]:
             raise ValueError(f"`exempt` has {unknown}, and the environments are {self.environments}")
-        self.factors = {region: find_factors(trainer.model, region) for region in trainer.routing.regions}
+        self._watch()
+        self._stack = ExitStack()
+        self._reset()
+        trainer.observer = self
+        trainer.add_callback(self)
+
+    def _watch(self) -> None:
+        """Find the regions of the trainer's model, of which `model_init` makes a new one for every run."""
+        trainer = self.trainer
+        self._model = trainer.model
+        self.factors = {region: find_factors(self._model, region) for region in trainer.routing.regions}
         layers = (f for factors in self.factors.values() for f in factors)
         self.gradients = EnvironmentGradients(module for f in layers for module in f.modules)
         processes = trainer.accelerator.num_processes
@@ -92,10 +93,6 @@ class RegionMonitor(TrainerCallback, ExportableState):
             region: EnergyShare(factors, region, environments=self.environments, draws=self.config.random_subspaces)
             for region, factors in self.factors.items()
         }
-        self._stack = ExitStack()
-        self._reset()
-        trainer.observer = self
-        trainer.add_callback(self)
 
     def _reset(self) -> None:
         self._stack.close()  # hooks of an interrupted run
@@ -107,8 +104,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
 
     def _reduce(self, tensor: Tensor) -> Tensor:
         accelerator = self.trainer.accelerator
-        total: Tensor = accelerator.reduce(tensor, "sum") if accelerator.num_processes > 1 else tensor
-        return total
+        return accelerator.reduce(tensor, "sum") if accelerator.num_processes > 1 else tensor
 
     # Checkpoints
 
@@ -119,8 +115,7 @@ class RegionMonitor(TrainerCallback, ExportableState):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a state from `state`."""
-        kept = state["attributes"]
-        self.status = kept["status"]
+        self.status = (kept := state["attributes"])["status"]
         self.alarms.restore(kept["alarms"])
         self.contributions.restore(kept["ledger"])
 
@@ -130,6 +125,8 @@ class RegionMonitor(TrainerCallback, ExportableState):
             raise ValueError(f"{args.output_dir} holds {INCIDENT}: the run was halted. Go back with "
                              "`routed_peft.monitoring.rollback`, use `run_with_rollback`, or move the file away")  # fmt: skip
         self._reset()
+        if self.trainer.model is not self._model:
+            self._watch()
         callbacks: Any = state.stateful_callbacks or {}
         saved = callbacks.get(type(self).__name__)
         if state.global_step and saved:
@@ -146,10 +143,9 @@ class RegionMonitor(TrainerCallback, ExportableState):
         batches = min(args.gradient_accumulation_steps, self.config.probe_rows)
         self.probe = Probe(self.config.probe_rows // batches, batches, turn=step)
         self._stack.enter_context(_eager())
-        watchers: list[EnvironmentGradients | EnergyShare] = [self.gradients, *self.energies.values()]
-        for watcher in watchers:
-            watcher.start()
-            self._stack.callback(watcher.stop)
+        for recorder in (self.gradients, *self.energies.values()):
+            recorder.start()
+            self._stack.callback(recorder.stop)
 
     def observe(self, inputs: Mapping[str, Any], environments: Any) -> None:
         """Take a batch that is about to be trained on, and each row's environment, as a name or an index."""
@@ -157,9 +153,8 @@ class RegionMonitor(TrainerCallback, ExportableState):
         rows = rows_by_environment(environments, self.environments, size=len(first), column=self.column)
         if not self._observing:
             return
-        self.gradients.expect_batch(rows, len(first))
-        for energy in self.energies.values():
-            energy.expect_batch(rows)
+        for recorder in (self.gradients, *self.energies.values()):
+            recorder.expect_batch(rows, len(first))
         self.probe.keep(inputs, self.trainer._has_loss(inputs), rows=rows, environments=self.environments)
         self._samples.keep(inputs, rows, self.trainer.state.global_step + 1)
 
@@ -169,9 +164,8 @@ class RegionMonitor(TrainerCallback, ExportableState):
             return
         self._stack.close()
         if not self.probe.kept:
-            raise ValueError(
-                "the monitor saw no batch of this step: call `RoutingMixin.training_step` in the trainer's own `training_step`"
-            )
+            raise ValueError("the monitor saw no batch of this step: call `RoutingMixin.training_step` in the trainer's "
+                             "own `training_step`")  # fmt: skip
         self.meter.before()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -181,10 +175,10 @@ class RegionMonitor(TrainerCallback, ExportableState):
         self._growth = self.meter.after(self.trainer.optimizer)
         self.gradients.clear()
         for region, growth in self._growth.items():
-            if growth.captured < _LEAST_CAPTURED:
-                raise ValueError(f"the gradients that the monitor saw are not those that train the region {region!r} "
-                                 f"(cosine {growth.captured:.2f}): compute all of the loss through the model's forward "
-                                 "pass, without hooks that change gradients")  # fmt: skip
+            if growth.captured < 0.9:
+                raise ValueError(f"the gradients that the monitor saw are not those that train the region {region!r} (cosine "
+                                 f"{growth.captured:.2f}): compute all of the loss through the model's forward pass, without "
+                                 "hooks that change gradients")  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the effect of the regions, log all numbers, and act on alarms."""
@@ -213,26 +207,22 @@ class RegionMonitor(TrainerCallback, ExportableState):
     # Measuring
 
     def _reports(self, step: int) -> dict[str, RegionReport]:
-        trainer, names = self.trainer, self.environments
-        with trainer.compute_loss_context_manager(), _eager():
-            effects = self.probe.measure(trainer.model, self.factors, environments=len(names), reduce=self._reduce)
-        gaps, reports = self._reward_gaps(step), {}
+        model, names, device = self.trainer.model, self.environments, self.trainer.args.device
+        with self.trainer.compute_loss_context_manager(), _eager():
+            effects = self.probe.measure(model, self.factors, environments=len(names), reduce=self._reduce)
+        gaps: dict[str, dict[str, float]] = {}
+        if self.reward is not None and (step % self.config.reward_every == 0 or self.status != OK):
+            mean = lambda tensor: self._reduce(tensor.to(device)) / self.meter.processes
+            gaps = reward_gaps(self.reward, model, regions=self.factors, environments=names, reduce=mean, seed=step)
+        reports = {}
         for region, factors in self.factors.items():
-            layers, drift = [f.name for f in factors], weight_drift(trainer.model, region)
-            extra = {"reward_gap": gaps.get(region, {})}
-            extra |= self.energies[region].shares(self._reduce, trainer.args.device)
+            layers, drift = [f.name for f in factors], weight_drift(model, region)
+            extra = {"reward_gap": gaps.get(region, {}), **self.energies[region].shares(self._reduce, device)}
             reports[region] = RegionReport(layers, names, self._growth[region], effects[region], extra, drift)
         return reports
 
-    def _reward_gaps(self, step: int) -> dict[str, dict[str, float]]:
-        if self.reward is None or (step % self.config.reward_every and self.status == OK):
-            return {}
-        mean = lambda tensor: self._reduce(tensor.to(self.trainer.args.device)) / self.meter.processes
-        of: dict[str, Any] = {"regions": self.factors, "environments": self.environments}
-        return reward_gaps(self.reward, self.trainer.model, **of, mean=mean, seed=step)
-
     def _log(self) -> None:
-        logs: dict[str, float] = {"monitor/status": _CODES[self.status]}
+        logs: dict[str, float] = {"monitor/status": (OK, WARN, HALT).index(self.status)}
         for region, report in self.reports.items():
             logs |= {f"monitor/{region}/{name}": v for name, v in report.flatten(self.config.by_layer).items()}
         logs |= {f"monitor/{name}/cusum": s.cusum.level for name, s in self.alarms.series.items() if s.cusum}
@@ -244,20 +234,24 @@ class RegionMonitor(TrainerCallback, ExportableState):
         return ", ".join(f"{name} = {series.value:.4g}" for name, series in self.alarms.raised.items())
 
     def _halt(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        control.should_save = True
-        control.should_training_stop = True
+        control.should_save = control.should_training_stop = True
+        if not state.is_world_process_zero:
+            return
+        log, onset, raised = self.contributions, self.alarms.onset_step, self.alarms.raised
+        regions = sorted({name.partition("/")[0] for name in raised})
+        since, total = log.since(onset, regions), log.total(regions)
+        exempt = {*self.config.exempt, *(log.total(self.factors).keys() - set(self.environments))}
+        table, named = rank_blame(since, total, blame=self.config.blame, exempt=exempt)
+        numbers = {
+            name: {"value": s.value, "limit": s.limit, "cusum": s.cusum and s.cusum.level, "clean_step": s.clean_step}
+            for name, s in raised.items()
+        }
         samples = self._samples.decode(self.trainer.processing_class)
-        step, log, config = state.global_step, self.contributions, self.config
-        gone = [name for name in log.total(self.factors) if name not in self.environments]
-        exempt = [*config.exempt, *gone]
-        incident = describe_incident(
-            step, self.alarms, contributions=log, samples=samples, blame=config.blame, exempt=exempt
-        )
-        if state.is_world_process_zero:
-            path = incident.write(str(args.output_dir))
-            words, named = self._alarms_in_words(), incident.named or "no environment"
-            message = "halted at step %d: %s. It began after step %d, and %s contributed most; see %s"
-            logger.warning(message, step, words, incident.onset_step, named, path)
+        rows = [row for name in named for row in samples.get(name, ())]
+        incident = Incident(state.global_step, onset, numbers, table, named, rows)
+        path, words, named = incident.write(str(args.output_dir)), self._alarms_in_words(), incident.named
+        message = "halted at step %d: %s. It began after step %d, and %s contributed most; see %s"
+        logger.warning(message, incident.step, words, incident.onset_step, named or "no environment", path)
 
 
 def _eager() -> AbstractContextManager[Any]:

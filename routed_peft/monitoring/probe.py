@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 from routed_peft.ablation import ablated
 from routed_peft.eval_mode import evaluating
 from routed_peft.monitoring.factors import Factors
+
+Reward = Callable[[nn.Module, str], float]
+"""``reward(model, environment)``: the mean reward of some rollouts."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,11 @@ class Probe:
         self, model: nn.Module, factors: Mapping[str, Sequence[Factors]], *, environments: int, reduce: Any
     ) -> dict[str, Effect]:
         """Return the effect of every region, in evaluation mode and over the rows of all processes, which ``reduce`` sums."""
-        try:
-            sums = {region: _Sums(layers, environments) for region, layers in factors.items()}
-            with evaluating(model):
-                for rows in self.kept:
-                    _add(model, rows, sums)
-        finally:
-            self.kept = []
+        sums = {region: _Sums(layers, environments) for region, layers in factors.items()}
+        kept, self.kept = self.kept, []
+        with evaluating(model):
+            for rows in kept:
+                _add(model, rows, sums)
         return {region: s.effect(reduce) for region, s in sums.items()}
 
 
@@ -92,29 +94,18 @@ class _Sums:
         self.squares = torch.zeros(2, len(layers), environments, device=device)
         self.kl = torch.zeros(2, environments, device=device)
 
-    @contextmanager
-    def watching(self, rows: Rows) -> Iterator[None]:
-        """Add up squares of the outputs of the forward pass inside."""
+    def watch(self, rows: Rows, stack: ExitStack) -> None:
+        """Add up squares of outputs in forward passes, until the end of ``stack``."""
         real = rows.inputs.get("attention_mask", torch.ones_like(rows.inputs["input_ids"])) != 0
 
-        def watch(kind: int, layer: int, scale: float) -> Any:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
-                output = output[0] if isinstance(output, tuple) else output
-                squares = (scale * output.float()).square().sum(-1) * real.to(output.device)
-                self.squares[kind, layer].index_add_(0, rows.environment.to(squares.device), squares.sum(1))
+        def hook(total: Tensor, scale: float, _: nn.Module, __: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            squares = (scale * output.float()).square().sum(-1) * real.to(output.device)
+            total.index_add_(0, rows.environment.to(squares.device), squares.sum(1))
 
-            return hook
-
-        handles = [
-            module.register_forward_hook(watch(kind, i, scale))
-            for i, f in enumerate(self.layers)
-            for kind, module, scale in ((0, f.outlet, f.scale), (1, f.layer, 1.0))
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        for f, region, layer in zip(self.layers, *self.squares, strict=True):
+            stack.callback(f.modules[-1].register_forward_hook(partial(hook, region, f.scale)).remove)
+            stack.callback(f.layer.register_forward_hook(partial(hook, layer, 1.0)).remove)
 
     def effect(self, reduce: Any) -> Effect:
         both = reduce(torch.cat([self.squares.flatten(), self.kl.flatten()])).cpu()
@@ -126,10 +117,9 @@ class _Sums:
 def _add(model: nn.Module, rows: Rows, sums: Mapping[str, _Sums]) -> None:
     with ExitStack() as stack:
         for s in sums.values():
-            stack.enter_context(s.watching(rows))
+            s.watch(rows, stack)
         full = _log_probabilities(model, rows)
-    environment = rows.environment.to(full.device)
-    predicts = rows.predicts.to(full.device)
+    environment, predicts = rows.environment.to(full.device), rows.predicts.to(full.device)
     for region, s in sums.items():
         with ablated(model, region):
             without = _log_probabilities(model, rows)
@@ -154,8 +144,30 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     {'input_ids': tensor([[1, 2]]), 'attention_mask': tensor([[1, 1]])}
     """
     if "prompt_ids" in batch:
-        return {
-            "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
-            "attention_mask": torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
-        }
+        parts = {"input_ids": "ids", "attention_mask": "mask"}
+        return {name: torch.cat([batch[f"prompt_{p}"], batch[f"completion_{p}"]], 1) for name, p in parts.items()}
     return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+
+
+@torch.no_grad()
+def reward_gaps(
+    reward: Reward, model: nn.Module, *, regions: Iterable[str], environments: Sequence[str], reduce: Any, seed: int
+) -> dict[str, dict[str, float]]:
+    """Return region -> environment -> reward with the region on minus reward with it ablated.
+
+    Both are measured in evaluation mode and under the same random numbers. The run's own generators are not changed.
+    ``reduce`` takes the mean of a tensor over processes.
+    """
+
+    def rewards() -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return torch.tensor([float(reward(model, name)) for name in environments])
+
+    gaps = {}
+    with evaluating(model):
+        full = rewards()
+        for region in regions:
+            with ablated(model, region):
+                gaps[region] = dict(zip(environments, reduce(full - rewards()).tolist(), strict=True))
+    return gaps

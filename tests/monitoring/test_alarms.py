@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routed_peft.monitoring.alarms import Alarms, Cusum
-from routed_peft.monitoring.config import MonitorConfig
+from routed_peft.monitoring.alarms import Alarms, Cusum, MonitorConfig
 
 values = st.lists(st.floats(-100, 100), min_size=5, max_size=60)
 

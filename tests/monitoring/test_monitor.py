@@ -21,7 +21,7 @@ from routed_peft.monitoring import (
     apply_quarantine,
     run_with_rollback,
 )
-from routed_peft.monitoring.rollback import checkpoints, past_incidents
+from routed_peft.monitoring.quarantine import checkpoints, past_incidents
 from routed_peft.training import SubspaceProjection
 
 PHASES = dict(
@@ -290,3 +290,21 @@ def test_the_example_in_the_documentation(tmp_path, monkeypatch, capsys):
     exec(page.split("```python\n")[1].split("```")[0], {"__name__": "example"})
     assert "['hackable'] since step" in capsys.readouterr().out
     assert json.loads((tmp_path / "run-monitored" / "quarantine.json").read_text()) == {"hackable": "drop"}
+
+
+@pytest.mark.slow
+def test_the_monitor_follows_the_model_of_every_run(tmp_path):
+    """`model_init` makes a new one at the beginning of each."""
+    options = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    expected = monitored(tmp_path / "once", **options)
+    expected[0].train()
+    made = [model_of()]
+    trainer, monitor = monitored(tmp_path / "often", model=made[0], **options)
+    trainer.model_init = lambda trial=None: made.append(model_of()) or made[-1]
+    for runs in (2, 3):
+        trainer.train()
+        assert len(made) == runs and trainer.model is made[-1]
+        watched = {p for layers in monitor.factors.values() for f in layers for m in f.modules for p in m.parameters()}
+        assert watched and watched <= set(made[-1].parameters())
+        assert monitor.reports["forget"].flatten(True) == expected[1].reports["forget"].flatten(True)
+        assert monitor.reports["forget"].growth.growth != 0

@@ -6,7 +6,7 @@ from routed_peft.monitoring import (
     Incident,
     rollback,
 )
-from routed_peft.monitoring.rollback import checkpoints, past_incidents
+from routed_peft.monitoring.quarantine import checkpoints, past_incidents
 
 
 def test_rollback_moves_what_came_later(tmp_path):

@@ -6,7 +6,7 @@ from families import tiny
 from monitor_parts import monitored, quiet
 from subspace_parts import subspace_file, subspace_layers, with_subspace
 
-from routed_peft.monitoring.subspace_energy import weight_drift
+from routed_peft.monitoring.gradients import weight_drift
 from routed_peft.subspaces import Subspace, haar
 
 
