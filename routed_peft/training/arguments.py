@@ -54,16 +54,13 @@ class RoutedArguments:
         check_numbers(self, "region_learning_rate", "region_weight_decay", "activation_l1", "check_labels_after")
         check_training_numbers(self)
         super().__post_init__()  # type: ignore[misc]  # of the host's arguments
+        host: Any = self
+        if host.ddp_find_unused_parameters is None:
+            host.ddp_find_unused_parameters = False  # routed gradients are zero, never None
 
 
 def check_training_numbers(args: Any) -> None:
-    """Raise ValueError where a number of `transformers.TrainingArguments` is out of range.
-
-    >>> check_training_numbers(TrainingArguments("out", learning_rate=float("nan"), report_to="none"))
-    Traceback (most recent call last):
-    ...
-    ValueError: `learning_rate` must be a number from 0, got nan
-    """
+    """Raise ValueError where a number of `transformers.TrainingArguments` is out of range."""
     check_numbers(args, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon")
     check_numbers(args, "seed", high=2**32 - 1)
     check_numbers(args, "adam_beta1", "adam_beta2", high=1)
@@ -79,8 +76,3 @@ class RoutedTrainingArguments(RoutedArguments, TrainingArguments):
     >>> args.output_dir, args.edges
     ('out', 'parameters')
     """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # routed gradients are zero, never None

@@ -12,10 +12,9 @@ try:
 except PackageNotFoundError:
     raise ImportError('`routed_peft.trl` needs TRL: `pip install "routed_peft[trl]"`') from None
 if _found not in SpecifierSet(SUPPORTED_TRL):
-    raise ImportError(
-        f"`routed_peft.trl` overrides internals of TRL {SUPPORTED_TRL}, and {_found} is installed: they may have changed, "
-        f'and rollouts would then train unrouted without an error. `pip install "trl{SUPPORTED_TRL}"`'
-    )
+    raise ImportError(f"`routed_peft.trl` overrides internals of TRL {SUPPORTED_TRL}, and {_found} is installed: they "
+                      "may have changed, and rollouts would then train unrouted without an error. `pip install "
+                      f'"trl{SUPPORTED_TRL}"`')  # fmt: skip
 
 from routed_peft.trl.config import RoutedGRPOConfig, RoutedSFTConfig  # noqa: E402
 from routed_peft.trl.grpo import RoutedGRPOTrainer  # noqa: E402

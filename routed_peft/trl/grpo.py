@@ -15,26 +15,13 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from routed_peft.adapters import adapter_names
-from routed_peft.data.columns import ROUTE_ENVIRONMENT, ROUTE_LABEL, ROUTE_LABELS
+from routed_peft.data.columns import ROUTE_ENVIRONMENT
 from routed_peft.routes import IGNORED, Routes
-from routed_peft.trl.advantages import unflagged_advantages
-from routed_peft.trl.anchors import with_anchor_route
 from routed_peft.trl.config import RoutedGRPOConfig
-from routed_peft.trl.metrics import rollout_metrics
-from routed_peft.trl.mixin import check_arguments, check_grpo_arguments, with_adapters
+from routed_peft.trl.mixin import check_arguments, check_grpo_arguments, with_adapters, with_anchor_route
 from routed_peft.trl.rollout_labels import labels_from_dataset
-from routed_peft.trl.rollouts import (
-    ANCHOR,
-    LabelFunction,
-    RolloutLabels,
-    Rollouts,
-    advantage_tensor,
-    label_rollouts,
-    label_tensors,
-    nest_weights,
-)
+from routed_peft.trl.rollouts import LabelFunction, Rollouts, nest_weights, rollout_metrics, unflagged_advantages
 from routed_peft.trl.sampling import OriginalModel, SamplingMixin
-from routed_peft.trl.vllm import check_foldable
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +72,6 @@ class RoutedGRPOTrainer(SamplingMixin):
         quantization_config = kwargs.pop("quantization_config", None)
         model = with_adapters(model, peft_config, args=args, quantization_config=quantization_config)
         check_arguments(args, model)
-        if args.use_vllm:
-            check_foldable(model, adapter_names(model))
         # With `beta` set, TRL would copy an adapter called `default` for a reference.
         beta, args.beta = args.beta, 0.0
         try:
@@ -96,10 +81,8 @@ class RoutedGRPOTrainer(SamplingMixin):
         if args.use_vllm and self.is_fsdp_enabled:
             raise ValueError("`use_vllm` with FSDP: adapters cannot be folded into sharded weights; use DDP")
         if args.anchor_share and args.use_vllm and self.accelerator.num_processes > 1:
-            raise ValueError(
-                "`anchor_share` with `use_vllm` in several processes: their shares of anchors differ, and TRL's engine wants "
-                "equal ones. Use one process, ordinary generation, or no anchors"
-            )
+            raise ValueError("`anchor_share` with `use_vllm` in several processes: their shares of anchors differ, and "
+                             "TRL's engine wants equal ones. Use one process, ordinary generation, or no anchors")  # fmt: skip
         if args.anchor_share and (self._is_vlm or self.tools):
             raise ValueError("`anchor_share` with images or tools: TRL regroups their rows; sample without anchors")
         self.label_fn = label_fn or labels_from_dataset(train_dataset, self.eval_dataset)
@@ -135,105 +118,73 @@ class RoutedGRPOTrainer(SamplingMixin):
 
     def _with_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Add labels and weights to a generation batch, and advantages and old log-probabilities where routing changes them."""
-        rewards = self._total_rewards()
-        answer = label_rollouts(self.label_fn, self._rollouts(batch, rewards), self.routing.routes)
-        answer = self._label_anchors(answer)
-        if answer.advantages is not None and self.args.baseline_over == "unflagged":
-            raise ValueError(
-                '`label_fn` returned advantages of its own, and `baseline_over="unflagged"` makes others: set it to "group"'
-            )
-        if answer.advantages is not None:
-            length, device = batch["completion_ids"].shape[1], batch["advantages"].device
-            batch["advantages"] = advantage_tensor(answer.advantages, length, device)
-        elif self.args.baseline_over == "unflagged" and self.model.training:
-            batch["advantages"] = self._unflagged_advantages(rewards, answer)
-        batch |= label_tensors(answer, self.routing.routes, batch)
-        environments = self._environments(self._scored[0])
+        (rows, *_, per_func), routes, flagged = self._scored, self.routing.routes, self.args.flagged_labels
+        rewards = (per_func * self.reward_weights.to(per_func.device)).nansum(dim=1)  # (N,), over all processes
+        rewards = rewards.masked_fill(per_func.isnan().all(dim=1), torch.nan)  # where no function gave one
+        answer = self._rollouts(batch, rewards).label(self.label_fn, routes, flagged)
+        unflagged = self.args.baseline_over == "unflagged"
+        if answer.advantages is not None and unflagged:
+            raise ValueError('`label_fn` returned advantages of its own, and `baseline_over="unflagged"` makes others: set it '
+                             'to "group"')  # fmt: skip
+        if unflagged and self.model.training:
+            batch["advantages"] = self._unflagged_advantages(rewards, answer.flagged(flagged))
+        tensors = answer.tensors(routes, batch)
+        batch |= tensors
+        labels = next(iter(tensors.values())).view(len(rows), -1)  # by example or by token
+        environments = self._environments(rows)
         if None not in environments:
             batch[ROUTE_ENVIRONMENT] = [str(name) for name in environments]  # for monitoring
-        if self.model.training and self._regions_differ(batch) and "old_per_token_logps" not in batch:
+        if self.model.training and self._regions_differ(labels) and "old_per_token_logps" not in batch:
             self._check_no_dropout("a label whose route ablates other regions than the sampler")
             batch["old_per_token_logps"] = self._sampled_logps(batch)
-        self._record(batch, answer, rewards)
+        counts = torch.stack([(self._has_loss(batch).cpu() & (labels == i)).sum() for i in range(len(routes))])
+        self._record(answer.first_labels(), rewards, counts=counts, environments=environments)
         return batch
-
-    def _total_rewards(self) -> Tensor:
-        """Return ``(N,)`` weighted sums over all processes, NaN where no function gave a reward."""
-        per_func = self._scored[-1]
-        total = (per_func * self.reward_weights.to(per_func.device)).nansum(dim=1)
-        return total.masked_fill(per_func.isnan().all(dim=1), torch.nan)
-
-    def _own_rows(self, values: Tensor) -> Tensor:
-        count = len(self._scored[0])
-        return values[self.accelerator.process_index * count :][:count]
 
     def _rollouts(self, batch: Mapping[str, Any], rewards: Tensor) -> Rollouts:
         rows, prompts, completions, ids, per_func = self._scored
-        assert self._anchor is not None
+        numbers = lambda values: [None if v != v else v for v in self._own_rows(values, len(rows)).tolist()]
         return Rollouts(
             rows=self._with_class_names(rows),
             prompts=prompts,
             completions=completions,
             completion_ids=ids,
-            rewards=_numbers(self._own_rows(rewards)),
-            rewards_per_func={
-                name: _numbers(self._own_rows(per_func[:, i])) for i, name in enumerate(self.reward_func_names)
-            },
+            rewards=numbers(rewards),
+            rewards_per_func={name: numbers(per_func[:, i]) for i, name in enumerate(self.reward_func_names)},
             advantages=batch["advantages"].tolist(),
             anchor=self._anchor.tolist(),
             generation=(*self._moment(), self.accelerator.process_index),
         )
 
-    def _label_anchors(self, answer: RolloutLabels) -> RolloutLabels:
-        """Give unflagged anchor rollouts the label `anchor`; a flagged one keeps its own."""
-        assert self._anchor is not None
-        labels = [
-            row if not anchor or self._is_flagged(row) else ANCHOR if isinstance(row, str) else [ANCHOR] * len(row)
-            for row, anchor in zip(answer.labels, self._anchor.tolist(), strict=True)
-        ]
-        return RolloutLabels(labels, answer.weights, answer.advantages)
-
-    def _is_flagged(self, row: Any) -> bool:
-        return bool({row} & set(self.args.flagged_labels)) if isinstance(row, str) else any(map(self._is_flagged, row))
-
-    def _unflagged_advantages(self, rewards: Tensor, answer: RolloutLabels) -> Tensor:
-        flags = torch.tensor([self._is_flagged(row) for row in answer.labels], device=rewards.device)
-        flagged, size, scale = self.accelerator.gather(flags), self.num_generations, self.args.scale_rewards
+    def _unflagged_advantages(self, rewards: Tensor, flags: list[bool]) -> Tensor:
+        flagged = self.accelerator.gather(torch.tensor(flags, device=rewards.device))
+        size, scale = self.num_generations, self.args.scale_rewards
         advantages = unflagged_advantages(rewards, flagged, num_generations=size, scale_rewards=scale)
         log = self._logs["advantages"]  # TRL has logged its own
         for _ in range(len(advantages)):
             log.pop()
         log.extend(advantages.tolist())
-        return self._own_rows(advantages)
+        return self._own_rows(advantages, len(flags))
 
-    def _regions_differ(self, batch: Mapping[str, Tensor]) -> bool:
+    def _regions_differ(self, labels: Tensor) -> bool:
         """Return whether any rollout, in any process, has other regions in its loss than when it was sampled."""
-        assert self._anchor is not None
-        labels = batch[ROUTE_LABELS] if ROUTE_LABELS in batch else batch[ROUTE_LABEL].unsqueeze(1)
         differs = torch.zeros(1, dtype=torch.bool)
         for region in self.routing.regions:
             absent = torch.tensor([region in route.ablated for route in self.routing.routes.values()])
             differs |= ((absent[labels.clamp(min=0)] != self._anchor.unsqueeze(1)) & (labels != IGNORED)).any()
         return bool(self.accelerator.gather(differs.to(self.args.device)).any())
 
-    def _record(self, batch: Mapping[str, Tensor], answer: RolloutLabels, rewards: Tensor) -> None:
-        """Append to TRL's metrics and to its table of completions."""
-        mode = "train" if self.model.training else "eval"
-        first = [row if isinstance(row, str) else row[0] if len(row) else ANCHOR for row in answer.labels]
-        labels, (rows, *_) = self._gather(first), self._scored
-        at_loss = self._has_loss(batch).cpu()
-        grid = batch[ROUTE_LABELS] if ROUTE_LABELS in batch else batch[ROUTE_LABEL].unsqueeze(1).expand_as(at_loss)
-        counts = torch.stack([(at_loss & (grid == i)).sum() for i in range(len(self.routing.routes))])
-        tokens = self.accelerator.reduce(counts.to(self.args.device), "sum").tolist()
-        assert self._anchor is not None
-        anchor = self.accelerator.gather(self._anchor.to(self.args.device)).cpu()
+    def _record(self, labels: list[str], rewards: Tensor, *, counts: Tensor, environments: list[Any]) -> None:
+        """Append to TRL's metrics and to its table of completions; ``counts`` are the tokens of each label."""
+        mode, device = "train" if self.model.training else "eval", self.args.device
+        labels, tokens = self._gather(labels), self.accelerator.reduce(counts.to(device), "sum").tolist()
         metrics = rollout_metrics(
             labels,
             rewards.cpu(),
-            anchor=anchor,
+            anchor=self.accelerator.gather(self._anchor.to(device)).cpu(),
             tokens=dict(zip(self.routing.routes, tokens, strict=True)),
             flagged=self.args.flagged_labels,
-            environments=self._gather([row.get(self.args.environment_column) for row in self._with_class_names(rows)]),
+            environments=self._gather(environments),
         )
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
@@ -253,21 +204,16 @@ class RoutedGRPOTrainer(SamplingMixin):
         return super().training_step(model, batch, num_items_in_batch)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if isinstance(generation_batch, dict):
-            return generation_batch  # already prepared
-        return super()._prepare_inputs(generation_batch)
+        prepared = isinstance(generation_batch, dict)
+        return generation_batch if prepared else super()._prepare_inputs(generation_batch)
 
     def _has_loss(self, inputs: Mapping[str, Any]) -> Tensor:
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        at_prompt = torch.zeros_like(inputs["prompt_mask"][:, 1:])
-        # position i predicts token i + 1
-        return torch.cat([at_prompt, mask, torch.zeros_like(mask[:, :1])], dim=1).bool()
+        return nn.functional.pad(
+            mask, (inputs["prompt_mask"].shape[1] - 1, 1)
+        ).bool()  # position i predicts token i + 1
 
     def _check_routing(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        seen = inputs["completion_mask"].any().reshape(1).to(self.args.device)
-        if not self.accelerator.gather(seen).all():  # all processes, because the check reduces gradients over them
-            self._checked = False  # no completion token in this batch
-            return
         # Equal rewards in a group give zero advantages and gradients, so the check uses advantages of one.
         checked = {name: value for name, value in inputs.items() if name != "old_per_token_logps"}
         super()._check_routing(model, {**checked, "advantages": torch.ones_like(inputs["advantages"])})
@@ -289,7 +235,3 @@ class RoutedGRPOTrainer(SamplingMixin):
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Generate and evaluate one batch, as TRL does."""
         return GRPOTrainer.prediction_step(self, *args, **kwargs)
-
-
-def _numbers(values: Tensor) -> list[float | None]:
-    return [None if value != value else value for value in values.tolist()]

@@ -78,9 +78,8 @@ class EnvironmentLabels:
         environments = _values(rows, self.column)
         unknown = sorted({str(e) for e in environments if e not in self.labels})
         if unknown and self.default is None:
-            raise ValueError(
-                f"the environments {unknown} have no label, got labels for {list(self.labels)}: add them, or set `default`"
-            )
+            raise ValueError(f"the environments {unknown} have no label, got labels for {list(self.labels)}: add them, "
+                             "or set `default`")  # fmt: skip
         return [self.labels.get(environment, str(self.default)) for environment in environments]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -62,18 +60,13 @@ class RolloutReward:
         written = tokenizer.batch_decode(ids, skip_special_tokens=True)
         if is_conversational(rows[0]):
             written = [[{"role": "assistant", "content": text}] for text in written]
-        with _logging_apart(trainer):
-            # TRL's method, because that of a routed trainer would label these rollouts
+        kept = (
+            trainer._pending_metrics,
+            trainer._pending_extra_logs,
+        )  # what reward functions log here is not of training
+        trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
+        try:  # TRL's method, because that of a routed trainer would label these rollouts
             rewards = GRPOTrainer._calculate_rewards(trainer, rows, prompts, written, ids)
+        finally:
+            trainer._pending_metrics, trainer._pending_extra_logs = kept
         return float((rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).mean())
-
-
-@contextmanager
-def _logging_apart(trainer: GRPOTrainer) -> Iterator[None]:
-    """Keep the logs of reward functions out of the trainer's metrics and its table of completions."""
-    kept = trainer._pending_metrics, trainer._pending_extra_logs
-    trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
-    try:
-        yield
-    finally:
-        trainer._pending_metrics, trainer._pending_extra_logs = kept

@@ -10,7 +10,7 @@ from trl_parts import (
     trainer_of,
 )
 
-from routed_peft.trl.advantages import unflagged_advantages
+from routed_peft.trl.rollouts import unflagged_advantages
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
 

@@ -13,7 +13,7 @@ from trl_parts import (
 )
 
 from routed_peft import ablated
-from routed_peft.trl.anchors import anchor_groups
+from routed_peft.trl.sampling import anchor_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
 

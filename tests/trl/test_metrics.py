@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from routed_peft.trl.metrics import rollout_metrics
+from routed_peft.trl.rollouts import rollout_metrics
 
 LABELS = ["flagged", "odd", "unflagged", "anchor"]
 REWARDS = torch.tensor([2.0, 1.0, math.nan, 0.5])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from trl.trainer.utils import RepeatSampler
 
-from routed_peft.trl.sampler import EpochSampler
+from routed_peft.trl.sampling import EpochSampler
 
 ARGUMENTS = {"mini_repeat_count": 2, "batch_size": 3, "repeat_count": 2, "seed": 5}
 

@@ -13,7 +13,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl_parts import VOCABULARY, completions_of, detector, logps, lora, prompts, trainer_of, two_loras, weights
 
 from routed_peft import RoutedConfig
-from routed_peft.trl.vllm import folded_parameters
+from routed_peft.trl.mixin import folded_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
 
