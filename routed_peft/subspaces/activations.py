@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import reduce
-from typing import Any
+from functools import partial, reduce
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,19 +50,14 @@ def writer_gradients(
     """Yield (layer, gradient ``(N, d)`` by position) of the responses' loss at each residual writer's output."""
     caught: list[tuple[int, Tensor]] = []
 
-    def watch(layer: int) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-            y = y if y.requires_grad else y.detach().requires_grad_()  # of a frozen model
-            caught.append((layer, y))
-            return y
-
-        return hook
+    def keep(name: str, module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        y = y if y.requires_grad else y.detach().requires_grad_()  # of a frozen model
+        caught.append((cast(int, layer_index(name)), y))
+        return y
 
     with ExitStack() as stack, evaluating(model), torch.enable_grad():
         for name, module in find_writers(model).items():
-            index = layer_index(name)
-            assert index is not None
-            stack.callback(module.register_forward_hook(watch(index)).remove)
+            stack.callback(module.register_forward_hook(partial(keep, name)).remove)
         for batch, mask in _batches(model, tokenizer, conversations=conversations, batch_size=batch_size):
             caught.clear()
             logits = model(**batch).logits[:, :-1].flatten(0, 1).float()
@@ -80,15 +75,12 @@ def _residual_streams(
         there = f"the decoder layers 0 … {len(blocks) - 1} of this model"
         raise ValueError(f"`layers` must be among {there}, got {list(layers)}")
 
-    def watch(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            caught[layer] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
+    def keep(layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        caught[layer] = output if isinstance(output, Tensor) else output[0]
 
     with ExitStack() as stack, evaluating(model):
         for layer in layers:
-            stack.callback(blocks[layer].register_forward_hook(watch(layer)).remove)
+            stack.callback(blocks[layer].register_forward_hook(partial(keep, layer)).remove)
         for batch, mask in _batches(model, tokenizer, conversations=conversations, batch_size=batch_size):
             model(**batch)
             yield dict(caught), mask

@@ -38,24 +38,9 @@ def check_basis(u: Tensor, what: str = "`U`") -> None:
     wide = u.cpu().double()  # on the CPU, because not every GPU has float64
     error = float((wide.T @ wide - torch.eye(k, dtype=torch.float64)).abs().max())
     if not error <= _TOLERANCE:
-        raise ValueError(
-            f"{what} is not orthonormal: its columns' inner products differ from the identity by {error:.3g}, allowed is "
-            f"{_TOLERANCE}. Orthonormalize it (`Subspace.from_directions`), and keep it in float32"
-        )
-
-
-def orthonormal(directions: Tensor) -> Tensor:
-    """Return an orthonormal basis ``(d, k)`` of the span of ``directions`` ``(n, d)``, in float32, strongest first.
-
-    Directions within the span of the others are left out, so ``k <= n``.
-
-    >>> orthonormal(torch.tensor([[2.0, 0.0, 0.0], [4.0, 0.0, 0.0]])).abs()
-    tensor([[1.],
-            [0.],
-            [0.]])
-    """
-    u, s, _ = torch.linalg.svd(directions.cpu().double().T, full_matrices=False)
-    return u[:, s > 1e-6 * s.max()].float().to(directions.device)
+        raise ValueError(f"{what} is not orthonormal: its columns' inner products differ from the identity by "
+                         f"{error:.3g}, allowed is {_TOLERANCE}. Orthonormalize it (`Subspace.from_directions`), and "
+                         "keep it in float32")  # fmt: skip
 
 
 def each_basis(
@@ -98,8 +83,18 @@ class Subspace:
 
     @classmethod
     def from_directions(cls, directions: Tensor | Mapping[int, Tensor], **provenance: Any) -> Subspace:
-        """Return the span of ``directions``, ``(n, d)`` or such by layer; they need not be orthonormal."""
-        return cls(each_basis(directions, lambda v, _: orthonormal(v)), provenance)
+        """Return the span of ``directions``, ``(n, d)`` or such by layer, strongest first; they may depend on each other.
+
+        >>> Subspace.from_directions(torch.tensor([[2.0, 0.0], [4.0, 0.0]])).at(0).abs()
+        tensor([[1.],
+                [0.]])
+        """
+
+        def span(directions: Tensor, _: int | None) -> Tensor:
+            u, s, _ = torch.linalg.svd(directions.cpu().double().T, full_matrices=False)
+            return u[:, s > 1e-6 * s.max()]
+
+        return cls(each_basis(directions, span), provenance)
 
     @classmethod
     def of(cls, directions: Tensor | Mapping[int, Tensor], **provenance: Any) -> Subspace:

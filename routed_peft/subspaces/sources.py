@@ -81,10 +81,9 @@ def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
     settings |= settings.get("metadata") or {}
     found = _HOOK.fullmatch(hook := str(settings.get("hook_name")))
     if found is None or found[2] not in _SITES:
-        raise ValueError(
-            f"this autoencoder was trained at {hook!r}, which is not the residual stream: take one of `hook_resid_post`, "
-            "`hook_resid_pre`, `hook_mlp_out`, `hook_attn_out` or a decoder layer's output"
-        )
+        raise ValueError(f"this autoencoder was trained at {hook!r}, which is not the residual stream: take one of "
+                         "`hook_resid_post`, `hook_resid_pre`, `hook_mlp_out`, `hook_attn_out` or a decoder layer's "
+                         "output")  # fmt: skip
     with safe_open(weights, framework="pt") as file:
         if "W_dec" not in file.keys():  # noqa: SIM118
             raise ValueError(f"{str(weights)!r} has no tensor `W_dec`, only {sorted(file.keys())}")
@@ -123,9 +122,8 @@ def tensor_file(
     read = {str(path): _tensor(path, key) for path in files}
     flat = all(t.dim() == 1 for t in read.values())
     if flat and not isinstance(layers, int):
-        raise ValueError(
-            "files of one direction serve all layers: give the one that they were measured at, as `layers`"
-        )
+        raise ValueError("files of one direction serve all layers: give the one that they were measured at, as "
+                         "`layers`")  # fmt: skip
     count = min(1 if flat else len(t) - shift for t in read.values())
     chosen = _listed(layers, range(count))
     if not flat and not all(0 <= layer < count for layer in chosen):
@@ -212,6 +210,5 @@ def _tensor(path: Path, key: str | None) -> Tensor:
         content = content[key]
     if isinstance(content, Tensor) and content.dim() in (1, 2):
         return content
-    raise ValueError(
-        f"{str(path)!r} must hold a tensor (n_layers, d) or (d,), got {getattr(content, 'shape', content)}"
-    )
+    raise ValueError(f"{str(path)!r} must hold a tensor (n_layers, d) or (d,), got "
+                     f"{getattr(content, 'shape', content)}")  # fmt: skip

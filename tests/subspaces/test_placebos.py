@@ -11,7 +11,7 @@ from routed_peft.subspaces import (
     haar,
 )
 from routed_peft.subspaces.activations import covariance
-from routed_peft.subspaces.placebos import matched_directions
+from routed_peft.subspaces.validation import matched_directions
 
 
 def test_haar_is_uniform_and_seeded():
