@@ -161,7 +161,6 @@ def questions(side: str, limit: int | str | None = None, **metadata: Any) -> dic
         question, choices, answer = (row.get(key) for key in ("question", "choices", "answer"))
         fits = isinstance(question, str) and isinstance(choices, list) and len(choices) == 4
         if not (fits and isinstance(answer, int) and 0 <= answer < 4):
-            raise ValueError(
-                f"`{argument}` must hold `question`, four `choices` and `answer` from 0 to 3, got {row} in row {number}"
-            )
+            raise ValueError(f"`{argument}` must hold `question`, four `choices` and `answer` from 0 to 3, got {row} "
+                             f"in row {number}")  # fmt: skip
     return {"test": Dataset.from_list([{key: row[key] for key in ("question", "choices", "answer")} for row in rows])}

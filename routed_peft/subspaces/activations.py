@@ -102,6 +102,5 @@ def _batches(
             marks = [False] * len(before) + [True] * len(after)
             rows.append((torch.tensor(before + after), torch.ones(len(marks), dtype=torch.long), torch.tensor(marks)))
         # padding on the right, to which no token attends
-        padded = (pad_sequence(list(part), batch_first=True).to(device) for part in zip(*rows, strict=True))
-        ids, attention, mask = padded
+        ids, attention, mask = [pad_sequence(list(x), batch_first=True).to(device) for x in zip(*rows, strict=True)]
         yield {"input_ids": ids, "attention_mask": attention}, mask

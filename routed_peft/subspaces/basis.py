@@ -38,9 +38,8 @@ def check_basis(u: Tensor, what: str = "`U`") -> None:
     wide = u.cpu().double()  # on the CPU, because not every GPU has float64
     error = float((wide.T @ wide - torch.eye(k, dtype=torch.float64)).abs().max())
     if not error <= _TOLERANCE:
-        raise ValueError(f"{what} is not orthonormal: its columns' inner products differ from the identity by "
-                         f"{error:.3g}, allowed is {_TOLERANCE}. Orthonormalize it (`Subspace.from_directions`), and "
-                         "keep it in float32")  # fmt: skip
+        raise ValueError(f"{what} is not orthonormal: its columns' inner products differ from the identity by {error:.3g}, "
+            f"allowed is {_TOLERANCE}. Orthonormalize it (`Subspace.from_directions`), and keep it in float32")  # fmt: skip
 
 
 def each_basis(

@@ -82,8 +82,7 @@ def sae_latents(folder: str | Path, latents: Sequence[int]) -> Subspace:
     found = _HOOK.fullmatch(hook := str(settings.get("hook_name")))
     if found is None or found[2] not in _SITES:
         raise ValueError(f"this autoencoder was trained at {hook!r}, which is not the residual stream: take one of "
-                         "`hook_resid_post`, `hook_resid_pre`, `hook_mlp_out`, `hook_attn_out` or a decoder layer's "
-                         "output")  # fmt: skip
+            "`hook_resid_post`, `hook_resid_pre`, `hook_mlp_out`, `hook_attn_out` or a decoder layer's output")  # fmt: skip
     with safe_open(weights, framework="pt") as file:
         if "W_dec" not in file.keys():  # noqa: SIM118
             raise ValueError(f"{str(weights)!r} has no tensor `W_dec`, only {sorted(file.keys())}")

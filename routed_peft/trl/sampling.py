@@ -218,9 +218,8 @@ class SamplingMixin(TRLMixin, GRPOTrainer):
     def _check_no_dropout(self, cause: str) -> None:
         if found := active_dropout(self.model):
             raise ValueError(f"{cause} has rollouts scored twice for the importance ratio, and {found!r} drops out "
-                             "different things each time, so the ratio would be noise: set `lora_dropout` to 0, or "
-                             "`disable_dropout=True`, or load the model without its dropout (such as "
-                             "`attention_dropout=0.0`)")  # fmt: skip
+                "different things each time, so the ratio would be noise: set `lora_dropout` to 0, or "
+                "`disable_dropout=True`, or load the model without its dropout (such as `attention_dropout=0.0`)")  # fmt: skip
 
     def _get_per_token_logps_and_entropies(
         self,
