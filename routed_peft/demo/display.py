@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from routed_peft.demo.settings import ARMS, Arm, DemoSettings
 
 
-class Display:
-    """Progress bars; a context manager. The unit is about the time of one training step."""
+class Display(Progress):
+    """Progress bars. The unit is about the time of one training step."""
 
     def __init__(self, console: Console, settings: DemoSettings) -> None:
-        self.console = console
-        self.progress = Progress(
+        super().__init__(
             TextColumn("{task.description:<19}"),
             BarColumn(bar_width=14),
             TextColumn("{task.percentage:>3.0f} %"),
@@ -26,31 +25,22 @@ class Display:
         )
         self.measuring, self.attacking = max(1, settings.steps // 8), max(1, settings.steps // 30)
         each = settings.steps + self.measuring + self.attacking * len(settings.relearn_learning_rates)
-        self.overall = self.progress.add_task("[bold]all", total=each * len(ARMS), status="")
-        self.tasks: dict[str, TaskID] = {
-            arm.key: self.progress.add_task(arm.name, total=each, start=False, status="waiting") for arm in ARMS
-        }
-
-    def __enter__(self) -> Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.progress.stop()
+        self.overall = self.add_task("[bold]all", total=each * len(ARMS), status="")
+        self.bars = {arm.key: self.add_task(arm.name, total=each, start=False, status="waiting") for arm in ARMS}
 
     def overall_status(self, status: str) -> None:
         """Show a status beside the overall bar."""
-        self.progress.update(self.overall, status=status)
+        self.update(self.overall, status=status)
 
-    def start(self, arm: Arm) -> None:
+    def begin(self, arm: Arm) -> None:
         """Start the clock of an arm."""
-        self.progress.start_task(self.tasks[arm.key])
+        self.start_task(self.bars[arm.key])
         self.overall_status("left")
 
     def status(self, arm: Arm, status: str, advance: float = 0) -> None:
         """Show the status of an arm, and move its bar and the overall one."""
-        self.progress.update(self.tasks[arm.key], status=status, advance=advance)
-        self.progress.update(self.overall, advance=advance)
+        self.update(self.bars[arm.key], status=status, advance=advance)
+        self.update(self.overall, advance=advance)
 
     def finish(self, arm: Arm, result: str) -> None:
         """Fill the bar of an arm; where there are no live bars, print a line."""

@@ -141,11 +141,8 @@ def derive(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
 
     def share_removed(key: str, step: int | None = None) -> float:
-        losses = [
-            models[arm]["forget_loss"] if step is None else models[arm]["relearned"][step]
-            for arm in (key, "no_routing", "perfect_filter")
-        ]
-        return removed(*losses)
+        arms = (models[arm] for arm in (key, "no_routing", "perfect_filter"))
+        return removed(*(arm["forget_loss"] if step is None else arm["relearned"][step] for arm in arms))
 
     attacked = [step for step in models["routed"]["relearned"] if step]
     return {
@@ -168,10 +165,8 @@ def verdict(derived: Mapping[str, Any]) -> str:
     cost = derived["retain_tax_same_labels"]
     price = f"cost {cost:.2f}" if cost >= 0 else f"gained {-cost:.2f}"
     if math.isnan(derived["removed"]):
-        return (
-            "Too little was learned to tell: the perfect filter's loss on biology is not above that without routing, so "
-            f"nothing can be removed. Routing and ablating {price} nats per token of other text."
-        )
+        return ("Too little was learned to tell: the perfect filter's loss on biology is not above that without routing, so "
+                f"nothing can be removed. Routing and ablating {price} nats per token of other text.")  # fmt: skip
     return (
         f"With half of the labels missing, routing and ablating removed {share(derived['removed'])} of what training on "
         f"biology had taught (filtering by the same labels: {share(derived['removed_by_filter'])}), and {price} nats per "

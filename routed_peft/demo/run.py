@@ -35,26 +35,25 @@ def run_demo(
 ) -> dict[str, Any]:
     """Train four arms on real text, ablate the routed one, measure and attack all, write a report, and return the summary.
 
-    An illustration: one seed, one small model, one pair of corpora. Under ``out``: ``report.html``, ``curves.png``,
-    ``summary.json``, ``metrics.jsonl``, ``run.json``, ``data/`` and one directory per arm, with its run and its plain
-    checkpoint (``routed/ablated`` is the one to look at). The report is written last, aside, and renamed.
+    An illustration: one seed, one small model, one pair of corpora. Under ``out``: ``report.html``, written last,
+    ``curves.png``, ``summary.json``, ``metrics.jsonl``, ``run.json``, ``data/`` and one directory per arm, with its run and its
+    plain checkpoint.
 
     Args:
-        out: directory that does not exist or is empty.
+        out: directory that does not exist or is empty; a ValueError otherwise.
         quick: fewer steps and measurements, for a look in three minutes; ignored where ``settings`` are given.
         settings: what to train; by default `DemoSettings`.
         console: where progress and results are shown; by default the terminal.
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: ``out`` is a file, or a directory with something in it.
     """
     out = Path(out).expanduser().resolve()
     _check(out)
     settings = settings or (DemoSettings.quick() if quick else DemoSettings())
     console = console or Console()
-    tokens = f"{settings.tokens / 1e6:.2f} million tokens"
-    console.print(f"Four arms, {tokens} each, one seed: an illustration, not a result.")
+    tokens = settings.tokens / 1e6
+    console.print(f"Four arms, {tokens:.2f} million tokens each, one seed: an illustration, not a result.")
     began = time.monotonic()
     records = RunDirectory(out)
     records.start(asdict(settings) | {"bf16": bf16_helps()}, seeds={"seed": settings.seed})
@@ -94,7 +93,7 @@ def _run_arm(
     arm: Arm, settings: DemoSettings, *, material: Material, folder: Path, records: RunDirectory, display: Display
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return facts about the arm's training, and its measured models by their keys."""
-    display.start(arm)
+    display.begin(arm)
     run = material.run_of(arm, settings)
     began, watcher = time.monotonic(), Watcher(display, arm)
     seen = train_arm(
