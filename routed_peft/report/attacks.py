@@ -18,39 +18,21 @@ class Relearning:
     forget: tuple[Spread, ...]  # lowest forget loss that the attacker has by each step, over seeds
     retain: Spread | None  # retain loss of the model that they then have, at the last step
     useful: Spread | None  # lowest forget loss among states whose retain loss rose by at most 5 %
-    # "attack"; "no attack" where no learning rate lowered the loss; "diverged" where all of them diverged; where seeds differ,
-    # "attack in 2 of 3 seeds, diverged in 1"
-    verdict: str
+    verdict: str  # "attack"; "no attack" where no learning rate lowered the loss; "diverged" where all of them diverged
     interior: bool  # the best rate lies inside the grid in every seed, so that none beyond it would do better
     learning_rates: tuple[float, ...]  # all that were tried
     best_rates: tuple[float, ...]  # the best one by the last step, each once
     recovery: Crossing | None = None  # steps until the mean over seeds has the never-unlearned model's forget loss
-    recovery_by_seed: tuple[Crossing, ...] = ()
-    recovery_tokens: Crossing | None = None  # tokens of the attacker until then, where a checkpoint was attacked
-    # steps until the mean over seeds is midway between never-unlearned model and perfect filter, both before any attack
-    halfway: Crossing | None = None
-    # share of what was removed that the last step has brought back; None too where hardly anything was removed
-    share_relearned: Spread | None = None
+    recovery_tokens: Crossing | None = None  # tokens of the attacker until then
+    share_relearned: Spread | None = None  # share of what was removed that the last step has brought back
     reference: float | None = None  # loss of the never-unlearned model before any attack, on the text that is scored
     area: Spread | None = None  # see `relearning_area`
     documents: tuple[float, float] | None = None  # confidence interval over documents, see `State.documents`
-    removed: tuple[Spread | None, ...] = ()  # at each step, with all three models under the same attack
 
     @property
     def attacked(self) -> bool:
         """Whether it was an attack at all, in some seed at least; else its numbers say nothing of robustness."""
         return self.verdict.startswith("attack")
-
-    @property
-    def in_every_seed(self) -> bool:
-        """Whether it was an attack in every seed; else the mean over seeds is higher than what an attacker can reach."""
-        return self.verdict == "attack"
-
-    @property
-    def recovery_range(self) -> tuple[Crossing, Crossing]:
-        """The soonest and the latest seed; one that does not recover is the latest of all."""
-        order = sorted(self.recovery_by_seed, key=lambda one: (one.relation == ">", one.at))
-        return order[0], order[-1]
 
 
 def spread(values: Iterable[float]) -> Spread | None:

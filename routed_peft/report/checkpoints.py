@@ -11,8 +11,7 @@ from typing import Any
 
 from routed_peft.files import write_bytes
 from routed_peft.report.attacks import Relearning, from_summary
-from routed_peft.report.drawing import LIGHT, Draw, Line, render
-from routed_peft.report.lines import OTHERS, curve, plot
+from routed_peft.report.drawing import LIGHT, OTHERS, Draw, Line, curve, plot, render
 from routed_peft.report.page import environment, picture
 from routed_peft.report.reading import Source, read_sources
 
@@ -132,8 +131,7 @@ def attack_panel(
 ) -> list[Panel]:
     """Return the panel of one attack, or nothing where it was measured at one step alone.
 
-    ``own`` maps names to the attack, for the axis of steps; ``about`` ends title and caption; for ``level`` and ``ideal`` see
-    `plot`.
+    ``own`` maps names to the attack, for the axis of steps; ``about`` ends title and caption; ``level``, ``ideal``: see `plot`.
     """
     steps = max((one.steps for one in own.values()), key=len, default=())
     if len(steps) < 2:

@@ -18,15 +18,6 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:z.{digits}f}".replace("-", "−")
 
 
-def signed(value: float) -> str:
-    """Write a difference with its sign.
-
-    >>> signed(0.125), signed(-0.5), signed(-0.001)
-    ('+0.12', '−0.50', '+0.00')
-    """
-    return f"{value:+z.2f}".replace("-", "−")
-
-
 def share(value: float | None, digits: int = 0) -> str:
     """Write a share as a percentage; None is the NaN of JSON.
 
@@ -49,25 +40,9 @@ def place(where: Crossing | None) -> str:
     return ("" if where.relation == "=" else f"{where.relation} ") + f"{where.at:.3g}".replace("-", "−")
 
 
-def part(where: Crossing | None) -> str:
-    """Write a share that was read off a curve as a percentage, or its bound.
-
-    >>> part(Crossing(0.156)), part(Crossing(0.8, "<")), part(Crossing(-1e-16)), part(None)
-    ('16 %', '< 80 %', '0 %', '–')
-    """
-    return "–" if where is None else ("" if where.relation == "=" else f"{where.relation} ") + share(where.at)
-
-
-def ranged(value: Spread | None, as_share: bool = False, digits: int | None = None) -> str:
-    """Write a mean with its range over seeds.
-
-    >>> ranged(Spread(0.6, 0.5, 0.7, 2), as_share=True), ranged(Spread(-0.5, -0.5, -0.5, 1)), ranged(None)
-    ('60 % (50–70)', '−0.50', '–')
-    """
-    if value is None:
-        return "–"
-    between = ends(value, as_share, digits)
-    return _written(value.mean, as_share, digits) + (f" ({between})" if between else "")
+def write(value: float, as_share: bool, digits: int | None) -> str:
+    """Write a number, or a share as a percentage."""
+    return share(value, digits or 0) if as_share else number(value, 2 if digits is None else digits)
 
 
 def ends(value: Spread, as_share: bool = False, digits: int | None = None) -> str:
@@ -76,9 +51,5 @@ def ends(value: Spread, as_share: bool = False, digits: int | None = None) -> st
     >>> ends(Spread(0.6, 0.5, 0.7, 2), as_share=True), ends(Spread(0.0, -0.5, 0.5, 2)), ends(Spread(0.5, 0.5, 0.501, 2))
     ('50–70', '−0.50 to 0.50', '')
     """
-    low, high = (_written(end, as_share, digits).removesuffix(" %") for end in (value.min, value.max))
+    low, high = (write(end, as_share, digits).removesuffix(" %") for end in (value.min, value.max))
     return "" if low == high else low + (" to " if low.startswith("−") else "–") + high
-
-
-def _written(value: float, as_share: bool, digits: int | None) -> str:
-    return share(value, digits or 0) if as_share else number(value, 2 if digits is None else digits)

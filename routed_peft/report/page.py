@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from routed_peft.report.drawing import DARK, LIGHT, Draw, render
-from routed_peft.report.numbers import ends, number, part, place, share
+from routed_peft.report.numbers import ends, number, place, share
 
 try:
     import jinja2
@@ -26,7 +26,7 @@ def environment(*folders: Path) -> jinja2.Environment:
     loader = jinja2.FileSystemLoader([*folders, TEMPLATES])
     style: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     result = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **style)
-    result.filters |= {"number": number, "percent": share, "place": place, "part": part, "ends": ends}
+    result.filters |= {"number": number, "percent": share, "place": place, "ends": ends}
     return result
 
 

@@ -22,9 +22,7 @@ class SummaryKind:
     name: str  # for messages, such as "relearning"
     origin: str  # the commands that write such a file, for messages
     matches: Callable[[Any], bool]  # tells whether the content of a JSON file is of this kind
-    read: Callable[
-        [Path], Mapping[str, Any]
-    ]  # returns the content of such a file; raises ValueError where it is damaged
+    read: Callable[[Path], Mapping[str, Any]]  # returns the content of such a file; ValueError where it is damaged
 
 
 ATTACKED = SummaryKind(
@@ -52,8 +50,8 @@ def read_sources(places: Sequence[str | Path], kinds: Sequence[SummaryKind] = (A
     """Read summaries.
 
     Args:
-        places: files and directories. Of a directory every summary counts: ``*.json`` in it and ``summary.json`` in its
-            subdirectories. Other files there are passed over.
+        places: files and directories; of a directory ``*.json`` in it and ``summary.json`` in its subdirectories, where they
+            are summaries.
         kinds: the kinds of summaries that are accepted.
 
     Raises:
@@ -107,16 +105,15 @@ def _summaries_in(folder: Path, kinds: Sequence[SummaryKind]) -> list[Path]:
     contents = {file: _load_if_json(file) for file in files}
     found = [file for file, content in contents.items() if _kind_of(content, kinds) is not None]
     if not found:
-        raise _refusal(
-            f"{str(folder)!r} holds", folder, kinds=kinds, experiments=any(map(is_experiment, contents.values()))
-        )
+        raise _refusal(folder, "holds", kinds=kinds, contents=[*contents.values()])
     return found
 
 
-def _refusal(subject: str, place: Path, *, kinds: Sequence[SummaryKind], experiments: bool) -> ValueError:
+def _refusal(place: Path, verb: str, *, kinds: Sequence[SummaryKind], contents: Sequence[Any]) -> ValueError:
     remedy = f"`python recipes/report.py {place}`, in a clone of the repository, shows experiments"
-    remedy = remedy if experiments else "; ".join(kind.origin for kind in kinds)
-    return ValueError(f"{subject} no summary of {' or of '.join(kind.name for kind in kinds)}: {remedy}")
+    remedy = remedy if any(map(is_experiment, contents)) else "; ".join(kind.origin for kind in kinds)
+    names = " or of ".join(kind.name for kind in kinds)
+    return ValueError(f"{str(place)!r} {verb} no summary of {names}: {remedy}")
 
 
 def _load_if_json(file: Path) -> Any:
@@ -137,7 +134,7 @@ def _read(file: Path, name: str, kinds: Sequence[SummaryKind]) -> Source:
     content = load_json(file)
     kind = _kind_of(content, kinds)
     if kind is None:
-        raise _refusal(f"{str(file)!r} is", file, kinds=kinds, experiments=is_experiment(content))
+        raise _refusal(file, "is", kinds=kinds, contents=[content])
     summary = kind.read(file)
     run = file.with_name(RUN)
     about = load_json(run) if file.name == SUMMARY and run.is_file() else {}

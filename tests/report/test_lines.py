@@ -8,8 +8,7 @@ from report_parts import attacked_checkpoint
 
 from routed_peft.evaluation.measures import Spread
 from routed_peft.report.checkpoints import Checkpoint
-from routed_peft.report.drawing import LIGHT, Line, Style
-from routed_peft.report.lines import curve, line, plot
+from routed_peft.report.drawing import LIGHT, Line, Style, curve, line, plot
 from routed_peft.report.reading import read_sources
 
 BLUE = Style("blue")

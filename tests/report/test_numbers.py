@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from experiments.report.numbers import part, ranged, signed
 from routed_peft.evaluation.measures import Crossing, Spread
-from routed_peft.report.numbers import ends, number, part, place, ranged, share, signed
+from routed_peft.report.numbers import ends, number, place, share
 
 
 @pytest.mark.parametrize("write", [number, share, place, part, ranged])

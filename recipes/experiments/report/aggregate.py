@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from experiments.report.methods import base_of
-from experiments.report.relearning import Row, relearning
+from experiments.report.relearning import Relearning, Row, relearning
 from routed_peft.data import FORGET
 from routed_peft.evaluation.measures import Spread, removed, retain_tax
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
-from routed_peft.report.attacks import Relearning, spread
+from routed_peft.report.attacks import spread
 
 Quality = tuple[float, float]
 """Recall and precision of labels."""

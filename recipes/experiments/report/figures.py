@@ -15,8 +15,7 @@ from experiments.report.methods import card, in_order
 from experiments.report.points import Limits, Mark, draw_marks
 from routed_peft.evaluation.measures import Spread
 from routed_peft.report.checkpoints import ENVELOPE, Figure, Panel, attack_panel, common_reference
-from routed_peft.report.drawing import Draw, Line, Theme
-from routed_peft.report.lines import LOSS, curve, line, plot
+from routed_peft.report.drawing import LOSS, Draw, Line, Theme, curve, line, plot
 from routed_peft.report.numbers import share
 
 Value = Callable[[Result], Spread | None]

@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from experiments.report.figures import after_worst
+from experiments.report.numbers import part
 from experiments.report.reading import EXPERIMENT, read_sources
 from experiments.report.sections import Section
 from experiments.report.verdicts import edge
@@ -47,7 +48,7 @@ def write_report(places: Sequence[str | Path], out: str | Path) -> Report:
     cards = [section.card(result) for section in sections for group in section.groups for result in group.results]
     values = page_values(checkpoints)
     templates = environment(TEMPLATES)
-    templates.filters["edge"] = edge
+    templates.filters |= {"edge": edge, "part": part}
     content = templates.get_template(TEMPLATE).render(
         **values, sections=sections, cards=list({card.name: card for card in cards}.values())
     )

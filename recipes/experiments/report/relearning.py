@@ -20,13 +20,41 @@ from routed_peft.evaluation.measures import (
 )
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
-from routed_peft.evaluation.relearning.envelope import Envelope
-from routed_peft.report.attacks import Relearning, nan_if_none, spread
+from routed_peft.evaluation.relearning.summary import Envelope
+from routed_peft.report import attacks
+from routed_peft.report.attacks import nan_if_none, spread
 
 Row = Mapping[str, Any]
 """A cell of an experiment."""
 LEAST_REMOVED = 0.1
 """Nats that a method must have removed for a share of them to mean anything."""
+
+
+@dataclass(frozen=True)
+class Relearning(attacks.Relearning):
+    """One attack on one condition; where seeds differ its verdict is "attack in 2 of 3 seeds, diverged in 1".
+
+    Attributes:
+        recovery_by_seed: `recovery` of every seed.
+        halfway: steps until the mean over seeds is midway between never-unlearned model and perfect filter, both before any
+            attack.
+        removed: at each step, with all three models under the same attack.
+    """
+
+    recovery_by_seed: tuple[Crossing, ...] = ()
+    halfway: Crossing | None = None
+    removed: tuple[Spread | None, ...] = ()
+
+    @property
+    def in_every_seed(self) -> bool:
+        """Whether it was an attack in every seed; else the mean over seeds is higher than what an attacker can reach."""
+        return self.verdict == "attack"
+
+    @property
+    def recovery_range(self) -> tuple[Crossing, Crossing]:
+        """The soonest and the latest seed; one that does not recover is the latest of all."""
+        order = sorted(self.recovery_by_seed, key=lambda one: (one.relation == ">", one.at))
+        return order[0], order[-1]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from experiments.report.caveats import SORTED, TAUGHT, caveats, teaches_facts
 from experiments.report.costs import Costs, costs
 from experiments.report.figures import figures
 from experiments.report.methods import Card, card, in_order
+from experiments.report.relearning import Relearning
 from experiments.report.targets import Target, targets
 from experiments.report.verdicts import sentences
 from routed_peft.corpora import PAIRS
-from routed_peft.report.attacks import Relearning
 from routed_peft.report.checkpoints import Figure
 from routed_peft.report.numbers import share
 from routed_peft.report.reading import Source

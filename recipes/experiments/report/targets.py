@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from experiments.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
 from experiments.report.methods import UNDO, card, in_order
+from experiments.report.numbers import ranged, signed
+from experiments.report.relearning import Relearning
 from experiments.report.verdicts import edge, routed_method
 from routed_peft.evaluation.measures import Crossing
-from routed_peft.report.attacks import Relearning
-from routed_peft.report.numbers import number, place, ranged, share, signed
+from routed_peft.report.numbers import number, place, share
 
 REMOVED = {0.5: 0.95, 0.1: 0.9}
 """Share of labels -> least share that the routed model should have removed."""

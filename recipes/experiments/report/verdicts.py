@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from experiments.report.aggregate import BASE, FILTER, ORACLE, Comparison, Result
 from experiments.report.methods import base_of, card, in_order
-from routed_peft.report.attacks import Relearning
-from routed_peft.report.numbers import number, ranged, share, signed
+from experiments.report.numbers import ranged, signed
+from experiments.report.relearning import Relearning
+from routed_peft.report.numbers import number, share
 
 ROUTED = "routed"
 RIVALS = ("classifier_filter_balanced", "classifier_filter")

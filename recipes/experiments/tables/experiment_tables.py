@@ -16,13 +16,14 @@ from experiments.report.attackers import attacker_documents
 from experiments.report.caveats import teaches_facts
 from experiments.report.costs import costs
 from experiments.report.methods import base_of, card, in_order, variant_name
+from experiments.report.numbers import part, ranged
 from experiments.report.targets import targets
 from experiments.report.verdicts import edge
 from experiments.tables.absent import Labels, Report, sentence_on_missing
 from routed_peft.data import FORGET
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.relearning import Attack
-from routed_peft.report.numbers import part, place, ranged
+from routed_peft.report.numbers import place
 
 NONE = "–"
 REMOVED, RELEARNED, COMPUTE, PENALTY = "removed", "relearned", "compute", "penalty"

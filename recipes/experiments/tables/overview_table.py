@@ -8,6 +8,7 @@ from experiments.report.aggregate import BASE, FILTER, ORACLE, Comparison, Condi
 from experiments.report.attackers import attacker_documents
 from experiments.report.costs import costs
 from experiments.report.methods import base_of
+from experiments.report.numbers import ranged
 from experiments.report.targets import ON, REMOVED, ROBUST, TAX, goals
 from experiments.tables.absent import Labels, Report, listed, not_run
 from experiments.tables.experiment_tables import (
@@ -24,7 +25,7 @@ from experiments.tables.experiment_tables import (
     results_with_row,
 )
 from experiments.tables.tradeoff_tables import region_on
-from routed_peft.report.numbers import number, ranged, share
+from routed_peft.report.numbers import number, share
 
 
 def overview(parts: Sequence[tuple[str, Report, Sequence[Labels]]], methods: Collection[str], commands: str) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.report.numbers import ranged
 from experiments.tables.absent import as_asked
 from routed_peft.evaluation.measures import Spread
-from routed_peft.report.numbers import ranged
 
 ROOT = Path(__file__).resolve().parents[3]
 _FORMER_WORDS = {r"\bway\b": "removed", r"(?<!retain )\btax\b": "retain tax"}

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from experiments.report.aggregate import BASE, Comparison, Result, aggregate
 from experiments.report.costs import costs
 from experiments.report.methods import VARIANT
+from experiments.report.numbers import part, ranged
+from experiments.report.relearning import Relearning
 from experiments.tables.absent import Report, sentence_on_missing
 from experiments.tables.experiment_tables import (
     NONE,
@@ -21,8 +23,7 @@ from experiments.tables.experiment_tables import (
 )
 from routed_peft.evaluation.measures import Spread
 from routed_peft.evaluation.relearning.attacks import METHODS, Attack
-from routed_peft.report.attacks import Relearning, spread
-from routed_peft.report.numbers import part, ranged
+from routed_peft.report.attacks import spread
 
 
 def frontier(report: Report, command: str) -> str:
