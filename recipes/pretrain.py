@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_s
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
+from experiments.common.coherence import MAX_ROWS, restore_coherence
 from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
 from routed_peft.adapters import adapter_names
 from routed_peft.checkpoint.staging import atomic_directory, files_in, sha256
@@ -56,7 +57,6 @@ from routed_peft.runs.records import PLACEBO
 from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabelConfig, SelfLabeledRows
 from routed_peft.training.self_label_config import SETTING_NAMES, setting
 from routed_peft.unlearning import mean_loss
-from routed_peft.unlearning.coherence import MAX_ROWS, restore_coherence
 
 logger = logging.get_logger(__name__)
 
@@ -99,6 +99,8 @@ class Recipe(DocumentArguments):
 
     model_name_or_path: str | None = option(None, "Checkpoint, run or Hub id to continue from; by default, a new Llama "
         "(sizes below).")  # fmt: skip
+    trust_remote_code: bool = option(False, "Run the code that the model brings along.")
+    target_modules: list[str] = option([], "Names of the MLPs; by default those known of the model's type.")
     num_hidden_layers: int = 4
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -136,7 +138,7 @@ def main() -> None:
     disable_progress_bars()  # while data is prepared
 
     place = recipe.model_name_or_path
-    own = partial(load_tokenizer, place) if place else None
+    own = partial(load_tokenizer, place, trust_remote_code=recipe.trust_remote_code) if place else None
     documents = labeled_documents(recipe, own)
     model, tokenizer = build(recipe, args, documents)
     args.continue_run(model)
@@ -173,7 +175,7 @@ def main() -> None:
             silenced = write_placebo(args.output_dir, target, recipe, args.seed)
             summary["losses"] |= {f"ablated_{side}": mean_loss(silenced, ds) for side, ds in held_out.items()}
         else:
-            export(args.output_dir, target, keep=experts(recipe))
+            export(args.output_dir, target, keep=experts(recipe), trust_remote_code=recipe.trust_remote_code)
         summary["ablated"] = str(target)
         if recipe.coherence_steps:
             summary["coherence"] = make_coherent(rows, target, recipe.coherence_steps, args)
@@ -239,12 +241,13 @@ def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> 
         attention = "eager" if args.device.type == "cpu" else "sdpa"
     if recipe.model_name_or_path:
         run = open_source(recipe.model_name_or_path)
-        kwargs: dict = {} if run is None else {"is_trainable": True}
+        kwargs: dict = {"attn_implementation": attention, "trust_remote_code": recipe.trust_remote_code}
+        kwargs |= {} if run is None else {"is_trainable": True}
         if args.train_base is None:
             args.train_base = run is not None and bool(run.layout.data["train_base"])
         if args.train_base:
             kwargs["dtype"] = torch.float32  # master weights; `bf16` computes in lower precision
-        model, tokenizer = load_source(recipe.model_name_or_path, attn_implementation=attention, **kwargs)
+        model, tokenizer = load_source(recipe.model_name_or_path, **kwargs)
     else:
         if "text" not in documents.column_names:
             raise ValueError("`input_ids` are tokens of a model: name it in `model_name_or_path`")
@@ -263,10 +266,11 @@ def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> 
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     if not getattr(model, "peft_config", None):
-        region = RoutedConfig(size=recipe.size, task_type="CAUSAL_LM")
-        model = get_peft_model(model, region, adapter_name=recipe.region)
+        targets = recipe.target_modules or None
+        region = partial(RoutedConfig, size=recipe.size, target_modules=targets, task_type="CAUSAL_LM")
+        model = get_peft_model(model, region(), adapter_name=recipe.region)
         for name in experts(recipe):
-            model.add_adapter(name, RoutedConfig(size=recipe.size, task_type="CAUSAL_LM"))
+            model.add_adapter(name, region())
     return model, tokenizer
 
 
@@ -306,7 +310,7 @@ def method_routes(recipe: Recipe) -> dict[str, Route]:
 
 def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Module:
     """Silence as many random units as the region has in the full model of a run; write it, with a record, and return it."""
-    model, tokenizer = open_plain(src, [recipe.region])
+    model, tokenizer = open_plain(src, [recipe.region], trust_remote_code=recipe.trust_remote_code)
     silence_random_units(model, recipe.size, seed)
     with atomic_directory(target, fresh=True) as aside:
         model.save_pretrained(aside)

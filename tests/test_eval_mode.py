@@ -11,11 +11,11 @@ from families import tiny
 from torch import nn
 from unlearning_parts import FORGET
 
+from experiments.common.coherence import restore_coherence
 from routed_peft.eval_mode import evaluating
 from routed_peft.evaluation.text_loss import TextLoss, check_causal
 from routed_peft.subspaces.activations import response_means, writer_gradients
 from routed_peft.unlearning import TeacherCache
-from routed_peft.unlearning.coherence import restore_coherence
 from routed_peft.unlearning.token_trainer import mean_loss
 
 

@@ -38,8 +38,8 @@ def ablate(
     own = OpenRun.from_source(src, revision).layout.kept_regions
     if own and not keep:
         typer.echo(f"note: {', '.join(own)} belongs to {src}, which was trained without routing: --keep it", err=True)
-    remote: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    place = export(src, out, keep=keep or [], revision=revision, regions_repo=regions_repo, **remote)
+    hub: dict[str, Any] = {"revision": revision, "regions_repo": regions_repo}
+    place = export(src, out, keep=keep or [], **hub, trust_remote_code=trust_remote_code)
     record = json.loads((place / "ablation.json").read_text(encoding="utf-8"))
     table = pairs_table("Ablated")
     table.add_row("checkpoint", str(place))

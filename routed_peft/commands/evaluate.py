@@ -8,22 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from routed_peft.commands.options import (
-    Device,
-    Dtype,
-    RegionsRepo,
-    Revision,
-    Source,
-    TextColumn,
-    TextTemplate,
-    TrustRemoteCode,
-    check_device,
-    plain_console,
-)
+from routed_peft.commands import options
 
 
 def evaluate(
-    src: Source,
+    src: options.Source,
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="Task or group of lm-eval, or several joined by commas; may be repeated. "
@@ -37,8 +26,8 @@ def evaluate(
     forget_file: Annotated[str | None, typer.Option(metavar="FILE", help="Forget side of the loss tasks: JSONL, JSON, "
                                                     "Parquet or text.")] = None,
     retain_file: Annotated[str | None, typer.Option(metavar="FILE", help="Retain side, likewise.")] = None,
-    text_column: TextColumn = "text",
-    text_template: TextTemplate = None,
+    text_column: options.TextColumn = "text",
+    text_template: options.TextTemplate = None,
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata for tasks, such as pair=spanish, "
                                        "forget_mc_file=FILE, retain_mc_file=FILE; may be repeated."),
@@ -46,11 +35,11 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file for results and settings.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples per task, for a quick look.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 16,
-    device: Device = None,
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights; auto: as saved.")] = Dtype.auto,
-    revision: Revision = None,
-    regions_repo: RegionsRepo = None,
-    trust_remote_code: TrustRemoteCode = False,
+    device: options.Device = None,
+    dtype: Annotated[options.Dtype, typer.Option(help="Data type of the weights; auto: as saved.")] = options.Dtype.auto,
+    revision: options.Revision = None,
+    regions_repo: options.RegionsRepo = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Measure a run with lm-eval: with all regions, with none, and with any set of them. The run is loaded once.
 
@@ -68,38 +57,39 @@ def evaluate(
 
     from routed_peft.evaluation import evaluate_source, results_table
     from routed_peft.evaluation.harness import DEFAULT_TASKS
-    from routed_peft.evaluation.source import held_out_pair
     from routed_peft.tasks.utils import METADATA
 
-    check_device(device)
-    about = _metadata(metadata or [], {"forget_file": forget_file, "retain_file": retain_file})
-    about |= {"text_column": text_column} if text_column != "text" else {}
-    about |= {"text_template": text_template} if text_template else {}
+    options.check_device(device)
+    named = {"forget_file": forget_file, "retain_file": retain_file, "text_template": text_template or None}
+    about = _metadata(metadata or [], named | {"text_column": None if text_column == "text" else text_column})
     chosen = [name for entry in tasks or DEFAULT_TASKS for name in entry.split(",") if name]
     ours = all(name.startswith("routed_") and name != "routed_wmdp" for name in chosen)
     if ours and (unknown := sorted(about.keys() - METADATA)):
-        keys = ", ".join(sorted(METADATA))
-        raise ValueError(f"`--metadata` has {unknown[0]!r}, which no task reads: the keys are {keys}")
+        got = f"`--metadata` has {unknown[0]!r}, which no task reads"
+        raise ValueError(f"{got}: the keys are {', '.join(sorted(METADATA))}")
     subsets = {entry: entry.split("+") for entry in regions} if regions else None
     load: dict[str, Any] = {"revision": revision, "regions_repo": regions_repo, "dtype": dtype.value}
-    load |= {"trust_remote_code": True} if trust_remote_code else {}
-    load["device"] = device or ("cuda" if torch.cuda.is_available() else None)
-    results = evaluate_source(
-        src, chosen, regions=subsets, metadata=about, limit=limit, batch_size=batch_size, output=out, **load
-    )
-    sides = [side for side in ("forget", "retain") if f"{side}_file" not in about]
-    pair, known = held_out_pair(src, about)
-    caption = f"{' and '.join(sides)} losses: held-out text of the pair {pair}"
-    caption += "" if known else ", which this model may not have been trained on"
-    packaged = sides and any("loss" in name for name in chosen)
-    plain_console().print(results_table(results, title=src, caption=caption if packaged else None))
+    load |= {"trust_remote_code": trust_remote_code, "batch_size": batch_size, "limit": limit}
+    device = device or ("cuda" if torch.cuda.is_available() else None)
+    results = evaluate_source(src, chosen, regions=subsets, metadata=about, device=device, output=out, **load)
+    packaged = any("loss" in name for name in chosen)
+    options.plain_console().print(results_table(results, title=src, caption=_caption(src, about) if packaged else None))
     if out is not None:
         typer.echo(f"written to {out}")
 
 
-def _metadata(entries: Sequence[str], files: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return ``KEY=VALUE`` entries as a dictionary, with the files that were named."""
+def _caption(src: str, about: Mapping[str, Any]) -> str | None:
+    """Return a sentence on the text of this package that was scored; None where all of it was given."""
+    from routed_peft.evaluation.source import held_out_pair
+
+    pair, known = held_out_pair(src, about)
+    sides = [side for side in ("forget", "retain") if f"{side}_file" not in about]
+    text = f"{' and '.join(sides)} losses: held-out text of the pair {pair}"
+    return text + ("" if known else ", which this model may not have been trained on") if sides else None
+
+
+def _metadata(entries: Sequence[str], named: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return ``KEY=VALUE`` entries as a dictionary, with what else was given."""
     if bad := [entry for entry in entries if not entry.split("=")[0] or "=" not in entry]:
         raise ValueError(f"`--metadata` takes KEY=VALUE, got {bad[0]!r}: for example --metadata pair=spanish")
-    given = dict(entry.split("=", 1) for entry in entries)
-    return given | {key: file for key, file in files.items() if file is not None}
+    return dict(entry.split("=", 1) for entry in entries) | {key: v for key, v in named.items() if v is not None}

@@ -41,9 +41,9 @@ def _show(about: Mapping[str, Any]) -> None:
     """Print a description returned by `inspect_checkpoint`."""
     console = plain_console()
     overview = pairs_table(about["source"])
-    overview.add_row("kind", "region" if "type" in about else about["kind"])
     base, ablation = about.get("base") or {}, about.get("ablation") or {}
     rows: dict[str, Any] = {
+        "kind": "region" if "type" in about else about["kind"],
         "revision": about.get("revision"),
         "base": base.get("id"),
         "trained from": (base.get("trained_from") or {}).get("id"),
@@ -56,11 +56,10 @@ def _show(about: Mapping[str, Any]) -> None:
         if value:
             overview.add_row(name, str(value))
     console.print(overview)
-    adapters = [("base adapter", entry) for entry in about.get("base_adapters", [])]
-    adapters = [("region", entry) for entry in about.get("regions", [])] + adapters
+    kinds = {"region": about.get("regions", []), "base adapter": about.get("base_adapters", [])}
     if "type" in about:  # a region's own folder
-        adapters = [("region", {"name": Path(about["source"]).name, "present": True, **about})]
-    if adapters:
+        kinds = {"region": [{"name": Path(about["source"]).name, "present": True, **about}]}
+    if adapters := [(kind, entry) for kind, entries in kinds.items() for entry in entries]:
         console.print(_adapters(adapters))
     if about.get("routes"):
         console.print(_routes(about["routes"]))
@@ -72,12 +71,10 @@ def _adapters(adapters: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     columns = ("name", "role", "type", "size", "parameters", "labels", "here")
     table = Table(*columns, title="Adapters", title_justify="left")
     for role, entry in adapters:
-        size = entry.get("size") or entry.get("r")
-        parameters = f"{entry['parameters']:,}" if "parameters" in entry else "–"
-        labels = ", ".join(entry.get("labels", [])) or "–"
+        parameters = f"{entry['parameters']:,}" if "parameters" in entry else None
+        known = (entry.get("type"), entry.get("size") or entry.get("r"), parameters, ", ".join(entry.get("labels", [])))
         here = "yes" if entry["present"] else "no"
-        cells = (entry["name"], role, entry.get("type") or "–", size or "–", parameters, labels, here)
-        table.add_row(*map(str, cells))
+        table.add_row(entry["name"], role, *(str(value or "–") for value in known), here)
     return table
 
 

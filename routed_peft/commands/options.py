@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from routed_peft.data.loading import TextFormat
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Directory or Hub id.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
@@ -16,7 +20,6 @@ RegionsRepo = Annotated[
     typer.Option(metavar="REPO", help="Directory or Hub id of regions not stored with SRC. Default: the one it names."),
 ]
 Device = Annotated[str | None, typer.Option(help="Device, such as cuda:0. Default: a GPU if there is one.")]
-
 TextColumn = Annotated[str, typer.Option(help="Column of the text, or of chats, in every file.")]
 TextTemplate = Annotated[str | None, typer.Option(help='Text made of columns, such as "{question} {answer}".')]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that a model brings along.")]
@@ -36,6 +39,14 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False)
 
 
+def text_format(column: str, template: str | None, src: str, **where: Any) -> TextFormat:
+    """Return the place of text in files, with the tokenizer of ``src``; ``where`` are arguments of `load_tokenizer`."""
+    from routed_peft.data.loading import TextFormat
+    from routed_peft.evaluation.source import load_tokenizer
+
+    return TextFormat(column, template, partial(load_tokenizer, src, **where))
+
+
 def check_device(device: str | None) -> None:
     """Raise ValueError where a device is not there."""
     import torch
@@ -44,10 +55,8 @@ def check_device(device: str | None) -> None:
         if device is not None and torch.empty(1, device=device).is_meta:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"`--device` {device!r} cannot be used ({reason}): name cpu, or a GPU, such as cuda:0"
-        ) from None
+        got = f"`--device` {device!r} cannot be used ({str(error).splitlines()[0]})"
+        raise ValueError(f"{got}: name cpu, or a GPU, such as cuda:0") from None
 
 
 def pairs_table(title: str) -> Table:

@@ -8,24 +8,14 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from routed_peft.commands.options import (
-    Device,
-    RegionsRepo,
-    Revision,
-    Source,
-    TextColumn,
-    TextTemplate,
-    TrustRemoteCode,
-    check_device,
-    plain_console,
-)
+from routed_peft.commands import options
 
 _Number = TypeVar("_Number", int, float)
 _File = partial(typer.Option, metavar="FILE")
 
 
 def relearn(
-    src: Source,
+    src: options.Source,
     forget_train: Annotated[str, _File(help="Forget text that the attacker trains on: JSONL, JSON, Parquet or text.")],
     forget_test: Annotated[str, _File(help="Held-out forget text, for the score.")],
     retain_test: Annotated[str, _File(help="Held-out retain text, for the score.")],
@@ -34,8 +24,8 @@ def relearn(
     unrelated_train: Annotated[str | None, _File(help="Text of the attack `unrelated`.")] = None,
     facts: Annotated[str | None, _File(help="Facts that the model knew, one per row, for the attack `facts`. Rows with the "
                                         "same `fact` stay together.")] = None,
-    text_column: TextColumn = "text",
-    text_template: TextTemplate = None,
+    text_column: options.TextColumn = "text",
+    text_template: options.TextTemplate = None,
     attack: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Attack: parts joined by +, of full, lora or bias; forget, mixed, retain, unrelated, "
@@ -65,10 +55,10 @@ def relearn(
     length: Annotated[
         int, typer.Option(min=2, help="Tokens per training row; a longer document becomes several rows.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents scored on each side, for a quick look.")] = None,
-    device: Device = None,
-    revision: Revision = None,
-    regions_repo: RegionsRepo = None,
-    trust_remote_code: TrustRemoteCode = False,
+    device: options.Device = None,
+    revision: options.Revision = None,
+    regions_repo: options.RegionsRepo = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Attack a checkpoint by fine-tuning, and measure how fast it relearns the forget side.
 
@@ -84,19 +74,16 @@ def relearn(
         routed-peft relearn runs/sgtm-ablated --attack forget --attack lora+few-shot-16 --attack int4 --reference runs/none --forget-train attack.jsonl --forget-test forget.jsonl --retain-test retain.jsonl --out attacked
     """  # noqa: E501
 
-    from routed_peft.data.loading import TextFormat
     from routed_peft.evaluation import relearning
-    from routed_peft.evaluation.processes import processes
-    from routed_peft.evaluation.source import load_tokenizer, parse_regions
+    from routed_peft.evaluation.source import parse_regions, processes
 
     if reference is not None and reference_loss is not None:
         raise ValueError("`--reference` and `--reference-loss` say the same: give one of them")
-    check_device(device)
+    options.check_device(device)
     marks = [_number(int, mark, "--steps") for mark in steps.split(",")]
     rates = [_number(float, rate, "--learning-rate") for rate in learning_rate.split(",")] if learning_rate else None
-    form = TextFormat(
-        text_column, text_template, partial(load_tokenizer, src, revision, trust_remote_code=trust_remote_code)
-    )
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    form = options.text_format(text_column, text_template, src, **where)
     read = partial(relearning.read_texts, form=form)
     data = relearning.AttackData(
         forget_train=read(forget_train, "forget_train"),
@@ -106,23 +93,16 @@ def relearn(
         unrelated_train=read(unrelated_train, "unrelated_train") if unrelated_train else (),
         facts=relearning.read_facts(facts, form=form) if facts else (),
     )
-    options = relearning.SourceOptions(
-        extensions=extensions,
-        regions=None if regions is None else parse_regions(regions),
-        reference=reference if reference_loss is None else reference_loss,
-        oracle=oracle,
-        revision=revision,
-        regions_repo=regions_repo,
-        device=device,
-        progress=True,
-        trust_remote_code=trust_remote_code,
-    )
+    compared: dict[str, Any] = {"reference": reference if reference_loss is None else reference_loss, "oracle": oracle}
+    kept = None if regions is None else parse_regions(regions)
+    where |= {"regions": kept, "regions_repo": regions_repo, "device": device}
+    more = relearning.SourceOptions(extensions=extensions, progress=True, **compared, **where)
     chosen = [relearning.Attack.parse(name, batch_size=batch_size, length=length) for name in attack or ["forget"]]
     grid: dict[str, Any] = {"learning_rates": rates, "seeds": range(seeds)}
     grid["steps"] = relearning.log_spaced(marks[0]) if len(marks) == 1 else marks
-    summary = relearning.relearn_source(src, data, out=out, attacks=chosen, **grid, options=options)
+    summary = relearning.relearn_source(src, data, out=out, attacks=chosen, **grid, options=more)
     if processes().is_main_process:
-        plain_console().print(*relearning.summary_tables(summary))
+        options.plain_console().print(*relearning.summary_tables(summary))
         typer.echo(f"written to {out}")
 
 

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from routed_peft.commands.options import (
-    Revision,
-    Source,
-    TextColumn,
-    TextTemplate,
-    TrustRemoteCode,
-    pairs_table,
-    plain_console,
-)
+from routed_peft.commands import options
 
 if TYPE_CHECKING:
     from routed_peft.unlearning import UndoArguments
 
 
 def undo(
-    src: Source,
+    src: options.Source,
     out: Annotated[Path, typer.Argument(help="Directory for the new checkpoint.", show_default=False)],
     text: Annotated[list[str], typer.Option(metavar="FILE", help="Text like that of pretraining: JSONL, JSON, Parquet or "
                                             "plain text; needs no labels; may be repeated.")],
     retain: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out retain text: stop once the student is as good "
                                                 "there as the teacher.")] = None,
-    text_column: TextColumn = "text",
-    text_template: TextTemplate = None,
+    text_column: options.TextColumn = "text",
+    text_template: options.TextTemplate = None,
     alpha: Annotated[float, typer.Option(help="Share of the way from the weights to an initialization: 0 moves nothing, 1 all "
                                          "the way.")] = 0.6,
     beta: Annotated[float, typer.Option(help="Scale of the noise in that initialization.")] = 0.1,
@@ -48,8 +39,8 @@ def undo(
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the order of rows.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay in float32.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Use no GPU.")] = False,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Unlearn, noise, distill (UNDO): add noise to a copy of a model, and distill the original's outputs into it.
 
@@ -66,26 +57,16 @@ def undo(
     """
     from routed_peft.unlearning import UndoArguments
 
-    settings: dict[str, Any] = {
-        "source": src,
-        "revision": revision,
-        "text": list(text),
-        "retain": retain,
-    }
-    settings |= {"text_column": text_column} if text_column != "text" else {}
-    settings |= {"text_template": text_template} if text_template else {}
-    settings |= {"alpha": alpha, "beta": beta, "tolerance": tolerance, "steps": steps, "learning_rate": learning_rate}
-    settings |= {"batch_size": batch_size, "length": length, "eval_steps": eval_steps, "topk": topk, "seed": seed}
-    settings |= {"trust_remote_code": True} if trust_remote_code else {}
+    alike: dict[str, Any] = {"alpha": alpha, "beta": beta, "tolerance": tolerance, "learning_rate": learning_rate}
+    alike |= {"topk": topk, "seed": seed}
+    settings: dict[str, Any] = {"source": src, "revision": revision, "trust_remote_code": trust_remote_code}
+    settings |= {"text": list(text), "retain": retain, "text_column": text_column, "text_template": text_template}
+    settings |= {"steps": steps, "batch_size": batch_size, "length": length, "eval_steps": eval_steps, **alike}
     look = min(eval_steps, steps)
     args = UndoArguments(
         str(out),
-        alpha=alpha,
-        beta=beta,
-        tolerance=tolerance,
-        topk=topk,
+        **alike,
         max_steps=steps,
-        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(50, steps // 10),
         weight_decay=0.0,
@@ -101,7 +82,6 @@ def undo(
         report_to="none",
         bf16=bf16,
         use_cpu=cpu,
-        seed=seed,
     )
     _run(settings, args, out)
 
@@ -111,8 +91,7 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
     import shutil
 
     from routed_peft.data import load_texts, pack
-    from routed_peft.data.loading import TextFormat
-    from routed_peft.evaluation.source import load_tokenizer, open_plain
+    from routed_peft.evaluation.source import open_plain
     from routed_peft.evaluation.text_loss import check_length
     from routed_peft.regions.fingerprint import fingerprint
     from routed_peft.runs.resuming import latest_resumable
@@ -122,32 +101,26 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
     from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows
 
     src, run = settings["source"], RunDirectory(out)
-    own: dict[str, Any] = {"trust_remote_code": True} if settings.get("trust_remote_code") else {}
+    where = {name: settings[name] for name in ("revision", "trust_remote_code")}
     if args.process_index == 0:  # the others may come when it has begun
         run.check_separate(src)
     args.resume_from_checkpoint = latest_resumable(out, args.world_size)
     if args.resume_from_checkpoint is not None:  # a run without a checkpoint has nothing to continue
         run.check_same(settings)
     read_cost(src)  # a wrong record is reported before anything is computed
-    form = TextFormat(
-        settings.get("text_column", "text"),
-        settings.get("text_template"),
-        partial(load_tokenizer, src, settings["revision"], **own),
-    )
+    form = options.text_format(settings["text_column"], settings["text_template"], src, **where)
     documents = load_texts(settings["text"], argument="--text", form=form)
     retain, length = settings["retain"], settings["length"]
     held_out = None if retain is None else load_texts([retain], argument="--retain", form=form)
-    teacher, tokenizer = open_plain(src, revision=settings["revision"], **own)
+    teacher, tokenizer = open_plain(src, **where)
     check_length(teacher, tokenizer, length=length, argument="--length")
     rows = pack(documents, tokenizer, length=length, by=[])
     retain_rows = None if held_out is None else pack(held_out, tokenizer, length=length, by=[])
     if retain_rows is not None:
         check_held_out(rows, retain_rows, name="--text", held_out_name="--retain")
     settings |= {"teacher": fingerprint(teacher), "rows": hash_rows(rows), "processes": args.world_size}
-    if args.resume_from_checkpoint is not None:
-        run.check_same(settings)
     if args.process_index == 0:
-        run.start(settings, {"seed": args.seed}, resume=args.resume_from_checkpoint is not None)
+        run.start(settings, {"seed": args.seed}, resume=args.resume_from_checkpoint is not None, same=settings)
     recorder = RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)
     student, record = undo(teacher, rows, args=args, retain_rows=retain_rows, tokenizer=tokenizer, callbacks=[recorder])
     if args.process_index == 0:
@@ -157,11 +130,11 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
         ours = args.topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve()
         for folder in [*out.glob("checkpoint-*"), *([cache] if ours else [])]:  # no longer needed
             shutil.rmtree(folder)
-        plain_console().print(_table(content, out))
+        options.plain_console().print(_table(content, out))
 
 
 def _table(content: dict[str, Any], out: Path) -> Table:
-    table = pairs_table("UNDO")
+    table = options.pairs_table("UNDO")
     ended = {True: "as good as the teacher", False: "no steps left", None: "all steps, no rule to stop"}
     table.add_row("checkpoint", str(out))
     table.add_row("steps", f"{content['steps']} of {content['max_steps']}: {ended[content['stopped']]}")
@@ -169,10 +142,7 @@ def _table(content: dict[str, Any], out: Path) -> Table:
         losses = f"{content['student_retain_loss']:.3f} (teacher {content['teacher_retain_loss']:.3f}) nats per token"
         table.add_row("retain loss", losses)
     ledger = content["total_ledger"] or content["ledger"]
-    cost = f"{ledger['flops']:.3g} FLOPs, {ledger['tokens']:,} tokens, "
-    if content["total_ledger"] is None:
-        cost += "without the teacher's own cost, which is not recorded"
-    else:
-        cost += f"{ledger['labeled_forget_tokens']:,} tokens labeled forget by somebody"
-    table.add_row("cost", cost)
+    rest = f"{ledger['labeled_forget_tokens']:,} tokens labeled forget by somebody"
+    rest = "without the teacher's own cost, which is not recorded" if content["total_ledger"] is None else rest
+    table.add_row("cost", f"{ledger['flops']:.3g} FLOPs, {ledger['tokens']:,} tokens, {rest}")
     return table

@@ -44,8 +44,7 @@ def evaluate(
         metadata: of the tasks: ``forget_file``, ``retain_file``, ``pair``, ``forget_mc_file``, ...
         regions: the regions to leave active, with all others ablated; None and "all" ablate none.
         limit: the number of examples per task, for a quick look; None takes all.
-        base_adapters: adapters that belong to the base, and so are never ablated; by default those recorded by
-            `load_routed`.
+        base_adapters: adapters of the base, never ablated; by default those recorded by `load_routed`.
 
     Returns:
         ``{"task/metric": value}``: losses ``token_ce`` in nats per token and ``bits_per_byte``, accuracies from 0 to 1.
@@ -54,11 +53,9 @@ def evaluate(
         ImportError: without lm-eval.
         ValueError: on an unknown name in `tasks` or `regions`.
     """
-    from routed_peft.evaluation.lm_eval_model import measurement
-
-    measure = measurement(model, tokenizer, tasks=tasks, metadata=metadata, limit=limit, batch_size=batch_size)
-    with _only(model, regions, base_adapters):
-        return measure()
+    about: dict[str, Any] = {"tasks": tasks, "metadata": metadata, "limit": limit, "batch_size": batch_size}
+    one = evaluate_configurations(model, tokenizer, configurations={"": regions}, base_adapters=base_adapters, **about)
+    return one[""]
 
 
 def evaluate_configurations(
@@ -104,10 +101,8 @@ def region_names(model: nn.Module, base_adapters: Sequence[str] | None = None) -
 def default_configurations(names: Sequence[str]) -> dict[str, list[str]]:
     """Return the configurations to compare: all regions, none, and each of several alone.
 
-    >>> default_configurations(["bio", "cyber"])
-    {'all regions': ['bio', 'cyber'], 'ablated': [], 'only bio': ['bio'], 'only cyber': ['cyber']}
-    >>> default_configurations([])
-    {'model': []}
+    >>> default_configurations(["bio", "cyber"]), default_configurations([])
+    ({'all regions': ['bio', 'cyber'], 'ablated': [], 'only bio': ['bio'], 'only cyber': ['cyber']}, {'model': []})
     """
     if not names:
         return {"model": []}

@@ -6,17 +6,18 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
+from unittest import mock
 
 from torch import nn
 from tqdm import tqdm
 
 try:
     from lm_eval import evaluator
+    from lm_eval.api import model as model_module
     from lm_eval.api import task as task_module
     from lm_eval.defaults import DEFAULT_OTHER_SEED
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise ImportError('evaluation needs lm-eval, which is not installed: pip install "routed_peft[eval]"') from error
@@ -28,15 +29,13 @@ from routed_peft.runs.silence import silenced_logger
 from routed_peft.tasks import path
 
 
-class TextLM(HFLM):
+class TextLM(huggingface.HFLM):
     """lm-eval's Hugging Face model, with the loss of a text alone.
 
-    lm-eval puts a begin-of-sequence token before a text. If the tokenizer adds one too (Llama, Gemma), lm-eval scores the
-    second one. Its loss has nothing to do with the text, and is large beside twenty tokens. Here the text begins once, as in
-    `TextLoss`.
+    A text begins once, as in `TextLoss`. Where the tokenizer adds a begin-of-sequence token too (Llama, Gemma), lm-eval scores
+    the second one, whose loss has nothing to do with the text.
     """
 
-    quiet = False
     _rolling = False
 
     @property
@@ -51,26 +50,13 @@ class TextLM(HFLM):
             return document_tokens(self.tokenizer, [string])[0]
         return list(super().tok_encode(string, *args, **kwargs))
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return for each request the log-likelihood of its continuation, and whether greedy decoding gives it."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.quiet)
-
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, in windows of the model's length, special tokens left out."""
         self._rolling = True
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or self.quiet)
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         finally:
             self._rolling = False
-
-    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
-        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm or self.quiet, **kwargs)
-
-
-class QuietLM(TextLM):
-    """A `TextLM` without progress bars, for evaluation inside another program."""
-
-    quiet = True
 
 
 def measurement(
@@ -89,9 +75,9 @@ def measurement(
 
     def measure() -> dict[str, float]:
         with isolated_lm_eval(), evaluating(model):
-            lm = QuietLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            lm = TextLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             results = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-        assert results is not None, "only rank 0 holds results, and QuietLM knows no other rank"
+        assert results is not None, "only rank 0 holds results, and there is no other rank here"
         return flatten_results(results["results"])
 
     return measure
@@ -130,16 +116,15 @@ def flatten_results(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float
 
 @contextlib.contextmanager
 def isolated_lm_eval() -> Iterator[None]:
-    """Keep lm-eval away from the caller's terminal and random numbers.
+    """Hide lm-eval's progress bars and its log below errors, and undo its draws from Python's random generator."""
+    drawn = random.getstate()
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, drawn)
+        for module in (model_module, task_module, huggingface):  # not all of their bars have a switch
+            stack.enter_context(mock.patch.object(module, "tqdm", _hidden_bar))
+        stack.enter_context(silenced_logger("lm_eval"))
+        yield
 
-    Its log below errors is hidden, and its progress bar while building requests, which has no switch. Loading tasks draws
-    from Python's generator, so its state is restored.
-    """
-    bar, drawn = task_module.tqdm, random.getstate()
-    task_module.tqdm = partial(tqdm, disable=True)
-    try:
-        with silenced_logger("lm_eval"):
-            yield
-    finally:
-        task_module.tqdm = bar
-        random.setstate(drawn)
+
+def _hidden_bar(*args: Any, **kwargs: Any) -> Any:
+    return tqdm(*args, **{**kwargs, "disable": True})

@@ -14,7 +14,7 @@ from routed_peft.architectures import find_mlps, output_projection
 def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
     """Silence ``count`` random hidden units of every MLP, by zeroing their columns of the down-projection, in place.
 
-    The loss of performance is the cost of losing so many units. Only a larger effect of ablation belongs to the region.
+    Only an effect of ablation that is larger than this one's belongs to the region.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> size = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 1, "num_hidden_layers": 1}
@@ -26,8 +26,8 @@ def silence_random_units(model: nn.Module, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     mlps = find_mlps(model)
     if not mlps:
-        name = type(model).__name__
-        raise ValueError(f"{name} has no MLP of a known layout: describe its MLPs with `register_mlp_layout`")
+        problem = f"{type(model).__name__} has no MLP of a known layout"
+        raise ValueError(f"{problem}: describe its MLPs with `register_mlp_layout`")
     for name, mlp in mlps.items():
         down: Any = output_projection(mlp)
         axis = 0 if isinstance(down, Conv1D) else 1  # of its inputs

@@ -25,10 +25,9 @@ class ScaleChoice:
 def choose_scale(
     model: nn.Module, region: str, *, rate: Callable[[], float], limit: float, scales: Sequence[float] = SCALES
 ) -> ScaleChoice:
-    """Choose the largest scale of a region at which a detector's rate is below a limit.
+    """Choose the largest scale of a region, of ``scales``, at which a detector's rate is below a limit.
 
-    The region's contribution is multiplied by each scale in turn (`ablated`), and ``rate`` is measured. At the chosen scale
-    there may be more behavior that the detector cannot see. A natural limit is the rate of the base model.
+    At the chosen scale there may be more behavior that the detector cannot see. A natural limit is the rate of the base model.
 
     Args:
         rate: samples from the model, to which it holds a reference, and returns the share of flagged samples.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -19,17 +21,24 @@ from routed_peft.checkpoint.layout import ROUTING, Layout
 from routed_peft.checkpoint.load import load_run
 from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.evaluation.harness import DEFAULT_TASKS, Scores, default_configurations, evaluate_configurations
-from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.text_loss import check_causal
-from routed_peft.files import read_json, write_json
+from routed_peft.files import check_writable, read_json, write_json
 from routed_peft.mistakes import reading
 from routed_peft.runs.records import read_recipe
 
 logger = logging.get_logger(__name__)
 
+PATIENCE = datetime.timedelta(days=7)
+"""Wait of processes that share a grid of attacks for each other."""
+
 Regions = Literal["all"] | Sequence[str]
 
 NO_MODEL = "is an adapter without its model: give its run, or merge it first (`merge_and_unload`), and save that"
+
+
+def processes() -> PartialState:
+    """Return accelerate's state; without an accelerator processes communicate over gloo, and not as independent ones."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def parse_regions(regions: str | None) -> Regions:
@@ -77,18 +86,19 @@ def tokenizer_place(src: str | Path, run: OpenRun | None, revision: str | None =
 
 def load_tokenizer(src: str | Path, revision: str | None = None, **kwargs: Any) -> Any:
     """Load the tokenizer of a run or checkpoint; ``kwargs`` are those of `AutoTokenizer.from_pretrained`."""
-    place, at = tokenizer_place(src, open_source(src, revision), revision)
+    return _read_tokenizer(*tokenizer_place(src, open_source(src, revision), revision), **kwargs)
+
+
+def _read_tokenizer(place: str | Path, revision: str | None, **kwargs: Any) -> Any:
     with reading(place):
-        return AutoTokenizer.from_pretrained(place, revision=at or "main", **kwargs)
+        return AutoTokenizer.from_pretrained(place, revision=revision or "main", **kwargs)
 
 
 def held_out_pair(src: str | Path, metadata: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the built-in pair whose text is scored, and whether ``src`` is known to have been trained on it.
 
-    >>> held_out_pair("nowhere", {"pair": "spanish"})
-    ('spanish', True)
-    >>> held_out_pair("nowhere", {})
-    ('biology', False)
+    >>> held_out_pair("nowhere", {"pair": "spanish"}), held_out_pair("nowhere", {})
+    (('spanish', True), ('biology', False))
     """
     recipe = read_recipe(src)
     files = ("train_file", "forget_file", "retain_file", "text_files")
@@ -112,8 +122,7 @@ def load_source(
         regions: names of the regions to load, or "all"; `[]` is the ablated model.
         revision: branch, tag or commit of a Hub id.
         tokenizer: an object, a path or an id, to use instead of the run's own.
-        regions_repo: see `load_routed`.
-        **from_pretrained_kwargs: see `load_routed`.
+        **from_pretrained_kwargs: see `load_routed`, as for ``regions_repo``.
 
     Raises:
         ValueError: on an unknown region, or without a tokenizer; and as `load_routed` does.
@@ -122,10 +131,8 @@ def load_source(
     run = open_source(src, revision, regions_repo=regions_repo, **hub)
     if tokenizer is None or isinstance(tokenizer, str | Path):
         place, at = (tokenizer, None) if tokenizer else tokenizer_place(src, run, revision)
-        if from_pretrained_kwargs.get("trust_remote_code"):
-            hub["trust_remote_code"] = True
-        with reading(place):
-            tokenizer = AutoTokenizer.from_pretrained(place, revision=at or "main", **hub)
+        trust = from_pretrained_kwargs.get("trust_remote_code")
+        tokenizer = _read_tokenizer(place, at, **hub, trust_remote_code=trust)
     if run is not None:
         names = run.layout.regions if regions == "all" else regions
         return load_run(run, names, **from_pretrained_kwargs), tokenizer
@@ -153,8 +160,8 @@ def evaluate_source(
     Args:
         regions: further subsets to measure: one list of names, or ``{name of the configuration: list of names}``. By
             default each region alone, where there are several.
-        metadata: see `routed_peft.evaluation.evaluate`, like ``tasks``, ``limit`` and ``batch_size``; its ``pair`` is by
-            default that of the run's training.
+        metadata: see `evaluate`, like ``tasks``, ``limit`` and ``batch_size``; its ``pair`` is by default that of the run's
+            training.
         device: of the model; by default the choice of transformers.
         output: a JSON file to write, with results and settings.
         **load_kwargs: see `load_source`: ``revision``, ``tokenizer``, and arguments of `load_routed`.
@@ -166,16 +173,18 @@ def evaluate_source(
         ImportError: lm-eval is not installed.
         ValueError: on an unknown task or region, or without a tokenizer; and as `load_routed` does.
     """
-    revision = load_kwargs.get("revision")
-    repo = load_kwargs.get("regions_repo")
-    run = open_source(src, revision, regions_repo=repo, **hub_arguments(load_kwargs))
+    where = {name: load_kwargs.get(name) for name in ("revision", "regions_repo")}
+    run = open_source(src, **where, **hub_arguments(load_kwargs))
     names = [] if run is None else run.layout.regions
     if run is not None and regions is None and (here := run.regions_here()) != names:
         logger.warning(f"regions of {str(src)!r} are not here and are not measured: {sorted(set(names) - set(here))}")
         names = here
     configurations = _configurations(str(src), names, regions)
     if output is not None:
-        _check_writable(Path(output))
+        output = Path(output)
+        if output.is_dir():
+            raise ValueError(f"`output` {str(output)!r} is a directory: name a file in it")
+        check_writable(output.parent)  # before hours are spent on its content
     metadata = {"pair": held_out_pair(src, metadata or {})[0], **(metadata or {})}
     model, tokenizer = load_source(src, names, **load_kwargs)
     if device is not None:
@@ -185,9 +194,9 @@ def evaluate_source(
     results = evaluate_configurations(model, tokenizer, **settings, batch_size=batch_size)
     if output is not None:
         libraries = ("routed_peft", "lm_eval", "transformers", "peft", "torch")
-        about = {"source": str(src), "revision": revision, **settings}
+        about = {"source": str(src), "revision": where["revision"], **settings}
         about |= {"versions": {name: version(name) for name in libraries}, "results": results}
-        write_json(Path(output), about, default=str)
+        write_json(output, about, default=str)
     return results
 
 
@@ -205,16 +214,6 @@ def _configurations(
     return chosen
 
 
-def _check_writable(file: Path) -> None:
-    """Raise where a file cannot be written, before hours are spent on its content."""
-    if file.is_dir():
-        raise ValueError(f"`output` {str(file)!r} is a directory: name a file in it")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.touch()
-    aside.unlink()
-
-
 def open_plain(
     src: str | Path,
     regions: Regions | None = None,
@@ -225,20 +224,19 @@ def open_plain(
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model in float32 as a plain one, adapters merged, with its tokenizer; `own_regions` by default."""
-    run, own = open_source(src, revision), {"trust_remote_code": True} if trust_remote_code else {}
+    run = open_source(src, revision)
     if run is None:
         if Path(src, "adapter_config.json").is_file() and not Path(src, "config.json").is_file():
             raise ValueError(f"{str(src)!r} {NO_MODEL}")
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         with reading(src):
-            config = AutoConfig.from_pretrained(src, revision=revision or "main", **own)
+            config = AutoConfig.from_pretrained(src, revision=revision or "main", trust_remote_code=trust_remote_code)
         if config.architectures and not known & set(config.architectures) and not hasattr(config, "auto_map"):
             what = f"{', '.join(config.architectures)}, not a causal language model"
             raise ValueError(f"{str(src)!r} is a {what}: there is no loss on text to relearn")
     regions = own_regions(run) if regions is None else regions
-    model, tokenizer = load_source(
-        src, regions, revision=revision, regions_repo=regions_repo, dtype=torch.float32, **own
-    )
+    where: dict[str, Any] = {"revision": revision, "regions_repo": regions_repo}
+    model, tokenizer = load_source(src, regions, **where, dtype=torch.float32, trust_remote_code=trust_remote_code)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     check_causal(model)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -32,8 +31,7 @@ def context_length(model: nn.Module, tokenizer: Any) -> int:
 
 def check_length(model: nn.Module, tokenizer: Any, *, length: int, argument: str = "length") -> None:
     """Raise ValueError if rows of ``length`` tokens exceed the model's context length."""
-    most = context_length(model, tokenizer)
-    if length > most:
+    if length > (most := context_length(model, tokenizer)):
         got = f"`{argument}` is {length} tokens a row, and the model reads {most} at once"
         raise ValueError(f"{got}: set it to {most} or less")
 
@@ -44,8 +42,8 @@ def first_token(tokenizer: Any) -> int:
         return begin[-1]
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if token is None:
-        problem = "the tokenizer has neither a begin-of-sequence nor an end-of-sequence token"
-        raise ValueError(f"{problem}: set `tokenizer.eos_token`")
+        raise ValueError("the tokenizer has neither a begin-of-sequence nor an end-of-sequence token: set "
+                         "`tokenizer.eos_token`")  # fmt: skip
     return int(token)
 
 
@@ -58,8 +56,7 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor,
     return target_losses(logits, targets)
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A part of a document, by its index, that fits into the context: tokens to read, and tokens to score, which end it."""
 
     document: int
@@ -70,19 +67,17 @@ class Window:
 def windows(document: int, tokens: Sequence[int], *, first: int, length: int) -> Iterator[Window]:
     """Cut a document's tokens into windows of ``length``, each token scored once, as lm-eval does.
 
-    The first window begins with the token ``first``, the others with the last token of their predecessor. The last window
-    is filled on the left with tokens that are scored already.
+    The first begins with the token ``first``, the others with the last token of their predecessor; the last is filled on the
+    left with tokens that are scored already.
 
     >>> [(window.inputs, window.targets) for window in windows(0, [1, 2, 3, 4, 5], first=0, length=3)]
     [([0, 1, 2], [1, 2, 3]), ([2, 3, 4], [4, 5])]
     """
     done = min(length, len(tokens))
     yield Window(document, [first, *tokens[: done - 1]], list(tokens[:done]))
-    while done < len(tokens):
-        count = min(length, len(tokens) - done)
-        end = done + count
-        yield Window(document, list(tokens[end - 1 - length : end - 1]), list(tokens[done:end]))
-        done = end
+    for start in range(done, len(tokens), length):
+        end = min(start + length, len(tokens))
+        yield Window(document, list(tokens[end - 1 - length : end - 1]), list(tokens[start:end]))
 
 
 def pad(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,11 +101,8 @@ class TextLoss:
 
     .. math:: L = -\frac{\sum_d \sum_i \log p(x_{d,i} \mid x_{d,<i})}{\sum_d n_d}
 
-    over documents d of :math:`n_d` tokens each. `first_token` stands before each text and is not scored.
-    `windows` cuts documents longer than the model's context. Texts are tokenized once.
-
-    Raises:
-        ValueError: if a text has no tokens, or a token is not in the model's vocabulary.
+    over documents d of :math:`n_d` tokens each, cut into `windows`; `first_token` stands before each and is not scored. A text
+    without tokens, or a token beyond the model's vocabulary, is a ValueError.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> None:
@@ -188,9 +180,8 @@ def check_causal(model: nn.Module) -> None:
     except (AttributeError, ValueError):  # no logits, or more inputs wanted
         fits = False
     if fits and not logits.isfinite().all():
-        raise ValueError(
-            f"the outputs of this {name} are not finite: its weights are damaged, so train or load it again"
-        )
+        problem = f"the outputs of this {name} are not finite: its weights are damaged"
+        raise ValueError(f"{problem}, so train or load it again")
     near = 1e-5 if fits and logits.dtype in (torch.float32, torch.float64) else 1e-3
     if not fits or not torch.allclose(logits[0, :2], logits[1, :2], rtol=near, atol=near * float(logits.abs().max())):
         got = f"{name} is not: it does not predict the next token"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from routed_peft.data.labels import FORGET, RETAIN
@@ -41,17 +41,14 @@ class ShuffledRows(Dataset[Row]):
 
     def tokens(self, count: int | None = None, distinct: bool = False) -> int:
         """Count the tokens in the first ``count`` rows of the run; with ``distinct``, each row once."""
-        chosen = self.order[:count]
-        chosen = np.unique(chosen) if distinct else chosen
-        lengths = np.array([len(ids) for ids in input_ids(self.rows)])
-        return int(lengths[chosen].sum())
+        chosen = np.unique(self.order[:count]) if distinct else self.order[:count]
+        return int(np.array([len(ids) for ids in input_ids(self.rows)])[chosen].sum())
 
 
 class PairedRows(Dataset[dict[str, Row]]):
     """A run of ``count`` pairs of a forget row and a retain row.
 
-    Each side is a `ShuffledRows` of its own, so that every row of a side is used equally often. ``retain`` is None for forget
-    rows alone; a side without rows is a ValueError.
+    Every row of a side is used equally often. ``retain`` is None for forget rows alone; a side without rows is a ValueError.
 
     >>> forget, retain = [{"input_ids": [1]}], [{"input_ids": [2]}, {"input_ids": [3]}]
     >>> pairs = PairedRows(forget, retain, count=2)
@@ -97,8 +94,8 @@ def check_rows(rows: Rows, name: str) -> None:
     if rows is None or not len(rows):
         raise ValueError(f"`{name}` is empty: give tokenized rows (`routed_peft.data.pack` makes them)")
     if "input_ids" not in rows[0]:
-        got = f"`{name}` has the columns {sorted(rows[0])}, but no `input_ids`"
-        raise ValueError(f"{got}: tokenize the text first, for example with `routed_peft.data.pack`")
+        raise ValueError(f"`{name}` has the columns {sorted(rows[0])}, but no `input_ids`: tokenize the text first, for "
+                         "example with `routed_peft.data.pack`")  # fmt: skip
 
 
 def check_held_out(rows: Rows, held_out: Rows, *, name: str, held_out_name: str) -> None:
@@ -113,38 +110,37 @@ def check_tokens(rows: Rows, name: str, vocabulary: int) -> None:
     """Raise ValueError if a token is beyond the model's vocabulary, as in rows of another tokenizer."""
     largest = max(max(ids, default=0) for ids in input_ids(rows))
     if largest >= vocabulary:
-        got = f"`{name}` has the token {largest}, but the model's vocabulary ends at {vocabulary - 1}"
-        raise ValueError(f"{got}: tokenize with the model's own tokenizer")
+        raise ValueError(f"`{name}` has the token {largest}, but the model's vocabulary ends at {vocabulary - 1}: tokenize "
+                         "with the model's own tokenizer")  # fmt: skip
+
+
+def run_on(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+    """Return the outputs of a causal language model on a batch of `collate`; ``options`` are further arguments."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options)
 
 
 def collate(features: Sequence[Row]) -> dict[str, Tensor]:
     """Make one batch of plain rows; or of pairs, forget rows first, with the mask ``is_forget`` ``(B,)``.
 
-    It holds ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on the right. Padding is masked in
-    attention and has the target -100.
+    It holds ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on the right, where labels are -100.
 
-    Example:
-        >>> batch = collate([{"forget": {"input_ids": [5, 6]}, "retain": {"input_ids": [7, 8, 9]}}])
-        >>> batch["labels"], batch["is_forget"]
-        (tensor([[   5,    6, -100],
-                [   7,    8,    9]]), tensor([ True, False]))
+    >>> batch = collate([{"forget": {"input_ids": [5, 6]}, "retain": {"input_ids": [7, 8, 9]}}])
+    >>> batch["labels"], batch["is_forget"]
+    (tensor([[   5,    6, -100],
+            [   7,    8,    9]]), tensor([ True, False]))
     """
     if FORGET not in features[0]:
         return pad(features)
-    forget = [pair[FORGET] for pair in features]
-    retain = [pair[RETAIN] for pair in features if RETAIN in pair]
-    is_forget = torch.tensor([True] * len(forget) + [False] * len(retain))
-    return {**pad([*forget, *retain]), IS_FORGET: is_forget}
+    sides = {side: [pair[side] for pair in features if side in pair] for side in (FORGET, RETAIN)}
+    is_forget = torch.tensor([side == FORGET for side, rows in sides.items() for _ in rows])
+    return {**pad([*sides[FORGET], *sides[RETAIN]]), IS_FORGET: is_forget}
 
 
 def pad(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Return ``input_ids``, ``attention_mask`` and ``labels`` of rows, each ``(B, T)``; see `collate`."""
     length = max(len(row["input_ids"]) for row in rows)
-
-    def column(name: str, fill: int, default: str | None = None) -> Tensor:
-        values = [list(row.get(name, row[default]) if default else row[name]) for row in rows]
-        return torch.tensor([value + [fill] * (length - len(value)) for value in values])
-
-    mask = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
-    labels = column("labels", IGNORED, default="input_ids")
-    return {"input_ids": column("input_ids", 0), "attention_mask": torch.tensor(mask), "labels": labels}
+    ids = [list(row["input_ids"]) for row in rows]
+    columns = {"input_ids": (ids, 0), "attention_mask": ([[1] * len(one) for one in ids], 0)}
+    columns["labels"] = [list(row.get("labels", row["input_ids"])) for row in rows], IGNORED
+    padded = lambda values, fill: torch.tensor([value + [fill] * (length - len(value)) for value in values])
+    return {name: padded(*column) for name, column in columns.items()}

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from routed_peft.routes import IGNORED
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning.arguments import UndoArguments
-from routed_peft.unlearning.data import Row, Rows, ShuffledRows, check_rows, check_tokens, collate, pad
-from routed_peft.unlearning.losses import divergence, topk_divergence
+from routed_peft.unlearning.data import Row, Rows, ShuffledRows, check_rows, check_tokens, collate, pad, run_on
+from routed_peft.unlearning.losses import at_least_float32, divergence, topk_divergence
 from routed_peft.unlearning.teacher_cache import NAMES, TeacherCache
 from routed_peft.unlearning.token_trainer import TokenTrainer
 
 TEACHER, DISTILLED = "teacher", "distilled"
+_ONE_TOKENIZER = "outputs can be distilled only between models of one tokenizer"
 
 
 class DistilledRows(Dataset[Row]):
@@ -59,8 +60,7 @@ class DistillationTrainer(TokenTrainer):
 
     .. math:: L = \frac{1}{n} \sum_t \mathrm{KL}\bigl(T(\cdot \mid x_{\le t}) \,\|\, S(\cdot \mid x_{\le t})\bigr)
 
-    over the n positions of an optimizer step that predict a token, at temperature 1. There are no labels, no cross entropy
-    and no activations, as in UNDO (arXiv 2506.06278).
+    over the n positions of an optimizer step that predict a token, at temperature 1, without labels (UNDO, arXiv 2506.06278).
 
     Args:
         student: the model to train, its weights in float32.
@@ -129,12 +129,12 @@ class DistillationTrainer(TokenTrainer):
 
 
 class StopAtTeacher(TrainerCallback):
-    r"""A callback that ends training when the student's retain loss is close to the teacher's.
+    r"""A callback that ends training when the student's retain loss, on the evaluation set ``split``, is close to the
+    teacher's.
 
     .. math:: L_S \le (1 + \epsilon)\, L_T
 
-    with the teacher's ``loss`` :math:`L_T` on the retain rows, in nats per token, and ``tolerance`` :math:`\epsilon`;
-    ``split`` is the name of the compared evaluation set.
+    with the teacher's ``loss`` :math:`L_T` on the same rows, in nats per token, and ``tolerance`` :math:`\epsilon`.
     """
 
     def __init__(self, loss: float, tolerance: float, split: str = "retain") -> None:
@@ -150,24 +150,20 @@ class StopAtTeacher(TrainerCallback):
 
 def check_vocabularies(teacher: nn.Module, student: nn.Module) -> int:
     """Return the vocabulary size of both models; raise ValueError if they differ."""
-    sizes: list[int] = [model.config.get_text_config().vocab_size for model in (teacher, student)]  # type: ignore[union-attr, operator]
-    if sizes[0] != sizes[1]:
-        got = f"the teacher's vocabulary has {sizes[0]} entries and the student's {sizes[1]}"
-        raise ValueError(f"{got}: outputs can be distilled only between models of one tokenizer")
-    return sizes[0]
+    size, other = (model.config.get_text_config().vocab_size for model in (teacher, student))  # type: ignore[union-attr, operator]
+    if size != other:
+        raise ValueError(f"the teacher's vocabulary has {size} entries and the student's {other}: {_ONE_TOKENIZER}")
+    return int(size)
 
 
 def check_tokenizers(teacher: Any, student: Any) -> None:
     """Raise ValueError unless two tokenizers map the same strings to the same ids."""
     one, other = teacher.get_vocab(), student.get_vocab()
     if odd := sorted(token for token in one.keys() | other.keys() if one.get(token) != other.get(token)):
-        raise ValueError(
-            f"teacher and student have different tokenizers: {len(odd)} entries differ, such as {odd[0]!r}, which is "
-            f"{one.get(odd[0], 'missing')} in the teacher's and {other.get(odd[0], 'missing')} in the student's. Outputs "
-            "can be distilled only between models of one tokenizer"
-        )
+        here, there = (words.get(odd[0], "missing") for words in (one, other))
+        raise ValueError(f"teacher and student have different tokenizers: {len(odd)} entries differ, such as {odd[0]!r}, which "
+                         f"is {here} in the teacher's and {there} in the student's: {_ONE_TOKENIZER}")  # fmt: skip
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return at_least_float32(run_on(model, inputs).logits)

@@ -88,7 +88,7 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {}
 def register_forget_loss(name: str, loss: ForgetLoss | ForgetFunction) -> None:
     """Make a forget loss available as ``method`` of `UnlearningArguments`, recipes and command lines.
 
-    ``loss`` is a `ForgetLoss`; or its function alone, whose mean over tokens is minimized beside a retain term.
+    A function alone is a loss whose mean over tokens is minimized beside a retain term.
 
     >>> register_forget_loss("flatten", lambda outputs, reference, args: outputs.predictions().std(-1))
     >>> FORGET_LOSSES.pop("flatten").unit

@@ -15,13 +15,17 @@ from torch.nn import functional as F
 from routed_peft.losses import token_losses
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     r"""Log-probability of every token under the position before it, ``(B, T - 1)`` in nats; 0 where there is no loss.
 
     .. math:: \ell_{bt} = \log p(x_{b,t+1} \mid x_{b,\le t})
 
-    of ``logits`` ``(B, T, V)`` and ``targets`` ``(B, T)``, token ids or -100 where there is no loss. Minimizing it is
-    *gradient ascent* on the loss; maximizing it is ordinary training.
+    of ``logits`` ``(B, T, V)`` and ``targets`` ``(B, T)``, token ids or -100. Minimizing it is *gradient ascent* on the loss.
 
     >>> token_log_probs(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
     tensor([[-1.3863, -0.0000]])
@@ -32,14 +36,11 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 def npo(log_probs: Tensor, reference_log_probs: Tensor, beta: float = 0.1) -> Tensor:
     r"""Negative preference optimization (NPO; Zhang et al., arXiv 2404.05868).
 
-    .. math::
-        L = -\frac{2}{\beta} \log\sigma\Bigl(-\beta \log\frac{\pi_\theta(y)}{\pi_{\mathrm{ref}}(y)}\Bigr)
-          = \frac{2}{\beta} \log\Bigl(1 + \Bigl(\frac{\pi_\theta(y)}{\pi_{\mathrm{ref}}(y)}\Bigr)^{\!\beta}\Bigr)
+    .. math:: L = \frac{2}{\beta} \log\Bigl(1 + \Bigl(\frac{\pi_\theta(y)}{\pi_{\mathrm{ref}}(y)}\Bigr)^{\!\beta}\Bigr)
 
     Gradient ascent whose weight :math:`2\sigma(\beta \log \pi_\theta / \pi_{\mathrm{ref}})` fades as the row becomes less
-    likely than it was; as :math:`\beta \to 0` that weight is 1 everywhere.
-
-    Log-probabilities ``(B,)`` are summed over the tokens of each row; the reference is the frozen model from before.
+    likely than it was; as :math:`\beta \to 0` it is 1 everywhere. Log-probabilities ``(B,)`` are summed over the tokens of each
+    row; the reference is the frozen model from before.
 
     >>> npo(torch.tensor([-9.0, -50.0]), torch.tensor([-9.0, -9.0]), beta=0.1)
     tensor([13.8629,  0.3287])
@@ -102,14 +103,12 @@ def topk_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def topk_divergence(teacher: tuple[Tensor, Tensor, Tensor], logits: Tensor) -> Tensor:
-    r"""Forward KL divergence over the teacher's likeliest entries ``K`` and one bucket for all others.
+    r"""Forward KL divergence over the teacher's likeliest entries ``K`` and one bucket r for all others.
 
-    .. math::
-        \sum_{v \in K} p^T_v \log\frac{p^T_v}{p^S_v} + p^T_r \log\frac{p^T_r}{p^S_r}, \qquad
-        p_r = 1 - \sum_{v \in K} p_v
+    .. math:: \sum_{v \in K} p^T_v \log\frac{p^T_v}{p^S_v} + p^T_r \log\frac{p^T_r}{p^S_r}, \qquad p_r = 1 - \sum_{v \in K} p_v
 
-    in nats, ``(...)``, for ``teacher`` from `topk_log_probs` and the student's ``logits`` ``(..., V)``. Both distributions
-    still sum to one, so it is 0 only where they agree on ``K``; it never exceeds `divergence`, and equals it for k = V.
+    in nats, ``(...)``, for ``teacher`` from `topk_log_probs` and the student's ``logits`` ``(..., V)``. It is 0 only where both
+    agree on ``K``, never exceeds `divergence`, and equals it for k = V.
 
     >>> teacher, student = torch.tensor([2.0, 1.0, 0.0]), torch.zeros(3)
     >>> topk_divergence(topk_log_probs(teacher, 1), student), divergence(teacher, student)
@@ -139,9 +138,8 @@ def squared_distance(hidden: Tensor, wanted: Tensor) -> Tensor:
 
 
 def steering_vector(size: int, seed: int) -> Tensor:
-    """Return a random direction of length one, ``(size,)``, the same for a whole run.
-
-    Its entries come from a Gaussian. Uniform numbers between 0 and 1 would only give directions with all entries positive.
+    """Return a random direction of length one, ``(size,)``, the same for a whole run; from a Gaussian, for entries of either
+    sign.
 
     >>> bool(steering_vector(8, seed=0).norm().isclose(torch.tensor(1.0)))
     True

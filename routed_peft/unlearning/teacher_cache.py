@@ -17,8 +17,8 @@ from tqdm import tqdm
 from routed_peft.eval_mode import evaluating
 from routed_peft.files import atomic_write, read_json, write_json
 from routed_peft.regions.fingerprint import fingerprint
-from routed_peft.unlearning.data import Rows, collate, input_ids
-from routed_peft.unlearning.losses import topk_log_probs
+from routed_peft.unlearning.data import Rows, collate, input_ids, run_on
+from routed_peft.unlearning.losses import at_least_float32, topk_log_probs
 
 ABOUT = "teacher.json"
 SHARD = 256
@@ -29,10 +29,8 @@ class TeacherCache:
     """The ``k`` likeliest next tokens of a teacher at every position of some rows, and the remaining probability.
 
     On disk ``teacher.json`` identifies teacher and rows, and ``outputs-00000.safetensors`` and so on hold 256 rows each:
-    ``values`` ``(N, T - 1, k)`` in float32, ``entries`` ``(N, T - 1, k)`` in int32, ``tail`` ``(N, T - 1)`` in float32. See
-    `topk_log_probs`. Nothing is unpickled.
-
-    ``cache[i]`` returns the three tensors of row ``i``, ``(T - 1, k)`` or ``(T - 1,)``; ``folder`` was made by `make`.
+    ``values`` ``(N, T - 1, k)`` in float32, ``entries`` ``(N, T - 1, k)`` in int32, ``tail`` ``(N, T - 1)`` in float32, of
+    `topk_log_probs`. ``cache[i]`` returns those of row ``i``; ``folder`` was made by `make`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -44,12 +42,10 @@ class TeacherCache:
     @classmethod
     @torch.no_grad()
     def make(cls, folder: str | Path, teacher: nn.Module, *, rows: Rows, k: int, batch_size: int = 16) -> TeacherCache:
-        """Run ``teacher`` over ``rows`` and store its outputs, except those stored already.
-
-        Processes share the work. An interruption leaves complete files only, and the next call continues.
+        """Run ``teacher`` over ``rows`` and store its outputs; processes share the work.
 
         Args:
-            folder: a new one, or that of an earlier call with the same teacher, rows and ``k``.
+            folder: a new one, or that of an earlier call with the same teacher, rows and ``k``, which is continued.
             k: outputs to keep per position; at most the size of the vocabulary.
 
         Raises:
@@ -95,18 +91,17 @@ def _path(folder: Path, shard: int) -> Path:
 
 def _store(path: Path, teacher: nn.Module, *, rows: list[Any], k: int, batch_size: int) -> None:
     length = max(len(row["input_ids"]) for row in rows) - 1
-    values, entries, tail = (torch.zeros(len(rows), length, k), torch.zeros(len(rows), length, k, dtype=torch.int32),
-                             torch.zeros(len(rows), length))  # fmt: skip
+    shape = (len(rows), length, k)
+    stores = (torch.zeros(shape), torch.zeros(shape, dtype=torch.int32), torch.zeros(shape[:2]))
     device = next(teacher.parameters()).device
     for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size])
-        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        logits = teacher(**inputs, use_cache=False).logits[:, :-1]
-        found = topk_log_probs(logits.to(torch.promote_types(logits.dtype, torch.float32)), k)
-        for store, new in zip((values, entries, tail), found, strict=True):
+        batch = {name: tensor.to(device) for name, tensor in collate(rows[start : start + batch_size]).items()}
+        logits = run_on(teacher, batch).logits[:, :-1]
+        found = topk_log_probs(at_least_float32(logits), k)
+        for store, new in zip(stores, found, strict=True):
             store[start : start + batch_size, : logits.shape[1]] = new.to(store)
     with atomic_write(path) as aside:
-        save_file(dict(zip(NAMES, (values, entries, tail), strict=True)), aside)
+        save_file(dict(zip(NAMES, stores, strict=True)), aside)
 
 
 def hash_rows(rows: Rows) -> str:

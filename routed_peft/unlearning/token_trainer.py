@@ -18,15 +18,14 @@ from routed_peft.routes import IGNORED
 from routed_peft.runs.resuming import check_resumable
 from routed_peft.training.finite_weights import FiniteWeightsMixin
 from routed_peft.training.token_loss import TokenLossMixin
-from routed_peft.unlearning.data import Rows, collate
+from routed_peft.unlearning.data import Rows, collate, run_on
 
 
 class TokenTrainer(FiniteWeightsMixin, TokenLossMixin, Trainer):
     """A `Trainer` on tokenized rows with evaluation losses as means over tokens, in nats, over all processes.
 
-    `count_units` counts the units over which a subclass averages its training loss. `compute_loss` gets the counts of the
-    whole optimizer step, over all processes and accumulated batches, as ``num_items_in_batch``. It returns sums over its
-    batch divided by them, so results are the same for any split of a step into batches and processes.
+    `count_units` counts the units over which a subclass averages its training loss. `compute_loss` divides sums by the counts
+    of the whole optimizer step, so results are the same for any split of a step into batches and processes.
     """
 
     loss_is_scaled_for_ga = True
@@ -35,10 +34,8 @@ class TokenTrainer(FiniteWeightsMixin, TokenLossMixin, Trainer):
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process means DataParallel, which is not supported: start one process per GPU "
-                "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one"
-            )
+            raise ValueError(f"{args.n_gpu} GPUs in one process means DataParallel, which is not supported: start one process "
+                             "per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one")  # fmt: skip
         check_trainable(model)
         super().__init__(model, args, **{"data_collator": collate, **kwargs})
 
@@ -69,9 +66,8 @@ class TokenTrainer(FiniteWeightsMixin, TokenLossMixin, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
         assert target is not None
-        args = self.args
-        index, processes = args.process_index, args.world_size
-        check_resumable(resume_from_checkpoint, process_index=index, processes=processes, fsdp=self.is_fsdp_enabled)
+        where: dict[str, Any] = {"process_index": self.args.process_index, "processes": self.args.world_size}
+        check_resumable(resume_from_checkpoint, **where, fsdp=self.is_fsdp_enabled)
         check_weights(Path(resume_from_checkpoint), target)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -86,13 +82,11 @@ def check_trainable(model: nn.Module) -> None:
     """Raise ValueError unless ``model`` has trainable parameters, all of them in float32 or wider."""
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
-        remedy = "call `model.requires_grad_(True)`, or load it again"
-        raise ValueError(f"no parameter of `model` requires a gradient: {remedy}")
-    narrow = {name: dtype for name, dtype in trained.items() if dtype in (torch.bfloat16, torch.float16)}
-    if narrow:
-        name, dtype = next(iter(narrow.items()))
-        raise ValueError(f"{name!r} is trained in {dtype}, in which small updates are rounded away: load the model "
-                         "with dtype=torch.float32; to compute in bfloat16, set `bf16`")  # fmt: skip
+        raise ValueError("no parameter of `model` requires a gradient: call `model.requires_grad_(True)`, or load it "
+                         "again")  # fmt: skip
+    if narrow := [name for name, dtype in trained.items() if dtype in (torch.bfloat16, torch.float16)]:
+        raise ValueError(f"{narrow[0]!r} is trained in {trained[narrow[0]]}, in which small updates are rounded away: load the "
+                         "model with dtype=torch.float32; to compute in bfloat16, set `bf16`")  # fmt: skip
 
 
 def check_weights(folder: Path, model: nn.Module) -> None:
@@ -124,8 +118,7 @@ def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 16) -> float:
         for start in range(0, len(rows), batch_size):
             chosen = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
             batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            losses = token_losses(model(**inputs, use_cache=False).logits, batch["labels"])
+            losses = token_losses(run_on(model, batch).logits, batch["labels"])
             total += losses.cpu().double().sum().item()
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     return total / tokens

@@ -16,10 +16,9 @@ from routed_peft.routes import IGNORED
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning import rmu
 from routed_peft.unlearning.arguments import UnlearningArguments
-from routed_peft.unlearning.data import IS_FORGET, PairedRows, Rows, check_rows, check_tokens
+from routed_peft.unlearning.data import IS_FORGET, PairedRows, Rows, check_rows, check_tokens, run_on
 from routed_peft.unlearning.forget_losses import FORGET_LOSSES, Outputs
-from routed_peft.unlearning.losses import divergence, squared_distance, token_log_probs
-from routed_peft.unlearning.reference import frozen_reference
+from routed_peft.unlearning.losses import at_least_float32, divergence, squared_distance, token_log_probs
 from routed_peft.unlearning.token_trainer import TokenTrainer, unwrap
 
 UNITS = ("tokens", "rows")
@@ -30,9 +29,9 @@ class UnlearningTrainer(TokenTrainer):
 
     .. math:: L = \gamma\, L_{\text{forget}} + \alpha\, L_{\text{retain}}
 
-    Every batch holds equally many rows of either side, in one forward pass. Terms are means over the tokens (NPO and SimNPO:
-    rows) of the whole optimizer step, for any split into batches and processes. All parameters are trained; RMU trains a
-    few matrices, and freezes the others. `register_forget_loss` adds methods.
+    Every batch holds equally many rows of either side. Terms are means over the tokens (NPO and SimNPO: rows) of the whole
+    optimizer step, for any split into batches and processes. All parameters are trained; RMU trains a few matrices, and
+    freezes the others.
 
     Args:
         model: a causal language model, its weights in float32.
@@ -76,10 +75,8 @@ class UnlearningTrainer(TokenTrainer):
         self._layer = rmu.prepare(model, args) if self._forget_loss.steers else None
         self._target: Tensor | None = None
         super().__init__(model, args, train_dataset=pairs, **kwargs)
-        self.reference = None
-        if args.reads_reference:
-            frozen = frozen_reference(model, reference)
-            self.reference = self.accelerator.prepare_model(frozen, evaluation_mode=True)
+        frozen = frozen_reference(model, reference) if args.reads_reference else None
+        self.reference = None if frozen is None else self.accelerator.prepare_model(frozen, evaluation_mode=True)
         if self._layer is not None:
             before = model.eval() if self.reference is None else self.reference
             self._target = rmu.target(before, forget_rows, layer=self._layer, args=args).to(args.device)
@@ -108,10 +105,9 @@ class UnlearningTrainer(TokenTrainer):
         return (loss, {"logits": now.logits}) if return_outputs else loss
 
     def _run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Outputs:
-        inputs, labels = {name: inputs[name] for name in ("input_ids", "attention_mask")}, inputs["labels"]
-        outputs = model(**inputs, output_hidden_states=self._layer is not None, use_cache=False)
-        hidden = None if self._layer is None else _at_least_float32(outputs.hidden_states[self._layer + 1])
-        return Outputs(_at_least_float32(outputs.logits), hidden, labels, self._target)
+        outputs = run_on(model, inputs, output_hidden_states=self._layer is not None)
+        hidden = None if self._layer is None else at_least_float32(outputs.hidden_states[self._layer + 1])
+        return Outputs(at_least_float32(outputs.logits), hidden, inputs["labels"], self._target)
 
     @torch.no_grad()
     def _before(self, inputs: Mapping[str, Tensor]) -> dict[str, Outputs]:
@@ -145,9 +141,18 @@ class UnlearningTrainer(TokenTrainer):
         )
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def frozen_reference(model: nn.Module, reference: nn.Module | None = None) -> nn.Module:
+    """Return ``reference``, a model of the same architecture, or else a copy of ``model``: frozen, in evaluation mode."""
+    if reference is model:
+        raise ValueError("`reference` is `model` itself, which training changes: pass a copy, or None")
+    if reference is not None:
+        got, wanted = ({key: tuple(p.shape) for key, p in each.named_parameters()} for each in (reference, model))
+        if odd := sorted({key for key in got.keys() | wanted.keys() if got.get(key) != wanted.get(key)}):
+            raise ValueError(f"`reference` ({type(reference).__name__}) is of another architecture than `model` "
+                             f"({type(model).__name__}): {odd[0]!r} has the shape {got.get(odd[0], 'none')}, expected "
+                             f"{wanted.get(odd[0], 'none')}. Both must be checkpoints of one model")  # fmt: skip
+    frozen = copy.deepcopy(model) if reference is None else reference
+    return frozen.requires_grad_(False).eval()
 
 
 @formerly_positional("retain_rows", "args")
@@ -166,7 +171,6 @@ def unlearn(
 
     Args:
         model: a causal language model, its weights in float32; with the rows and ``reference`` see `UnlearningTrainer`.
-        args: method, weights of its terms, and the settings of a `Trainer`.
         eval_dataset: rows, or rows by name, evaluated at the times of ``args.eval_strategy``.
         tokenizer: saved with checkpoints, if there are any.
 

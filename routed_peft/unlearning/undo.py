@@ -40,8 +40,7 @@ class UndoRecord:
         seed: of the noise and of the order of rows.
         stopped: whether distillation ended because the student was close enough to the teacher; None without retain rows.
         tolerance: largest relative difference in retain loss that is close enough.
-        teacher_retain_loss: None without retain rows.
-        student_retain_loss: at the end, likewise.
+        teacher_retain_loss: None without retain rows, like ``student_retain_loss``, which is that at the end.
         ledger: cost of noise, distillation and storing the teacher's outputs, also in earlier calls; without evaluation.
     """
 
@@ -74,8 +73,7 @@ def undo(
     Args:
         teacher: a model in which something is suppressed, by any method: a plain model, or a `PeftModel` with its active
             adapters. It is frozen, and not changed otherwise.
-        rows: tokenized text like that of pretraining, without labels. It may contain forget text, since the student only
-            learns the teacher's outputs.
+        rows: tokenized text like that of pretraining, without labels; forget text in it does no harm.
         args: amount of noise, length of training, interval of evaluation (``eval_steps``), and the settings of a `Trainer`.
         retain_rows: held-out text; training stops when the student is within ``args.tolerance`` of the teacher there. By
             default all ``args.max_steps`` are taken.
@@ -94,8 +92,8 @@ def undo(
     if retain_rows is not None:
         check_rows(retain_rows, "retain_rows")
         if args.eval_strategy == "no":
-            remedy = "set `eval_strategy: steps` and `eval_steps`"
-            raise ValueError(f"`retain_rows` decide when to stop, but are never evaluated: {remedy}")
+            raise ValueError("`retain_rows` decide when to stop, but are never evaluated: set `eval_strategy: steps` and "
+                             "`eval_steps`")  # fmt: skip
     student = _noised_student(teacher, student, args)
     nn.Module.to(teacher, args.device)
     teacher_loss, evaluated = None, dict(eval_dataset or {})
@@ -121,18 +119,10 @@ def undo(
     if cache is not None:
         size = trainer.teacher_parameters
         ledger += TrainingCost.from_counts(size, tokens=0, steps=0, teacher_tokens=cache.tokens)
-    return student.eval(), UndoRecord(
-        alpha=args.alpha,
-        beta=args.beta,
-        seed=args.seed,
-        steps=trainer.state.global_step,
-        max_steps=trainer.args.max_steps,
-        stopped=stopped,
-        tolerance=args.tolerance,
-        teacher_retain_loss=teacher_loss,
-        student_retain_loss=student_loss,
-        ledger=ledger,
-    )
+    about: dict[str, Any] = {name: getattr(args, name) for name in ("alpha", "beta", "seed", "tolerance")}
+    about |= {"steps": trainer.state.global_step, "max_steps": trainer.args.max_steps, "stopped": stopped}
+    about |= {"teacher_retain_loss": teacher_loss, "student_retain_loss": student_loss, "ledger": ledger}
+    return student.eval(), UndoRecord(**about)
 
 
 def _noised_student(teacher: PreTrainedModel, student: PreTrainedModel | None, args: UndoArguments) -> PreTrainedModel:
@@ -158,8 +148,7 @@ def _plain(model: nn.Module) -> PreTrainedModel:
 def read_cost(source: str | Path) -> TrainingCost | None:
     """Return the cost of a checkpoint from its ``unlearning.json`` or ``summary.json``; None if neither has it.
 
-    The cost of an ablated checkpoint is that of its run, if the run still exists. The cost of a model made from another
-    includes that of the other, and is None if the latter is unknown.
+    That of an ablated checkpoint is its run's, if that still exists. That of a model made from another includes the other's.
     """
     records = [records_directory(source) / name for name in (UNLEARNED, SUMMARY)]
     former = (read_json(file) for file in records if file.is_file())
@@ -172,8 +161,7 @@ def save_student(
 ) -> dict[str, Any]:
     """Write a plain checkpoint with ``undo.json``, atomically, and return the content of ``undo.json``.
 
-    Files with other names in ``out`` stay. The cost of ``source``, the teacher's path or Hub id, is added to the total, which
-    is None if that cost is unknown (`read_cost`).
+    Other files in ``out`` stay. The cost of ``source``, the teacher's path or Hub id, is added to the total: None if unknown.
     """
     before = read_cost(source)
     total = None if before is None else (before + record.ledger).to_dict()

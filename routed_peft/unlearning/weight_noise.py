@@ -15,12 +15,10 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, 
 
     .. math:: \theta' = (1 - \alpha)\,\theta + \alpha\,(\mu + \beta\, n)
 
-    This is the noise step of UNDO (arXiv 2506.06278), except that UNDO sets :math:`\mu = 0` for every parameter. Here
-    :math:`\mu` is the mean of the parameter's initialization: 0 for matrices, biases, and norms that compute :math:`1 + w`; 1
-    for the weights of other norms, each of which would otherwise scale activations by :math:`1 - \alpha`.
-
-    ``alpha`` 0 keeps the parameter, and 1 discards it. ``beta`` 0 adds no noise; 1 makes, with ``alpha`` 1, a fresh
-    initialization. All tensors have the parameter's shape; it is computed in float32 at least.
+    This is the noise step of UNDO (arXiv 2506.06278), except that UNDO sets :math:`\mu = 0`. Here :math:`\mu` is the mean of
+    the parameter's initialization: 1 for the weights of norms, which would otherwise scale activations by :math:`1 - \alpha`,
+    unless they compute :math:`1 + w`; 0 for all else. All tensors have the parameter's shape; it is computed in float32 at
+    least. With ``alpha`` and ``beta`` 1 it is a fresh initialization.
 
     >>> shrink_perturb(torch.tensor([2.0]), torch.tensor([1.0]), init_noise=torch.tensor([0.5]), alpha=0.5, beta=1.0)
     tensor([1.7500])
@@ -37,10 +35,7 @@ def shrink_perturb(parameter: Tensor, init_mean: Tensor, *, init_noise: Tensor, 
 def add_noise(model: PreTrainedModel, alpha: float, *, beta: float, seed: int = 0) -> None:
     """Apply `shrink_perturb` to every parameter of ``model``, in place; tied weights once, buffers not at all.
 
-    The global random state is neither read nor changed.
-
-    Raises:
-        ValueError: if ``alpha`` or ``beta`` is not in [0, 1], or the model does not match its configuration.
+    The global random state is neither read nor changed. A model that does not match its configuration is a ValueError.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
@@ -50,26 +45,24 @@ def add_noise(model: PreTrainedModel, alpha: float, *, beta: float, seed: int = 
     (tensor([1.], grad_fn=...), tensor([0.], grad_fn=...))
     """
     parameters = dict(model.named_parameters())
-    for name, mean, noise in initialization(model, seed):
-        parameter = parameters[name]
-        mean, noise = mean.to(parameter.device), noise.to(parameter.device)
-        parameter.copy_(shrink_perturb(parameter, mean, init_noise=noise, alpha=alpha, beta=beta))
+    for name, *fresh in initialization(model, seed):
+        mean, noise = (part.to(parameters[name].device) for part in fresh)
+        parameters[name].copy_(shrink_perturb(parameters[name], mean, init_noise=noise, alpha=alpha, beta=beta))
 
 
 def initialization(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     r"""Yield the name, the mean :math:`\mu` and the noise :math:`n` of every parameter of a fresh model of this configuration.
 
-    Two models are initialized from different seeds. Entries that agree are constants: the mean is their value, without noise.
-    Entries that differ are random: the mean of a matrix is 0, as in every common scheme, and that of a vector is estimated
-    from its entries. Mean and noise add up to the first model, but for rounding.
+    Entries that agree in models of different seeds are constants, without noise. The mean of other matrices is 0, as in every
+    common scheme, and that of a vector is estimated from its entries. Mean and noise add up to the first model, but for
+    rounding.
     """
     first, second = (dict(_fresh(model, each).named_parameters()) for each in (seed, seed + 1))
     own, fresh = ({name: p.shape for name, p in each.items()} for each in (dict(model.named_parameters()), first))
     if odd := sorted(name for name in own.keys() | fresh.keys() if own.get(name) != fresh.get(name)):
-        raise ValueError(
-            f"{type(model).__name__} and its configuration have different parameters, such as {odd[0]!r}, and noise needs the "
-            "initialization of each: ablate or merge adapters first, and keep the model's own configuration"
-        )
+        problem = f"{type(model).__name__} and its configuration have different parameters, such as {odd[0]!r}"
+        raise ValueError(f"{problem}, and noise needs the initialization of each: ablate or merge adapters first, and keep "
+                         "the model's own configuration")  # fmt: skip
     for name, parameter in first.items():
         value, other = parameter.detach(), second[name].detach()
         middle = torch.stack([value, other]).mean() if value.dim() < 2 else torch.zeros(())

@@ -6,7 +6,7 @@ import pytest
 from relearning_parts import DATA, model, tokenizer
 
 from routed_peft.evaluation.relearning import Curve, Point, RelearnOptions, relearn
-from routed_peft.evaluation.relearning.grid import next_rate, open_ends
+from routed_peft.evaluation.relearning.curves import next_rate, open_ends
 from routed_peft.evaluation.relearning.sweep import _Sweep
 
 STEPS = [0, 1, 2]

@@ -10,7 +10,7 @@ from experiments.removal.methods import ALLOWED_RISE, EXTENSIONS, METHODS, UNLEA
 from experiments.removal.settings import Settings
 from experiments.report.methods import VARIANT, base_of
 from routed_peft.evaluation.relearning import Attack
-from routed_peft.evaluation.relearning.grid import check_grid
+from routed_peft.evaluation.relearning.curves import check_grid
 from routed_peft.mistakes import option
 from routed_peft.training.self_label_config import SETTING_NAMES
 

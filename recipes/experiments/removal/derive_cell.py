@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from experiments.common.coherence import MAX_ROWS, restore_coherence, trained_rows
 from experiments.removal.cells import MethodCell
 from experiments.removal.methods import (
     ALLOWED_RISE,
@@ -33,7 +34,6 @@ from routed_peft.evaluation.placebo import silence_random_units
 from routed_peft.losses import DivergedError
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning import UndoArguments, UnlearningArguments, undo, unlearn
-from routed_peft.unlearning.coherence import MAX_ROWS, restore_coherence, trained_rows
 from routed_peft.unlearning.token_trainer import mean_loss
 
 UNDO_LOOKS = 40

@@ -27,7 +27,7 @@ class Method:
         equal_retain: whether it is trained until it has seen as much retain text as teaches the base of the routed arm.
         parent: the method from whose trained model this one is made.
         change: what is done to the parent's model: "ablate" its region, "random" units as many as the region has, a method
-            of `routed_peft.unlearning`, "undo", or "cohere" (`routed_peft.unlearning.coherence`).
+            of `routed_peft.unlearning`, "undo", or "cohere" (`experiments.common.coherence`).
         unlearning: what its `routed_peft.unlearning.UnlearningArguments` say besides the method.
         rates: learning rates of unlearning that are tried to begin with.
         noise: alpha and beta of UNDO.

@@ -29,7 +29,7 @@ from routed_peft.demo.measuring import measure_model, open_model
 from routed_peft.demo.training import REGION
 from routed_peft.evaluation.measures import bootstrap, region_activity
 from routed_peft.evaluation.relearning import Attack, AttackData, RelearnOptions, relearn
-from routed_peft.evaluation.relearning.grid import check_settings
+from routed_peft.evaluation.relearning.curves import check_settings
 from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.training import RunDirectory, SelfLabeledRows

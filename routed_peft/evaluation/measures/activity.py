@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,9 @@ def region_activity(
 
     .. math:: a_\text{side} = \frac{1}{|T|\,n} \sum_{t \in T} \sum_{j=1}^{n} |h_{t,j}|
 
-    over the tokens T of that side, with h the region's n hidden activations. These are the inputs of its last projection:
-    after the activation function and the gate for ``kind="mlp"``, and :math:`A x` for LoRA. Activations have no unit; compare
-    them within a layer. A ratio above 1 means that the region has specialized, the mechanism behind absorption (gradient
-    routing, arXiv 2410.04332, section 4.2).
-
-    Args:
-        model: a PEFT model with the region, which must be on.
-        region: its adapter name.
+    over the tokens T of that side, with h the region's n hidden activations: the inputs of its last projection. These have no
+    unit; compare them within a layer. A ratio above 1 means that the region has specialized, the mechanism behind absorption
+    (gradient routing, arXiv 2410.04332, section 4.2). ``model`` is a PEFT model in which the ``region``, an adapter, is on.
 
     Raises:
         ValueError: if no layer has such a region, or the region is merged or not active.
@@ -60,37 +55,29 @@ def region_activity(
         for module in outlet_modules(layer, region)
     }
     if not outlets:
-        name = type(model).__name__
-        raise ValueError(f"no layer of this {name} has a region {region!r}: give a model that was loaded with it")
-    forget_means, retain_means = (
-        _means(model, outlets, TextLoss(model, tokenizer, texts)) for texts in (forget, retain)
-    )
+        problem = f"no layer of this {type(model).__name__} has a region {region!r}"
+        raise ValueError(f"{problem}: give a model that was loaded with it")
+    losses = (TextLoss(model, tokenizer, texts) for texts in (forget, retain))
+    forget_means, retain_means = (_means(model, outlets, loss) for loss in losses)
     if silent := [name for name in outlets if name not in forget_means]:
         raise ValueError(f"the region {region!r} takes no part in {silent[0]!r}: activate it, and do not merge it")
     return {name: Activity(forget_means[name], retain_means[name]) for name in outlets}
 
 
 def _means(model: nn.Module, outlets: dict[str, nn.Module], loss: TextLoss) -> dict[str, float]:
-    sums, tokens, seen = dict.fromkeys(outlets, 0.0), 0, set()
-    with _inputs_of(outlets) as inputs:
-        for _, targets, _ in loss.batches(model):
-            scored = targets != IGNORED
-            tokens += int(scored.sum())
-            for name, hidden in inputs.items():
-                sums[name] += float(hidden[scored].abs().cpu().double().mean(-1).sum())
-            seen |= set(inputs)
-    return {name: sums[name] / tokens for name in outlets if name in seen}
-
-
-@contextlib.contextmanager
-def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Record the latest input of each module for the length of a block."""
-    inputs: dict[str, Tensor] = {}
+    """Return the mean absolute input of each outlet that takes part, over the scored tokens."""
+    inputs: dict[str, Tensor] = {}  # the latest one of each
+    sums, tokens = dict.fromkeys(outlets, 0.0), 0
     with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
+        for name, module in outlets.items():
 
             def keep(_: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
                 inputs[name] = arguments[0].detach()
 
             stack.callback(module.register_forward_pre_hook(keep).remove)
-        yield inputs
+        for _, targets, _ in loss.batches(model):
+            scored = targets != IGNORED
+            tokens += int(scored.sum())
+            for name, hidden in inputs.items():
+                sums[name] += float(hidden[scored].abs().cpu().double().mean(-1).sum())
+    return {name: sums[name] / tokens for name in outlets if name in inputs}

@@ -10,11 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Crossing:
-    """The place at which a curve reaches a value.
-
-    Attributes:
-        at: the place; if censored, only a bound.
-        relation: "="; or ">" and "<" if the place lies beyond that bound.
+    """The place at which a curve reaches a value: ``at``; with the ``relation`` ">" or "<" it lies beyond that bound.
 
     >>> str(Crossing(500, ">")), Crossing(500, ">").censored
     ('> 500', True)
@@ -41,21 +37,17 @@ def crossing(places: Sequence[float], values: Sequence[float], *, target: float,
 
     .. math:: x = x_i + (x_{i+1} - x_i) \frac{y_i - t}{y_i - y_{i+1}}
 
-    between the last value above the target and the first at or below it; with ``log`` in the logarithm of the places.
-
-    Returns:
-        ``at`` in the unit of ``places``; the last of them with ">" if the target is never reached (right-censored); the first
-        with "<" if the first value is below it already.
+    between the last value above the target and the first at or below it; with ``log`` in the logarithm of the places. It is in
+    the unit of ``places``; the last of them with ">" if the target is never reached (right-censored), and the first with "<" if
+    the first value is below it already.
 
     Raises:
         ValueError: on unequal lengths, places that do not ascend, or values that are not finite.
 
     >>> crossing([0, 10, 20], [5.0, 4.0, 2.0], target=3.0)
     Crossing(at=15.0, relation='=')
-    >>> print(crossing([0, 10, 20], [5.0, 4.0, 2.0], target=1.0))
-    > 20
-    >>> print(crossing([1e6, 1e8], [5.0, 3.0], target=4.0, log=True))
-    1e+07
+    >>> print(crossing([0, 10, 20], [5.0, 4.0, 2.0], target=1.0), crossing([1e6, 1e8], [5.0, 3.0], target=4.0, log=True))
+    > 20 1e+07
     """
     if len(places) != len(values) or not len(places) or any(b <= a for a, b in zip(places, places[1:], strict=False)):
         raise ValueError(f"a crossing needs ascending `places` and a value for each, got {places} and {values}")

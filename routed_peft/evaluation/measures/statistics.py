@@ -57,21 +57,18 @@ def bootstrap(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    r"""Return a confidence interval, over documents, of a loss per token or of a difference of two.
+    r"""Return a confidence interval, over documents, of a loss per token or of a difference of two, in nats per token.
 
     .. math:: L^{(b)} = \frac{\sum_{d \in D_b} \ell_d}{\sum_{d \in D_b} n_d}
 
-    over samples :math:`D_b` of as many documents, drawn with replacement; the interval is that of the percentiles (Efron
-    1979). It covers other documents of the same kind, and not other seeds.
+    over samples :math:`D_b` of as many documents, drawn with replacement; the interval is that of the percentiles (Efron 1979).
+    It covers other documents of the same kind, and not other seeds.
 
     Args:
         sums: :math:`\ell_d`, each document's loss in nats (`TextLoss.documents`).
         counts: :math:`n_d`, its tokens (`TextLoss.counts`).
         other: sums of another model on the same documents, to subtract; pairs are drawn together.
         seed: of the draws; global generators are not used.
-
-    Returns:
-        Lower and upper end of the interval, in nats per token.
 
     Raises:
         ValueError: on fewer than two documents, unequal lengths, or a level that is no share.

@@ -3,7 +3,6 @@
 `register_attack` adds a method of fine-tuning or a kind of data.
 """
 
-import routed_peft.evaluation.relearning.methods  # noqa: F401 - registers the methods
 from routed_peft.data.loading import read_facts, read_texts
 from routed_peft.deprecation import renamed
 from routed_peft.evaluation.relearning.attacks import Attack, AttackMethod, register_attack

@@ -16,18 +16,17 @@ from routed_peft.unlearning.weight_noise import add_noise
 
 
 class AttackedModel:
-    """A model with a copy of its weights on the CPU, so that many attacks can start from the same ones.
+    """A model, changed in place, with a copy of its weights on the CPU, so that many attacks can start from the same ones.
 
-    Weights in low precision become float32. In bfloat16 a step of a small learning rate rounds to nothing, and the attack
-    looks weaker than it is. The model is changed in place.
+    Weights in low precision become float32: in bfloat16 a step of a small learning rate rounds to nothing, and the attack looks
+    weaker than it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
         check_causal(model)
         assert isinstance(model, PreTrainedModel)
         self.model = model
-        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._given = {name: (parameter.dtype, parameter.requires_grad) for name, parameter in model.named_parameters()}
         self._training = model.training
         for parameter in model.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
@@ -44,16 +43,15 @@ class AttackedModel:
         """Give the model its original weights, dtypes, trainable parameters and mode back."""
         self.restore()
         for name, parameter in self.model.named_parameters():
-            parameter.grad = None
-            parameter.data = parameter.data.to(self._dtypes[name])
-            parameter.requires_grad_(self._trained[name])
+            dtype, trained = self._given[name]
+            parameter.grad, parameter.data = None, parameter.data.to(dtype)
+            parameter.requires_grad_(trained)
         self.model.train(self._training)
 
     @contextlib.contextmanager
     def prepared_for(self, attack: Attack, seed: int) -> Iterator[Sequence[nn.Parameter]]:
-        """Prepare the model for an attack, yield the parameters to train, and undo all of it at the end of the block.
-
-        Random generators are seeded for the block, and continue afterwards as if nothing had been drawn.
+        """Prepare the model for an attack, yield the parameters to train, and undo all of it at the end of the block, draws
+        too.
         """
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices), contextlib.ExitStack() as stack:
@@ -73,12 +71,9 @@ def quantize(model: nn.Module, bits: int) -> None:
 
     .. math:: w \leftarrow \Delta \operatorname{round}(w / \Delta), \qquad \Delta = \max|w| / (2^{b-1} - 1)
 
-    with one :math:`\Delta` for each output feature, symmetric and to the nearest. Embeddings, the output head and routers of
-    mixtures of experts stay, as is usual. It is coarser than the formats of GPU libraries, and the same on every machine.
-    Rounding can restore removed knowledge: arXiv 2410.16454.
-
-    Raises:
-        ValueError: for a model whose experts share one tensor, since its axes are not known.
+    with one :math:`\Delta` for each output feature, symmetric and to the nearest; coarser than the formats of GPU libraries,
+    and the same on every machine. Embeddings, the output head and routers of mixtures of experts stay. Rounding can restore
+    removed knowledge: arXiv 2410.16454. A model whose experts share one tensor is a ValueError, since its axes are not known.
 
     >>> layer = nn.Linear(2, 1)
     >>> with torch.no_grad():
@@ -88,8 +83,7 @@ def quantize(model: nn.Module, bits: int) -> None:
     [[7.0, 2.0]]
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    stacked = [name for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name.split(".")]
-    if stacked:
+    if stacked := [name for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name.split(".")]:
         raise ValueError(f"{stacked[0]!r} holds the weights of several experts in one tensor, and only those of linear "
                          "layers can be rounded: round such a model yourself, and attack the result")  # fmt: skip
     for module in model.modules():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+
+from routed_peft.evaluation.text_loss import vocabulary
 
 _SHOTS, _BITS = re.compile(r"few-shot-(\d+)"), re.compile(r"int([48])")
 TEXTS = ("forget_train", "retain_train", "unrelated_train")
@@ -21,9 +27,8 @@ class AttackMethod:
     """A choice of trained parameters.
 
     Attributes:
-        prepare: ``prepare(model, attack)``, a context manager that yields the parameters to train; at the end of the block the
-            model has its own modules again. No parameter of the model requires a gradient before. Weights are restored
-            elsewhere.
+        prepare: ``prepare(model, attack)``, a context manager that yields the parameters to train, of which none requires a
+            gradient before; at the end of the block the model has its own modules again. Weights are restored elsewhere.
         learning_rates: tried first.
     """
 
@@ -32,8 +37,7 @@ class AttackMethod:
 
 
 METHODS: dict[str, AttackMethod] = {}
-"""Method -> its preparation: ``full``, ``lora``, ``bias``, ``none`` (`routed_peft.evaluation.relearning.methods`), and those of
-`register_attack`."""
+"""Method -> its preparation: ``full``, ``lora``, ``bias``, ``none``, and those of `register_attack`."""
 
 DATA: dict[str, tuple[str, ...]] = {
     "forget": ("forget_train",),
@@ -47,10 +51,9 @@ the other half is scored."""
 
 
 def register_attack(name: str, *, method: AttackMethod | None = None, texts: Sequence[str] = ()) -> None:
-    """Add a method or a kind of data to attacks; `Attack.parse` and command lines then understand its name.
+    """Add a method or a kind of data to attacks; `Attack.parse` and command lines then understand its ``name``.
 
     Args:
-        name: a part of attack names.
         method: for a method, its parameters and learning rates.
         texts: for a kind of data, one or more of `TEXTS`.
 
@@ -59,9 +62,8 @@ def register_attack(name: str, *, method: AttackMethod | None = None, texts: Seq
             unknown.
 
     >>> register_attack("forget-unrelated", texts=["forget_train", "unrelated_train"])
-    >>> Attack.parse("lora+forget-unrelated").data
-    'forget-unrelated'
-    >>> del DATA["forget-unrelated"]
+    >>> Attack.parse("lora+forget-unrelated").data, DATA.pop("forget-unrelated")[1]
+    ('forget-unrelated', 'unrelated_train')
     """
     if (method is None) == (not texts):
         raise ValueError("an attack's part is a method or a kind of data: give one of `method` and `texts`")
@@ -77,22 +79,18 @@ def register_attack(name: str, *, method: AttackMethod | None = None, texts: Seq
 
 @dataclass(frozen=True)
 class Attack:
-    """One way to bring knowledge back.
+    """One way to bring knowledge back; a ValueError names an unknown method or kind of data, or a number out of range.
 
     Attributes:
         name: for readers and records; different attacks need different names.
         method: a key of `METHODS`.
         data: a key of `DATA`.
         documents: number of documents of that data, drawn by the seed (from each side if mixed); None: all.
-        perturb: share by which every parameter is first moved towards a fresh initialization
-            (`routed_peft.unlearning.weight_noise`).
+        perturb: share by which every parameter is first moved towards a fresh initialization (`shrink_perturb`).
         bits: 4 or 8: weights of linear layers are first rounded to so many bits; None leaves them.
         batch_size: documents a step; with fewer documents, all of them every step.
         length: tokens of a training row; longer documents become several rows.
         lora_rank: rank of the adapters of ``lora``.
-
-    Raises:
-        ValueError: on an unknown method or kind of data, or a number out of range.
 
     >>> attack = Attack.parse("lora+few-shot-16")
     >>> attack.method, attack.data, attack.documents, attack.target
@@ -115,9 +113,8 @@ class Attack:
 
     def __post_init__(self) -> None:
         if self.data == "facts" and self.documents is not None:
-            raise ValueError(
-                f"the attack {self.name!r} on facts trains on half of them: leave out `documents`, few-shot-N"
-            )
+            problem = f"the attack {self.name!r} on facts trains on half of them"
+            raise ValueError(f"{problem}: leave out `documents`, few-shot-N")
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.data not in DATA:
@@ -145,15 +142,12 @@ class Attack:
 
     @classmethod
     def parse(cls, name: str, **settings: Any) -> Attack:
-        """Make an attack from its name, such as "lora+mixed" or "perturb+retain": parts joined by ``+``.
+        """Make an attack from its name, such as "lora+mixed" or "perturb+retain": parts joined by ``+``, at most one of each.
 
         A part is a method (``full``, ``lora``, ``bias``), a kind of data (``forget``, ``mixed``, ``retain``, ``unrelated``,
-        ``facts``), ``few-shot-N`` for N documents of it, ``perturb`` (a share of 0.05), ``int8`` or ``int4``, or a name
-        from `register_attack`; at most one of each. ``settings`` are other attributes. The default is full fine-tuning on
-        forget text; ``int8`` and ``int4`` alone train nothing.
-
-        Raises:
-            ValueError: on an unknown part, or two of one kind.
+        ``facts``), ``few-shot-N`` for N documents of it, ``perturb`` (a share of 0.05), ``int8`` or ``int4``, or a name from
+        `register_attack`. ``settings`` are other attributes. The default is full fine-tuning on forget text; ``int8`` and
+        ``int4`` alone train nothing. An unknown part, or two of one kind, is a ValueError.
         """
         found: dict[str, Any] = {}
         for part in name.split("+"):
@@ -179,3 +173,47 @@ def _parse_part(part: str) -> tuple[str, Any]:
         return "bits", int(bits[1])
     raise ValueError(f"`{part}` is no part of an attack: take {', '.join(methods)}; {', '.join(DATA)} or few-shot-16; "
                      "perturb; int8 or int4; joined by +, as in lora+few-shot-16")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _full(model: PreTrainedModel, attack: Attack) -> Iterator[list[nn.Parameter]]:
+    """Train all parameters."""
+    model.requires_grad_(True)
+    yield list(model.parameters())
+
+
+@contextlib.contextmanager
+def _lora(model: PreTrainedModel, attack: Attack) -> Iterator[list[nn.Parameter]]:
+    """Train LoRA adapters beside all linear layers but the head."""
+    rank = attack.lora_rank
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT then sets it
+        wrapped = get_peft_model(model, config, adapter_name="attack")
+    try:
+        yield [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    finally:
+        wrapped.unload()
+
+
+@contextlib.contextmanager
+def _bias(model: PreTrainedModel, attack: Attack) -> Iterator[list[nn.Parameter]]:
+    """Train one number per vocabulary entry, added to the logits."""
+    head = next(model.parameters())
+    bias = nn.Parameter(torch.zeros(vocabulary(model), device=head.device, dtype=head.dtype))
+
+    def add(_: nn.Module, __: object, output: object) -> object:
+        output.logits = output.logits + bias  # type: ignore[attr-defined]
+        return output
+
+    handle = model.register_forward_hook(add)
+    try:
+        yield [bias]
+    finally:
+        handle.remove()
+
+
+register_attack("full", method=AttackMethod(_full, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)))
+register_attack("lora", method=AttackMethod(_lora, (1e-4, 3e-4, 1e-3, 3e-3)))
+register_attack("bias", method=AttackMethod(_bias, (1e-2, 3e-2, 1e-1, 3e-1)))
+register_attack("none", method=AttackMethod(lambda model, attack: contextlib.nullcontext([]), (0.0,)))

@@ -1,4 +1,4 @@
-"""`Curve`: the losses of one attack at one learning rate and seed, its status, and its records."""
+"""`Curve`: the losses of one attack at one learning rate and seed; the grid of these, and its checks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from routed_peft.evaluation.measures.robustness import TOLERANCE
-from routed_peft.evaluation.relearning.data import Batch
+from routed_peft.evaluation.measures.robustness import TOLERANCE, worst_case
+from routed_peft.evaluation.relearning.attacks import Attack
+from routed_peft.evaluation.relearning.data import AttackData, Batch
 from routed_peft.evaluation.text_loss import token_losses
 from routed_peft.routes import IGNORED
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
+Cell = tuple[float, int]
+"""Learning rate and seed."""
 DIVERGED = 1.0
 """An attack counts as diverged if its loss ends so many nats above the start."""
 BOUNDS = ("_low", "_high")
@@ -29,8 +32,8 @@ class Point:
     Attributes:
         step: optimizer steps made.
         tokens: targets trained on so far.
-        scores: by name: ``forget`` and ``retain`` in nats per token, and the `BOUNDS` of the attack's target, ``forget_low``
-            and ``forget_high``; NaN after a score or gradient that was not finite.
+        scores: ``forget`` and ``retain`` in nats per token, and the `BOUNDS` of the attack's target, ``forget_low`` and
+            ``forget_high``; NaN after a score or gradient that was not finite.
     """
 
     step: int
@@ -50,8 +53,7 @@ class Curve:
         start: scores of the original model; perturbing and rounding come before step 0.
         points: in the order of steps.
 
-    >>> curve = Curve("forget", "forget", 1e-3, 0, {"forget": 5.0}, (Point(0, 0, {"forget": 5.0}),))
-    >>> curve.status
+    >>> Curve("forget", "forget", 1e-3, 0, {"forget": 5.0}, (Point(0, 0, {"forget": 5.0}),)).status
     'no attack'
     """
 
@@ -64,22 +66,16 @@ class Curve:
 
     @property
     def status(self) -> str:
-        """The result of the attack: ``"attack"``, ``"no attack"`` or ``"diverged"``.
+        """The result of the attack: "attack", the only one that says something about robustness, "no attack" or "diverged".
 
-        "attack": the loss fell below its start by `TOLERANCE`. "no attack": it never did. "diverged": the loss is not
-        finite; or all scores end more than `DIVERGED` nats above their start; or they were there on the way, and the loss
-        never fell. Text that is merely forgotten while other text is learned is no divergence. Only "attack" says something
-        about robustness.
+        "attack": the loss fell below its start by `TOLERANCE`. "no attack": it never did. "diverged": it is not finite; or all
+        scores, not only those of forgotten text, end more than `DIVERGED` nats above their start, or were there and the loss
+        never fell.
         """
-        losses = self.losses(self.target)
+        losses, start = self.losses(self.target), self.start.items()
         lowered = min(losses) < self.start[self.target] - TOLERANCE
-        if not all(map(math.isfinite, losses)):
-            return "diverged"
-        far = [
-            all(point.scores.get(name, math.nan) > start + DIVERGED for name, start in self.start.items())
-            for point in self.points
-        ]
-        if far[-1] or (any(far) and not lowered):
+        far = [all(p.scores.get(name, math.nan) > before + DIVERGED for name, before in start) for p in self.points]
+        if not all(map(math.isfinite, losses)) or far[-1] or (any(far) and not lowered):
             return "diverged"
         return "attack" if lowered else "no attack"
 
@@ -106,9 +102,9 @@ def run_curve(
 ) -> Iterator[Point]:
     """Train ``parameters`` of ``model``, in place, by AdamW at a constant rate, and measure at the given steps.
 
-    No weight decay; the gradient's norm is clipped to 1 (UNDO's attack, arXiv 2506.06278). Training ends early at a score
-    or gradient that is not finite. ``batches`` come from `training_batches`; ``steps`` ascend, 0 is before the first
-    step, and the last one ends the attack. ``tick`` is called with the number of steps since its last call.
+    No weight decay; the gradient's norm is clipped to 1 (UNDO's attack, arXiv 2506.06278). Training ends early at a score or
+    gradient that is not finite. ``batches`` come from `training_batches`; ``steps`` ascend from 0; ``tick`` is called with the
+    number of steps since its last call.
     """
     stream, device = iter(batches), next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0) if parameters else None
@@ -145,3 +141,57 @@ def log_spaced(last: int) -> list[int]:
     """
     marks = (digit * 10**power for power in range(len(str(last))) for digit in (1, 2, 5))
     return [0, *(mark for mark in marks if mark < last), *([last] if last else [])]
+
+
+def open_ends(curves: Mapping[Cell, Curve], seeds: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """Return the ends of the grid (-1, 1) at which the best rate lies, at one step of the attack or another.
+
+    Where no rate helps the attacker at all, all may be too large: that is the lower end.
+    """
+    rates, target = sorted({rate for rate, _ in curves}), next(iter(curves.values())).target
+    losses = {rate: [curves[rate, seed].losses(target) for seed in seeds] for rate in rates}
+    best = {entry.learning_rate for entry in worst_case(steps, losses) if entry.at > 0}
+    if not best:
+        return [-1]
+    return [side for side, rate in ((-1, rates[0]), (1, rates[-1])) if rate in best]
+
+
+def next_rate(rates: Sequence[float], side: int) -> float:
+    """Return the next rate beyond an end of the grid, as far away as that end's neighbor; threefold without a neighbor.
+
+    >>> next_rate([1e-3, 2e-3], 1), next_rate([3e-3], -1)
+    (0.004, 0.001)
+    """
+    edge, inner = (rates[-1], rates[-2:][0]) if side > 0 else (rates[0], rates[:2][-1])
+    return float(f"{edge * (edge / inner if edge != inner else 3.0**side):.4g}")
+
+
+def check_settings(
+    attack: Attack, data: AttackData, *, rates: Sequence[float], seeds: Sequence[int], steps: Sequence[int]
+) -> None:
+    """Raise ValueError where an attack cannot be run, before anything is."""
+    trains = attack.method != "none"  # without training the rate is 0
+    check_grid(rates, seeds, steps=steps, trains=trains)
+    if trains:
+        for seed in seeds:
+            data.for_training(attack, seed)
+
+
+def check_grid(
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    steps: Sequence[int],
+    names: Sequence[str] = ("learning_rates", "steps"),
+    trains: bool = True,
+) -> None:
+    """Raise ValueError unless rates are positive and different, seeds different, and steps ascend from 0.
+
+    ``names`` are the user's names for rates and steps; a rate may be 0 where nothing trains.
+    """
+    if not rates or len(set(rates)) < len(rates) or trains and not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"`{names[0]}` must be different positive numbers, at least one, got {list(rates)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`seeds` must be different whole numbers, at least one, got {list(seeds)}")
+    if list(steps) != sorted(set(steps)) or not steps or steps[0] != 0:
+        raise ValueError(f"`{names[1]}` must ascend from 0, got {list(steps)}; for example {log_spaced(100)}")

@@ -19,11 +19,13 @@ from routed_peft.evaluation.text_loss import first_token, pad
 Batch = tuple[Tensor, Tensor, Tensor]
 Row = tuple[list[int], list[int]]
 SCORED = ("forget_test", "retain_test")
+_LONG = 40  # characters
 
 
 @dataclass(frozen=True)
 class AttackData:
-    """Texts for attacks; no text may be both trained on and scored.
+    """Texts for attacks; a ValueError names an empty scored side, and a scored text that equals a training text or lies within
+    one.
 
     Attributes:
         forget_train: forget documents in the attacker's hands.
@@ -33,9 +35,6 @@ class AttackData:
         unrelated_train: for attacks on unrelated text.
         facts: for attacks on facts: the model's knowledge before unlearning. Halves are drawn by the seed; one is trained on
             and the other scored. A tuple holds the wordings of one fact, or facts that imply each other, and stays together.
-
-    Raises:
-        ValueError: on an empty scored side, and on a scored text that equals a training text or lies within one.
 
     >>> AttackData(["a cell"], ["a gene", "A  cell"], ["a cat"])
     Traceback (most recent call last):
@@ -58,14 +57,12 @@ class AttackData:
         for name in (*SCORED, *TEXTS, "facts"):
             check_strings(facts if name == "facts" else getattr(self, name), f"`{name}`")
         for trained in (*TEXTS, "facts"):
-            known = _KnownTexts(facts if trained == "facts" else getattr(self, trained))
+            known = facts if trained == "facts" else getattr(self, trained)
             for scored in SCORED:
-                if both := [text for text in getattr(self, scored) if text in known]:
-                    raise ValueError(
-                        f"{len(both)} text{'s' * (len(both) > 1)} of `{scored}` {'are' if len(both) > 1 else 'is'} also in "
-                        f"`{trained}`, or within one of it, first {both[0][:60]!r}: an attacker must not train on scored text; "
-                        "split the data anew"
-                    )
+                if both := _among(getattr(self, scored), known):
+                    got = f"{len(both)} texts of `{scored}` are" if len(both) > 1 else f"1 text of `{scored}` is"
+                    raise ValueError(f"{got} also in `{trained}`, or within one of it, first {both[0][:60]!r}: an attacker "
+                                     "must not train on scored text; split the data anew")  # fmt: skip
         if len({_normal(text) for text in facts}) < len(facts):
             raise ValueError("`facts` has texts twice, so its halves would overlap: remove the copies")
 
@@ -130,28 +127,19 @@ def _flat(facts: Sequence[str | tuple[str, ...]]) -> list[str]:
     return [text for fact in facts for text in ([fact] if isinstance(fact, str) else fact)]
 
 
-class _KnownTexts:
-    """A set of texts that also contains the long passages of each: scored documents may be part of a longer text."""
-
-    LONG = 40
-    """Least length of a passage, in characters; a shorter one may be a coincidence."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = {_normal(text) for text in texts}
-        self.all = "\n".join(self.texts)
-
-    def __contains__(self, text: str) -> bool:
-        own = _normal(text)
-        return own in self.texts or (len(own) >= self.LONG and own in self.all)
+def _among(scored: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return the scored texts that are among others, or within one; a passage shorter than `_LONG` may be a coincidence."""
+    known = {_normal(text) for text in texts}
+    whole = "\n".join(known)
+    return [text for text in scored if (own := _normal(text)) in known or (len(own) >= _LONG and own in whole)]
 
 
 def training_batches(tokenizer: Any, sides: Sequence[Sequence[str]], *, attack: Attack, seed: int) -> Iterator[Batch]:
     """Yield batches without end: inputs, attention mask and targets for `token_losses`.
 
     Each document stands between the tokens for the beginning and the end of a sequence; long ones become several rows, each
-    with the tokenizer's own beginning, if it has one. Every
-    side contributes equally many rows to a batch, in a new random order in every pass. A side with fewer rows contributes
-    all of them to every batch.
+    with the tokenizer's own beginning. Every side contributes equally many rows to a batch, in a new random order in every
+    pass; a side with fewer rows all of them.
     """
     share = attack.batch_size // len(sides)
     streams = [_stream(_rows(tokenizer, texts, attack.length), share, seed + 1000 * i) for i, texts in enumerate(sides)]

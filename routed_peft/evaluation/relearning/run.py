@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from torch import nn
 
 from routed_peft.evaluation.measures.robustness import TOLERANCE
 from routed_peft.evaluation.measures.statistics import with_interval
-from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.relearning.attacks import Attack
+from routed_peft.evaluation.relearning.curves import check_settings
 from routed_peft.evaluation.relearning.data import AttackData
-from routed_peft.evaluation.relearning.grid import check_settings
 from routed_peft.evaluation.relearning.summary import FORMAT, KIND, read_summary, summarize
 from routed_peft.evaluation.relearning.sweep import STEPS, RelearnOptions, relearn
-from routed_peft.evaluation.source import Regions, open_plain, open_source, own_regions
+from routed_peft.evaluation.source import Regions, open_plain, open_source, own_regions, processes
 from routed_peft.evaluation.text_loss import TextLoss
+from routed_peft.files import read_json
 from routed_peft.runs.provenance import versions
 from routed_peft.runs.records import RUN, SUMMARY, RunDirectory
 
@@ -34,8 +34,8 @@ class SourceOptions:
 
     Attributes:
         extensions: see `RelearnOptions`.
-        regions: regions of a run to keep and merge. The default is none, so that the ablated model is attacked; but all for
-            an arm that was trained without routing (`own_regions`).
+        regions: regions of a run to keep and merge; by default none, but all for an arm trained without routing
+            (`own_regions`).
         reference: the model from which nothing was removed, or its loss on ``forget_test`` in nats per token.
         oracle: directory with the same attacks on the perfect filter, for the normalized area under the curves.
         revision: branch, tag or commit of a Hub id.
@@ -74,19 +74,16 @@ def relearn_source(
     steps: Sequence[int] = STEPS,
     options: SourceOptions | None = None,
 ) -> dict[str, Any]:
-    """Attack a run, an export or any other checkpoint, and write the results.
+    """Attack a run, an export or any other checkpoint, and write ``run.json``, ``metrics.jsonl`` and ``summary.json`` to
+    ``out``.
 
-    ``out`` gets ``run.json``, ``metrics.jsonl`` and ``summary.json``. Curves in ``metrics.jsonl`` of the same weights, data
-    and settings are not run again. So a command that was killed can be repeated, and attacks, rates and seeds can be added
-    to a finished one.
+    Curves there of the same weights, data and settings are not run again, so that a killed command can be repeated, and
+    attacks, rates and seeds added to a finished one.
 
     Args:
         src: directory or Hub id of a run, or of a plain checkpoint.
-        data: see `AttackData`.
         out: directory without attacks on another source.
-        attacks: see `Attack`.
         learning_rates: of full and LoRA fine-tuning; these, ``seeds`` and ``steps`` are as for `relearn`.
-        options: see `SourceOptions`.
 
     Returns:
         The content of ``summary.json``: ``attacks``, by name, from `summarize`; ``start``, the losses before, and
@@ -111,10 +108,14 @@ def relearn_source(
     conditions = _conditions(chosen, data, tokenizer=tokenizer, steps=steps, seeds=seeds)
     oracle_losses = {} if options.oracle is None else _oracle_losses(options.oracle, conditions)
     start, intervals = _start_losses(model, tokenizer, data)
-    references = _reference_losses(options, model, tokenizer=tokenizer, data=data, attacks=chosen, seeds=seeds)
-    facts = _facts_loss(model, tokenizer, data=data, seeds=seeds) if "facts" in references else math.nan
-    known = start | {"facts": facts}
-    _check_recoverable(src, references, known)
+    targets = {attack.target for attack in chosen}
+    references = _reference_losses(options, model, tokenizer=tokenizer, data=data, targets=targets, seeds=seeds)
+    facts = {"facts": _facts_loss(model, tokenizer, data=data, seeds=seeds)} if "facts" in references else {}
+    for target, loss in references.items():
+        if loss > (known := (start | facts)[target]) - TOLERANCE:
+            got = f"the reference's {target} loss, {loss:.3f}, is not {TOLERANCE} nats below that of {str(src)!r}, {known:.3f}"
+            remedy = "Give the model from before unlearning, and text that it knows"
+            raise ValueError(f"there is nothing to recover: {got}. {remedy}")
     if processes().is_main_process:
         settings: dict[str, Any] = {"attacks": [asdict(attack) for attack in chosen], "learning_rates": learning_rates}
         settings |= {"steps": steps, "extensions": options.extensions, "reference": options.reference}
@@ -144,15 +145,6 @@ def _parse_attacks(attacks: Sequence[Attack | str]) -> list[Attack]:
     return chosen
 
 
-def _check_recoverable(src: str | Path, references: Mapping[str, float], known: Mapping[str, float]) -> None:
-    for target, loss in references.items():
-        if loss > known[target] - TOLERANCE:
-            raise ValueError(
-                f"there is nothing to recover: the reference's {target} loss, {loss:.3f}, is not {TOLERANCE} nats below that "
-                f"of {str(src)!r}, {known[target]:.3f}. Give the model from before unlearning, and text that it knows"
-            )
-
-
 def _start_losses(
     model: nn.Module, tokenizer: Any, data: AttackData
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
@@ -168,9 +160,7 @@ def _conditions(
 ) -> dict[str, dict[str, Any]]:
     """Return the settings in which two attacks must agree to be compared, by attack; texts and tokenizer by SHA-256."""
 
-    def digest(content: Any) -> str:
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
+    digest = lambda content: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     alike = {"steps": list(steps), "seeds": list(seeds), "tokenizer": digest(tokenizer.get_vocab())}
     return {one.name: {"attack": asdict(one), "texts": digest(data.relevant_to(one)), **alike} for one in attacks}
 
@@ -197,7 +187,7 @@ def _reference_losses(
     *,
     tokenizer: Any,
     data: AttackData,
-    attacks: Sequence[Attack],
+    targets: Collection[str],
     seeds: Sequence[int],
 ) -> dict[str, float]:
     """Return the losses of the model from which nothing was removed, by target, as far as they are known."""
@@ -208,15 +198,14 @@ def _reference_losses(
     model, its_tokenizer = open_plain(reference, "all", **how)  # with all of its regions
     own, other = (one.config.model_type for one in (attacked, model))  # type: ignore[union-attr]
     given = f"`reference` {str(reference)!r}"
+    remedy = "give the model from which the source was made"
     if own != other:
-        raise ValueError(
-            f"{given} is a {other} model and the source a {own} one: give the model from which the source was made"
-        )
+        raise ValueError(f"{given} is a {other} model and the source a {own} one: {remedy}")
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"the tokenizer of {given} differs from that of the source, so their losses per token cannot "
-                         "be compared: give the model from which the source was made")  # fmt: skip
+        differs = f"the tokenizer of {given} differs from that of the source"
+        raise ValueError(f"{differs}, so their losses per token cannot be compared: {remedy}")
     losses = {"forget": TextLoss(model, tokenizer, data.forget_test)(model)}
-    if any(attack.target == "facts" for attack in attacks):
+    if "facts" in targets:
         losses["facts"] = _facts_loss(model, tokenizer, data=data, seeds=seeds)
     return losses
 
@@ -227,10 +216,7 @@ def _facts_loss(model: nn.Module, tokenizer: Any, *, data: AttackData, seeds: Se
 
 
 def _check_free(records: RunDirectory, about: dict[str, Any]) -> None:
-    file = records.path / RUN
-    if not os.path.lexists(file):
-        return
-    config = json.loads(file.read_text(encoding="utf-8"))["config"]
+    config = read_json(records.path / RUN)["config"] if os.path.lexists(records.path / RUN) else about
     before = {key: config.get(key) for key in about}
-    if before != json.loads(json.dumps(about)):
+    if before not in (about, json.loads(json.dumps(about))):
         raise ValueError(f"`out` {records.path} holds other records, of {before}: name another directory for {about}")

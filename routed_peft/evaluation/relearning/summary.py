@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,92 @@ from rich import box
 from rich.table import Table
 
 from routed_peft.deprecation import formerly_positional
-from routed_peft.evaluation.measures import relearning_area, share_relearned, to_recover
+from routed_peft.evaluation.measures import (
+    WorstCase,
+    relearning_area,
+    share_relearned,
+    to_recover,
+    within_utility,
+    worst_case,
+)
+from routed_peft.evaluation.measures.robustness import TOLERANCE, Losses, kept_states
 from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import BOUNDS, Curve
-from routed_peft.evaluation.relearning.envelope import Envelope, State
 from routed_peft.runs.records import SUMMARY
 
 FORMAT, KIND = 1, "relearning"
 _RESULT = ("envelope", "curves", "verdict", "interior", "learning_rates", "start", "target")
+
+
+@dataclass(frozen=True)
+class State:
+    """The attacker's best model by one step; NaN where a loss was not measured."""
+
+    case: WorstCase  # the lowest loss so far
+    retain: float  # retain loss of that model, the mean over seeds
+    documents: tuple[float, float]  # 95 % confidence interval of the loss over documents, ends being means over seeds
+    interior: bool  # its learning rate lies inside the grid, so that no rate beyond would do better
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self.case) | {"retain": self.retain, "documents": list(self.documents), "interior": self.interior}
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The worst case of an attack.
+
+    Its verdict is "attack"; "no attack" where no rate lowered the loss by `TOLERANCE`; "diverged" where all rates diverged.
+    """
+
+    states: list[State]  # one for every step
+    useful: list[State] | None  # the same among states with a retain loss at most 5 % above the start; None without any
+    verdict: str
+
+    @classmethod
+    def from_losses(
+        cls,
+        steps: Sequence[int],
+        losses: Losses,
+        *,
+        retain: Losses,
+        before: float,
+        retain_before: float | None,
+        statuses: set[str],
+        bounds: tuple[Losses, Losses] | None = None,
+    ) -> Envelope:
+        """Summarize curves: losses of the attacker's target and of retain text, and ends of intervals over documents.
+
+        ``before`` and ``retain_before`` are losses of the original model, ``statuses`` those of all curves.
+
+        >>> losses = {1e-3: [[5.0, 4.0, 3.5]], 1e-2: [[5.0, 3.0, 6.0]]}
+        >>> retain = {1e-3: [[2.0, 2.0, 2.0]], 1e-2: [[2.0, 2.5, 4.0]]}
+        >>> known = dict(before=5.0, retain_before=2.0, statuses={"attack"})
+        >>> found = Envelope.from_losses([0, 5, 20], losses, retain=retain, **known)
+        >>> last = found.states[-1]
+        >>> last.case.mean, last.retain, last.interior, found.useful[-1].case.mean, found.verdict
+        (3.0, 2.5, False, 3.5, 'attack')
+        """
+        rates = list(losses)
+
+        def state(case: WorstCase) -> State:
+            index, rate = steps.index(case.at), case.learning_rate
+            kept = [kept_states(curve)[index] for curve in losses[rate]]
+            at = lambda scores: statistics.fmean(own[i] for own, i in zip(scores[rate], kept, strict=True))
+            low, high = (math.nan if bounds is None else at(bounds[end]) for end in (0, 1))
+            inside = case.at == 0 or rates[0] < case.learning_rate < rates[-1]
+            return State(case, at(retain), (low, high), inside)
+
+        states = [state(case) for case in worst_case(steps, losses)]
+        allowed = {} if retain_before is None else within_utility(retain, retain_before)
+        # rounding or perturbing may leave no useful state at all
+        useful = any(math.isfinite(curve[0]) for own in allowed.values() for curve in own)
+        lowered = states[-1].case.mean < before - TOLERANCE
+        return cls(
+            states=states,
+            useful=[state(case) for case in worst_case(steps, losses, allowed)] if useful else None,
+            verdict="attack" if lowered else "diverged" if statuses == {"diverged"} else "no attack",
+        )
 
 
 @formerly_positional("reference", "oracle")
@@ -30,11 +108,10 @@ def summarize(
 ) -> dict[str, Any]:
     """Summarize the curves of one attack: every rate with every seed, from `relearn`.
 
-    ``reference`` is the target's loss of the model from which nothing was removed, and ``oracle`` the perfect filter's loss
-    at every step of the same attack, where they are known.
+    ``reference`` is the target's loss of the model from which nothing was removed, and ``oracle`` the perfect filter's loss at
+    every step of the same attack, where they are known.
 
     Returns:
-        The entry of ``summary.json``:
         The entry of ``summary.json``: the attack, its ``target`` (the loss to be lowered), the ``reference`` as given, and
 
         - ``verdict``: see `Envelope`.
@@ -42,11 +119,10 @@ def summarize(
         - ``learning_rates``: rate -> statuses of its curves, seed by seed (`Curve.status`).
         - ``envelope``: for each step the fields of `State`, and the mean ``tokens`` of the attacker so far.
         - ``interior``: at the last step; false where there was no attack.
-        - ``useful``: the ``envelope`` over states with a retain loss at most 5 % above the start, and its ``recovery``;
-          missing if there is none.
-        - ``recovery``: missing without a reference. ``steps`` and ``tokens`` come from `to_recover`, ``share`` from
-          `share_relearned` at the last step. All are None if there was no attack, ``steps`` and ``tokens`` if nothing was
-          trained, ``tokens`` if no curve is complete.
+        - ``useful``: the ``envelope`` over states with a retain loss at most 5 % above the start, and its ``recovery``, if any.
+        - ``recovery``, with a reference: ``steps`` and ``tokens`` from `to_recover`, ``share`` from `share_relearned` at the
+          last step. All are None if there was no attack, ``steps`` and ``tokens`` if nothing was trained, ``tokens`` if no
+          curve is complete.
         - ``area``: `relearning_area`; missing without an attack, a reference or an oracle.
         - ``curves``: all of them, point by point.
     """
@@ -61,13 +137,13 @@ def summarize(
     before: dict[str, Any] = {"before": start[attack.target], "retain_before": start.get("retain")}
     found = Envelope.from_losses(steps, losses, retain=retain, **before, statuses=statuses, bounds=(low, high))
     attacked = found.verdict == "attack"
-    summarized = _EnvelopeSummary(attack, curves, attacked=attacked, before=start[attack.target], reference=reference)
+    known: dict[str, Any] = {"attacked": attacked, "before": start[attack.target], "reference": reference}
     result: dict[str, Any] = {"attack": asdict(attack), "target": attack.target, "verdict": found.verdict}
     result |= {"start": start, "reference": reference}
     result["learning_rates"] = {f"{rate:g}": [curve.status for curve in own] for rate, own in by_rate.items()}
-    result |= {"interior": attacked and found.states[-1].interior, **summarized.entries(found.states)}
+    result |= {"interior": attacked and found.states[-1].interior, **_recovery(found.states, curves, **known)}
     if found.useful is not None:
-        result["useful"] = summarized.entries(found.useful)
+        result["useful"] = _recovery(found.useful, curves, **known)
     if oracle is not None and reference is not None and attacked and steps[-1] > 0:
         means = [state.case.mean for state in found.states]
         result["area"] = relearning_area(steps, means, base=reference, oracle=oracle)
@@ -79,31 +155,26 @@ def summarize(
     return result
 
 
-class _EnvelopeSummary:
-    """Entries of a summary about states of an envelope: tokens, and recovery where a reference is known."""
-
-    def __init__(
-        self, attack: Attack, curves: Sequence[Curve], *, attacked: bool, before: float, reference: float | None
-    ) -> None:
-        self.steps = [point.step for point in curves[0].points]
-        # curves that left the numbers stopped early
-        complete = [curve for curve in curves if all(map(math.isfinite, curve.losses(attack.target)))]
-        measured = complete or curves
-        self.tokens = [statistics.fmean(curve.points[i].tokens for curve in measured) for i in range(len(self.steps))]
-        self.complete, self.attacked, self.before, self.reference = bool(complete), attacked, before, reference
-
-    def entries(self, states: Sequence[State]) -> dict[str, Any]:
-        """Return ``envelope`` and, with a reference, ``recovery``."""
-        envelope = [state.as_dict() | {"tokens": count} for state, count in zip(states, self.tokens, strict=True)]
-        if self.reference is None:
-            return {"envelope": envelope}
-        means, trained = [state.case.mean for state in states], self.attacked and self.steps[-1] > 0
-        steps, tokens = (
-            to_recover(places, means, reference=self.reference).as_dict() if asked else None
-            for places, asked in ((self.steps, trained), (self.tokens, trained and self.complete))
-        )
-        share = share_relearned(self.before, means[-1], self.reference) if self.attacked else None
-        return {"envelope": envelope, "recovery": {"steps": steps, "tokens": tokens, "share": share}}
+def _recovery(
+    states: Sequence[State], curves: Sequence[Curve], *, attacked: bool, before: float, reference: float | None
+) -> dict[str, Any]:
+    """Return ``envelope`` and, with a reference, ``recovery``."""
+    # curves that left the numbers stopped early
+    complete = [curve for curve in curves if all(map(math.isfinite, curve.losses(curve.target)))]
+    steps = [point.step for point in curves[0].points]
+    tokens = [statistics.fmean(curve.points[i].tokens for curve in complete or curves) for i in range(len(steps))]
+    envelope = [state.as_dict() | {"tokens": count} for state, count in zip(states, tokens, strict=True)]
+    if reference is None:
+        return {"envelope": envelope}
+    means, trained = [state.case.mean for state in states], attacked and steps[-1] > 0
+    asked: dict[str, tuple[Sequence[float], bool]] = {"steps": (steps, trained)}
+    asked["tokens"] = tokens, trained and bool(complete)
+    found: dict[str, Any] = {
+        name: to_recover(places, means, reference=reference).as_dict() if known else None
+        for name, (places, known) in asked.items()
+    }
+    share = share_relearned(before, means[-1], reference) if attacked else None
+    return {"envelope": envelope, "recovery": found | {"share": share}}
 
 
 def read_summary(place: str | Path) -> dict[str, Any]:

@@ -16,12 +16,21 @@ from tqdm import tqdm
 
 from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.measures.statistics import with_interval
-from routed_peft.evaluation.processes import processes
 from routed_peft.evaluation.relearning.attacked_model import AttackedModel
 from routed_peft.evaluation.relearning.attacks import Attack
-from routed_peft.evaluation.relearning.curves import BOUNDS, Curve, Measure, Point, run_curve
+from routed_peft.evaluation.relearning.curves import (
+    BOUNDS,
+    Cell,
+    Curve,
+    Measure,
+    Point,
+    check_settings,
+    next_rate,
+    open_ends,
+    run_curve,
+)
 from routed_peft.evaluation.relearning.data import AttackData, training_batches
-from routed_peft.evaluation.relearning.grid import Cell, check_settings, next_rate, open_ends
+from routed_peft.evaluation.source import processes
 from routed_peft.evaluation.text_loss import TextLoss, context_length
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.runs.records import RunDirectory
@@ -52,10 +61,8 @@ class RelearnOptions:
 
     def __post_init__(self) -> None:
         if self.measure is not None and self.records is not None and not self.names:
-            example = "names={'measure': 'accuracy'}"
-            raise ValueError(
-                f"`measure` with `records` needs `names` that tell its curves from others, such as {example}"
-            )
+            raise ValueError("`measure` with `records` needs `names` that tell its curves from others, such as "
+                             "names={'measure': 'accuracy'}")  # fmt: skip
 
 
 @formerly_positional("attack", "data")
@@ -72,8 +79,7 @@ def relearn(
 ) -> list[Curve]:
     """Attack a model with every learning rate and seed, and with more rates while the best lies at an end; return the curves.
 
-    The model's weights are kept on the CPU, and put back between runs and at the end. Under `accelerate launch` or
-    torchrun all processes must call this; they share the grid of learning rates and seeds, and each returns all curves.
+    Under `accelerate launch` or torchrun all processes must call this; they share the grid, and each returns all curves.
 
     Args:
         model: a plain causal language model; changed in place and given back unchanged. Attacks compute in float32.
@@ -91,11 +97,9 @@ def relearn(
     >>> from routed_peft.data import train_tokenizer
     >>> tokenizer = train_tokenizer(["a cell", "a cat"], vocab_size=260)
     >>> sizes = dict(vocab_size=260, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
     >>> data = AttackData(forget_train=["a cell"], forget_test=["the cell"], retain_test=["a cat"])
-    >>> grid = {"learning_rates": [0.01], "seeds": [0], "steps": [0, 1, 5]}
-    >>> options = RelearnOptions(extensions=0)
-    >>> curves = relearn(model, tokenizer, attack="forget", data=data, **grid, options=options)
+    >>> grid = {"learning_rates": [0.01], "seeds": [0], "steps": [0, 1, 5], "options": RelearnOptions(extensions=0)}
+    >>> curves = relearn(LlamaForCausalLM(LlamaConfig(**sizes)), tokenizer, attack="forget", data=data, **grid)
     >>> curves[0].status, [point.step for point in curves[0].points]
     ('attack', [0, 1, 5])
     """
@@ -187,8 +191,8 @@ class _Sweep:
         """Score the original model: once, or for each seed where the seed chooses the scored texts."""
         key = seed if self.attack.data == "facts" else 0
         if key not in self.start:
-            scores = self._measure(seed)(self.attacked.model)
-            self.start[key] = {name: score for name, score in scores.items() if not name.endswith(BOUNDS)}
+            scores = self._measure(seed)(self.attacked.model).items()
+            self.start[key] = {name: score for name, score in scores if not name.endswith(BOUNDS)}
         return self.start[key]
 
     def _measure(self, seed: int) -> Measure:
@@ -217,12 +221,13 @@ class _Sweep:
         if len(complete) < len(cells):
             records.keep(lambda p: not ours(p) or (p["learning_rate"], p["seed"]) in complete)
         named = {*about, "learning_rate", "seed", "step", "tokens"}
-        return {cell: self._read(cell, points, named) for cell, points in complete.items()}
-
-    def _read(self, cell: Cell, points: Sequence[Mapping[str, Any]], about: set[str]) -> Curve:
-        scores = [{k: math.nan if v is None else v for k, v in point.items() if k not in about} for point in points]
-        read = (Point(point["step"], point["tokens"], score) for point, score in zip(points, scores, strict=True))
-        return Curve(self.attack.name, self.attack.target, *cell, self._start(cell[1]), tuple(read))
+        scores = lambda point: {k: math.nan if v is None else v for k, v in point.items() if k not in named}
+        read = {
+            cell: tuple(Point(one["step"], one["tokens"], scores(one)) for one in points)
+            for cell, points in complete.items()
+        }
+        own = self.attack.name, self.attack.target
+        return {cell: Curve(*own, *cell, self._start(cell[1]), points) for cell, points in read.items()}
 
 
 def _scores(losses: Mapping[str, TextLoss], target: str, model: nn.Module) -> dict[str, float]:

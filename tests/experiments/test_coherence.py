@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from routed_peft.unlearning.coherence import restore_coherence
+from experiments.common.coherence import restore_coherence
 
 
 @pytest.fixture

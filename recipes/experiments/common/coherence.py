@@ -60,8 +60,8 @@ def restore_coherence(
         raise ValueError("restoring coherence needs at least 1 of `steps`, 1 of `learning_rates` and 2 `rows`, got "
                          f"{steps}, {len(learning_rates)} and {len(rows)}")  # fmt: skip
     if narrow := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}:
-        problem = f"weights in {narrow.pop()}, in which small steps round to nothing"
-        raise ValueError(f"`model` has {problem}: load it with dtype=torch.float32")
+        raise ValueError(f"`model` has weights in {narrow.pop()}, in which small steps round to nothing: load it with "
+                         "dtype=torch.float32")  # fmt: skip
     both = torch.stack([rows, rows if labels is None else labels], 1)[:MAX_ROWS].to(model.device)
     batch, held_out = both.tensor_split([trained_rows(len(rows))])
     start = kept = _weights(model)
@@ -96,6 +96,5 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _loss(model: PreTrainedModel, rows: Tensor) -> float:
-    return sum(
-        model(input_ids=part[:, 0], labels=part[:, 1]).loss.item() * len(part) for part in rows.split(BATCH)
-    ) / len(rows)
+    sums = (model(input_ids=p[:, 0], labels=p[:, 1]).loss.item() * len(p) for p in rows.split(BATCH))
+    return sum(sums) / len(rows)
