@@ -54,6 +54,18 @@ def exclusive(region: str = "forget") -> dict[str, Route]:
     return {**classic(region), "unflagged": Route(weights={region: 0.0})}
 
 
+def inoculation(region: str = "trait") -> dict[str, Route]:
+    """Train the base while an adapter is on that does not learn, then drop the adapter (arXiv 2606.30252).
+
+    The adapter was taught beforehand, such as a bad trait that the base then need not learn. Every row has the label
+    ``all``. PEFT alone cannot train a base under an active adapter.
+
+    >>> inoculation()
+    {'all': Route(weights={'trait': 0.0}, ablated=())}
+    """
+    return {"all": Route(weights={region: 0.0})}
+
+
 def gram(regions: Sequence[str], core: str = "core") -> dict[str, Route]:
     """One region per category (GRAM / modular pretraining, arXiv 2607.08077).
 
