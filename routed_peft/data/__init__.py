@@ -21,15 +21,16 @@ from routed_peft.data.documents import (
     select_arm,
 )
 from routed_peft.data.frequencies import add_frequency_weights, token_frequency_weights, tokens_of_words
-from routed_peft.data.label_noise import label_statistics, simulate_labels
 from routed_peft.data.labels import (
     FORGET,
     RETAIN,
     UNLABELED,
+    label_statistics,
     labels_from_classifier,
     labels_from_column,
     labels_from_keywords,
     labels_from_tokens,
+    simulate_labels,
 )
 from routed_peft.data.loading import load_texts, load_training_file
 from routed_peft.data.packing import pack

@@ -28,6 +28,7 @@ ROUTE_QUARANTINE = "route_quarantine"
 """Column of the label for rollouts of a quarantined environment, which replaces other labels; null elsewhere."""
 ROUTE_COLUMNS = (ROUTE_LABEL, ROUTE_LABELS, ROUTE_WEIGHTS, ROUTE_ENVIRONMENT)
 """Columns that a batch can have; `ROUTE_QUARANTINE` is read from the rows of rollouts instead."""
+ALL_COLUMNS = (*ROUTE_COLUMNS, ROUTE_QUARANTINE)
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
@@ -73,10 +74,7 @@ def _decode(values: list[Any], feature: Any) -> list[Any]:
 
 
 def route_column(columns: Sequence[str]) -> str:
-    """Return which of `ROUTE_LABEL` and `ROUTE_LABELS` is among ``columns``.
-
-    Raises:
-        ValueError: if neither is, or both are.
+    """Return which of `ROUTE_LABEL` and `ROUTE_LABELS` is among ``columns``; ValueError if neither is, or both are.
 
     >>> route_column(["input_ids", "route_label"])
     'route_label'
@@ -166,11 +164,8 @@ def check_route_columns(
     """Check before training that every row of a map-style dataset has a label, and every label a route.
 
     Return how many rows of the column ``route_label``, or tokens of ``route_labels``, carry each label. ``names`` are those of
-    integer labels, by default from the dataset's ClassLabel column.
-
-    Raises:
-        ValueError: if there is no such column or both, a null, a label without a route, or a row whose token labels are
-            not as many as its tokens.
+    integer labels, by default from the dataset's ClassLabel column. ValueError if there is no such column or both, a null, a
+    label without a route, or a row whose token labels are not as many as its tokens.
 
     >>> check_route_columns(Dataset.from_dict({"route_label": ["a", "b", "a"]}), {"a": ..., "b": ...})
     Counter({'a': 2, 'b': 1})

@@ -14,8 +14,7 @@ from transformers.utils import logging
 
 from routed_peft.corpora import load_pair
 from routed_peft.data.columns import ROUTE_LABEL, check_has_route, class_names, column_values, label_name
-from routed_peft.data.label_noise import simulate_labels
-from routed_peft.data.labels import FORGET, RETAIN, UNLABELED, labels_from_column, labels_from_keywords
+from routed_peft.data.labels import FORGET, RETAIN, UNLABELED, labels_from_column, labels_from_keywords, simulate_labels
 from routed_peft.data.loading import TEXT, TOKENS, TextFormat, load_documents
 from routed_peft.data.packing import pack, tokenize
 from routed_peft.mistakes import check_choices, check_numbers, option
@@ -75,10 +74,8 @@ def labeled_documents(args: DocumentArguments, load_tokenizer: Callable[[], Any]
 
     Labels come from ``label_keywords``, else from the column ``route_label``, else they are simulated from the column
     ``side`` with the shares, recall and precision of ``args``. Labels of the first two sources are never changed.
-    ``load_tokenizer`` returns the model's tokenizer, which chats need.
-
-    Raises:
-        ValueError: where documents have neither column and there are no keywords; and as `load_documents` does.
+    ``load_tokenizer`` returns the model's tokenizer, which chats need. ValueError where documents have neither column and there
+    are no keywords, and as `load_documents` does.
 
     >>> ds = labeled_documents(DocumentArguments(pair="spanish", labeled=0.5))
     >>> sorted(set(ds["route_label"])), sorted(set(ds["side"]))
@@ -88,6 +85,10 @@ def labeled_documents(args: DocumentArguments, load_tokenizer: Callable[[], Any]
     for name in (ROUTE_LABEL, SIDE):
         if name in ds.column_names and isinstance(ds.features[name], ClassLabel):  # because arms compare names
             ds = ds.remove_columns(name).add_column(name, column_values(ds, name))
+        elif name in ds.column_names and (odd := [one for one in ds[name][:] if not isinstance(one, str | None)]):
+            raise ValueError(
+                f"documents need strings in the column `{name}`, got {odd[0]!r}: write the names themselves"
+            )
     sides = {FORGET: args.labeled_forget, RETAIN: args.labeled_retain}
     labeled = {side: args.labeled if share is None else share for side, share in sides.items()}
     spoilt = {*labeled.values(), args.recall, args.precision} != {1.0}
@@ -135,9 +136,9 @@ def check_both_sides(documents: Dataset) -> None:
     ...
     ValueError: every document is forget, and routing needs text of both sides: add some of the other
     """
-    labels, known = set(documents[ROUTE_LABEL]), SIDE in documents.column_names
-    # where sides are not known, unlabeled text may be of either
-    found = (labels | set(documents[SIDE])) - {UNLABELED} if known else labels
+    found = set(documents[ROUTE_LABEL])
+    if SIDE in documents.column_names:  # otherwise unlabeled text may be of either
+        found = (found | set(documents[SIDE])) - {UNLABELED}
     if len(found) < 2:
         names = ", ".join(map(str, found))
         raise ValueError(f"every document is {names}, and routing needs text of both sides: add some of the other")
@@ -164,9 +165,7 @@ def count_left_out(ds: Dataset, arm: str, routes: Routes | None = None) -> dict[
     """Return how many rows or documents an arm leaves out, by label ("filter") or true side ("perfect_filter").
 
     Other arms leave nothing out. ``routes`` are those of the method that the arm is compared with; see `forget_labels`.
-
-    Raises:
-        ValueError: where the column is missing, a label has no route, or a filter leaves nothing out.
+    ValueError where the column is missing, a label has no route, or a filter leaves nothing out.
 
     >>> count_left_out(Dataset.from_dict({"side": ["forget", "retain"]}), "perfect_filter")
     {'forget': 1}
@@ -233,11 +232,8 @@ def evaluation_rows(
 ) -> dict[str, Dataset]:
     """Return packed held-out rows by side, from ``eval_files`` or else the validation split of ``pair``.
 
-    Held-out files must not hold the ``documents`` of training.
-
-    Raises:
-        ValueError: where an entry of ``eval_files`` is not ``name=FILE``, a name comes twice, most of a file is in
-            ``documents``, or there is no training file.
+    ValueError where an entry of ``eval_files`` is not ``name=FILE``, a name comes twice, most of a file is in the ``documents``
+    of training, or there is no training file.
     """
     if args.own_files():
         if wrong := [entry for entry in args.eval_files if "=" not in entry]:

@@ -46,8 +46,7 @@ def token_frequency_weights(
         retain_count: the same on the retain side; it keeps tokens rare on both sides from being routed.
 
     Raises:
-        ValueError: if a side has no tokens, a pseudo-count is not positive, or no token that occurs has a weight below
-            one half: then nothing would be routed.
+        ValueError: if a side has no tokens, a pseudo-count is not positive, or no token that occurs has a weight below 0.5.
 
     >>> from routed_peft.data import train_tokenizer
     >>> tokenizer = train_tokenizer(["a"], vocab_size=258)
@@ -78,15 +77,10 @@ def add_frequency_weights(ds: AnyDataset, w: Tensor, *, base_weight: float, labe
     :math:`w_t + (1 - w_t) a`. The column multiplies the route's own weight, so it holds that number divided by :math:`a`.
     Other rows, and a row's last position, have 1.
 
-    Args:
-        ds: packed rows with ``input_ids`` and ``route_label``.
-        w: ``(V,)``, of `token_frequency_weights`.
-        base_weight: the base weight in the route of ``label`` (``presets.era``: -0.75), not zero.
-        label: label of the rows that get weights.
-
-    Raises:
-        ValueError: if ``base_weight`` is zero (no multiple of it is ``w``), a token is outside ``w``, or no token of these
-            rows has a weight below one half: nothing would be routed. A streaming dataset is not checked for the latter.
+    ``ds`` has packed rows with ``input_ids`` and ``route_label``, ``w``, ``(V,)``, is of `token_frequency_weights`, and
+    ``base_weight`` (``presets.era``: -0.75) is that of the route of ``label``. ValueError if it is zero (no multiple of it is
+    ``w``), a token is outside ``w``, or no token of these rows has a weight below one half: nothing would be routed. A
+    streaming dataset is not checked for the latter.
 
     >>> ds = Dataset.from_dict({"input_ids": [[2, 1, 0], [2, 1, 0]], "route_label": ["forget", "retain"]})
     >>> add_frequency_weights(ds, torch.tensor([0.0, 1.0, 0.5]), base_weight=-0.5)["route_weights"][:]

@@ -11,33 +11,12 @@ import torch
 from torch import Tensor
 
 from routed_peft.data.collator import Feature, RoutedCollator, common_keys, label_batch, plain
-from routed_peft.data.columns import (
-    ROUTE_COLUMNS,
-    ROUTE_LABEL,
-    ROUTE_QUARANTINE,
-    ROUTE_WEIGHTS,
-    label_name,
-    route_column,
-)
+from routed_peft.data.columns import ALL_COLUMNS, ROUTE_LABEL, ROUTE_WEIGHTS, label_name, route_column
 from routed_peft.routes import IGNORED
 
 Collator = Callable[[Any], Any]
-
-_OURS = (*ROUTE_COLUMNS, ROUTE_QUARANTINE)
-
-
-@dataclass(frozen=True)
-class Place:
-    """The part of a row that stands in a batch: ``count`` tokens, from ``source`` on in the row, from ``start`` on there."""
-
-    start: int
-    source: int
-    count: int
-
-    def put(self, values: Sequence[Any], length: int, fill: Any) -> list[Any]:
-        """Return one value for each of ``length`` positions, ``fill`` outside the row."""
-        own = list(values[self.source : self.source + self.count])
-        return [fill] * self.start + own + [fill] * (length - self.start - self.count)
+Place = tuple[int, int, int]
+"""A part of a row that stands in a batch: from which position on there, from which on in the row, and its tokens."""
 
 
 @dataclass
@@ -79,17 +58,17 @@ class LabeledBatches:
         return batch
 
     def _collate(self, features: Sequence[Feature], named: Sequence[Feature]) -> Any:
-        bare = [{name: value for name, value in row.items() if name not in _OURS} for row in features]
+        bare = [{name: value for name, value in row.items() if name not in ALL_COLUMNS} for row in features]
         try:
             batch = self.collator(bare)
         except (KeyError, ValueError) as error:
-            if not any(set(row) & set(_OURS) for row in named):
+            if not any(set(row) & set(ALL_COLUMNS) for row in named):
                 raise
             try:  # it may read them itself
                 batch = self.collator(named)
             except Exception:
                 raise error from None
-        for name in _OURS:
+        for name in ALL_COLUMNS:
             if name in batch:
                 del batch[name]
         return batch
@@ -136,12 +115,11 @@ def _places(ids: list[int], found: list[int], mask: list[int] | None) -> list[Pl
     attended = [i for i, value in enumerate(mask or []) if value]
     span = attended[-1] - attended[0] + 1 if attended else len(found)
     for count in dict.fromkeys((min(len(ids), len(found)), min(len(ids), span))):  # whole rows first
-        tried = {Place(start, source, count) for start in (0, len(found) - count) for source in (0, len(ids) - count)}
         fits = [
-            place
-            for place in tried
-            if found[place.start : place.start + count] == ids[place.source : place.source + count]
-            and (not attended or (place.start <= attended[0] and attended[-1] < place.start + count))
+            (start, source, count)
+            for start, source in {(i, j) for i in (0, len(found) - count) for j in (0, len(ids) - count)}
+            if found[start : start + count] == ids[source : source + count]
+            and (not attended or (start <= attended[0] and attended[-1] < start + count))
         ]
         if fits and count:
             return fits
@@ -153,7 +131,8 @@ def _put(rows: Sequence[list[Any]], name: str, *, places: Sequence[list[Place]],
     length, fill = batch["input_ids"].shape[1], 1.0 if name == ROUTE_WEIGHTS else IGNORED
     result = []
     for index, (values, found) in enumerate(zip(rows, places, strict=True)):
-        options = [place.put(values, length, fill) for place in found]
+        own = [(start, values[source : source + count], length - start - count) for start, source, count in found]
+        options = [[fill] * before + part + [fill] * after for before, part, after in own]
         if not options or any(option != options[0] for option in options):
             raise ValueError(f"`{name}` has one value per token, and the tokens of row {index} cannot be found in the batch "
                              "that the collator made: pad or cut rows on one side only, or take `RoutedCollator`")  # fmt: skip

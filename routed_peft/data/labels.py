@@ -1,4 +1,4 @@
-"""Label sources: a column, keywords, tokens, or a classifier's scores."""
+"""Label sources: a column, keywords, tokens, a classifier's scores, or a simulated labeler of given recall and precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import Pipeline
 
-from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, AnyDataset, add_column, check_strings
+from routed_peft.data.columns import ROUTE_LABEL, ROUTE_LABELS, AnyDataset, add_column, check_strings, column_values
 
 FORGET, RETAIN, UNLABELED = "forget", "retain", "unlabeled"
 
@@ -21,13 +21,8 @@ Classifier = Callable[[list[str]], Sequence[float]]
 def labels_from_column(ds: AnyDataset, column: str, mapping: Mapping[Any, str]) -> AnyDataset:
     """Add or replace the column ``route_label``, by the value of a column that rows already have.
 
-    Args:
-        ds: map-style or streaming.
-        column: its name; ClassLabel integers count by their names.
-        mapping: value -> label.
-
-    Raises:
-        ValueError: if the column is missing or holds a value that ``mapping`` lacks (a streaming dataset: when read).
+    ``mapping`` is value -> label, of ClassLabel integers by their names. ValueError if the column is missing or holds a value
+    that ``mapping`` lacks (a streaming dataset: when read).
 
     >>> ds = Dataset.from_dict({"topic": ["virology", "law"]})
     >>> labels_from_column(ds, "topic", {"virology": "forget", "law": "retain"})["route_label"][:]
@@ -40,7 +35,7 @@ def labels_from_column(ds: AnyDataset, column: str, mapping: Mapping[Any, str]) 
                              f"has {list(mapping)}. Say what every value is ('unlabeled' where it is not known)")  # fmt: skip
         return [mapping[value] for value in values]
 
-    return _add_labels(ds, column, label=label)
+    return add_column(ds, ROUTE_LABEL, needs=[column], values=lambda batch: label(batch[column]))
 
 
 def labels_from_keywords(
@@ -54,17 +49,11 @@ def labels_from_keywords(
 ) -> AnyDataset:
     """Add or replace the column ``route_label``, by words in the text: of ``keywords`` the first label with a match.
 
-    Args:
-        ds: map-style or streaming.
-        keywords: label -> words or phrases.
-        default: label of rows without a match.
-        column: name of the text's column.
-        whole_words: match whole words, so that "tree" does not match "street".
-        case_sensitive: match case, so that "tree" does not match "Tree".
+    ``keywords`` are label -> words or phrases, and rows without a match get the label ``default``. With ``whole_words`` "tree"
+    does not match "street".
 
     Raises:
-        ValueError: if there are no keywords, an empty one, or a label of ``keywords`` that no row gets; a streaming
-            dataset is not checked for the latter.
+        ValueError: if there are no keywords, an empty one, or a label that no row gets (not checked on a streaming dataset).
 
     >>> ds = Dataset.from_dict({"text": ["Trees grow.", "A street.", "The forest!"]})
     >>> labels_from_keywords(ds, {"forget": ["tree", "trees", "forest"]}, default="retain")["route_label"][:]
@@ -85,7 +74,7 @@ def labels_from_keywords(
         check_strings(texts, f"values of the column `{column}`")
         return [next((name for name, pattern in patterns.items() if pattern.search(t)), default) for t in texts]
 
-    out = _add_labels(ds, column, label=label)
+    out = add_column(ds, ROUTE_LABEL, needs=[column], values=lambda batch: label(batch[column]))
     if isinstance(out, Dataset):
         _check_occur(patterns, Counter(out[ROUTE_LABEL]), f"keyword in the column `{column}`")
     return out
@@ -96,15 +85,9 @@ def labels_from_tokens(
 ) -> AnyDataset:
     """Add the column ``route_labels``, in place of any ``route_label``, by ids of tokens; `tokens_of_words` finds ids.
 
-    Args:
-        ds: with ``input_ids``.
-        tokens: label -> token ids.
-        default: the label of every other token.
-        within: label only tokens of rows with this ``route_label``; None for all rows.
-
-    Raises:
-        ValueError: if a label of ``tokens`` never occurs, so that nothing would be routed; a streaming dataset is not
-            checked.
+    ``tokens`` are label -> ids in ``input_ids``, and every other token gets ``default``. Where ``within`` is given, so do all
+    tokens of rows with another ``route_label``. ValueError if a label of ``tokens`` never occurs, so that nothing would be
+    routed; a streaming dataset is not checked.
 
     >>> ds = Dataset.from_dict({"input_ids": [[5, 6, 5], [7, 7]]})
     >>> labels_from_tokens(ds, {"forget": [6]}, default="retain")["route_labels"][0]
@@ -173,13 +156,83 @@ def labels_from_classifier(
                              "remove NaNs")  # fmt: skip
         return np.select([scores > forget_above, scores < retain_below], [FORGET, RETAIN], UNLABELED).tolist()
 
-    return _add_labels(ds, column, label=label, batch_size=batch_size)
+    values = lambda batch: label(batch[column])
+    return add_column(ds, ROUTE_LABEL, needs=[column], values=values, batch_size=batch_size)
 
 
-def _add_labels(
-    ds: AnyDataset, column: str, *, label: Callable[[list[Any]], list[str]], batch_size: int = 1000
-) -> AnyDataset:
-    return add_column(ds, ROUTE_LABEL, needs=[column], values=lambda batch: label(batch[column]), batch_size=batch_size)
+def simulate_labels(
+    ds: Dataset,
+    side_column: str = "side",
+    *,
+    labeled: float | Mapping[str, float] = 1.0,
+    recall: float = 1.0,
+    precision: float = 1.0,
+    seed: int = 0,
+) -> Dataset:
+    r"""Add the column ``route_label`` to rows of known side, as an imperfect labeler would, with exact counts.
+
+    Of the :math:`N_s` rows of side :math:`s`, :math:`n_s = [\ell_s N_s]` are labeled at all, with brackets for rounding; the
+    rest are "unlabeled". Among those labeled,
+
+    .. math::
+        TP = [\text{recall} \cdot n_\text{forget}], \qquad
+        FP = [TP \cdot (1 - \text{precision}) / \text{precision}],
+
+    :math:`TP` true forget rows and :math:`FP` retain rows carry "forget", the other labeled rows "retain".
+
+    The seed gives each side an order of its own, and every count takes rows from the front. So rows labeled at
+    ``labeled=0.1`` are among those labeled at 0.5. As ``labeled`` or ``recall`` rises or ``precision`` falls, more rows carry
+    "forget", and none of the former lose it.
+
+    Args:
+        ds: with the true side of each row, ``"forget"`` or ``"retain"``, in ``side_column``.
+        side_column: name of that column.
+        labeled: share of rows labeled at all, for both sides or by side.
+        recall: share of labeled true forget rows that carry "forget", in [0, 1].
+        precision: share of the rows carrying "forget" that truly are, in (0, 1].
+        seed: same seed, same labels.
+
+    Raises:
+        ValueError: if a share is out of range, a side is neither of the two, or labeled retain rows are too few for that.
+
+    >>> ds = Dataset.from_dict({"side": ["forget"] * 10 + ["retain"] * 20})
+    >>> label_statistics(simulate_labels(ds, labeled={"forget": 0.8, "retain": 1.0}, recall=0.5, precision=0.8))
+    {'forget': {'forget': 4, 'retain': 4, 'unlabeled': 2}, 'retain': {'forget': 1, 'retain': 19}}
+    """
+    shares = dict(labeled) if isinstance(labeled, Mapping) else {FORGET: labeled, RETAIN: labeled}
+    if set(shares) != {FORGET, RETAIN}:
+        raise ValueError(f"`labeled` is one share, or one each for 'forget' and 'retain', got {labeled}")
+    given = {"recall": recall, "precision": precision} | {f"labeled[{side}]": v for side, v in shares.items()}
+    for name, value in given.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` is a share between 0 and 1, got {value}")
+    if precision == 0:
+        raise ValueError("`precision` must be above 0: at 0 the number of wrong rows is undefined")
+
+    pools = {side: order[: round(shares[side] * len(order))] for side, order in _orders(ds, side_column, seed).items()}
+    hits = round(recall * len(pools[FORGET]))
+    wrong = round(hits * (1 - precision) / precision)
+    if wrong > len(pools[RETAIN]):
+        raise ValueError(f"`precision={precision}` beside {hits} forget rows found calls for {wrong} retain rows "
+                         f"carrying 'forget', but only {len(pools[RETAIN])} retain rows are labeled")  # fmt: skip
+    labels = np.full(len(ds), UNLABELED, dtype=object)
+    for side, found in ((FORGET, hits), (RETAIN, wrong)):
+        labels[pools[side]] = RETAIN
+        labels[pools[side][:found]] = FORGET
+    return ds.remove_columns([ROUTE_LABEL] * (ROUTE_LABEL in ds.column_names)).add_column(ROUTE_LABEL, labels.tolist())
+
+
+def label_statistics(ds: Dataset, side_column: str = "side") -> dict[str, dict[str, int]]:
+    """Count rows by true side and label.
+
+    >>> label_statistics(Dataset.from_dict({"side": ["forget", "forget"], "route_label": ["forget", "unlabeled"]}))
+    {'forget': {'forget': 1, 'unlabeled': 1}}
+    """
+    counts = Counter(zip(column_values(ds, side_column), column_values(ds, ROUTE_LABEL), strict=True))
+    table: dict[str, dict[str, int]] = {}
+    for (side, label), count in sorted(counts.items()):
+        table.setdefault(side, {})[label] = count
+    return table
 
 
 def _check_occur(labels: Iterable[str], counts: Mapping[str, int], what: str) -> None:
@@ -198,3 +251,14 @@ def _pipeline_scores(pipeline: Pipeline, positive: str | None) -> Classifier:
         return [next(item["score"] for item in result if item["label"] == positive) for result in results]
 
     return score
+
+
+def _orders(ds: Dataset, side_column: str, seed: int) -> dict[str, np.ndarray]:
+    sides = np.array(column_values(ds, side_column), dtype=object)
+    if other := {side for side in set(sides) if side not in (FORGET, RETAIN)}:
+        raise ValueError(f"the column `{side_column}` holds 'forget' and 'retain', got {sorted(map(str, other))} as "
+                         "well")  # fmt: skip
+    return {
+        side: np.random.default_rng([seed, i]).permutation(np.flatnonzero(sides == side))
+        for i, side in enumerate((FORGET, RETAIN))
+    }

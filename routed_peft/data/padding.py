@@ -66,10 +66,9 @@ def check_batch(batch: Mapping[str, Any], tokenizer: Any) -> None:
     """
     check_unpacked([name for name in batch if name != "position_ids"])
     ids, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
-    if isinstance(mask, Tensor):
-        if mask.dim() != 2 or bool((mask > 1).any()):
-            raise ValueError(f"the collator's `attention_mask` is {tuple(mask.shape)} with values up to {int(mask.max())}, "
-                             "expected (B, T) of 0 and 1: documents in one row cannot be kept apart")  # fmt: skip
+    if isinstance(mask, Tensor) and (mask.dim() != 2 or bool((mask > 1).any())):
+        raise ValueError(f"the collator's `attention_mask` is {tuple(mask.shape)} with values up to {int(mask.max())}, "
+                         "expected (B, T) of 0 and 1: documents in one row cannot be kept apart")  # fmt: skip
     if _restarts(batch.get("position_ids"), mask):
         check_unpacked(["position_ids"])
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape or labels.dim() != 2:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from routed_peft.ablation import ablated
 from routed_peft.data.labeled_batches import labeled_batches
-from routed_peft.data.regroup import document_means, document_of
+from routed_peft.data.packing import document_means, document_of
 from routed_peft.eval_mode import evaluating
 from routed_peft.losses import token_losses
 from routed_peft.routes import IGNORED
@@ -25,8 +25,7 @@ NO_DOCUMENT = torch.inf
 def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") -> float:
     r"""Return the benefit above which a row counts as forget.
 
-    Benefits of forget rows vary more than those of retain rows. The "balanced" threshold is as many standard deviations
-    below the mean of the former as above that of the latter,
+    The "balanced" threshold is as many standard deviations below the mean of forget rows as above that of retain rows,
 
     .. math:: t = \frac{\mu_f \sigma_r + \mu_r \sigma_f}{\sigma_f + \sigma_r},
 
@@ -46,11 +45,7 @@ def benefit_threshold(forget: Tensor, retain: Tensor, kind: str = "balanced") ->
 
 
 def middle_and_spread(values: Tensor, kind: str) -> tuple[float, float]:
-    """Return mean and standard deviation; for "median" the lower median and the median absolute deviation.
-
-    >>> middle_and_spread(torch.tensor([0.0, 1.0, 5.0]), "median")
-    (1.0, 1.0)
-    """
+    """Return mean and standard deviation; for "median" the lower median and the median absolute deviation."""
     values = values.double()
     if kind == "median":
         return float(values.median()), float((values - values.median()).abs().median())
@@ -80,11 +75,10 @@ def row_means(values: Tensor, targets: Tensor) -> Tensor:
 def score_rows(
     trainer: Any, rows: Dataset, *, indices: np.ndarray, batch_size: int, separator: int | None = None
 ) -> list[Tensor]:
-    """Return the benefit of the trainer's regions to rows: for each index a tensor of one value, in nats per token.
+    """Return the benefit of the trainer's regions to packed rows: for each index a tensor of one value, in nats per token.
 
-    With a ``separator``, the token that ends a document, each tensor has one value per document instead. ``rows`` are
-    packed, with ``input_ids``. Model, collator and autocast are the trainer's, with ``batch_size`` rows in a forward pass.
-    Processes share the work, each with equally many batches.
+    With a ``separator``, the token that ends a document, each tensor has one value per document instead. Processes share the
+    work, each with equally many batches of ``batch_size`` rows.
     """
     accelerator = trainer.accelerator
     each = -(-len(indices) // accelerator.num_processes)

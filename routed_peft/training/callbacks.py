@@ -35,12 +35,9 @@ def single_on_evaluate(handler: CallbackHandler) -> Iterator[None]:
 class SubspaceProjection(TrainerCallback):
     """Calls `project_base` directly after each step of the optimizer.
 
-    `RoutedTrainer` and the trainers of `routed_peft.trl` add it by themselves; give it to any other ``Trainer``, TRL's
-    included, as one of its ``callbacks``. The component of the base along each subspace is saved with the region, so a run
-    that is resumed, or continued from ``load_routed(..., is_trainable=True)``, projects to exactly the same numbers.
-
-    Raises:
-        ValueError: when training begins, on a model without a region of ``kind="subspace"``.
+    `RoutedTrainer` and the trainers of `routed_peft.trl` add it by themselves; give it to any other ``Trainer`` as one of its
+    ``callbacks``. The component of the base along each subspace is saved with the region, so a resumed or continued run
+    projects to exactly the same numbers. ValueError when training begins on a model without a region of ``kind="subspace"``.
 
     >>> trainer = Trainer(model, args, callbacks=[SubspaceProjection()])  # doctest: +SKIP
     """

@@ -39,13 +39,9 @@ class ChangingDataset(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def callback(self, trainer: Any) -> TrainerCallback:
-        """Return the callback that changes the dataset; called once, when ``trainer`` is built.
+        """Return the callback that changes the dataset; called once, when ``trainer`` (with ``trainer.routing``) is built.
 
-        Args:
-            trainer: the Trainer, with its `GradientRouting` as ``trainer.routing``.
-
-        Raises:
-            ValueError: where the trainer's routes or arguments do not fit the dataset.
+        ValueError where the trainer's routes or arguments do not fit.
         """
 
     @abstractmethod
@@ -63,11 +59,7 @@ class ChangingDataset(Dataset[dict[str, Any]], ABC):
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of a dataset, as compressed JSON in an npz file.
-
-    >>> from tempfile import mkdtemp
-    >>> write_state(Path(mkdtemp()), {"stride": 2})
-    """
+    """Write the state of a dataset, as compressed JSON in an npz file."""
     content = io.BytesIO()
     np.savez_compressed(content, state=np.frombuffer(json.dumps(state).encode(), dtype=np.uint8))
     write_bytes(folder / STATE, content.getvalue())

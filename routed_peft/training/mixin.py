@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from routed_peft.ablation import ablated
 from routed_peft.checkpoint.save import check_kept_regions
 from routed_peft.data import RoutedCollator
-from routed_peft.data.columns import ROUTE_COLUMNS, ROUTE_ENVIRONMENT, ROUTE_QUARANTINE
+from routed_peft.data.columns import ALL_COLUMNS, ROUTE_COLUMNS
 from routed_peft.data.padding import check_batch
 from routed_peft.losses import check_finite
 from routed_peft.regions.subspace import has_subspace
@@ -133,8 +133,7 @@ class RoutingMixin(ScheduleMixin, LabeledLoadersMixin, SavingMixin, TokenLossMix
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns or []
-        ours = (*ROUTE_COLUMNS, ROUTE_QUARANTINE)
-        self._signature_columns = [*columns, *(column for column in ours if column not in columns)]  # type: ignore[assignment]
+        self._signature_columns = [*columns, *(name for name in ALL_COLUMNS if name not in columns)]  # type: ignore[assignment]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer as `Trainer` does, then split its groups by routing group."""
@@ -163,8 +162,7 @@ class RoutingMixin(ScheduleMixin, LabeledLoadersMixin, SavingMixin, TokenLossMix
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Do one forward and backward pass under the routes of the batch."""
-        labels, weights = _pop_routes(inputs)
-        environments = inputs.pop(ROUTE_ENVIRONMENT, None)
+        labels, weights, environments = _pop_routes(inputs)
         if labels is None:
             raise ValueError("a training batch came without `route_label` or `route_labels`: is the column in the dataset, "
                 "and does the collator keep it? (`packing=True` drops it; `routed_peft.data.pack` does not)")  # fmt: skip
@@ -274,10 +272,9 @@ class RoutingMixin(ScheduleMixin, LabeledLoadersMixin, SavingMixin, TokenLossMix
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch without its route columns."""
         _pop_routes(inputs)
-        inputs.pop(ROUTE_ENVIRONMENT, None)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
 
-def _pop_routes(inputs: dict[str, Any]) -> tuple[Tensor | None, Mapping[str, Tensor] | None]:
-    example, token = inputs.pop("route_label", None), inputs.pop("route_labels", None)
-    return (example if token is None else token), inputs.pop("route_weights", None)
+def _pop_routes(inputs: dict[str, Any]) -> tuple[Tensor | None, Mapping[str, Tensor] | None, Any]:
+    example, token, *others = (inputs.pop(name, None) for name in ROUTE_COLUMNS)
+    return (example if token is None else token), *others

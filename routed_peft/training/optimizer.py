@@ -21,16 +21,9 @@ def tag_groups(
 ) -> None:
     """Split the parameter groups of a fresh ``optimizer`` by routing group, in place, and tag them ``"route"``.
 
-    Weight decay is only replaced where there was any, so norms and biases stay free of it.
-
-    Args:
-        optimizer: has not stepped yet.
-        groups: parameter -> ``"base"``, ``"joint"`` or a region.
-        region_learning_rate: peak rate for regions, or None to leave it.
-        region_weight_decay: decay for regions, or None to leave it.
-
-    Raises:
-        ValueError: on an optimizer with parameters that are in no group.
+    ``groups`` are parameter -> ``"base"``, ``"joint"`` or a region. Regions take ``region_learning_rate``, a peak rate, and
+    ``region_weight_decay`` where these are given; the latter only where there was any decay, so norms and biases stay
+    free of it. ValueError on an optimizer with parameters that are in no group.
 
     >>> a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     >>> optimizer = torch.optim.SGD([a, b], lr=0.1)
@@ -66,11 +59,6 @@ def drop_idle_gradients(optimizer: torch.optim.Optimizer, idle: Collection[str])
 
     A gradient of zero would not do: Adam moves such a parameter by momentum, about nine learning rates over 20 steps, and
     its second moment decays, which makes the next real step larger.
-
-    >>> p = nn.Parameter(torch.ones(1)); p.grad = torch.zeros(1)
-    >>> optimizer = torch.optim.SGD([{"params": [p], "route": "forget"}], lr=0.1)
-    >>> drop_idle_gradients(optimizer, {"forget"}); p.grad is None
-    True
     """
     for group in optimizer.param_groups:
         if group["route"] in idle:
@@ -83,10 +71,6 @@ def clips_by_group(routes: Routes, groups: Collection[str], *, wanted: bool | No
 
     A common norm would let data shrink, or make NaN, the update of a group that it must not train. ``groups`` are those
     with trained parameters, and ``wanted`` is `RoutedArguments.clip_per_group`.
-
-    >>> from routed_peft import presets
-    >>> [clips_by_group(routes, ["base", "forget"], wanted=None) for routes in (presets.sgtm(), presets.control())]
-    [True, False]
     """
     if wanted is not None:
         return wanted

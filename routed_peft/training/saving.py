@@ -151,8 +151,7 @@ class SavingMixin(FiniteWeightsMixin):
 
         Args:
             commit_message: of the commits.
-            blocking: whether to wait. Otherwise the push runs in the background; the next save into ``output_dir`` waits
-                for it.
+            blocking: whether to wait; if not, the next save into ``output_dir`` does.
             token: Hub token; ``args.hub_token`` by default.
             revision: branch; ``args.hub_revision`` by default.
             private: whether a new repository is private; ``args.hub_private_repo`` by default.
@@ -160,12 +159,9 @@ class SavingMixin(FiniteWeightsMixin):
             regions_private: whether ``regions_repo`` must be private.
             **kwargs: none; `Trainer`'s describe its model card, and routed runs have another.
 
-        Returns:
-            ``{"repo": commit hash}`` and ``"regions_repo"`` likewise, a `concurrent.futures.Future` of these where not
-            ``blocking``, or None in all processes but the first.
-
-        Raises:
-            ValueError: where no repository is named, on ``kwargs``, and as `routed_peft.push_to_hub` does.
+        Returns ``{"repo": commit hash}`` and ``"regions_repo"`` likewise, a `concurrent.futures.Future` of these where not
+        ``blocking``, or None in all processes but the first. ValueError where no repository is named, on ``kwargs``, and as
+        `routed_peft.push_to_hub` does.
         """
         if kwargs:
             raise ValueError(f"`push_to_hub` of a routed trainer got {sorted(kwargs)}, which it does not take: the model "
@@ -200,9 +196,8 @@ class SavingMixin(FiniteWeightsMixin):
             return
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        at = f"step {self.state.global_step}"
-        if self.args.save_strategy == SaveStrategy.EPOCH:
-            at = f"epoch {int(self.state.epoch or 0)}"
+        by_epoch = self.args.save_strategy == SaveStrategy.EPOCH
+        at = f"epoch {int(self.state.epoch or 0)}" if by_epoch else f"step {self.state.global_step}"
         push_to_hub(
             checkpoint_folder,
             str(self.hub_model_id),

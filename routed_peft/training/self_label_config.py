@@ -14,11 +14,9 @@ THRESHOLDS = ("balanced", "median", "midpoint")
 class SelfLabelConfig:
     """Settings of `SelfLabeledRows`; the field's ``help`` says what each does.
 
-    With ``overrule`` use a ``first_forget_share`` of 0.5 and the ``threshold`` "median". A region that has seen few forget
-    rows is worse at finding wrong labels, and wrong labels move the mean of a side.
-
-    Raises:
-        ValueError: where a share is out of range, or the threshold is unknown.
+    With ``overrule`` use a ``first_forget_share`` of 0.5 and the ``threshold`` "median": a region that has seen few forget rows
+    is worse at finding wrong labels, and these move the mean of a side. ValueError where a share is out of range, or the
+    threshold is unknown.
 
     >>> SelfLabelConfig(robust_share=0.05).labeled_first
     0.15
@@ -51,13 +49,7 @@ class SelfLabelConfig:
 
     @classmethod
     def from_settings(cls, settings: Any) -> SelfLabelConfig:
-        """Return the configuration held in the attributes of the same names of ``settings``, such as a recipe's.
-
-        >>> from types import SimpleNamespace
-        >>> settings = SimpleNamespace(**vars(SelfLabelConfig(labeled_first=0.2)), learning_rate=0.1)
-        >>> SelfLabelConfig.from_settings(settings).labeled_first
-        0.2
-        """
+        """Return the configuration held in the attributes of the same names of ``settings``, such as a recipe's."""
         return SelfLabelConfig(**{name: getattr(settings, name) for name in SETTING_NAMES})
 
 
@@ -66,13 +58,6 @@ SETTING_NAMES = tuple(f.name for f in fields(SelfLabelConfig))
 
 
 def setting(name: str, default: Any = ...) -> Any:
-    """Return a dataclass field with the help and choices of `SelfLabelConfig`'s field ``name``, and by default its default.
-
-    >>> @dataclass
-    ... class Recipe:
-    ...     forget_share: float | None = setting("forget_share", None)
-    >>> Recipe(), fields(Recipe)[0].metadata["help"][:20]
-    (Recipe(forget_share=None), 'Share of forget rows')
-    """
+    """Return a dataclass field with the help and choices of `SelfLabelConfig`'s field ``name``, and by default its default."""
     (own,) = (f for f in fields(SelfLabelConfig) if f.name == name)
     return field(default=own.default if default is ... else default, metadata=own.metadata)

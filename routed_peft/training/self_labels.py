@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from routed_peft.data.beginnings import begin_tokens
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_WEIGHTS, column_values
 from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
-from routed_peft.data.regroup import check_regroupable, regroup
+from routed_peft.data.packing import check_regroupable, regroup
 from routed_peft.data.schedule import draw_order
 from routed_peft.routes import BASE
 from routed_peft.training.benefit import benefit_threshold, middle_and_spread, score_rows
@@ -31,15 +31,13 @@ REFERENCE_ROWS = 256
 class SelfLabeledRows(ChangingDataset):
     r"""The rows of a run in training order, relabeled during the run by the region itself.
 
-    The first ``labeled_first`` of the run takes labeled rows only, a tenth of them forget. The region needs few forget rows
-    to learn its side, and the base learns from the others alone. Then every unlabeled row is scored by the region's *benefit*,
+    At first the run takes labeled rows only, few of them forget. Then every unlabeled row is scored by the region's *benefit*,
 
     .. math:: b = L_{\text{ablated}} - L_{\text{on}},
 
     the row's mean loss with the regions ablated minus that with them on, in nats per token. Rows above a threshold between
-    the benefits of labeled forget rows and labeled retain rows (`routed_peft.training.benefit.benefit_threshold`) count as
-    forget from then on, the others as retain. The rest of the run is drawn anew from these labels. Forget rows teach the
-    base little or nothing, so few of them are taken (``forget_share``).
+    the benefits of labeled forget and retain rows (`routed_peft.training.benefit.benefit_threshold`) count as forget from then
+    on, the others as retain, and the rest of the run is drawn anew from these labels.
 
     Pass it to `RoutedTrainer` as ``train_dataset``, with ``train_sampling_strategy="sequential"``. The trainer scores and
     relabels the rows, and saves the labels found in its checkpoints.
@@ -53,8 +51,7 @@ class SelfLabeledRows(ChangingDataset):
             `routed_peft.data.token_frequency_weights`, so that tokens common on both sides still teach the base. The route
             of forget rows must then leave the base its weight of 1, which these numbers multiply.
         separator: the token that ends a document (``tokenizer.eos_token_id``), to score documents instead of rows.
-            Documents of one kind then share rows. Rows must be of one length, and their other columns must have a value
-            for each token.
+            Documents of one kind then share rows, which must be of one length, with other columns of values per token only.
         **settings: deprecated: fields of `SelfLabelConfig`; pass ``config``.
 
     Raises:
@@ -102,8 +99,7 @@ class SelfLabeledRows(ChangingDataset):
 
         ValueError where routes are missing, or the trainer would shuffle rows or fetch them in other processes.
         """
-        missing = [label for label in (FORGET, RETAIN, UNLABELED) if label not in trainer.routing.routes]
-        if missing:
+        if missing := [label for label in (FORGET, RETAIN, UNLABELED) if label not in trainer.routing.routes]:
             raise ValueError(f"`SelfLabeledRows` need routes for 'forget', 'retain' and 'unlabeled'; {missing} have "
                              "none: add them to `routes`")  # fmt: skip
         args = trainer.args
@@ -173,18 +169,14 @@ class SelfLabeledRows(ChangingDataset):
 
     # Scoring
 
-    def rows_labeled(self, label: str, count: int | None = None) -> np.ndarray:
-        """Return indices of rows that came with this label, in an order that is random but always the same."""
-        return self._shuffled(np.flatnonzero(self._given == label))[:count]
+    def rows_labeled(self, label: str | None, count: int | None = None) -> np.ndarray:
+        """Return indices of rows that came with this label, or of all, in an order that is random but always the same."""
+        indices = np.flatnonzero((self._given == label) | (label is None))
+        return np.random.default_rng([self.seed, 1]).permutation(indices)[:count]
 
     def rows_to_score(self, count: int) -> np.ndarray:
         """Return indices of at most ``count`` rows to score, in the order of `rows_labeled`."""
-        if not self.config.overrule:
-            return self.rows_labeled(UNLABELED, count)
-        return self._shuffled(np.arange(len(self._given)))[:count]
-
-    def _shuffled(self, indices: np.ndarray) -> np.ndarray:
-        return np.random.default_rng([self.seed, 1]).permutation(indices)
+        return self.rows_labeled(None if self.config.overrule else UNLABELED, count)
 
     def apply_scoring(self, scoring: dict[str, Any]) -> None:
         """Record the result of a scoring (see `scorings`) and relabel rows by it."""
@@ -227,11 +219,11 @@ class SelfLabeler(TrainerCallback):
         """Reset labels found in an earlier run of the same rows; check the run's length and the times of scoring."""
         if state.global_step == 0:
             self.rows.restore({})
-        wanted = state.max_steps * self._per_step(args)
+        wanted = self._start(args, state.max_steps - 1)
         if len(self.rows) != wanted:
-            raise ValueError(f"the rows are laid out for a run of {len(self.rows)} and it takes {wanted}, "
-                             f"{state.max_steps} steps of {self._per_step(args)}: make `SelfLabeledRows` with "
-                             f"`count={wanted}`, or set `max_steps`")  # fmt: skip
+            raise ValueError(f"the rows are laid out for a run of {len(self.rows)} and it takes {wanted}, {state.max_steps} "
+                             f"steps of {self._start(args, 0)}: make `SelfLabeledRows` with `count={wanted}`, or set "
+                             "`max_steps`")  # fmt: skip
         steps = self._steps(state)
         last = max(steps)
         if len(steps) < len(self.rows.score_at) or self._start(args, last) >= len(self.rows):
@@ -243,12 +235,10 @@ class SelfLabeler(TrainerCallback):
         return {max(1, round(share * state.max_steps)): name for name, share in self.rows.score_at.items()}
 
     @staticmethod
-    def _per_step(args: TrainingArguments) -> int:
-        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-    def _start(self, args: TrainingArguments, step: int) -> int:
+    def _start(args: TrainingArguments, step: int) -> int:
         """Return the first row of the run that a scoring after this step changes."""
-        return (step + 1) * self._per_step(args)  # a loader may have fetched the next batch already
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return (step + 1) * per_step  # a loader may have fetched the next batch already
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Score rows after the labeled start, and a second time where `score_again_at` asks for it."""
@@ -256,13 +246,10 @@ class SelfLabeler(TrainerCallback):
         if name is None:
             return
         rows, start = self.rows, self._start(args, state.global_step)
-        scored = rows.rows_to_score(len(rows) - start)
+        scored, size = rows.rows_to_score(len(rows) - start), args.eval_batch_size
         known = [rows.rows_labeled(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
         indices = np.concatenate([*known, scored])
-        found = score_rows(
-            self.trainer, rows.rows, indices=indices, batch_size=args.eval_batch_size, separator=rows.separator
-        )
-        benefits = iter(found)
+        benefits = iter(score_rows(self.trainer, rows.rows, indices=indices, batch_size=size, separator=rows.separator))
         forget, retain = (torch.cat(list(islice(benefits, len(own)))) for own in known)
         threshold = self._threshold(forget, retain, f"`{name}`: after {state.global_step} steps")
         by_document = [(own > threshold).tolist() for own in benefits]  # of the rows that are left
@@ -279,17 +266,15 @@ class SelfLabeler(TrainerCallback):
         (mu_f, _), (mu_r, _) = (middle_and_spread(side, kind) for side in (forget, retain))
         if not mu_f > mu_r:  # also where the model has diverged
             raise ValueError(f"{moment} the region helps labeled forget rows by {mu_f:.3f} nats per token and retain "
-                             f"rows by {mu_r:.3f}, so it cannot tell them apart: give it a longer start, or check the "
-                             "labels")  # fmt: skip
+                f"rows by {mu_r:.3f}, so it cannot tell them apart: give it a longer start, or check the labels")  # fmt: skip
         return benefit_threshold(forget, retain, kind)
 
 
 def _with_settings(config: SelfLabelConfig, settings: Mapping[str, Any]) -> SelfLabelConfig:
     """Return ``config`` with the deprecated keyword arguments put in."""
     if not isinstance(config, SelfLabelConfig):
-        raise ValueError(
-            f"`config` is a `SelfLabelConfig`, got {config!r}: write `SelfLabelConfig(labeled_first=0.15)`"
-        )
+        raise ValueError(f"`config` is a `SelfLabelConfig`, got {config!r}: write "
+                         "`SelfLabelConfig(labeled_first=0.15)`")  # fmt: skip
     if settings:
         warnings.warn(
             f"`SelfLabeledRows(..., {', '.join(settings)})` is deprecated: pass `config=SelfLabelConfig(...)`",

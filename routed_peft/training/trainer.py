@@ -19,12 +19,10 @@ from routed_peft.training.region_schedule import RegionSchedule
 class RoutedTrainer(RoutingMixin, Trainer):
     """A `transformers.Trainer` that routes gradients by the label of each row or token.
 
-    Everything else works as in `Trainer`: accumulation, clipping, checkpointing, DDP and FSDP2, bf16 autocast, resuming,
-    callbacks and reports. Rows carry ``input_ids`` and ``route_label`` (or ``route_labels``, one per token).
-
-    Beyond `Trainer`: the first batch is tried under every label (`GradientRouting.self_check`); groups that no data
-    trains in a step do not move; evaluation runs twice, with regions on and ablated, and its losses are means over tokens,
-    in nats; checkpoints have the layout of `save_routed`.
+    Rows carry ``input_ids`` and ``route_label`` (or ``route_labels``, one per token). Beyond `Trainer`: the first batch is
+    tried under every label (`GradientRouting.self_check`); groups that no data trains in a step do not move; evaluation runs
+    twice, with regions on and ablated, and its losses are means over tokens, in nats; checkpoints have the layout of
+    `save_routed`. Everything else works as in `Trainer`: accumulation, clipping, DDP and FSDP2, bf16 autocast, resuming.
 
     Args:
         model: a model with adapters; see `GradientRouting`. None where ``model_init`` makes one.
@@ -60,13 +58,10 @@ class RoutedTrainer(RoutingMixin, Trainer):
     def run_summary(self, labeled_forget_tokens: int = 0) -> dict[str, Any]:
         """Return the results of a run that has ended; call it in all processes, because it evaluates if the last step did not.
 
-        Args:
-            labeled_forget_tokens: distinct tokens of forget text that had to be labeled, for the ledger.
-
-        Returns:
-            ``steps``; ``tokens`` where ``include_num_input_tokens_seen`` is on; ``tokens_per_route`` by label; ``seconds``, of
-            the last session where the run was resumed; ``losses``, in nats per token, by evaluation set, ``ablated_…`` without
-            regions; where tokens are counted the ``ledger`` of `routed_peft.runs.cost.TrainingCost`, evaluation not included.
+        They are ``steps``; ``tokens`` where ``include_num_input_tokens_seen`` is on; ``tokens_per_route`` by label;
+        ``seconds``, of the last session where the run was resumed; ``losses``, in nats per token, by evaluation set,
+        ``ablated_…`` without regions; and where tokens are counted the ``ledger`` of `routed_peft.runs.cost.TrainingCost`,
+        without evaluation, but with ``labeled_forget_tokens``: distinct tokens of forget text that had to be labeled.
         """
         history, step = self.state.log_history, self.state.global_step
         done = [entry for entry in history if entry["step"] == step and any(key.startswith("eval_") for key in entry)]

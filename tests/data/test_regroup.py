@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from routed_peft.data import pack, train_tokenizer
 from routed_peft.data.beginnings import begin_tokens
-from routed_peft.data.regroup import document_means, document_of, regroup
+from routed_peft.data.packing import document_means, document_of, regroup
 
 
 def beginning_tokenizer(template):
