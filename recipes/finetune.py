@@ -49,6 +49,7 @@ class Recipe(DocumentArguments):
 
     model_name_or_path: str | None = option(None, "Checkpoint or Hub id. Required.")
     revision: str = option("main", "Branch, tag or commit of `model_name_or_path` on the Hub.")
+    trust_remote_code: bool = option(False, "Run the code that the model brings along.")
     method: str = option("sgtm", "`sgtm` trains on labeled retain data without the region, `classic` with it; "
         "`control` routes nothing.", choices=["sgtm", "classic", "control"])  # fmt: skip
     arm: str = option("routed", "`routed`, or a run of equal length without routing: on all rows (`none`), on rows not "
@@ -88,7 +89,8 @@ def main() -> None:
     set_seed(args.seed)
     disable_progress_bars()  # while data is prepared
 
-    own = partial(AutoTokenizer.from_pretrained, recipe.model_name_or_path, revision=recipe.revision)
+    where = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+    own = partial(AutoTokenizer.from_pretrained, recipe.model_name_or_path, **where)
     documents = labeled_documents(recipe, own)
     model, tokenizer = build(recipe, args)
     check_length(model, tokenizer, length=recipe.length)
@@ -114,7 +116,7 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     if target:
-        ablate(args.output_dir, target)
+        ablate(args.output_dir, target, trust_remote_code=recipe.trust_remote_code)
         summary["ablated"] = str(target)
     run.finish(summary)
     print(json.dumps(summary, indent=2))
@@ -125,9 +127,10 @@ def build(recipe: Recipe, args: RoutedTrainingArguments) -> tuple[PeftModel, Pre
     attention = recipe.attn_implementation
     if attention == "auto":
         attention = "eager" if args.device.type == "cpu" else "sdpa"
-    place, revision = str(recipe.model_name_or_path), recipe.revision
-    tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-    model = AutoModelForCausalLM.from_pretrained(place, revision=revision, attn_implementation=attention)
+    place = str(recipe.model_name_or_path)
+    where: dict = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(place, **where)
+    model = AutoModelForCausalLM.from_pretrained(place, **where, attn_implementation=attention)
     targets = "all-linear" if recipe.target_modules == ["all-linear"] else recipe.target_modules
     lora = partial(
         LoraConfig, r=recipe.rank, lora_alpha=recipe.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"

@@ -149,7 +149,7 @@ def main() -> None:
         "incidents": [{"step": i.step, "onset_step": i.onset_step, "named": i.named} for i in incidents],
     }
     if target:
-        ablate(args.output_dir, target)
+        ablate(args.output_dir, target, trust_remote_code=args.trust_remote_code)
         summary["ablated"] = str(target)
     run.finish(summary)
     print(json.dumps(summary, indent=2))
@@ -180,7 +180,9 @@ def make_trainer(
         routes=make_routes(recipe),
         label_fn=make_labels(recipe, args, dropped),
         peft_config=adapters(recipe),
-        processing_class=AutoTokenizer.from_pretrained(recipe.model_name_or_path, padding_side="left"),
+        processing_class=AutoTokenizer.from_pretrained(
+            recipe.model_name_or_path, padding_side="left", trust_remote_code=args.trust_remote_code
+        ),
         callbacks=[RunRecorder(run, method=recipe.method)],
     )
     if recipe.monitor is not None:

@@ -36,6 +36,7 @@ class Recipe:
 
     model_name_or_path: str | None = option(None, "The teacher: checkpoint, run (without its regions) or Hub id. "
         "Required.")  # fmt: skip
+    trust_remote_code: bool = option(False, "Run the code that the model brings along.")
     revision: str | None = option(None, "Branch, tag or commit of `model_name_or_path` on the Hub.")
     student: str | None = option(None, "Checkpoint to add noise to and to train; by default a copy of the teacher.")
     pair: str = option("biology", "Built-in text, both sides together: biology, spanish, entangled or arithmetic.")
@@ -62,7 +63,8 @@ def main() -> None:
     set_seed(args.seed)
     disable_progress_bars()  # while data is prepared
 
-    teacher, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
+    trust = {"trust_remote_code": recipe.trust_remote_code}
+    teacher, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision, **trust)
     check_length(teacher, tokenizer, length=recipe.length)
     rows = pack(text(recipe, tokenizer), tokenizer, length=recipe.length, by=[])
     held_out = held_out_rows(recipe, tokenizer)
@@ -71,7 +73,7 @@ def main() -> None:
         check_held_out(rows, held_out[RETAIN], name="text_files", held_out_name="eval_files")
     student = None
     if recipe.student:
-        student, other = open_plain(recipe.student)
+        student, other = open_plain(recipe.student, **trust)
         check_tokenizers(tokenizer, other)
     student, record = undo(
         teacher,

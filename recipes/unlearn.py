@@ -37,6 +37,7 @@ class Recipe(DocumentArguments):
     """Settings of this recipe, in addition to the training arguments."""
 
     model_name_or_path: str | None = option(None, "Checkpoint, run (without its regions) or Hub id. Required.")
+    trust_remote_code: bool = option(False, "Run the code that the model brings along.")
     revision: str | None = option(None, "Branch, tag or commit of `model_name_or_path` on the Hub.")
     forget_rows: int | None = option(None, "Maximum number of labeled forget rows.")
 
@@ -58,7 +59,8 @@ def main() -> None:
     set_seed(args.seed)
     disable_progress_bars()  # while data is prepared
 
-    model, tokenizer = open_plain(recipe.model_name_or_path, revision=recipe.revision)
+    where = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+    model, tokenizer = open_plain(recipe.model_name_or_path, **where)
     check_length(model, tokenizer, length=recipe.length)
     documents = labeled_documents(recipe, lambda: tokenizer)
     rows = labeled_rows(recipe, documents, tokenizer)

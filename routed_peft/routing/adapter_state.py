@@ -13,7 +13,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from routed_peft.adapters import adapter_names, tuner_layers
+from routed_peft.adapters import adapter_names, find_outlets, routing_record, tuner_layers
 from routed_peft.routing.groups import JOINT, Member
 
 
@@ -29,10 +29,11 @@ def frozen_adapters(model: nn.Module, members: Sequence[Member]) -> list[str]:
     adapter that was added beside another has none either, because PEFT switches on the first alone; it is to be trained.)
 
     Raises:
-        ValueError: on a frozen adapter that is switched off.
+        ValueError: on a frozen adapter that is switched off, and on one that was trained before, unless by a routing of this
+            model, which leaves adapters as it found them.
     """
     configs: Any = getattr(model, "peft_config", {})
-    active = active_adapters(model)
+    active, routed = active_adapters(model), routing_record(model).scope is not None
     learning = {m.adapter for m in members for p in m.module.parameters(recurse=False) if p.requires_grad}
     frozen = []
     for name in adapter_names(model):
@@ -40,9 +41,25 @@ def frozen_adapters(model: nn.Module, members: Sequence[Member]) -> list[str]:
             raise ValueError(f"the adapter {name!r} is loaded for inference and switched off, but routing runs with "
                              f"all adapters of a model: remove it (`model.delete_adapter({name!r})`), switch it on "
                              f"beside {active} (`set_adapter`), or load it with `is_trainable=True`")  # fmt: skip
+        if name not in active and not routed and _was_trained(model, name, configs[name]):
+            raise ValueError(f"the adapter {name!r} was trained before and is switched off, but routing runs with all "
+                             "adapters of a model, and would train it: switch it on "
+                             f"(`model.base_model.set_adapter({[*active, name]})`), or remove it "
+                             f"(`model.delete_adapter({name!r})`)")  # fmt: skip
         if configs[name].inference_mode or (name in active and name not in learning):
             frozen.append(name)
     return frozen
+
+
+def _was_trained(model: nn.Module, adapter: str, config: Any) -> bool:
+    """Return whether an adapter comes from a saved run, or is no longer what its initialization made of it, if that is known.
+
+    PEFT says nothing of this: an adapter that was just added beside another is switched off, too.
+    """
+    if getattr(config, "base_fingerprint", None) is not None:  # which saving writes
+        return True
+    starts_at_zero = getattr(config, "init_lora_weights", None) in (True, "gaussian")
+    return starts_at_zero and any(p.any() for m in find_outlets(model, [adapter]) for p in m.parameters())
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from families import tiny
 from hub_server import Hub
 from hub_worker import Worker, working
 from peft import get_peft_model
+from remote_code import with_own_code
 
 from routed_peft import presets
 from routed_peft.checkpoint import push_to_hub, save_routed
@@ -277,3 +278,27 @@ def test_only_files_of_the_run_are_pushed(worker: Worker, tmp_path: Path) -> Non
     assert answer["error"] == "ValueError" and "leads out of it" in answer["message"]
     worker("ablate(src, out)", src=str(path), out=str(tmp_path / "out"))
     assert not {"LICENSE", "forget.model", "vocab.bin"} & {file.name for file in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.slow
+def test_code_of_a_model_is_downloaded_and_run_only_where_it_is_trusted(worker: Worker, tmp_path: Path) -> None:
+    code = """
+model = AutoModelForCausalLM.from_pretrained(src, trust_remote_code=True)
+torch.manual_seed(0)
+model = get_peft_model(model, lora(), "forget").eval()
+save_routed(model, out, train_base=True)
+result = logits(model).tolist()
+"""
+    src, out = with_own_code(tmp_path / "src"), tmp_path / "run"
+    expected = torch.tensor(worker(code, src=str(src), out=str(out)))
+    worker.server.add("org/own-code", files_of(out))
+    worker.server.requests.clear()
+    for trust in ("", ", trust_remote_code=False"):
+        answer = worker.run(f"load_routed('org/own-code', ['forget']{trust})")
+        assert answer["error"] == "ValueError" and "'org/own-code' brings code of its own" in answer["message"]
+    assert not [request for request in worker.server.requests if request.endswith(".py")]
+    trusted = "load_routed('org/own-code', ['forget'], trust_remote_code=True)"
+    assert torch.equal(worker.logits(trusted), expected)
+    worker("ablate('org/own-code', out, trust_remote_code=True)", out=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "modeling_strange.py").is_file()
+    assert worker("result = inspect_checkpoint('org/own-code')")["problems"] == []

@@ -16,8 +16,8 @@ from routed_peft.routing.gradient_routing import GradientRouting
 SGTM = presets.sgtm("forget")
 
 
-def loras(*names: str, targets: tuple[str, ...] = ("up_proj",)) -> PeftModel:
-    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+def loras(*names: str, targets: tuple[str, ...] = ("up_proj",), init_lora_weights: bool = False) -> PeftModel:
+    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=init_lora_weights)
     model = get_peft_model(tiny("llama"), config, names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
@@ -117,6 +117,46 @@ def test_a_loaded_adapter_that_is_switched_off_is_refused(tmp_path):
     routes = {**SGTM, "unlabeled": Route(weights={"other": 1.0})}
     for table in (SGTM, routes, presets.control()):
         refuse(r"'other' is loaded for inference and switched off.*delete_adapter\('other'\)", model, table)
+
+
+def switched_off(tmp_path, how: str) -> nn.Module:
+    """A model with `forget` loaded for training and then switched off, beside a new `retain`."""
+    if how == "load_routed":
+        trained = get_peft_model(tiny("llama"), RoutedConfig(size=2, init="model", task_type="CAUSAL_LM"), "forget")
+        model = load_routed(save_routed(trained, tmp_path / "run"), ["forget"], is_trainable=True)
+        model.add_adapter("retain", RoutedConfig(size=2, init="model", task_type="CAUSAL_LM"))
+    else:
+        trained = loras("forget", init_lora_weights=True)
+        for name, p in trained.named_parameters():
+            p.data += 0.1 * ("lora_B" in name)
+        trained.save_pretrained(tmp_path)
+        new = LoraConfig(r=2, target_modules=["up_proj"])
+        model = get_peft_model(tiny("llama"), new, "retain")
+        model.load_adapter(tmp_path / "forget", "forget", is_trainable=True)
+    model.base_model.set_adapter("retain")
+    return model
+
+
+@pytest.mark.parametrize("how", ["load_routed", "load_adapter"])
+def test_an_adapter_loaded_for_training_and_switched_off_is_refused(tmp_path, how):
+    model = switched_off(tmp_path, how)
+    message = r"'forget' was trained before and is switched off.*set_adapter\(\['retain', 'forget'\]\).*delete_adapter"
+    refuse(message, model, base_adapters=["retain"])
+    refuse(message, model, {"a": Route(weights={"base": 0.0})}, base_adapters=["forget"])
+    model.base_model.set_adapter(["retain", "forget"])
+    routing = GradientRouting(model, SGTM, base_adapters=["retain"])
+    assert trained(model, "forget") == {True}
+
+
+def test_a_model_is_attached_to_again_though_its_new_adapter_was_off_at_first():
+    model = loras("retain", "forget", init_lora_weights=True)
+    for _ in range(2):
+        routing = GradientRouting(model, SGTM, base_adapters=["retain"])
+        assert trained(model, "forget") == {True}
+        for name, p in model.named_parameters():
+            p.data += 0.1 * ("lora_B" in name)
+        routing.detach()
+        assert model.active_adapters == ["retain"]
 
 
 # What a saved run remembers

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
+from routed_peft import presets
+from routed_peft.data import pack, train_tokenizer
 from routed_peft.training.self_label_config import SelfLabelConfig
 from routed_peft.training.self_labels import SelfLabeledRows
 
@@ -208,3 +213,24 @@ def test_a_scored_token_takes_two_forward_passes():
     run.apply_scoring(scoring(run.rows_to_score(20).tolist(), [True] * 20, 30))
     run.apply_scoring(scoring(run.rows_to_score(10).tolist(), [True] * 10, 60))
     assert run.scored_tokens == 14 and run.forward_tokens == 28
+
+
+def test_rows_of_documents_begin_as_the_trainers_tokenizer_does():
+    tokenizer = train_tokenizer(["x"], vocab_size=258)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos, eos = tokenizer.convert_tokens_to_ids(["<bos>", "<eos>"])
+    post = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.backend_tokenizer.post_processor = post
+    texts = {"forget": ["a" * 20], "retain": ["b" * 20], "unlabeled": ["c" * 9, "d" * 5, "e" * 9, "f" * 5] * 6}
+    documents = [{"text": text, "route_label": label} for label, own in texts.items() for text in own]
+    packed = pack(Dataset.from_list(documents), tokenizer, length=8)
+    run = self_labeled(packed, 40, labeled_first=0.5, forget_share=0.25, separator=eos)
+    routing = SimpleNamespace(routes=presets.sgtm("forget"))
+    args = SimpleNamespace(train_sampling_strategy="sequential", dataloader_num_workers=0)
+    run.callback(SimpleNamespace(routing=routing, args=args, processing_class=tokenizer))
+    scored = run.rows_labeled("unlabeled")
+    ends = [row["input_ids"][:-1].count(eos) + 1 for row in packed.select(scored)]
+    run.relabel(scored, [[i % 2 == 0 for i in range(count)] for count in ends], start=20)
+    assert len(run.found_rows) > 5
+    for row in (run.rows[int(i)] for i in run.found_rows):
+        assert row["input_ids"][0] == bos and row["labels"][0] == -100 and len(row["labels"]) == 8
