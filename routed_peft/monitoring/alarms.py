@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from routed_peft.mistakes import check_numbers
 
 OK, WARN, HALT = "ok", "warn", "halt"
 
 METRICS = ("growth", "raw_contribution", "functional_size", "kl", "reward_gap", "weight_drift")
 """Metrics to watch, per region. All but growth and weight drift are maxima over environments."""
-
-ACTIONS = ("halt", "warn", "log")
 
 
 @dataclass
@@ -66,6 +66,8 @@ class MonitorConfig:
     random_subspaces: int = 3
 
     def __post_init__(self) -> None:
+        numbers = [one.name for one in fields(self) if one.type in ("int", "float", "float | None")]
+        check_numbers(self, *numbers, low=-math.inf)
         least = {"every": 1, "probe_rows": 1, "reward_every": 1, "calibration": 2, "patience": 1, "samples": 0}
         for name, minimum in {**least, "random_subspaces": 0}.items():
             if getattr(self, name) < minimum:
@@ -77,8 +79,8 @@ class MonitorConfig:
             raise ValueError(f"`blame` is a share, above 0 and at most 1, got {self.blame}")
         if unknown := sorted(set(self.watch) - set(METRICS)):
             raise ValueError(f"`watch` has {unknown}; there are {list(METRICS)}")
-        if self.action not in ACTIONS:
-            raise ValueError(f"`action` must be one of {ACTIONS}, got {self.action!r}")
+        if self.action not in (actions := ("halt", "warn", "log")):
+            raise ValueError(f"`action` must be one of {actions}, got {self.action!r}")
 
     def limit(self, metric: str) -> float | None:
         """Return the hard limit of a metric, if it has one."""

@@ -169,9 +169,7 @@ class Subspace:
         return subspace
 
     def _named(self) -> dict[str, Tensor]:
-        if isinstance(self.bases, Tensor):
-            return {_SHARED: self.bases}
-        return {f"U.{layer}": u for layer, u in self.bases.items()}
+        return {_SHARED: self.bases} if isinstance(self.bases, Tensor) else {f"U.{i}": u for i, u in self.bases.items()}
 
 
 @torch.no_grad()

@@ -163,10 +163,9 @@ def with_adapters(model: Any, peft_config: Any, *, args: Any, quantization_confi
 def check_foldable(model: nn.Module, adapters: Collection[str]) -> None:
     """Refuse adapters that are more than an update of a weight: the engine has the base's shapes and operations only."""
     for name, layer in tuner_layers(model):
-        if not (here := set(adapters_in(layer)) & set(adapters)):
-            continue
+        here = set(adapters_in(layer)) & set(adapters)
         biased = isinstance(layer, LoraLayer) and any(layer.lora_bias.get(adapter) for adapter in here)
-        if not hasattr(layer, "get_delta_weight") or biased:
+        if here and (biased or not hasattr(layer, "get_delta_weight")):
             raise ValueError(f"`use_vllm` with the adapter {min(here)!r}: {name!r} is no linear update of a weight "
                              "(`kind=\"mlp\"` adds hidden units), so it cannot be folded into the engine's weights. "
                              'Take `kind="lora"` or "subspace" (without bias), or set `use_vllm=False`')  # fmt: skip
