@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +25,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from two_processes import in_two_processes
 from typer.testing import CliRunner
 
 from routed_peft import RoutedConfig, presets, save_routed
@@ -161,6 +159,7 @@ def test_losses_before_have_an_interval_over_documents(attacked):
     assert set(attacked["start_intervals"]) == {"forget", "retain"}
 
 
+@pytest.mark.slow
 def test_losses_after_an_attack_have_one_too(places, attacked):
     own = attacked["attacks"]["forget"]
     assert own["envelope"][0]["documents"] == pytest.approx(attacked["start_intervals"]["forget"])
@@ -265,12 +264,8 @@ def test_two_processes_share_the_grid_and_one_writes(places, tmp_path):
     torch.set_num_threads(1)  # as in the two processes: sums over several are rounded otherwise
     assert call(*arguments, tmp_path / "one").exit_code == 0
     torch.set_num_threads(threads)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "routed_peft.cli", *map(str, arguments), str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("written to") == 1
+    printed = in_two_processes("-m", "routed_peft.cli", *map(str, arguments), tmp_path / "two")
+    assert printed.count("written to") == 1
     one, two = (read_summary(tmp_path / name) for name in ("one", "two"))
     assert two["attacks"] == one["attacks"] and len(one["attacks"]["forget"]["curves"]) == 6
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
@@ -432,6 +427,7 @@ def test_checkpoints_that_are_no_causal_language_models_are_refused(places, tmp_
         relearn(get_peft_model(model(), RoutedConfig(size=2), "forget"), tokenizer(), attack="forget", data=DATA)
 
 
+@pytest.mark.slow
 def test_a_directory_with_other_records_is_left_alone(places, attacked):
     before = (places / "attacked/run.json").read_text()
     with pytest.raises(ValueError, match="holds other records"):
@@ -439,6 +435,7 @@ def test_a_directory_with_other_records_is_left_alone(places, attacked):
     assert (places / "attacked/run.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_summary_of_another_version_is_refused(places, attacked, tmp_path):
     summary = json.loads((places / "attacked/summary.json").read_text())
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"format": 2}))
@@ -490,6 +487,7 @@ def test_a_reference_of_another_architecture_is_refused(places, tmp_path):
         attack_source(places / "run", DATA, tmp_path / "out", reference=tmp_path / "gpt2", **QUICK)
 
 
+@pytest.mark.slow
 def test_the_reference_of_facts_is_taken_on_the_scored_halves(places, attacked):
     base, _ = open_plain(places / "base")
     halves = [TextLoss(base, tokenizer(), DATA.halves(seed)[1])(base) for seed in (0, 1)]

@@ -11,7 +11,7 @@ from datasets import Dataset
 from families import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from routed_peft import ablated, presets
 from routed_peft.trl import RoutedGRPOConfig, RoutedGRPOTrainer
@@ -144,3 +144,14 @@ def plain_logps(model, batch: dict[str, torch.Tensor], row: int) -> torch.Tensor
 
 def answering(answer):
     return lambda completion_ids, **_: answer(completion_ids)
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first optimizer step, before they are clipped or dropped."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if not self.found:
+            self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

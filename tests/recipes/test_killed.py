@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crashes import restore, spread, states_of_kills
-from datasets import enable_progress_bars
 from evaluation_parts import write_jsonl
-from places import ROOT
+from recipe_parts import run_here
 from safetensors.torch import load_file
 from training_parts import assert_same
 
@@ -21,16 +18,6 @@ from routed_peft.checkpoint import inspect_checkpoint
 from routed_peft.training import RunDirectory
 
 WORDS = {"forget": ["cell", "gene", "virus", "enzyme"], "retain": ["table", "chair", "river", "music"]}
-
-
-def run(command: list[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*command, "--debug"])
-        patch.setattr(sys, "orig_argv", ["python", *command])
-        try:
-            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-        finally:
-            enable_progress_bars()
 
 
 def results(root: Path) -> dict[str, Any]:
@@ -94,15 +81,15 @@ def test_pretraining_that_is_killed_anywhere_goes_on_to_the_same_run(tmp_path: P
     command += ["--train_base", "true", "--report_to", "none", "--use_cpu", "true", "--resume_from_checkpoint", "auto"]
     command += ["--output_dir", str(root / "out")]
     root.mkdir()
-    states = states_of_kills(lambda: run(command), root, tmp_path / "states")
+    states = states_of_kills(lambda: run_here(command), root, tmp_path / "states")
     expected, tensors = results(root), weights(root)
     for state in spread(states, 24):
         restore(state, root)
         if (root / "out/summary.json").is_file():
             with pytest.raises(ValueError, match="is not empty|holds a finished run"):
-                run(command)
+                run_here(command)
         else:
-            run(command)
+            run_here(command)
         assert results(root) == expected
         assert_same(weights(root), tensors)
         assert not inspect_checkpoint(root / "out")["problems"]

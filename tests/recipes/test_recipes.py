@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset, enable_progress_bars
+from datasets import Dataset
 from evaluation_parts import byte_tokenizer
 from families import tiny
 from places import ROOT
+from recipe_parts import run_here
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,17 +87,6 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, stderr[-4000:]
 
 
-def here(command: list[str]) -> None:
-    """Run a recipe in this process, which spares the seconds of starting one; its warnings are errors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*command, "--debug"])
-        patch.setattr(sys, "orig_argv", ["python", *command])
-        try:
-            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-        finally:
-            enable_progress_bars()
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, files) -> Path:
     """Every configuration, run once: by `accelerate launch`, by `python`, and here."""
@@ -111,7 +101,7 @@ def runs(tmp_path_factory, files) -> Path:
         finish(process)
     for name in RUNS:
         if name not in launchers:
-            here(arguments(name, out, files))
+            run_here(arguments(name, out, files))
     return out
 
 
@@ -125,10 +115,10 @@ def test_text_comes_in_files_of_any_kind_one_for_each_side(tmp_path):
     command = ["recipes/pretrain.py", "--config", str(CONFIGS["sgtm"]), *SHORT, *SMALL, "--size", "8"]
     sides = ["--forget_file", str(tmp_path / "f*.json"), "--retain_file", str(tmp_path / "retain.json")]
     template = ["--text_template", "{q} {a}", "--eval_files", *held, "--output_dir", str(tmp_path / "out")]
-    here([*command, *sides, *template])
+    run_here([*command, *sides, *template])
     assert set(json.loads((tmp_path / "out/summary.json").read_text())["losses"]) >= {"retain"}
     with pytest.raises(ValueError, match="every document is forget"):
-        here(
+        run_here(
             [
                 *command,
                 "--forget_file",
@@ -283,14 +273,14 @@ def test_the_base_of_a_fine_tuned_model_is_frozen(runs):
 def test_nothing_is_overwritten(runs, files, tmp_path):
     command = arguments("control", runs, files)
     with pytest.raises(ValueError, match="`ablate_to` .*control-ablated is not empty"):
-        here(command)
+        run_here(command)
     with pytest.raises(ValueError, match="holds a finished run"):
-        here([*command, "--ablate_to", "no"])
+        run_here([*command, "--ablate_to", "no"])
 
 
 def test_settings_of_self_labels_are_not_ignored(files, tmp_path):
     with pytest.raises(ValueError, match="`score_again_at` needs `--self_labels true`: add that, or leave it"):
-        here([*arguments("sgtm", tmp_path, files), "--score_again_at", "0.4"])
+        run_here([*arguments("sgtm", tmp_path, files), "--score_again_at", "0.4"])
 
 
 def test_self_labels_are_the_default_where_labels_allow_it(tmp_path):
@@ -314,7 +304,7 @@ def test_self_labels_are_the_default_where_labels_allow_it(tmp_path):
 @pytest.mark.parametrize("by_document", ["false", "true"])
 def test_pretraining_with_self_labels(files, tmp_path, by_document):
     more = ["--labeled_first", "0.5", "--max_steps", "80", "--learning_rate", "2e-2", "--eval_strategy", "no"]
-    here([*arguments("self_labels", tmp_path, files), *more, "--by_document", by_document])
+    run_here([*arguments("self_labels", tmp_path, files), *more, "--by_document", by_document])
     (found,) = read_state(tmp_path / "self_labels")["self_labels"]
     assert found["step"] == 40 and len(found["rows"]) == len(found["is_forget"]) > 0
     assert {type(label) for label in found["is_forget"]} == ({list} if by_document == "true" else {bool})
@@ -330,7 +320,7 @@ def test_epochs_are_as_many_as_are_asked_for(runs, files, tmp_path, name):
     steps = {}
     for epochs in ("1", "2"):
         command = [*arguments(name, tmp_path, files), "--max_steps", "-1", "--num_train_epochs", epochs]
-        here([*command, "--output_dir", str(tmp_path / epochs), "--eval_strategy", "no", "--eval_documents", "4"])
+        run_here([*command, "--output_dir", str(tmp_path / epochs), "--eval_strategy", "no", "--eval_documents", "4"])
         steps[epochs] = json.loads((tmp_path / epochs / "summary.json").read_text())["steps"]
     assert 2 * steps["1"] - 2 <= steps["2"] <= 2 * steps["1"] < 100
 
@@ -344,7 +334,7 @@ def test_pretraining_goes_on_from_a_checkpoint_in_bfloat16(runs, files, tmp_path
     half = AutoModelForCausalLM.from_pretrained(runs / "sgtm-ablated", dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(runs / "sgtm-ablated").save_pretrained(tmp_path / "half")
-    here([*arguments("sgtm", tmp_path, files), "--model_name_or_path", str(tmp_path / "half")])
+    run_here([*arguments("sgtm", tmp_path, files), "--model_name_or_path", str(tmp_path / "half")])
     assert dtypes(tmp_path / "sgtm" / "model.safetensors") == {torch.float32}
     assert dtypes(tmp_path / "sgtm" / "forget" / "adapter_model.safetensors") == {torch.float32}
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "sgtm-ablated")
@@ -355,11 +345,11 @@ def test_pretraining_goes_on_from_a_checkpoint_in_bfloat16(runs, files, tmp_path
 @pytest.mark.slow
 def test_pretraining_goes_on_from_a_run_with_its_region(runs, files, tmp_path):
     command = [*arguments("sgtm", tmp_path, files), "--model_name_or_path", str(runs / "sgtm"), "--size", "3"]
-    here([*command, "--learning_rate", "0"])
+    run_here([*command, "--learning_rate", "0"])
     for name in ("model.safetensors", "forget/adapter_model.safetensors"):
         before, after = load_file(runs / "sgtm" / name), load_file(tmp_path / "sgtm" / name)
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    here([*command, "--output_dir", str(tmp_path / "trained")])
+    run_here([*command, "--output_dir", str(tmp_path / "trained")])
     before, after = (
         load_file(place / "forget/adapter_model.safetensors") for place in (runs / "sgtm", tmp_path / "trained")
     )
@@ -372,7 +362,7 @@ def test_adapters_beside_a_frozen_base_in_bfloat16_are_float32(runs, files, tmp_
     half = AutoModelForCausalLM.from_pretrained(runs / "sgtm-ablated", dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "sgtm-ablated")
     AutoTokenizer.from_pretrained(runs / "sgtm-ablated").save_pretrained(tmp_path / "sgtm-ablated")
-    here(arguments("two_lora", tmp_path, files))
+    run_here(arguments("two_lora", tmp_path, files))
     for name in ("retain", "forget"):
         assert dtypes(tmp_path / "two_lora" / name / "adapter_model.safetensors") == {torch.float32}
     assert dtypes(tmp_path / "two_lora-ablated" / "model.safetensors") == {torch.bfloat16}, "as the base was"
@@ -390,20 +380,20 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(runs, files, tmp_path)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(RoutedTrainer, "training_step", interrupted)
-        here(command)
+        run_here(command)
     out = tmp_path / "control"
     assert not (out / "summary.json").exists()
     with pytest.raises(ValueError, match="holds checkpoints of a run that has not finished: resume it"):
-        here(command)
+        run_here(command)
     for other, message in {
         "--seed": "`seed` is 42 there, got 3",
         "--gradient_accumulation_steps": "gradient_accumulation_steps × processes` is 16 there, got 48",
     }.items():
         with pytest.raises(ValueError, match=message):
-            here([*command, "--resume_from_checkpoint", "true", other, "3"])
+            run_here([*command, "--resume_from_checkpoint", "true", other, "3"])
     with pytest.raises(ValueError, match=r"'nope' is no directory: .*the newest there is '.*checkpoint-2'"):
-        here([*command, "--resume_from_checkpoint", "nope"])
-    here([*command, "--resume_from_checkpoint", "true"])
+        run_here([*command, "--resume_from_checkpoint", "nope"])
+    run_here([*command, "--resume_from_checkpoint", "true"])
     whole, resumed = (json.loads((run / "summary.json").read_text()) for run in (runs / "control", out))
     for key in ("losses", "steps", "tokens", "tokens_per_route"):
         assert resumed[key] == whole[key], key
@@ -420,15 +410,15 @@ def test_mistakes_are_explained(files, tmp_path):
     command = arguments("two_lora", tmp_path, files)
     place = command.index("--model_name_or_path")
     with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
-        here([*command[:place], *command[place + 2 :]])
+        run_here([*command[:place], *command[place + 2 :]])
     unlabeled = write(tmp_path / "plain.jsonl", [{"text": "a cell", "route_label": "forget"}])
     with pytest.raises(ValueError, match="`arm: perfect_filter` needs the column `side`"):
         no = ["--eval_strategy", "no"]
-        here([*arguments("control", tmp_path, []), "--train_file", unlabeled, "--arm", "perfect_filter", *no])
+        run_here([*arguments("control", tmp_path, []), "--train_file", unlabeled, "--arm", "perfect_filter", *no])
     with pytest.raises(ValueError, match="there is no held-out text: name `eval_files`"):
-        here([*arguments("sgtm", tmp_path, []), "--train_file", unlabeled])
+        run_here([*arguments("sgtm", tmp_path, []), "--train_file", unlabeled])
     with pytest.raises(ValueError, match="`resume_from_checkpoint` is true, but .* holds no complete checkpoint"):
-        here([*arguments("era", tmp_path, []), "--resume_from_checkpoint", "true"])
+        run_here([*arguments("era", tmp_path, []), "--resume_from_checkpoint", "true"])
 
 
 @pytest.mark.slow
@@ -441,7 +431,7 @@ def test_an_experiment_makes_every_cell_once_and_attacks_it(tmp_path):
     cells, summary = tmp_path / "cells", tmp_path / "results" / "summary.json"
     command = ["recipes/experiment.py", "--config", str(CONFIGS["experiment_biology"]), *small]
     command += ["--cells_dir", str(cells), "--summary_file", str(summary)]
-    here([*command, "--methods", "no_routing", "routed", "control", "classifier_filter", "--attacks", "none"])
+    run_here([*command, "--methods", "no_routing", "routed", "control", "classifier_filter", "--attacks", "none"])
     names = ["no_routing", "routed", "control", "classifier_filter", "routed", "classifier_filter"]
     (source,) = read_sources([summary])
     rows = source.summary["cells"]
@@ -451,14 +441,14 @@ def test_an_experiment_makes_every_cell_once_and_attacks_it(tmp_path):
     assert {"region_on_retain_loss", "found_recall", "validation_forget_loss"} <= rows[1].keys()
     made = {file: file.stat().st_mtime_ns for file in cells.glob("*/numbers.json")}
     attacks = ["--attacks", "few-shot-4", "--attack_steps", "0", "2", "--attack_rates", "1e-3", "--extensions", "0"]
-    here([*command, "--methods", "no_routing", *attacks])
+    run_here([*command, "--methods", "no_routing", *attacks])
     assert made == {file: file.stat().st_mtime_ns for file in cells.glob("*/numbers.json")}
     row, *others = json.loads(summary.read_text())["cells"]
     assert others == rows[1:], "not asked for, and kept"
     (curve,) = row["attacks"]["few-shot-4"]
     assert curve["forget_losses"][1] < curve["forget_losses"][0], "two steps do something, if too little to count"
     with pytest.raises(ValueError, match=r"`methods` has \['routd'\]"):
-        here([*command, "--methods", "routd"])
+        run_here([*command, "--methods", "routd"])
 
 
 @pytest.mark.slow
@@ -470,12 +460,12 @@ def test_the_experiment_on_a_pretrained_model_measures_all_of_its_runs(runs, tmp
     command = ["recipes/experiment_gemma.py", "--model_name_or_path", str(runs / "sgtm-ablated"), "--limit", "2"]
     command += ["--tasks", "routed_loss", "routed_mc"]  # a choice is longer than the context of so small a model
     command += ["--work", str(tmp_path / "work"), "--out", str(out), "--flags", *small]
-    here(command)
+    run_here(command)
     rows = json.loads(out.read_text())["rows"]
     assert list(rows) == ["start", "two LoRAs, all regions", "two LoRAs, ablated", "RMU", "NPO"]
     assert all("routed_forget_loss/token_ce" in scores and "routed_retain_mc/acc" in scores for scores in rows.values())
     made = [(tmp_path / "work" / name / "summary.json").stat().st_mtime_ns for name in ("gemma_rmu", "gemma_npo")]
-    here(command)
+    run_here(command)
     assert made == [
         (tmp_path / "work" / name / "summary.json").stat().st_mtime_ns for name in ("gemma_rmu", "gemma_npo")
     ]

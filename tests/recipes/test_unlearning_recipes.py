@@ -2,19 +2,18 @@ from __future__ import annotations
 
 import json
 import random
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from datasets import Dataset, enable_progress_bars
+from datasets import Dataset
 from families import tiny
 from peft import get_peft_model
 from places import ROOT
+from recipe_parts import run_here
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -70,17 +69,6 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def here(command: list[str]) -> None:
-    """Run a recipe in this process; its warnings are errors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*command, "--debug"])
-        patch.setattr(sys, "orig_argv", ["python", *command])
-        try:
-            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-        finally:
-            enable_progress_bars()
-
-
 def files(place: Path, name: str) -> list[str]:
     sides = [f"{side}={place}/{side}.jsonl" for side in WORDS]
     return [name, f"{place}/train.jsonl", "--eval_files", *sides]
@@ -88,7 +76,7 @@ def files(place: Path, name: str) -> list[str]:
 
 def unlearn(place: Path, out: Path, config: str, *more: str) -> dict[str, Any]:
     command = ["recipes/unlearn.py", "--config", str(CONFIGS[config]), "--output_dir", str(out), *SHORT]
-    here([*command, "--model_name_or_path", str(place / "plain"), *files(place, "--train_file"), *more])
+    run_here([*command, "--model_name_or_path", str(place / "plain"), *files(place, "--train_file"), *more])
     return json.loads((out / "unlearning.json").read_text())
 
 
@@ -138,7 +126,7 @@ def test_undo_after_unlearning(place, tmp_path):
     command = ["recipes/undo.py", "--config", str(CONFIGS["undo"]), *SHORT, *files(place, "--text_files")]
     command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(tmp_path / "teacher")]
     command += ["--eval_steps", "2", "--topk", "8", "--tolerance", "0"]
-    here(command)
+    run_here(command)
     content = json.loads((tmp_path / "out/undo.json").read_text())
     assert (content["alpha"], content["beta"], content["steps"], content["stopped"]) == (0.6, 0.1, 4, False)
     assert content["teacher_ledger"] == before["total_ledger"]
@@ -151,7 +139,7 @@ def test_undo_after_unlearning(place, tmp_path):
     other.save_pretrained(tmp_path / "student")
     command[command.index(str(tmp_path / "out"))] = str(tmp_path / "again")
     with pytest.raises(ValueError, match="different tokenizers"):
-        here([*command, "--student", str(tmp_path / "student")])
+        run_here([*command, "--student", str(tmp_path / "student")])
 
 
 @pytest.mark.slow
@@ -185,9 +173,9 @@ def test_the_command_cleans_up_after_itself_alone(place, tmp_path):
 
 def test_mistakes_are_explained(place, tmp_path):
     with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
-        here(["recipes/unlearn.py", "--config", str(CONFIGS["unlearn_npo"]), "--output_dir", str(tmp_path)])
+        run_here(["recipes/unlearn.py", "--config", str(CONFIGS["unlearn_npo"]), "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
-        here(["recipes/undo.py", "--config", str(CONFIGS["undo"]), "--output_dir", str(tmp_path)])
+        run_here(["recipes/undo.py", "--config", str(CONFIGS["undo"]), "--output_dir", str(tmp_path)])
     kept = write(tmp_path / "kept.jsonl", [{"text": "a chair", "route_label": "retain"}])
     with pytest.raises(ValueError, match=r"no document is labeled forget; the labels are \['retain'\]"):
         unlearn(place, tmp_path / "none", "unlearn_npo", "--train_file", kept)
@@ -197,22 +185,22 @@ def test_mistakes_are_explained(place, tmp_path):
     for name in ("unlearn_npo", "undo"):
         source = ["--model_name_or_path", str(place / "plain"), "--output_dir", str(place / "plain")]
         with pytest.raises(ValueError, match="is the source of the model and would be overwritten"):
-            here([f"recipes/{name.partition('_')[0]}.py", "--config", str(CONFIGS[name]), *source])
+            run_here([f"recipes/{name.partition('_')[0]}.py", "--config", str(CONFIGS[name]), *source])
     assert (place / "plain/model.safetensors").read_bytes() == before
     own = ["--train_file", str(place / "train.jsonl"), "--eval_strategy", "steps", "--length", "16"]
     command = ["recipes/unlearn.py", "--config", str(CONFIGS["unlearn_npo"]), *own]
     command += ["--model_name_or_path", str(place / "plain"), "--output_dir", str(tmp_path / "unseen")]
     with pytest.raises(ValueError, match="there is no held-out text: name `eval_files`"):
-        here(command)
+        run_here(command)
 
 
 def test_undo_says_that_it_has_nothing_to_stop_by(place, tmp_path):
     command = ["recipes/undo.py", "--config", str(CONFIGS["undo"]), *SHORT, "--text_files", str(place / "train.jsonl")]
     command += ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(place / "plain")]
     with pytest.raises(ValueError, match="`eval_files` has retian but no retain=FILE, whose loss ends training"):
-        here([*command, "--eval_files", f"retian={place / 'train.jsonl'}"])
+        run_here([*command, "--eval_files", f"retian={place / 'train.jsonl'}"])
     with pytest.raises(ValueError, match="rows of `eval_files` are also in `text_files`, which is trained on"):
-        here([*command, "--eval_files", f"retain={place / 'train.jsonl'}"])
+        run_here([*command, "--eval_files", f"retain={place / 'train.jsonl'}"])
 
 
 def test_a_run_that_resumes_is_told_the_same(place, tmp_path):
@@ -221,7 +209,7 @@ def test_a_run_that_resumes_is_told_the_same(place, tmp_path):
     RunDirectory(tmp_path / "out").start({"training": {"alpha": 0.1}}, {})
     (tmp_path / "out/checkpoint-2").mkdir()
     with pytest.raises(ValueError, match="other settings: `alpha` is 0.1 there, got 0.6"):
-        here([*command, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2")])
+        run_here([*command, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2")])
 
 
 # The command

@@ -1,34 +1,23 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from distributed_worker import FSDP_CASES, STEPS, TRAINER_CASES, fsdp_gradients, monitored_log, result_of, train
-from places import PARTS
+from two_processes import results_of_ranks
 
 from routed_peft import load_routed
-
-WORKER = PARTS / "distributed_worker.py"
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """The directory in which two processes have left their results."""
-    out = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", WORKER, out]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-    assert run.returncode == 0, run.stderr[-6000:]
-    return out
+    """The directory of two processes."""
+    return tmp_path_factory.mktemp("two")
 
 
 @pytest.fixture(scope="module")
 def ranks(two):
-    return [torch.load(two / f"results-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return results_of_ranks("distributed_worker.py", two)
 
 
 def assert_close(a, b, tolerance: float) -> None:

@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_parts import (
     PLAIN,
     VOCABULARY,
+    Gradients,
     answering,
     assert_same,
     detector,
@@ -36,17 +37,6 @@ from routed_peft.trl import (
 
 # TRL calls both by their old names.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the first optimizer step, before they are clipped or dropped."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if not self.found:
-            self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def reference_gradients(model, batches, *, routes, epsilon=0.2, beta=0.0) -> dict[str, torch.Tensor]:

@@ -10,10 +10,9 @@ from families import tiny
 from peft import get_peft_model
 from places import ROOT
 from torch import nn
-from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl_parts import VOCABULARY, assert_same, lora, moved, two_loras, weights, word_tokenizer
+from trl_parts import VOCABULARY, Gradients, assert_same, lora, moved, two_loras, weights, word_tokenizer
 
 from routed_peft import Route, RoutedConfig, ablated, load_routed, presets
 from routed_peft.trl import RoutedSFTConfig, RoutedSFTTrainer
@@ -47,17 +46,6 @@ def trainer_of(out: Path, model=None, dataset=None, routes=None, trainer_options
         routes=routes or presets.sgtm("forget"),
         **(trainer_options or {}),
     )
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the first step."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if not self.found:
-            self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow

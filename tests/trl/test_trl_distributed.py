@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from places import PARTS
 from trl_parts import assert_same, is_hack, reward
+from two_processes import in_two_processes
 
 from routed_peft import load_routed
-
-WORKER = PARTS / "trl_worker.py"
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", WORKER, out]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-    assert run.returncode == 0, run.stderr[-6000:]
+    in_two_processes(PARTS / "trl_worker.py", out)
     return out
 
 

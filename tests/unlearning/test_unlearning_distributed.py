@@ -1,26 +1,16 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from places import PARTS
+from two_processes import results_of_ranks
 from unlearning_worker import METHODS, run
-
-WORKER = PARTS / "unlearning_worker.py"
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    out = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", WORKER, out]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert process.returncode == 0, process.stderr[-6000:]
-    return [torch.load(out / f"results-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return results_of_ranks("unlearning_worker.py", tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
