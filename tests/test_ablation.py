@@ -80,6 +80,7 @@ def test_transformers_models_with_add_adapter_and_containers() -> None:
         assert torch.equal(logits(model), reference)
 
 
+@pytest.mark.slow
 def test_compiled_models_are_ablated_too() -> None:
     model = wrapped("lora")
     reference, compiled = without(model, "forget"), torch.compile(model, backend="eager")

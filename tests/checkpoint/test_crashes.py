@@ -22,7 +22,12 @@ def all_logits(path: Path, regions: list[str]) -> torch.Tensor:
     return logits(load_routed(path, regions))
 
 
-@pytest.mark.parametrize("before", ["nothing", "two regions", "one region"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "before", ["nothing", pytest.param("two regions", marks=SLOW), pytest.param("one region", marks=SLOW)]
+)
 def test_a_save_leaves_the_old_run_or_the_new_one(before: str, tmp_path: Path) -> None:
     path, kept = tmp_path / "run", tmp_path / "kept"
     names = {"two regions": ("forget", "bio"), "one region": ("forget",), "nothing": ()}[before]
@@ -57,6 +62,7 @@ def test_a_save_leaves_the_old_run_or_the_new_one(before: str, tmp_path: Path) -
     assert seen == {"new", "old" if names else "nothing"}
 
 
+@SLOW
 @pytest.mark.parametrize("command", [ablate, lambda src, out: export(src, out, keep=["forget"])])
 def test_an_export_appears_whole_or_can_be_repeated(command: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

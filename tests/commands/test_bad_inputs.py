@@ -206,7 +206,8 @@ def test_settings_of_relearn_out_of_range(plain, texts, tmp_path, more):
     "more",
     [
         ["--device", "cuda:9"], ["--device", "x"], ["--regions", ""], ["--regions", "+"], ["--regions", "[/x]"],
-        ["--tasks", "[/x]"], ["--tasks", ""], ["--metadata", "pair=[/x]"], ["--metadata", "limit=nan"],
+        pytest.param(["--tasks", "[/x]"], marks=pytest.mark.slow),  # looked for in all of lm-eval's files
+        ["--tasks", ""], ["--metadata", "pair=[/x]"], ["--metadata", "limit=nan"],
         ["--metadata", "=1"], ["--forget-file", "nowhere"], ["--retain-file", "."], ["--out", "."], ["--dtype", "x"],
         ["--metadata", "forget_file=[/x]"], ["--limit", "-1"], ["--metadata", "tokenizer=nowhere"],
     ],

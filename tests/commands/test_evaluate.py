@@ -31,6 +31,7 @@ def test_evaluate_measures_every_set_of_regions(run, tmp_path):
     assert report["metadata"]["forget_file"] == forget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [

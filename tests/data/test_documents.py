@@ -128,7 +128,10 @@ def test_text_of_one_side_only(tmp_path, column, side):
     ds = labeled_documents(DocumentArguments(train_file=str(tmp_path / "one.jsonl")))
     with pytest.raises(ValueError, match=f"every document is {side}, and routing needs text of both sides"):
         check_both_sides(ds)
-    check_both_sides(labeled_documents(DocumentArguments(pair="spanish", labeled=0.0)))  # no labels are another matter
+
+
+def test_other_labels_or_none_are_no_text_of_one_side_only():
+    check_both_sides(labeled_documents(DocumentArguments(pair="spanish", labeled=0.0)))
     check_both_sides(Dataset.from_dict({"route_label": ["bio", "core"]}))
 
 

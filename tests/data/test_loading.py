@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import cache
 
 import pandas
 import pytest
@@ -72,24 +73,34 @@ def test_texts_of_several_files_follow_each_other(tmp_path):
         load_texts([tmp_path / "a.jsonl"])
 
 
-TEXTS = load_pair("biology", "validation")["text"][:]
-TOKENIZER = train_tokenizer(TEXTS, vocab_size=600)
+@cache
+def biology() -> list[str]:
+    return load_pair("biology", "validation")["text"][:]
+
+
+@cache
+def biology_tokenizer():
+    return train_tokenizer(biology(), vocab_size=600)
 
 
 def test_the_tokenizer_is_the_same_every_time_and_survives_saving(tmp_path):
-    again = train_tokenizer(iter(TEXTS), vocab_size=600)
-    assert again.get_vocab() == TOKENIZER.get_vocab() and len(again) == 600
+    again = train_tokenizer(iter(biology()), vocab_size=600)
+    assert again.get_vocab() == biology_tokenizer().get_vocab() and len(again) == 600
     assert (again.pad_token_id, again.eos_token_id, again.bos_token_id) == (0, 1, 1)
     again.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded(TEXTS[:20])["input_ids"] == TOKENIZER(TEXTS[:20])["input_ids"]
-    assert (loaded.pad_token, loaded.eos_token, loaded.padding_side) == ("<pad>", "<eos>", TOKENIZER.padding_side)
+    assert loaded(biology()[:20])["input_ids"] == biology_tokenizer()(biology()[:20])["input_ids"]
+    assert (loaded.pad_token, loaded.eos_token, loaded.padding_side) == (
+        "<pad>",
+        "<eos>",
+        biology_tokenizer().padding_side,
+    )
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text().filter(lambda text: "<eos>" not in text and "<pad>" not in text))
 def test_any_text_can_be_written(text):
-    assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False)["input_ids"]) == text
+    assert biology_tokenizer().decode(biology_tokenizer()(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def test_a_vocabulary_without_room_for_bytes_raises():
@@ -121,7 +132,7 @@ def test_every_reader_reads_every_kind_of_file(tmp_path, name, bom, gz):
     assert load_training_file(path, columns=["text"])["text"][:] == texts
     assert [row["text"] for row in load_training_file(path, columns=["text"], streaming=True)] == texts
     assert load_texts([path])["text"][:] == read_texts(path, "x") == read_facts_flat(path) == texts
-    metadata = {"tokenizer": TOKENIZER, "forget_file": str(path)}
+    metadata = {"tokenizer": biology_tokenizer(), "forget_file": str(path)}
     assert utils.loss_documents("forget", **metadata)["test"]["text"][:] == texts
     files = DocumentArguments(forget_file=str(path), retain_file=str(path))
     assert labeled_documents(files)["text"][:] == texts * 2
@@ -149,7 +160,7 @@ def test_columns_templates_chats_and_tokens(tmp_path):
     assert read_texts(qa, "x", form=TextFormat("question")) == ["2 + 2?"]
     both = write(tmp_path / "both.jsonl", '{"text": "a", "body": "b", "side": "forget"}\n')
     assert load_documents(both, form=TextFormat("body")).to_list() == [{"side": "forget", "text": "b"}]
-    tokenizer = train_tokenizer(TEXTS, vocab_size=300)
+    tokenizer = train_tokenizer(biology(), vocab_size=300)
     chats = write(tmp_path / "chats.jsonl", json.dumps({"messages": CHAT, "other": CHAT}))
     with pytest.raises(ValueError, match="`x` has no text but `messages`, which needs a model's own tokenizer"):
         read_texts(chats, "x")
@@ -197,7 +208,7 @@ def test_text_that_is_no_text_is_refused_everywhere(tmp_path, case):
         lambda: load_texts([file]),
         lambda: read_texts(file, "x"),
         lambda: read_facts(file),
-        lambda: utils.loss_documents("forget", tokenizer=TOKENIZER, forget_file=file),
+        lambda: utils.loss_documents("forget", tokenizer=biology_tokenizer(), forget_file=file),
         lambda: labeled_documents(DocumentArguments(forget_file=file, retain_file=file)),
     )
     for read in readers:
@@ -215,7 +226,7 @@ def test_numbers_and_dates_of_parquet_are_refused(tmp_path):
         with pytest.raises(ValueError, match="needs strings in the column `text`"):
             load_texts([tmp_path / "a.parquet"])
     with pytest.raises(ValueError, match="needs strings in the column `text`, got int64"):
-        pack(Dataset.from_dict({"text": [1, 2]}), TOKENIZER, length=2)
+        pack(Dataset.from_dict({"text": [1, 2]}), biology_tokenizer(), length=2)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="is no readable Parquet"):
         load_texts([tmp_path / "broken.parquet"])

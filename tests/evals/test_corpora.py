@@ -20,7 +20,7 @@ def frame(pair, split):
     return load_pair(pair, split).to_pandas()
 
 
-@pytest.fixture(params=PAIRS)
+@pytest.fixture(scope="module", params=PAIRS)
 def splits(request):
     return {split: frame(request.param, split) for split in SPLITS}
 

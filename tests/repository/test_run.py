@@ -65,7 +65,7 @@ def test_an_environment_that_is_up_to_date_is_left_alone(tmp_path):
 
 def test_the_fast_tier_leaves_out_what_is_slow_distributed_or_of_experiments(tmp_path):
     calls, said = run(tmp_path, "Linux", True, True, "--fast", "-k", "two words")
-    assert calls[-1] == "-m pytest -m not slow and not distributed and not experiments -k two words"
+    assert calls[-1] == "-m pytest -n 2 -m not slow and not distributed and not experiments -k two words"
     registered = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
     assert {"slow", "distributed", "experiments"} == {line.split(":")[0] for line in registered}
 

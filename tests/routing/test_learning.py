@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from datasets import Dataset
 from families import tiny
@@ -63,6 +64,7 @@ def trained(tmp_path, labels: dict[str, list[str]], routes) -> tuple[dict[str, f
     return losses(), off
 
 
+@pytest.mark.slow
 def test_the_region_takes_the_forget_side_with_it(tmp_path):
     """Half of either side is labeled, and comes first; the other half has to be absorbed."""
     labels = {"forget": ["forget", "unlabeled"], "retain": ["retain", "unlabeled"]}

@@ -53,7 +53,7 @@ def both(tmp_path, tokenizer, dataset, routes=None, loss=None, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}])
-@pytest.mark.parametrize("loss", [None, mean_loss])
+@pytest.mark.parametrize("loss", [None, pytest.param(mean_loss, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("first", [True, False])
 def test_batches_without_any_token_with_a_loss(tmp_path, tokenizer, options, loss, first):
     ds = without_loss(4) if first else without_loss(4).select([*range(4, 8), *range(4), *range(8, 16)])

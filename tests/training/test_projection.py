@@ -230,6 +230,7 @@ def test_autocast_cuts_to_its_own_precision(tmp_path):
         assert u.dtype == torch.float32 and (u.T @ gradient).norm() < 1e-2 * gradient.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")  # torch's own tracing
 @pytest.mark.parametrize("strength", ["cut", "weights"])
 def test_compiled_it_is_one_graph_with_the_same_gradients(strength, tmp_path):
