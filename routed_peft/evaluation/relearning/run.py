@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import check_settings
 from routed_peft.evaluation.relearning.data import AttackData
 from routed_peft.evaluation.relearning.summary import FORMAT, KIND, read_summary, summarize
-from routed_peft.evaluation.relearning.sweep import STEPS, RelearnOptions, relearn
+from routed_peft.evaluation.relearning.sweep import STEPS, RelearnOptions, check_texts, relearn
 from routed_peft.evaluation.source import Regions, open_plain, open_source, own_regions, processes
 from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.files import read_json
@@ -105,11 +105,12 @@ def relearn_source(
     _check_free(records, about)
     how: dict[str, Any] = {"device": options.device, "trust_remote_code": options.trust_remote_code}
     model, tokenizer = open_plain(src, regions, revision=options.revision, regions_repo=options.regions_repo, **how)
+    for attack in chosen:
+        check_texts(model, tokenizer, data=data, attack=attack)
     conditions = _conditions(chosen, data, tokenizer=tokenizer, steps=steps, seeds=seeds)
     oracle_losses = {} if options.oracle is None else _oracle_losses(options.oracle, conditions)
     start, intervals = _start_losses(model, tokenizer, data)
-    targets = {attack.target for attack in chosen}
-    references = _reference_losses(options, model, tokenizer=tokenizer, data=data, targets=targets, seeds=seeds)
+    references = _reference_losses(options, model, tokenizer=tokenizer, data=data, attacks=chosen, seeds=seeds)
     facts = {"facts": _facts_loss(model, tokenizer, data=data, seeds=seeds)} if "facts" in references else {}
     for target, loss in references.items():
         if loss > (known := (start | facts)[target]) - TOLERANCE:
@@ -187,7 +188,7 @@ def _reference_losses(
     *,
     tokenizer: Any,
     data: AttackData,
-    targets: Collection[str],
+    attacks: Sequence[Attack],
     seeds: Sequence[int],
 ) -> dict[str, float]:
     """Return the losses of the model from which nothing was removed, by target, as far as they are known."""
@@ -205,7 +206,7 @@ def _reference_losses(
         differs = f"the tokenizer of {given} differs from that of the source"
         raise ValueError(f"{differs}, so their losses per token cannot be compared: {remedy}")
     losses = {"forget": TextLoss(model, tokenizer, data.forget_test)(model)}
-    if "facts" in targets:
+    if any(attack.target == "facts" for attack in attacks):
         losses["facts"] = _facts_loss(model, tokenizer, data=data, seeds=seeds)
     return losses
 
