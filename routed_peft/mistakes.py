@@ -40,6 +40,13 @@ def reading(source: object) -> Iterator[None]:
     """
     try:
         yield
+    except ValueError as error:
+        if "trust_remote_code=True" not in str(error):
+            raise
+        raise ValueError(
+            f"{str(source)!r} brings code of its own, which runs only with `trust_remote_code` (`--trust-remote-code`): read "
+            "it, and add that if you trust it"
+        ) from error
     except _OURS as error:
         raise ValueError(
             f"{str(source)!r} cannot be loaded ({type(error).__name__}: {error}): a file of it is damaged, or of another "

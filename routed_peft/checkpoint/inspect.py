@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
-from routed_peft.checkpoint.fetch import fetch
+from routed_peft.checkpoint.fetch import ROOT_FILES, fetch
 from routed_peft.checkpoint.layout import (
     CONFIG,
     REGION,
@@ -52,7 +52,7 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
     ...
     ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
     """
-    root, commit = fetch(src, revision, **hub)
+    root, commit = fetch(src, revision, (*ROOT_FILES, "*.py"), **hub)
     left = describe_leftovers(root)
     about: dict[str, Any] = {"source": str(src), "revision": commit}
     if (root / ROUTING).is_file():

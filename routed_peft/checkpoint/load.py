@@ -85,6 +85,8 @@ def load_run(
     names = [] if elsewhere or regions is None else layout.check_regions(regions)
     folders = {name: run.adapter_folder(name) for name in (*layout.base_adapters, *names)}
     folders |= {name: find_region(name, place, **run.hub) for name, place in elsewhere.items()}
+    if base is None and run.commit is not None and any(name.endswith(".py") for name in layout.data["files"]):
+        _fetch_code(run, from_pretrained_kwargs)
     with reading(layout.source):
         model: nn.Module = base if isinstance(base, nn.Module) else _load_base(layout, base, from_pretrained_kwargs)
     for folder in folders.values():
@@ -108,6 +110,14 @@ def load_run(
         set_routing_record(model, record)
         guard_saving(model)
     return model
+
+
+def _fetch_code(run: OpenRun, kwargs: Mapping[str, Any]) -> None:
+    """Download the code that a run on the Hub brings along, which nothing else needs, if it may be run."""
+    if not kwargs.get("trust_remote_code"):
+        raise ValueError(f"{run.layout.source!r} brings code of its own, which runs only with `trust_remote_code` "
+                         "(`--trust-remote-code`): read it, and add that if you trust it")  # fmt: skip
+    fetch(run.layout.source, run.commit, ["*.py"], **run.hub)
 
 
 def _load_base(layout: Layout, base: str | Path | None, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from routed_peft.checkpoint.fetch import fetch, fetch_folder
 from routed_peft.checkpoint.layout import CONFIG, Layout, verify_adapter
@@ -76,7 +76,7 @@ class OpenRun:
                 with suppress(*[OSError] * constants.HF_HUB_OFFLINE):  # a cached copy says nothing about the token
                     HfApi(token=self.hub.get("token")).repo_info(str(place))
             return find_region(name, place, **self.hub), ""
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             return None, f"{problem} ({type(error).__name__} at {place}: is it there, and may the token read it?)"
 
     def configuration_folder(self, name: str) -> Path:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -97,6 +98,8 @@ def load_documents(
                              "`text_column`, or several in `text_template`")  # fmt: skip
         if form.template is not None:
             for column in needed:
+                if (kind := str(getattr(ds.features[column], "dtype", ""))).startswith(("timestamp", "date", "time")):
+                    raise ValueError(f"{name} has {kind} in `{column}`, for `text_template`: write dates as strings")
                 if None in (values := ds[column][:]):
                     raise ValueError(f"{name} needs `{column}` in every row, for `text_template`, and has none in row "
                                      f"{values.index(None) + 1}")  # fmt: skip
@@ -267,10 +270,11 @@ def _table(rows: Sequence[dict[str, Any]], name: str, strict: Collection[str] | 
 
 def _stream(source: str | os.PathLike[str], split: str) -> IterableDataset:
     files = find_files(source, split, "source")
-    if files is None:
-        return load_dataset(str(source), split=split, streaming=True)
-    if all(_ending(file) == ".parquet" for file in files):
-        return load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
+    parquet = files is not None and all(_ending(file) == ".parquet" for file in files)
+    if files is None or parquet:  # `datasets` makes dates and numbers of text that looks like them
+        path, own = ("parquet", {"data_files": list(map(str, files))}) if files else (str(source), {})
+        stream = load_dataset(path, split="train" if files else split, streaming=True, **own)
+        return stream.map(_checked, with_indices=True, features=stream.features)
     if empty := [str(file) for file in files if not file.stat().st_size]:
         raise ValueError(f"{empty[0]!r} is empty: it must hold one row or more")
     return IterableDataset.from_generator(_checked_rows, gen_kwargs={"files": files})
@@ -278,11 +282,15 @@ def _stream(source: str | os.PathLike[str], split: str) -> IterableDataset:
 
 def _checked_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for file in files:
-        for number, row in enumerate(_rows(file, "source"), 1):
-            if TEXT in row and not (isinstance(row[TEXT], str) and row[TEXT].strip()):
-                raise ValueError(f"`source` must hold a non-empty `text` in every row, got {row[TEXT]!r} in row "
-                                 f"{number}")  # fmt: skip
-            yield row
+        yield from map(_checked, _rows(file, "source"), count())
+
+
+def _checked(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return a row of a stream, whose text is a string and not blank."""
+    if TEXT in row and not (isinstance(row[TEXT], str) and row[TEXT].strip()):
+        raise ValueError(f"`source` must hold a non-empty `text` in every row, as a string, got {row[TEXT]!r} in row "
+                         f"{index + 1}")  # fmt: skip
+    return row
 
 
 def _tokenizer(form: TextFormat, name: str, column: str) -> Any:
@@ -298,6 +306,8 @@ def _chat(tokenizer: Any, messages: Any, name: str) -> str:
                          "text")  # fmt: skip
     try:
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if odd := [m["content"] for m in given if not isinstance(m.get("content", ""), str | list)]:
+            raise ValueError(f"`content` must be a string, got {odd[0]!r}")
         return str(tokenizer.apply_chat_template(given, tokenize=False))
     except Exception as error:  # whatever a template raises
         raise ValueError(f"{name} has a chat that the chat template refuses, {str(messages)[:60]}: {error}") from error
