@@ -212,7 +212,7 @@ def document_means(values: Tensor, documents: Tensor, counted: Tensor | None = N
 
 
 def regroup(
-    rows: Dataset, is_forget: Sequence[Sequence[bool]], separator: int, begin: Sequence[int] = ()
+    rows: Dataset, is_forget: Sequence[Sequence[bool]], *, separator: int, begin: Sequence[int] = ()
 ) -> tuple[Dataset, list[str]]:
     """Regroup unlabeled rows, so that no row mixes forget documents with others, and return them with their labels.
 

@@ -195,7 +195,8 @@ class SelfLabeledRows(ChangingDataset):
             self.labels[scored] = np.where(is_forget, FORGET, RETAIN)
             self.found_rows = np.sort(scored)
         else:  # rows of an earlier scoring stay, because the run has used them
-            found, labels = regroup(self._at_first.select(scored), list(is_forget), self.separator, self.begin)
+            chosen, kinds = self._at_first.select(scored), list(is_forget)
+            found, labels = regroup(chosen, kinds, separator=self.separator, begin=self.begin)
             self.found_rows = len(self.rows) + np.arange(len(labels))
             self.rows = concatenate_datasets([self.rows, found])
             self.labels = np.concatenate([self.labels, np.array(labels, dtype=object)])

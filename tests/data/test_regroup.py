@@ -50,7 +50,7 @@ def test_rows_laid_out_anew_begin_as_packed_ones_do(template, seed):
         [bool(forget & set(np.array(ids)[own.numpy() == i])) for i in range(int(own.max()) + 1)]
         for ids, own in zip(rows["input_ids"], documents, strict=True)
     ]
-    found, labels = regroup(rows, is_forget, eos, begin)
+    found, labels = regroup(rows, is_forget, separator=eos, begin=begin)
     taken: Counter[int] = Counter()
     for row, label in zip(found, labels, strict=True):
         ids = row["input_ids"]
