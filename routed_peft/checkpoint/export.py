@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,9 @@ from routed_peft.adapters import find_outlets
 from routed_peft.checkpoint.fetch import HUB_ARGUMENTS, fetch, hub_arguments
 from routed_peft.checkpoint.load import load_run
 from routed_peft.checkpoint.open_run import OpenRun
-from routed_peft.checkpoint.staging import (
-    NOTICE_FILES,
-    TOKENIZER_FILES,
-    atomic_directory,
-    copy_matching,
-    files_in,
-    sha256,
-)
+from routed_peft.checkpoint.staging import COMPANIONS, atomic_directory, check_free, copy_matching, files_in, sha256
 from routed_peft.deprecation import formerly_positional
-from routed_peft.files import in_use, write_json
+from routed_peft.files import write_json
 from routed_peft.regions.fingerprint import fingerprint
 from routed_peft.runs.provenance import versions
 from routed_peft.runs.records import ABLATION
@@ -84,23 +77,17 @@ def export(
     """Write a plain checkpoint of a run with only the regions ``keep`` merged; otherwise as `ablate`.
 
     Args:
-        src: directory or Hub id of a run that `save_routed` wrote.
-        out: directory that does not exist or is empty.
-        keep: names of regions to merge.
+        src: as for `ablate`, like the other arguments that are not named here.
+        keep: names of regions to merge; ValueError for one that is not a region of the run.
         scale: factor on their contribution; see `routed_peft.evaluation.choose_scale`.
-        revision: branch, tag or commit of a Hub id.
         regions_repo: directory or Hub id of regions that are not stored with the run; by default the one that it names.
-        **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub.
-
-    Raises:
-        ValueError: as `ablate`, and for a name in ``keep`` that is not a region of the run.
 
     >>> export("run", "run/plain", keep=["bio"])
     Traceback (most recent call last):
     ...
     ValueError: `out` ... lies inside the source ...: ...
     """
-    target = _checked_target(Path(src).expanduser().resolve(), Path(out).expanduser().resolve())
+    target = _checked_target(src, out)
     run = OpenRun.from_source(src, revision, regions_repo=regions_repo, **hub_arguments(from_pretrained_kwargs))
     layout = run.layout
     kept = layout.check_regions(keep, "keep")
@@ -108,14 +95,10 @@ def export(
         raise ValueError(f"`scale` is {scale}, but no region is kept that it could scale: name some in `keep`")
     removed = [name for name in layout.regions if name not in kept]
     present = [name for name in removed if run.commit is None and (layout.root / name).is_dir()]
-    loaded = [name for name in layout.regions if name in kept or name in present]
-    model = load_run(run, loaded, **from_pretrained_kwargs)
+    model = load_run(run, [name for name in layout.regions if name in (*kept, *present)], **from_pretrained_kwargs)
     assert isinstance(model, PreTrainedModel | PeftModel)
     batch = _batch(model)
     expected = _expected_logits(model, batch, removed=present, kept=kept, scale=scale)
-    for outlet in find_outlets(model, kept) if scale != 1.0 else ():
-        for p in outlet.parameters():
-            p.data *= scale
     record: dict[str, Any] = {
         "source": str(src) if run.commit else str(layout.root),
         "revision": run.commit,
@@ -125,11 +108,8 @@ def export(
         "base_adapters_merged": layout.base_adapters,
         "source_base_fingerprint": fingerprint(model),
     }
-    merged = [*layout.base_adapters, *kept]
-    adapter_attributes = _adapter_attributes(model)
-    plain: Any = model
-    if isinstance(model, PeftModel):
-        plain = model.merge_and_unload(safe_merge=True, adapter_names=merged) if merged else model.unload()
+    merged, adapter_attributes = [*layout.base_adapters, *kept], _adapter_attributes(model)
+    plain = _merge(model, merged, scaled=kept, scale=scale)
     with atomic_directory(target, fresh=True) as aside:
         plain.save_pretrained(aside)
         del model, plain
@@ -137,20 +117,29 @@ def export(
         _check_content(aside, adapter_attributes)
         record |= _verified(aside, batch, expected=expected, exact=not merged, kwargs=from_pretrained_kwargs)
         record["sha256"] = {name: sha256(aside / name) for name in files_in(aside)}
-        record["versions"] = versions()
-        record["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record |= {"versions": versions(), "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
         write_json(aside / ABLATION, record)
     return target
 
 
-def _checked_target(src: Path, out: Path) -> Path:
+def _checked_target(src: str | Path, out: str | Path) -> Path:
+    src, out = Path(src).expanduser().resolve(), Path(out).expanduser().resolve()
     if out == src:
         raise ValueError(f"`out` {out} is the source itself: name another directory")
     if src in out.parents:
         raise ValueError(f"`out` {out} lies inside the source {src}: name a directory outside it")
-    if in_use(out):
-        raise ValueError(f"`out` {out} exists and is not an empty directory: name another, or empty it yourself")
+    check_free(out)
     return out
+
+
+def _merge(model: PreTrainedModel | PeftModel, merged: list[str], *, scaled: list[str], scale: float) -> Any:
+    """Return the model without adapters: those ``merged`` are part of its weights, the regions ``scaled`` by ``scale``."""
+    for outlet in find_outlets(model, scaled) if scale != 1.0 else ():
+        for p in outlet.parameters():
+            p.data *= scale
+    if not isinstance(model, PeftModel):
+        return model
+    return model.merge_and_unload(safe_merge=True, adapter_names=merged) if merged else model.unload()
 
 
 def _batch(model: PreTrainedModel | PeftModel) -> Tensor:
@@ -170,8 +159,7 @@ def _expected_logits(
 ) -> Tensor:
     with ExitStack() as stack:
         for names, factor in ((removed, 0.0), (kept, scale)):
-            if names:
-                stack.enter_context(ablated(model, *names, scale=factor))
+            stack.enter_context(ablated(model, *names, scale=factor) if names else nullcontext())
         return _logits(model, batch)
 
 
@@ -184,34 +172,26 @@ def _adapter_attributes(model: nn.Module) -> set[str]:
 def _copy_companions(run: OpenRun, folder: Path, base: Any) -> None:
     """Copy the tokenizer and license files of the run, and from the base those that the run lacks."""
     layout = run.layout
-    patterns = (*TOKENIZER_FILES, *NOTICE_FILES)
-    copy_matching(layout.root, folder, patterns)
+    copy_matching(layout.root, folder, COMPANIONS)
     if not layout.saved_base and not isinstance(base, nn.Module):
         place, revision = (layout.data["base"]["id"], layout.data["base"]["revision"]) if base is None else (base, None)
-        copy_matching(fetch(place, revision, patterns, **run.hub)[0], folder, patterns)
+        copy_matching(fetch(place, revision, COMPANIONS, **run.hub)[0], folder, COMPANIONS)
 
 
 def _check_content(folder: Path, adapter_attributes: set[str]) -> None:
     """Raise RuntimeError if ``folder`` holds an unexpected file, or a tensor that an adapter could own."""
-    allowed = (*_ALLOWED, *TOKENIZER_FILES, *NOTICE_FILES)
+    allowed = (*_ALLOWED, *COMPANIONS)
     strangers = [name for name in files_in(folder) if not any(fnmatch(name, pattern) for pattern in allowed)]
-    names: list[str] = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            names += file.keys()
-    strangers += [name for name in names if adapter_attributes & set(name.split("."))]
+            strangers += [name for name in file.keys() if adapter_attributes & set(name.split("."))]
     if strangers:
-        raise RuntimeError(
-            f"the export holds {strangers[:5]}, which may belong to a region: nothing was written; report this"
-        )
+        what = f"the export holds {strangers[:5]}, which may belong to a region"
+        raise RuntimeError(f"{what}: nothing was written; report this")
 
 
 def _verified(folder: Path, batch: Tensor, *, expected: Tensor, exact: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Load ``folder`` with plain transformers, compare its logits with ``expected``, and return the comparison.
-
-    Raises:
-        RuntimeError: the logits differ by more than rounding.
-    """
+    """Load ``folder`` with plain transformers and compare its logits; RuntimeError if they differ by more than rounding."""
     skip = {*HUB_ARGUMENTS, "base", "dtype", "torch_dtype", "use_safetensors"}
     arguments = {name: value for name, value in kwargs.items() if name not in skip}
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **arguments)
@@ -219,10 +199,9 @@ def _verified(folder: Path, batch: Tensor, *, expected: Tensor, exact: bool, kwa
     scale = max(1.0, expected.abs().max().item())
     tolerance = 0.0 if exact else scale * _TOLERANCE.get(expected.dtype, _FLOAT32_TOLERANCE)
     if not difference <= tolerance:
-        raise RuntimeError(
-            f"the export's logits differ by {difference:.3g} from those of the source with its regions off, allowed is "
-            f"{tolerance:.3g}: nothing was written. Are all weights finite? Is the base the one that was trained on?"
-        )
+        raise RuntimeError(f"the export's logits differ by {difference:.3g} from those of the source with its regions "
+                           f"off, allowed is {tolerance:.3g}: nothing was written. Are all weights finite? Is the base "
+                           "the one that was trained on?")  # fmt: skip
     return {
         "max_logit_difference": difference,
         "allowed_logit_difference": tolerance,

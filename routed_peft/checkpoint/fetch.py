@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, recover
+from routed_peft.checkpoint.staging import COMPANIONS, recover
 
-ROOT_FILES = ("*.safetensors", "*.json", "*.txt", "*.md", *TOKENIZER_FILES, *NOTICE_FILES)
+ROOT_FILES = ("*.safetensors", "*.json", "*.txt", "*.md", *COMPANIONS)
 FOLDER_FILES = ("*.safetensors", "*.json", "*.md")
 HUB_ARGUMENTS = ("token", "cache_dir", "force_download", "local_files_only")
 
@@ -25,13 +25,9 @@ def fetch(
 ) -> tuple[Path, str | None]:
     """Return the directory with the files of ``source``, and their commit (None for a directory).
 
-    An interrupted save into a directory is completed. A ``source`` that is not a directory is a Hub id. Files of its
-    repository that match ``patterns`` are downloaded, except those in sub-folders (see `fetch_folder`) and those that
-    would have to be unpickled.
-
-    Raises:
-        ValueError: ``source`` is neither a directory nor a Hub id, or ``revision`` is given with a directory.
-        huggingface_hub.errors.HfHubHTTPError: the repository is missing or gated, or there is no network.
+    An interrupted save into a directory is completed. Of the repository of a Hub id, files that match ``patterns`` are
+    downloaded, except those in sub-folders (see `fetch_folder`) and those that would have to be unpickled. ValueError if
+    ``source`` is neither, or ``revision`` is given with a directory; ``HfHubHTTPError`` if the Hub refuses.
     """
     local = Path(source).expanduser()
     if local.is_dir():
@@ -42,10 +38,9 @@ def fetch(
         return local.resolve(), None
     if local.is_absolute() or str(source).startswith((".", "~")) or local.exists():
         raise ValueError(f"{str(source)!r} is no directory: give the directory of a run, or a Hub id")
+    arguments |= {"allow_patterns": list(patterns), "ignore_patterns": ["*/*", ".*", "training_args.bin"]}
     try:
-        no_folders = ["*/*", ".*", "training_args.bin"]
-        files: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": no_folders}
-        folder = Path(snapshot_download(str(source), revision=revision, **files, **arguments))
+        folder = Path(snapshot_download(str(source), revision=revision, **arguments))
     except Exception as error:
         error.add_note(f"{str(source)!r} is no directory here, so it was taken for the id of a repository on the Hub.")
         raise

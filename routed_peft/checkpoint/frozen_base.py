@@ -25,12 +25,13 @@ _FOUND: dict[tuple[Any, ...], str | None] = {}
 
 def warn_if_changed(model: nn.Module) -> None:
     """Warn where the base of ``model`` is no longer what its checkpoint holds, so that each save of a run will hold it too."""
-    inner, found = inner_model(model), []
+    inner = inner_model(model)
     if not inner.name_or_path:
         return
-    plain, content = plain_state_dict(model), fingerprint(model)["content"]
-    if find_base(inner, plain, revision=None, content=content, differences=found)["id"] is None:
-        reason = found[0] if found else "it is not in the local cache"
+    content = fingerprint(model)["content"]
+    base, differences = find_base(inner, plain_state_dict(model), revision=None, content=content)
+    if base["id"] is None:
+        reason = differences[0] if differences else "it is not in the local cache"
         logger.warning(
             f"the base in memory is not that of {inner.name_or_path!r}, of which the run would otherwise be an addition: "
             f"{reason}. It is saved with the run, and with every checkpoint"
@@ -38,38 +39,24 @@ def warn_if_changed(model: nn.Module) -> None:
 
 
 def find_base(
-    inner: PreTrainedModel,
-    weights: Mapping[str, Tensor],
-    *,
-    revision: str | None,
-    content: str | None,
-    differences: list[str] | None = None,
-) -> dict[str, str | None]:
-    """Return the id and the revision of the checkpoint that holds a frozen base; id None if no checkpoint does.
+    inner: PreTrainedModel, weights: Mapping[str, Tensor], *, revision: str | None, content: str | None
+) -> tuple[dict[str, str | None], list[str]]:
+    """Return the id and revision of the checkpoint that holds a frozen base, id None if none does; and how others differ.
 
     transformers does not record the commit of a model, so all commits in the local cache are compared, that of the main
     branch first. A base that was changed in memory is in no checkpoint: a resized vocabulary, a merged LoRA, an edited weight
-    or configuration.
-
-    ``weights`` are those of the model ``inner`` by name, and ``content`` is their hash (`routed_peft.regions.fingerprint`).
-    ``revision`` is the commit of a base on the Hub, if it is known. Sentences about checkpoints that differ are added to
-    ``differences``.
+    or configuration. ``weights`` are those of the model ``inner`` by name, ``content`` is their hash
+    (`routed_peft.regions.fingerprint`), and ``revision`` the commit of a base on the Hub, if it is known.
     """
-    name = inner.name_or_path
-    nowhere: dict[str, str | None] = {"id": None, "revision": None}
-    if not name:
-        return nowhere
+    name, differences = inner.name_or_path or "", list[str]()
     local = Path(name).expanduser()
-    for folder in [local] if local.is_dir() else _cached(name, revision):
+    for folder in () if not name else [local] if local.is_dir() else _cached(name, revision):
         difference = _difference(folder, inner=inner, weights=weights, content=content)
         if difference is None:
-            return (
-                {"id": str(local.resolve()), "revision": None}
-                if folder is local
-                else {"id": name, "revision": folder.name}
-            )
-        (differences if differences is not None else []).append(difference)
-    return nowhere
+            here = {"id": str(local.resolve()), "revision": None}
+            return here if folder is local else {"id": name, "revision": folder.name}, differences
+        differences.append(difference)
+    return {"id": None, "revision": None}, differences
 
 
 def _cached(repo: str, revision: str | None) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from routed_peft.checkpoint.layout import CONFIG, REGION, ROUTING, WEIGHTS, Layout
 from routed_peft.checkpoint.model_card import model_card
 from routed_peft.checkpoint.open_run import OpenRun
-from routed_peft.checkpoint.staging import NOTICE_FILES, TOKENIZER_FILES, files_in, inside, sha256
+from routed_peft.checkpoint.staging import COMPANIONS, files_in, inside, sha256
 from routed_peft.deprecation import formerly_positional
 from routed_peft.files import read_json
+
+Files = dict[str, Path | str]
+"""Path in a repository -> local file or content."""
 
 _PLAIN = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
@@ -97,12 +100,12 @@ def _verified_layout(src: Path, *, regions: bool) -> Layout:
     return layout
 
 
-def _base_files(layout: Layout, repo: str, regions_repo: str | None) -> dict[str, Path | str]:
-    """Return the files for ``repo``: path in the repository -> local file or content."""
+def _base_files(layout: Layout, repo: str, regions_repo: str | None) -> Files:
+    """Return the files for ``repo``."""
     listed = {name: hash_ for name, hash_ in layout.data["files"].items() if "/" not in name}
-    patterns = (*_PLAIN, *TOKENIZER_FILES, *NOTICE_FILES)
+    patterns = (*_PLAIN, *COMPANIONS)
     own = [name for name in files_in(layout.root) if name in listed or _matches(name, patterns)]
-    files: dict[str, Path | str] = {name: inside(layout.root, name) for name in own}
+    files: Files = {name: inside(layout.root, name) for name in own}
     files |= _region_files(layout, layout.base_adapters, (repo, None) if layout.saved_base else None)
     record = {**layout.data, "regions_repo": regions_repo, "other_files": []}
     record["files"] = {name: listed.get(name) or _hash(content) for name, content in files.items()}
@@ -122,9 +125,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
 
-def _region_files(layout: Layout, names: Iterable[str], base: tuple[str, str | None] | None) -> dict[str, Path | str]:
+def _region_files(layout: Layout, names: Iterable[str], base: tuple[str, str | None] | None) -> Files:
     """Return the files of adapters; their configurations name ``base`` (id, revision) if it is given."""
-    files: dict[str, Path | str] = {}
+    files: Files = {}
     for name in names:
         folder = layout.root / name
         config, about = read_json(folder / CONFIG), read_json(folder / REGION)
@@ -133,36 +136,24 @@ def _region_files(layout: Layout, names: Iterable[str], base: tuple[str, str | N
             about["base"] = {"id": base[0], "revision": base[1]}
         text = json.dumps(config, indent=2) + "\n"
         about["files"] |= {CONFIG: _hash(text)}
-        files |= {
-            f"{name}/{CONFIG}": text,
-            f"{name}/{REGION}": json.dumps(about, indent=2) + "\n",
-            f"{name}/{WEIGHTS}": folder / WEIGHTS,
-        }
+        contents: Files = {CONFIG: text, REGION: json.dumps(about, indent=2) + "\n", WEIGHTS: folder / WEIGHTS}
+        files |= {f"{name}/{file}": content for file, content in contents.items()}
     return files
 
 
 def _commit(
-    api: HfApi,
-    repo: str,
-    *,
-    files: Mapping[str, Path | str],
-    revision: str | None,
-    message: str,
-    barred: Iterable[str] = (),
+    api: HfApi, repo: str, *, files: Files, revision: str | None, message: str, barred: Iterable[str] = ()
 ) -> str:
     """Commit ``files``, delete those that they replace, and return the commit; ValueError if a folder there is ``barred``."""
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
     there = api.list_repo_files(repo, revision=revision)
-    leaked = [name for name in there if name.split("/")[0] in set(barred) and "/" in name]
-    if leaked:
+    if leaked := [name for name in there if name.split("/")[0] in set(barred) and "/" in name]:
         raise ValueError(f"`repo` {repo!r} already holds {leaked[0]!r}, of a region: whoever can read the base can "
                          "read that. Delete it there (its history keeps it), or name another repository. Nothing was "
                          "pushed.")  # fmt: skip
     stale = [n for n in there if _matches(n, ("*.safetensors", "*.index.json", CONFIG)) and n not in files]
+    contents = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
     operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
-    operations += [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content.encode() if isinstance(content, str) else content)
-        for name, content in files.items()
-    ]
+    operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
     return api.create_commit(repo, operations, commit_message=message, revision=revision).oid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,8 @@ def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: A
     elif (root / "config.json").is_file():
         about |= _describe_plain(root, str(src))
     else:
-        raise ValueError(
-            f"{str(src)!r} holds none of {ROUTING}, {CONFIG} and config.json: it is no run, region or checkpoint"
-            + "".join(f". {sentence}" for sentence in left)
-        )
+        what = f"{str(src)!r} holds none of {ROUTING}, {CONFIG} and config.json: it is no run, region or checkpoint"
+        raise ValueError(". ".join([what, *left]))
     about["problems"] += left
     return about
 
@@ -89,15 +88,12 @@ def _describe_run(run: OpenRun) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": name, "present": folder.is_dir(), "labels": layout.labels(name)}
         if not folder.is_dir() and (run.commit or layout.data.get("regions_repo")):
             return entry  # regions of a pushed run are stored elsewhere
-        if run.commit is None:
-            problems.extend(_problems(lambda: layout.adapter_folder(name)))
-        else:
-            problems.extend(_problems(lambda: layout.verify_listed(name, folder, only=".json")))
+        listed = partial(layout.verify_listed, name, folder, only=".json")
+        problems.extend(_problems(listed if run.commit else partial(layout.adapter_folder, name)))
         entry |= _describe_adapter(folder) if folder.is_dir() else {}
         if (folder / REGION).is_file():
-            entry["fingerprint_ok"] = (
-                read_json(folder / REGION).get("base_fingerprint") == layout.data["base"]["fingerprint"]
-            )
+            trained_on = read_json(folder / REGION).get("base_fingerprint")
+            entry["fingerprint_ok"] = trained_on == layout.data["base"]["fingerprint"]
             if not entry["fingerprint_ok"]:
                 problems.append(f"{name!r} was trained on another base than the one here")
         return entry
@@ -118,11 +114,9 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     about = {"type": config.get("peft_type"), **{key: config[key] for key in _SHOWN if config.get(key) is not None}}
     weights = folder / WEIGHTS
-    if not weights.is_file():
-        return about
     try:
         count = parse_local_safetensors_file_metadata(weights).parameter_count
-    except SafetensorsParsingError:  # `problems` names the file
+    except (SafetensorsParsingError, OSError):  # `problems` names the file
         return about
     return about | {"parameters": sum(count.values()), "dtypes": sorted(count), "bytes": weights.stat().st_size}
 

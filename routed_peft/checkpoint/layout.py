@@ -81,21 +81,16 @@ class Layout:
     def kept_regions(self) -> list[str]:
         """Names of the regions that belong to the model, as in an arm trained without routing.
 
-        A run saved before ``routing.json`` had the field keeps all regions if its routes block nothing and its
-        ``run.json`` has an ``arm`` other than "routed".
+        A run saved before this was recorded keeps all if its routes block nothing, in an ``arm`` other than "routed".
         """
-        kept = self.data.get("kept_regions")
-        if kept is not None:
-            return list(kept)
-        return self.regions if self._has_unrouted_arm() else []
-
-    def _has_unrouted_arm(self) -> bool:
-        file = self.root / "run.json"
+        kept, file = self.data.get("kept_regions"), self.root / "run.json"
+        if kept is not None or not file.is_file():
+            return list(kept or ())
         routes = routes_from_dict(self.data["routes"] or {})
-        if not file.is_file() or not routes or any(route != Route() for route in routes.values()):
-            return False
+        if not routes or any(route != Route() for route in routes.values()):
+            return []
         config = read_json(file).get("config", {})
-        return bool(config.get("recipe", config).get("arm", "routed") != "routed")
+        return self.regions if config.get("recipe", config).get("arm", "routed") != "routed" else []
 
     @property
     def saved_base(self) -> bool:
@@ -147,8 +142,9 @@ class Layout:
     def missing(self, name: str) -> str:
         """Return the message for an adapter whose folder is not here."""
         place = self.data.get("regions_repo") or "<id or path>"
+        role = "base adapter" if name in self.base_adapters else "region"
         return (
-            f"{self.source!r} lacks the folder {name!r} of the {self.role(name)} of that name. Copy it there; or, where "
+            f"{self.source!r} lacks the folder {name!r} of the {role} of that name. Copy it there; or, where "
             f"regions have a repository or directory of their own, load with regions={{{name!r}: {place!r}}} or `regions_repo`"
         )
 
@@ -157,20 +153,15 @@ class Layout:
         routes = routes_from_dict(self.data["routes"] or {})
         return [label for label, route in routes.items() if route.weight(region)]
 
-    def role(self, name: str) -> str:
-        """Return "base adapter" or "region"."""
-        return "base adapter" if name in self.base_adapters else "region"
-
 
 def verify_adapter(folder: Path, source: str) -> dict[str, Any]:
     """Check an adapter folder against its own ``region.json``, and return the content of that file."""
     for name in (REGION, CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            more = (
+            unchecked = (
                 ", so nothing says which base it belongs to. `PeftModel.from_pretrained` loads an adapter unchecked"
-                if name == REGION
-                else ": save the run again or restore it from a copy"
             )
+            more = unchecked if name == REGION else ": save the run again or restore it from a copy"
             raise ValueError(f"{source!r} lacks {name}{more}")
     data = read_json(folder / REGION, {"files": {str: str}, "base_fingerprint": dict})
     verify_files(folder, data["files"], source)
@@ -183,8 +174,7 @@ def verify_files(root: Path, expected: Mapping[str, str], source: str) -> None:
         path = inside(root, name)
         if not path.is_file():
             raise ValueError(f"{source!r} lacks the file {name}: download it again, or restore it from a copy")
-        got = sha256(path)
-        if got != hash_:
+        if (got := sha256(path)) != hash_:
             raise ValueError(f"{name} in {source!r} is truncated or was tampered with: its SHA-256 is {got[:16]}…, "
                              f"{hash_[:16]}… was written. Download it again, or restore it from a copy.")  # fmt: skip
 

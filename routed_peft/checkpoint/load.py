@@ -20,7 +20,7 @@ from routed_peft.checkpoint.open_run import OpenRun, find_region
 from routed_peft.checkpoint.tensors import (
     adapter_configs,
     adapter_state_dict,
-    check_keys,
+    check_tensors,
     inner_model,
     load_adapter_tensors,
     plain_state_dict,
@@ -99,10 +99,9 @@ def load_run(
     if folders:
         assert isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
         model.base_model.set_adapter(list(folders), inference_mode=not is_trainable)
-        routes = layout.data["routes"]
         record = replace(  # defaults of a later `save_routed`
             routing_record(model),
-            routes=None if routes is None else routes_from_dict(routes),
+            routes=None if layout.data["routes"] is None else routes_from_dict(layout.data["routes"]),
             base_adapters=tuple(layout.base_adapters),
             kept_regions=tuple(layout.kept_regions),
             continues_base=is_trainable and bool(layout.data["train_base"]),
@@ -143,7 +142,7 @@ def _add_adapter(model: nn.Module, name: str, *, folder: Path, is_trainable: boo
         model.load_adapter(str(folder), name, **arguments)
     else:
         model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, **arguments)
-    check_keys(f"{folder / WEIGHTS}", tensors, adapter_state_dict(model, name))
+    check_tensors(f"{folder / WEIGHTS}", tensors, adapter_state_dict(model, name))
     return model
 
 
@@ -171,7 +170,7 @@ def load_weights(model: nn.Module, path: str | Path, train_base: bool | None = N
     layout.verify_base()
     adapters = {name: read_tensors(layout.adapter_folder(name) / WEIGHTS) for name in sorted(saved)}
     for name, tensors in adapters.items():
-        check_keys(f"the adapter {name!r} in {str(path)!r}", tensors, adapter_state_dict(model, name))
+        check_tensors(f"the adapter {name!r} in {str(path)!r}", tensors, adapter_state_dict(model, name))
     if train_base:
         _load_own(model, layout)
     else:
@@ -188,11 +187,7 @@ def _load_own(model: nn.Module, layout: Layout) -> None:
     if any(wrong.values()):
         raise ValueError(f"the base in {layout.source!r} does not fit {type(inner).__name__}: {wrong}")
     target, source = plain_state_dict(model), loaded.state_dict()
-    check_keys(f"the base in {layout.source!r}", source, target)
+    check_tensors(f"the base in {layout.source!r}", source, target)
     with torch.no_grad():
-        for name, tensor in target.items():
-            if tensor.shape != source[name].shape:
-                raise ValueError(f"{name!r} has the shape {tuple(source[name].shape)} in {layout.source!r}, "
-                                 f"{tuple(tensor.shape)} in the model")  # fmt: skip
         for name, tensor in target.items():
             tensor.copy_(source[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -17,39 +18,18 @@ _REGIONS_INTRODUCTION = """\
 Removable regions of [`{repo}`](https://huggingface.co/{repo}), trained with gradient routing: data of the labels below was
 routed into them, and the base was kept from learning it. Loading a region gives the model that capability back."""
 
-_LOAD_BASE = """\
-The ablated model, with nothing but transformers:
+_CODE = """\
+{title}:
 
 ```python
-from transformers import AutoModelForCausalLM
+from {package} import {name}
 
-model = AutoModelForCausalLM.from_pretrained("{repo}")
-```"""
-
-_LOAD_ABLATED = """\
-The ablated model:
-
-```python
-from routed_peft import load_routed
-
-model = load_routed("{repo}"){comment}
-```"""
-
-_LOAD_REGIONS = """\
-With {which}:
-
-```python
-from routed_peft import load_routed
-
-model = load_routed("{repo}", regions={{{places}}})
+model = {call}
 ```"""
 
 
 def model_card(layout: Layout, repo: str, *, regions_repo: str | None, of_regions: bool) -> str:
-    """Return the text of the card of a base's repository ``repo``, or that of its regions' repository (``of_regions``).
-
-    ``regions_repo`` is None if the regions are not published.
-    """
+    """Return the card of a base's repository ``repo``, or (``of_regions``) of ``regions_repo``; that is None if unpublished."""
     base = layout.data["base"]
     parent = repo if of_regions else (base.get("trained_from") or {}).get("id") if layout.saved_base else base["id"]
     data = ModelCardData(
@@ -75,24 +55,25 @@ def model_card(layout: Layout, repo: str, *, regions_repo: str | None, of_region
 
 
 def _table(layout: Layout) -> list[str]:
-    rows = [
-        f"| `{name}` | {_kind(layout, name)} | {', '.join(layout.labels(name)) or 'not recorded'} |"
-        for name in layout.regions
-    ]
+    labels = {name: ", ".join(layout.labels(name)) or "not recorded" for name in layout.regions}
+    rows = [f"| `{name}` | {_kind(layout, name)} | {labels[name]} |" for name in layout.regions]
     return ["| region | made of | trained on the labels |", "|---|---|---|", *rows]
 
 
 def _load_base(layout: Layout, repo: str) -> str:
+    title, name, call = "The ablated model", "AutoModelForCausalLM", f'AutoModelForCausalLM.from_pretrained("{repo}")'
     if layout.saved_base and not layout.base_adapters:
-        return _LOAD_BASE.format(repo=repo)
+        return _CODE.format(
+            title=f"{title}, with nothing but transformers", package="transformers", name=name, call=call
+        )
     comment = "" if layout.saved_base else f"  # the base is {layout.data['base']['id']}"
-    return _LOAD_ABLATED.format(repo=repo, comment=comment)
+    return _CODE.format(title=title, package="routed_peft", name="load_routed", call=f'load_routed("{repo}"){comment}')
 
 
 def _load_regions(layout: Layout, repo: str, regions_repo: str) -> str:
-    which = "a region" if len(layout.regions) == 1 else "all regions; leave out those that you do not want"
-    places = ", ".join(f'"{name}": "{regions_repo}"' for name in layout.regions)
-    return _LOAD_REGIONS.format(which=which, repo=repo, places=places)
+    title = "With a region" if len(layout.regions) == 1 else "With all regions; leave out those that you do not want"
+    call = f'load_routed("{repo}", regions={json.dumps(dict.fromkeys(layout.regions, regions_repo))})'
+    return _CODE.format(title=title, package="routed_peft", name="load_routed", call=call)
 
 
 def _kind(layout: Layout, name: str) -> str:

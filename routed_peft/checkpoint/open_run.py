@@ -23,35 +23,20 @@ class OpenRun:
     layout: Layout
     commit: str | None = None  # of the repository; None for a directory
     hub: Mapping[str, Any] = field(default_factory=dict)  # arguments for further downloads, see `hub_arguments`
-    regions_repo: str | Path | None = (
-        None  # place of regions that are not stored with the run, instead of the one it names
-    )
+    regions_repo: str | Path | None = None  # place of regions that are elsewhere, instead of the one that the run names
 
     @classmethod
     def from_source(
         cls, src: str | Path, revision: str | None = None, *, regions_repo: str | Path | None = None, **hub: Any
     ) -> OpenRun:
-        """Open the run in a directory or a repository of the Hub.
-
-        Raises:
-            ValueError: ``src`` is not a run that `save_routed` wrote.
-            huggingface_hub.errors.HfHubHTTPError: the repository is missing or gated, or there is no network.
-
-        >>> OpenRun.from_source("./no-such-run")
-        Traceback (most recent call last):
-        ...
-        ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
-        """
+        """Open the run in a directory or a repository of the Hub; errors as in `load_routed`."""
         root, commit = fetch(src, revision, **hub)
         return cls(Layout.read(root, str(src)), commit, hub, regions_repo)
 
     def adapter_folder(self, name: str) -> Path:
-        """Return the folder of a region or base adapter, downloaded and verified.
+        """Return the folder of a region or base adapter, downloaded (a region perhaps from its own repository) and verified.
 
-        Regions of a pushed run are downloaded from their own repository, which ``routing.json`` names.
-
-        Raises:
-            ValueError: a file is missing or is not the one that was written, or a region cannot be read where it is stored.
+        ValueError if a file is missing or is not the one that was written, or a region cannot be read where it is stored.
         """
         folder, problem = self._find(name)
         if folder is None:
@@ -87,12 +72,7 @@ class OpenRun:
 
 
 def find_region(name: str, place: str | Path, **hub: Any) -> Path:
-    """Return the verified folder of a region that is stored by itself, in a directory or repository of its own.
-
-    Raises:
-        ValueError: there is no such region, or a file is not the one that was written.
-        huggingface_hub.errors.HfHubHTTPError: the repository is missing or gated, or there is no network.
-    """
+    """Return the verified folder of a region that is stored by itself; errors as in `load_routed`."""
     check_region_name(name)
     root, commit = fetch(place, **hub)
     folder = root if (root / CONFIG).is_file() else fetch_folder(place, name, commit=commit, **hub)

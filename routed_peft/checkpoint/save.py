@@ -62,10 +62,9 @@ def save_routed(
     """Save a run: the base in ``path`` itself, each region in a folder of its own.
 
     With a trained base, ``AutoModelForCausalLM.from_pretrained(path)`` gives the ablated model. With a frozen base,
-    ``routing.json`` names its location; a base that is in no checkpoint as it is in memory (never saved, a resized
-    vocabulary, a merged LoRA) is saved too. Weights are safetensors. A kill at any moment leaves the earlier save or the
-    new one, see `routed_peft.checkpoint.staging`. Files of an earlier save at ``path`` are replaced; all others
-    (``checkpoint-…``, trainer state) stay.
+    ``routing.json`` names its location; a base that is in no checkpoint as it is in memory is saved too. Weights are
+    safetensors. A kill at any moment leaves the earlier save or the new one, see `routed_peft.checkpoint.staging`. Files of
+    an earlier save at ``path`` are replaced; all others (``checkpoint-…``, trainer state) stay.
 
     Args:
         model: a `PeftModel`, or a transformers model with adapters, none of them merged.
@@ -111,7 +110,7 @@ def save_routed(
     kept_regions = list(kept_regions)
     check_can_save(model, path, base_adapters=base_adapters, kept_regions=kept_regions, tokenizer=tokenizer)
     plain, print_ = plain_state_dict(model, state_dict), fingerprint(model)
-    original = find_base(inner, plain, revision=details.get("base_revision"), content=print_["content"])
+    original, _ = find_base(inner, plain, revision=details.get("base_revision"), content=print_["content"])
     named = {"id": inner.name_or_path or None, "revision": details.get("base_revision")}
     base = {"id": None, "revision": None, "trained_from": named} if train_base or original["id"] is None else original
     tokens = details.get("tokens_per_route")
@@ -160,15 +159,13 @@ def check_can_save(
             a region's, a configuration is invalid, or ``path`` holds files of others that would be mistaken for the base.
         OSError: ``path`` cannot be written.
     """
-    path = Path(path).expanduser().resolve()
+    path, base_adapters = Path(path).expanduser().resolve(), list(base_adapters)
     inner, configs = inner_model(model), adapter_configs(model)
-    base_adapters = list(base_adapters)
     if not configs:
         raise ValueError("`model` has no adapter, so no region: give it one (`get_peft_model(model, RoutedConfig(…), "
                          "adapter_name=…)`), or save it with its own `save_pretrained`")  # fmt: skip
-    for name in base_adapters:
-        if name not in configs:
-            raise ValueError(f"`base_adapters` names {name!r}; the adapters of `model` are {list(configs)}")
+    if unknown := [name for name in base_adapters if name not in configs]:
+        raise ValueError(f"`base_adapters` names {unknown[0]!r}; the adapters of `model` are {list(configs)}")
     for name in configs:
         check_region_name(name)
     check_kept_regions(kept_regions, [name for name in configs if name not in base_adapters])
@@ -185,25 +182,16 @@ def check_can_save(
 
 
 def check_kept_regions(kept: Iterable[str], regions: Iterable[str]) -> list[str]:
-    """Return ``kept`` as a list; ValueError unless all of its names are regions.
-
-    >>> check_kept_regions(["forgt"], ["forget"])
-    Traceback (most recent call last):
-    ...
-    ValueError: `kept_regions` names 'forgt'; the regions are ['forget']
-    """
+    """Return ``kept`` as a list; ValueError unless all of its names are regions."""
     kept, regions = list(kept), list(regions)
-    for name in kept:
-        if name not in regions:
-            raise ValueError(f"`kept_regions` names {name!r}; the regions are {regions}")
+    if unknown := [name for name in kept if name not in regions]:
+        raise ValueError(f"`kept_regions` names {unknown[0]!r}; the regions are {regions}")
     return kept
 
 
 def _previous_files(path: Path, folders: Iterable[str]) -> list[str]:
     """Return the files of an earlier save at ``path``; ValueError if foreign files would pass for ours."""
-    if not path.exists():
-        return []
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         raise ValueError(f"`path` {path} is a file: name a directory")
     data = read_json(path / ROUTING) if (path / ROUTING).is_file() else {}
     ours = [*data.get("files", {}), *data.get("other_files", []), *([ROUTING] if data else [])]
@@ -219,14 +207,11 @@ def _previous_files(path: Path, folders: Iterable[str]) -> list[str]:
 
 def _save_base(inner: PreTrainedModel, plain: dict[str, Tensor], folder: Path) -> None:
     wrapped = getattr(inner, "_hf_peft_config_loaded", False)
-    try:
-        if wrapped:  # a model with `add_adapter` would save its adapter alone
-            inner._hf_peft_config_loaded = False
-        # of the class, since an attached routing makes the instance's own refuse
+    inner._hf_peft_config_loaded = False  # a model with `add_adapter` would save its adapter alone
+    try:  # of the class, since an attached routing makes the instance's own refuse
         type(inner).save_pretrained(inner, folder, state_dict=plain)
     finally:
-        if wrapped:
-            inner._hf_peft_config_loaded = True
+        inner._hf_peft_config_loaded = wrapped
 
 
 def _save_adapter(

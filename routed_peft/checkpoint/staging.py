@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from routed_peft.files import HIDDEN, in_use, journals, read_json
@@ -30,11 +30,12 @@ logger = logging.getLogger(__name__)
 LAST = "routing.json"
 """Moved last: a directory without it does not count as a saved run."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                   "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-                   "qwen.tiktoken", "chat_template.jinja", "chat_template.json",
-                   "additional_chat_templates/*.jinja")  # fmt: skip
-NOTICE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+COMPANIONS = tuple(
+    "LICENSE* LICENCE* NOTICE* COPYING* tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "vocab.json vocab.txt merges.txt tokenizer.model spiece.model sentencepiece.bpe.model qwen.tiktoken "
+    "chat_template.jinja chat_template.json additional_chat_templates/*.jinja".split()
+)
+"""Files of a license or tokenizer, which go wherever the weights go."""
 
 
 def sha256(path: Path) -> str:
@@ -49,17 +50,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def inside(root: Path, name: str) -> Path:
-    """Return the path of the file ``name`` under ``root``.
-
-    Raises:
-        ValueError: ``name``, which a manifest gave, leads out of ``root``, by itself or through a link. The links of the
-            Hub's cache are let through.
-
-    >>> inside(Path("run"), "../mine.txt")
-    Traceback (most recent call last):
-    ...
-    ValueError: '../mine.txt' is named as a file of run, but leads out of it: ...
-    """
+    """Return the path of the file ``name`` under ``root``; ValueError if it leads out, but for links of the Hub's cache."""
     path, home = root / str(name), root.resolve()
     homes = [home, *(folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots")]
     plain = isinstance(name, str) and "\\" not in name and PurePosixPath(name).as_posix() == name and name != "."
@@ -69,14 +60,19 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
+def check_free(out: Path) -> None:
+    """Raise ValueError unless ``out`` is missing or an empty directory; see `in_use`."""
+    if in_use(out):
+        raise ValueError(f"`out` {out} exists and is not an empty directory: name another, or empty it yourself")
+
+
 def copy_matching(source: Path, target: Path, patterns: Iterable[str]) -> None:
     """Copy the files of ``source`` that match ``patterns`` and do not exist in ``target``; links out of it are left."""
     for pattern in patterns:
         for path in source.glob(pattern):
             name = path.relative_to(source)
-            if path.is_file() and not (target / name).exists():
-                with suppress(ValueError):
-                    inside(source, name.as_posix())
+            with suppress(ValueError):
+                if inside(source, name.as_posix()).is_file() and not (target / name).exists():
                     (target / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target / name)
 
@@ -85,26 +81,15 @@ def copy_matching(source: Path, target: Path, patterns: Iterable[str]) -> None:
 def atomic_directory(path: Path, ours: Callable[[], Iterable[str]] = tuple, *, fresh: bool = False) -> Iterator[Path]:
     """Yield an empty directory on the file system of ``path``; its files become those of ``path`` if the block succeeds.
 
-    Only one process at a time writes into ``path``, which is made if it does not exist; others wait. At a path that holds
-    files, those of the same name are replaced, and those of an earlier save, which ``ours`` returns when no other process
-    writes. With ``fresh``, files that are not the result of an interrupted write are refused. An error within the block, or
-    a kill, leaves ``path`` as it was.
-
-    Raises:
-        ValueError: ``path`` is not free where it must be ``fresh``, or holds a directory in the place of a file.
-        OSError: writing failed, and ``path`` is as it was; or moving failed, and the next who opens ``path`` completes it.
-
-    >>> from tempfile import mkdtemp
-    >>> folder = Path(mkdtemp(), "new")
-    >>> with atomic_directory(folder) as aside:
-    ...     _ = (aside / "numbers.json").write_text("{}")
-    >>> files_in(folder)
-    ['numbers.json']
+    Only one process at a time writes into ``path``, which is made if it does not exist; others wait. Files of the same name
+    are replaced, and those of an earlier save, which ``ours`` returns when no other process writes. With ``fresh``, files
+    that are not the result of an interrupted write are refused (ValueError), as is a directory in the place of a file. An
+    error within the block, or a kill, leaves ``path`` as it was; where moving fails, the next who opens it completes it.
     """
     path = path.resolve()
     with _locked(path) as alone:
-        if fresh and in_use(path):
-            raise ValueError(f"`out` {path} exists and is not an empty directory: name another, or empty it yourself")
+        if fresh:
+            check_free(path)
         former = [name for journal in journals(path) for name in _complete(path, journal)]
         replaced = {*ours(), *(former if fresh else ())}
         for left in leftovers(path) if alone else ():
@@ -135,9 +120,8 @@ def leftovers(path: Path) -> list[Path]:
     digits = "[0-9a-f]"
     older = f".{glob.escape(path.name)}.{digits * 8}.tmp"  # names of earlier versions
     found = [*path.glob(f"{HIDDEN}{digits * 16}"), *path.glob(older), *path.parent.glob(older)]
-    return [
-        left for left in found if left.is_dir() and not left.is_symlink() and not left.with_suffix(".json").exists()
-    ]
+    found = [left for left in found if left.is_dir() and not left.is_symlink()]
+    return [left for left in found if not left.with_suffix(".json").exists()]
 
 
 @contextmanager
@@ -149,17 +133,16 @@ def _locked(path: Path) -> Iterator[bool]:
     """
     made = not path.exists()
     handle, alone = _open_locked(path)
-    try:
-        yield alone
-    finally:
+    with ExitStack() as stack:
+        if handle is not None:
+            stack.callback(os.close, handle)
+            if alone:
+                stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # a forked process may hold the handle, too
         try:
+            yield alone
+        finally:
             if made and not any(path.iterdir()):
                 path.rmdir()
-        finally:
-            if handle is not None:
-                if alone:
-                    fcntl.flock(handle, fcntl.LOCK_UN)  # a forked process may hold the handle, too
-                os.close(handle)
 
 
 def _open_locked(path: Path) -> tuple[int | None, bool]:

@@ -8,9 +8,8 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 
 from routed_peft.checkpoint.layout import CONFIG, WEIGHTS
-from routed_peft.checkpoint.staging import atomic_directory
+from routed_peft.checkpoint.staging import atomic_directory, check_free
 from routed_peft.checkpoint.tensors import read_tensors
-from routed_peft.files import in_use
 from routed_peft.regions import RoutedConfig
 from routed_peft.regions.projections import project_off
 
@@ -20,15 +19,11 @@ def to_stock_lora(src: str | Path, out: str | Path) -> Path:
 
     The weights stay the same, unless the region is kept off a subspace: then ``lora_B`` is projected.
 
-    Args:
-        src: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, such as ``run/retain``.
-        out: directory that does not exist or is empty.
-
     Returns:
-        The resolved ``out``.
+        ``out``, a directory that does not exist or is empty, resolved.
 
     Raises:
-        ValueError: ``src`` holds no such region, or ``out`` is not free.
+        ValueError: ``src``, such as ``run/retain``, holds no such region, or ``out`` is not free.
 
     >>> to_stock_lora("no-such-folder", "out")
     Traceback (most recent call last):
@@ -38,8 +33,7 @@ def to_stock_lora(src: str | Path, out: str | Path) -> Path:
     folder, target = Path(src).expanduser().resolve(), Path(out).expanduser().resolve()
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{str(src)!r} is no adapter folder, since it has no {CONFIG}: give one such as run/retain")
-    if in_use(target):
-        raise ValueError(f"`out` {target} exists and is not an empty directory: name another, or empty it yourself")
+    check_free(target)
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, RoutedConfig):
         raise ValueError(f"{str(src)!r} holds an adapter of type {config.peft_type}, not one of RoutedConfig")

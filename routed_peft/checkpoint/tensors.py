@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,10 +43,8 @@ def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None =
     given = own if state_dict is None else {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
     plain = {short: tensor for name, tensor in given.items() if (short := _plain_name(name, tuners)) is not None}
     shared = {own[name].data_ptr() for name in own if name in given}
-    lost = [
-        name for name in own if name not in given and _plain_name(name, tuners) and own[name].data_ptr() not in shared
-    ]
-    if lost:
+    missing = [name for name in own if name not in given and _plain_name(name, tuners)]
+    if lost := [name for name in missing if own[name].data_ptr() not in shared]:
         raise ValueError(f"`state_dict` lacks {len(lost)} weights of the base, such as {lost[0]!r}: give the full one")
     return plain
 
@@ -68,15 +67,12 @@ def check_own_weights(inner: PreTrainedModel) -> set[str]:
 
 def _plain_name(name: str, tuners: set[str]) -> str | None:
     """Return ``name`` without the ``base_layer`` of tuner layers; None for a tensor of an adapter."""
-    seen: list[str] = []
-    kept: list[str] = []
-    for part in name.split("."):
-        if ".".join(seen) in tuners:
-            if part != "base_layer":
-                return None
-        else:
+    parts, kept = name.split("."), []
+    for i, part in enumerate(parts):
+        if ".".join(parts[:i]) not in tuners:
             kept.append(part)
-        seen.append(part)
+        elif part != "base_layer":
+            return None
     return ".".join(kept)
 
 
@@ -84,14 +80,10 @@ def adapter_state_dict(
     model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Return copies of the tensors of the adapter ``name``, under the keys of PEFT's adapter files."""
-    tensors = get_peft_model_state_dict(
-        model, dict(state_dict) if state_dict else None, name, save_embedding_layers=False
-    )
-    prefix = "" if isinstance(model, PeftModel) else _PREFIX
-    return {
-        prefix + key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
+    given, prefix = dict(state_dict) if state_dict else None, "" if isinstance(model, PeftModel) else _PREFIX
+    tensors = get_peft_model_state_dict(model, given, name, save_embedding_layers=False)
+    copy = partial(torch.clone, memory_format=torch.contiguous_format)
+    return {prefix + key: copy(tensor.detach().cpu()) for key, tensor in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -111,15 +103,17 @@ def check_keys(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
                              "another model, or with another adapter config")  # fmt: skip
 
 
+def check_tensors(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless names and shapes of tensors are as expected; ``what`` is the subject of the message."""
+    check_keys(what, got, expected)
+    for name, tensor in got.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{what}: {name!r} has the shape {tuple(tensor.shape)}, the model's is "
+                             f"{tuple(expected[name].shape)}: load it with the config that it was saved with")  # fmt: skip
+
+
 def load_adapter_tensors(model: nn.Module, name: str, *, tensors: Mapping[str, Tensor], what: str) -> None:
     """Copy ``tensors`` into the adapter ``name`` of ``model``, strictly; ``what`` names them in an error."""
-    current = adapter_state_dict(model, name)
-    check_keys(what, tensors, current)
-    for key, tensor in tensors.items():
-        if tensor.shape != current[key].shape:
-            raise ValueError(
-                f"{what}: {key!r} has the shape {tuple(tensor.shape)}, the model's is {tuple(current[key].shape)}: "
-                "load it with the adapter config that it was saved with"
-            )
+    check_tensors(what, tensors, adapter_state_dict(model, name))
     prefix = "" if isinstance(model, PeftModel) else _PREFIX
     set_peft_model_state_dict(model, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}, name)
