@@ -18,24 +18,13 @@ if TYPE_CHECKING:
     from routed_peft.routing.gradient_routing import GradientRouting
     from routed_peft.training import RoutedTrainer, RoutedTrainingArguments
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "GradientRouting": "routed_peft.routing.gradient_routing",
-            "Route": "routed_peft.routes",
-            "RoutedConfig": "routed_peft.regions",
-            "RoutedTrainer": "routed_peft.training",
-            "RoutedTrainingArguments": "routed_peft.training",
-            "ablate": "routed_peft.checkpoint.export",
-            "ablated": "routed_peft.ablation",
-            "export": "routed_peft.checkpoint.export",
-            "load_routed": "routed_peft.checkpoint",
-            "presets": "routed_peft.presets",
-            "push_to_hub": "routed_peft.checkpoint",
-            "save_routed": "routed_peft.checkpoint",
-        },
-        before="routed_peft.regions",
-    )
+    _HOMES = {"routed_peft.ablation": ["ablated"], "routed_peft.presets": ["presets"], "routed_peft.routes": ["Route"]}
+    _HOMES |= {"routed_peft.checkpoint": ["load_routed", "push_to_hub", "save_routed"]}
+    _HOMES |= {"routed_peft.checkpoint.export": ["ablate", "export"], "routed_peft.regions": ["RoutedConfig"]}
+    _HOMES |= {"routed_peft.routing.gradient_routing": ["GradientRouting"]}
+    _HOMES |= {"routed_peft.training": ["RoutedTrainer", "RoutedTrainingArguments"]}
+    _NAMES = {name: home for home, names in _HOMES.items() for name in names}
+    __getattr__, __dir__ = lazy_names(__name__, _NAMES, before="routed_peft.regions")
 
 __version__ = "0.1.0"
 

@@ -31,15 +31,14 @@ def ablated(model: nn.Module, *regions: str, scale: float = 0.0) -> Iterator[Non
         ValueError: on a scale that is not finite, an unknown or merged region, and adapters that cannot be ablated: LoRA
             on embeddings, parameters or ``nn.MultiheadAttention``, DoRA and other variants, other PEFT types.
 
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> model = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False), "forget")
-        >>> x = torch.ones(1, 2)
-        >>> with ablated(model, "forget"):
-        ...     same = torch.equal(model(x), model.get_base_model()[0].base_layer(x))
-        >>> same
-        True
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> model = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False), "forget")
+    >>> x = torch.ones(1, 2)
+    >>> with ablated(model, "forget"):
+    ...     same = torch.equal(model(x), model.get_base_model()[0].base_layer(x))
+    >>> same
+    True
     """
     if not math.isfinite(scale):
         raise ValueError(f"`scale` must be a finite number, got {scale}")

@@ -75,8 +75,7 @@ def adapters_in(layer: BaseTunerLayer) -> list[str]:
 def region_outlets(layer: BaseTunerLayer) -> tuple[str, ...]:
     """Return the names of a PEFT layer's attributes that hold outlets, each a ``ModuleDict`` by adapter.
 
-    Raises:
-        ValueError: for a PEFT type other than LoRA and ROUTED, whose layers do not name any.
+    ValueError for a PEFT type other than LoRA and ROUTED, whose layers do not name any.
     """
     own: tuple[str, ...] | None = getattr(
         layer, "region_outlets", ("lora_B",) if isinstance(layer, LoraLayer) else None
@@ -88,23 +87,13 @@ def region_outlets(layer: BaseTunerLayer) -> tuple[str, ...]:
 
 
 def outlet_modules(layer: BaseTunerLayer, adapter: str) -> list[nn.Module]:
-    """Return the outlets of ``adapter`` in a PEFT layer; ValueError as `region_outlets`.
-
-    >>> from peft import LoraConfig, get_peft_model
-    >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 3)), LoraConfig(r=1, target_modules=["0"]), "forget")
-    >>> [outlet_modules(layer, "forget") for _, layer in tuner_layers(model)]
-    [[Linear(in_features=1, out_features=3, bias=False)]]
-    """
+    """Return the outlets of ``adapter`` in a PEFT layer; ValueError as `region_outlets`."""
     containers = [getattr(layer, outlet, {}) for outlet in region_outlets(layer)]
     return [container[adapter] for container in containers if adapter in container]
 
 
 def find_outlets(model: nn.Module, regions: Iterable[str]) -> list[nn.Module]:
-    """Return all outlets of ``regions`` in ``model``.
-
-    Raises:
-        ValueError: on an unknown or merged region, and on one with a layer that adds something past its outlets.
-    """
+    """Return all outlets of ``regions`` in ``model``; ValueError on an unknown or merged one, or one that acts past them."""
     regions = list(dict.fromkeys(regions))
     layers = [layer for _, layer in tuner_layers(model)]
     known = sorted({name for layer in layers for name in adapters_in(layer)})
@@ -114,17 +103,15 @@ def find_outlets(model: nn.Module, regions: Iterable[str]) -> list[nn.Module]:
     for layer in layers:
         for region in (name for name in adapters_in(layer) if name in regions):
             if region in layer.merged_adapters:
-                raise ValueError(
-                    f"the region {region!r} is merged into the base weights: call `unmerge_adapter()` first"
-                )
+                raise ValueError(f"the region {region!r} is merged into the base weights: call `unmerge_adapter()` "
+                                 "first")  # fmt: skip
             modules = outlet_modules(layer, region)
             variant = isinstance(layer, LoraLayer) and region in layer.lora_variant
-            if not modules or variant or isinstance(layer, MultiheadAttention | ParamWrapper):
-                raise ValueError(
-                    f"the region {region!r} has a {type(layer).__name__} layer that cannot be ablated: regions are "
-                    "`RoutedConfig` adapters, or plain LoRA on linear and convolution layers (no embeddings, no DoRA or "
-                    "other variants). Train it as one of these."
-                )
+            elsewhere = getattr(layer, "feeds_outlets", False)
+            if not (modules or elsewhere) or variant or isinstance(layer, MultiheadAttention | ParamWrapper):
+                raise ValueError(f"the region {region!r} has a {type(layer).__name__} layer that cannot be ablated: "
+                                 "regions are `RoutedConfig` adapters, or plain LoRA on linear and convolution layers "
+                                 "(no embeddings, no DoRA or other variants). Train it as one of these.")  # fmt: skip
             found += modules
     return found
 
@@ -143,11 +130,9 @@ def guard_saving(model: nn.Module) -> None:
 def _unless_adapted(verb: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if names := sorted({name for _, layer in tuner_layers(self) for name in adapters_in(layer)}):
-            raise ValueError(
-                f"`{verb}` of the inner model would write the weights of its adapters {names}, regions included: save the run "
-                "with `routed_peft.save_routed(model, path)`, and write a model without regions with "
-                "`routed_peft.ablate(path, out)`"
-            )
+            raise ValueError(f"`{verb}` of the inner model would write the weights of its adapters {names}, regions "
+                             "included: save the run with `routed_peft.save_routed(model, path)`, and write a model "
+                             "without regions with `routed_peft.ablate(path, out)`")  # fmt: skip
         return getattr(type(self), verb)(self, *args, **kwargs)
 
     method.__name__ = verb  # by which a pickle finds it

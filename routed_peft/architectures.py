@@ -20,19 +20,10 @@ from torch import Tensor, nn
 
 from routed_peft.eval_mode import evaluating
 
-MLP_TARGETS = {
-    model_type: ["mlp"]
-    for model_type in (
-        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 smollm3 granite phi3 phi gpt2 gpt_neo "
-        "gpt_neox falcon starcoder2 stablelm"
-    ).split()
-}
-"""By model type, the ends of the names of the MLPs: the default targets of regions of kind mlp."""
-
-_LLAMA_LIKE = "llama mistral qwen2 qwen3 gemma olmo smollm3 granite phi3 stablelm"
+_LLAMA_LIKE = "llama mistral qwen2 qwen3 gemma olmo smollm3 granite phi3 stablelm".split()
 
 WRITERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_LLAMA_LIKE.split(), ("self_attn.o_proj", "mlp.down_proj")),
+    **dict.fromkeys(_LLAMA_LIKE, ("self_attn.o_proj", "mlp.down_proj")),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gpt_neo": ("attn.attention.out_proj", "mlp.c_proj"),
@@ -41,6 +32,10 @@ WRITERS: dict[str, tuple[str, ...]] = {
     "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
 }
 """By model type, the ends of the names of the residual writers: linear layers whose output is added to the stream as it is."""
+
+# the last four norm the output of their MLPs, so that none of their layers is a residual writer
+MLP_TARGETS = {model_type: ["mlp"] for model_type in (*WRITERS, "gemma2", "gemma3_text", "olmo2", "olmo3")}
+"""By model type, the ends of the names of the MLPs: the default targets of regions of kind mlp."""
 
 _EXPERTS = ("experts", "router", "shared_expert", "block_sparse_moe")
 """Names by which a mixture-of-experts block is recognized."""
@@ -100,10 +95,9 @@ def register_mlp_layout(
     Raises:
         ValueError: for a model type that is registered already.
 
-    Example:
-        >>> register_mlp_layout("toy", MLPLayout(gate=None, up="wide", down="thin", act="squash"), targets=["ffn"])
-        >>> "wide/thin (toy)" in supported_layouts()
-        True
+    >>> register_mlp_layout("toy", MLPLayout(gate=None, up="wide", down="thin", act="squash"), targets=["ffn"])
+    >>> "wide/thin (toy)" in supported_layouts()
+    True
     """
     if model_type in MLP_TARGETS:
         raise ValueError(
@@ -136,12 +130,6 @@ def mlp_layout(mlp: nn.Module) -> MLPLayout:
 
     Raises:
         ValueError: where the module is not an MLP of a known layout; the message names its class and the known layouts.
-
-    Example:
-        >>> from transformers import LlamaConfig
-        >>> from transformers.models.llama.modeling_llama import LlamaMLP
-        >>> mlp_layout(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=6)))
-        MLPLayout(gate='gate_proj', up='up_proj', down='down_proj', act='act_fn', fused=False)
     """
     children = dict(mlp.named_children())
     known = (names for names in _LAYOUTS if all(name in children for name in names[:3] if name))
@@ -159,15 +147,11 @@ def mlp_layout(mlp: nn.Module) -> MLPLayout:
         raise ValueError(
             _refusal(mlp, f"a block that holds more than an MLP (here {others}; OPT's layers are like this)")
         )
-    if len(_required_arguments(mlp)) != 1:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    arguments = inspect.signature(type(mlp).forward).parameters.values()
+    if sum(p.kind in kinds and p.default is p.empty for p in arguments) != 2:  # `self` and the input
         raise ValueError(_refusal(mlp, "an MLP that adds the residual itself (Bloom, MPT)"))
     return MLPLayout(gate, up, down, act, fused)
-
-
-def _required_arguments(mlp: nn.Module) -> list[str]:
-    parameters = list(inspect.signature(type(mlp).forward).parameters.values())[1:]
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
 
 
 def _refusal(mlp: nn.Module, what: str | None) -> str:
@@ -183,11 +167,6 @@ def find_mlps(model: nn.Module) -> dict[str, nn.Module]:
     """Return the supported MLPs of ``model`` by qualified name, those in a PEFT wrapper (``….base_layer``) included.
 
     Modules of other layouts are left out without an error. The insides of an MLP are not searched.
-
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> sizes = dict(hidden_size=4, intermediate_size=6, num_attention_heads=1, vocab_size=8)
-    >>> list(find_mlps(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))))
-    ['model.layers.0.mlp', 'model.layers.1.mlp']
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -209,35 +188,18 @@ def output_projection(mlp: nn.Module) -> nn.Module:
 def mlp_forward(mlp: nn.Module, layout: MLPLayout, x: Tensor) -> Tensor:
     """Compute the output of ``mlp`` as ``layout`` describes it; ``x`` is ``(..., H)``."""
     act, up = getattr(mlp, layout.act), getattr(mlp, layout.up)(x)
+    gate = getattr(mlp, layout.gate)(x) if layout.gate else None
     if layout.fused:
         gate, up = up.chunk(2, dim=-1)
-        hidden = act(gate) * up
-    else:
-        hidden = act(getattr(mlp, layout.gate)(x)) * up if layout.gate else act(up)
-    return getattr(mlp, layout.down)(hidden)
+    return getattr(mlp, layout.down)(act(up) if gate is None else act(gate) * up)
 
 
 @torch.no_grad()
 def verify_layout(mlp: nn.Module, layout: MLPLayout) -> None:
-    """Compare ``mlp`` with `mlp_forward` under ``layout``, on two random inputs and without dropout.
+    """Raise ValueError where ``mlp`` and `mlp_forward` under ``layout`` differ on two random inputs, without dropout.
 
     Modules with the same names may do more (a residual, a scale, sparsity). Nothing is compared where weights are on the
     meta device or are not plain floating-point matrices. The global random state is left as it was.
-
-    Raises:
-        ValueError: where the two differ.
-
-    Example:
-        >>> class Scaled(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.fc1, self.fc2, self.act = nn.Linear(4, 6), nn.Linear(6, 4), nn.ReLU()
-        ...     def forward(self, x):
-        ...         return 2 * self.fc2(self.act(self.fc1(x)))
-        >>> verify_layout(Scaled(), mlp_layout(Scaled()))
-        Traceback (most recent call last):
-        ...
-        ValueError: Scaled has the names of a known MLP but computes something else ...
     """
     up = getattr(mlp, layout.up)
     weight = getattr(up, "weight", None)
@@ -249,28 +211,19 @@ def verify_layout(mlp: nn.Module, layout: MLPLayout) -> None:
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
     scale = float(expected.abs().nan_to_num().max())
     if not isinstance(got, Tensor) or not torch.allclose(got, expected, tolerance, tolerance * scale, equal_nan=True):
-        raise ValueError(
-            f"{type(mlp).__name__} has the names of a known MLP but computes something else than {layout}: hidden "
-            "units cannot be added to it. Choose other `target_modules`, or use a LoRA adapter as the region."
-        )
+        raise ValueError(f"{type(mlp).__name__} has the names of a known MLP but computes something else than "
+                         f"{layout}: hidden units cannot be added to it. Choose other `target_modules`, or use a LoRA "
+                         "adapter as the region.")  # fmt: skip
 
 
 def is_plain(weight: Tensor | None) -> bool:
-    """Return whether ``weight`` is an ordinary floating-point tensor, neither quantized nor packed.
-
-    >>> is_plain(nn.Linear(1, 1).weight), is_plain(torch.zeros(2, dtype=torch.int8))
-    (True, False)
-    """
+    """Return whether ``weight`` is an ordinary floating-point tensor, neither quantized nor packed."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return weight is not None and type(weight) in (nn.Parameter, Tensor) and weight.dtype in dtypes
 
 
 def width(projection: nn.Module, side: str) -> int:
-    """Return the number of input (``"in"``) or output (``"out"``) features of a Linear, a Conv1D or a wrapper of one.
-
-    >>> width(nn.Linear(2, 3), "out")
-    3
-    """
+    """Return the number of input (``"in"``) or output (``"out"``) features of a Linear, a Conv1D or a wrapper of one."""
     conv1d = {"in": "nx", "out": "nf"}[side]
     return int(getattr(projection, conv1d if hasattr(projection, conv1d) else f"{side}_features"))
 
@@ -286,26 +239,16 @@ def layer_index(name: str) -> int | None:
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the decoder layers of a model by index; ValueError where it has none under the usual names.
-
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> sizes = dict(hidden_size=4, intermediate_size=6, num_attention_heads=1, vocab_size=8)
-    >>> list(decoder_layers(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))))
-    [0, 1]
-    """
-    modules = model.named_modules()
-    found = {int(m[1]): module for name, module in modules if (m := re.fullmatch(f".*{_LAYER_NAME}", name))}
+    """Return the decoder layers of a model by index; ValueError where it has none under the usual names."""
+    named = [(re.fullmatch(rf".*{_LAYER_NAME}", name), module) for name, module in model.named_modules()]
+    found = {int(match[1]): module for match, module in named if match}
     if not found:
         raise ValueError(f"{type(model).__name__} has no decoder layers under the names `layers`, `h` or `blocks`")
     return found
 
 
 def is_writer(name: str, of_type: str) -> bool:
-    """Return whether a module of this name, in a model of this type, writes into the residual stream.
-
-    >>> is_writer("model.layers.0.mlp.down_proj", "llama"), is_writer("model.layers.0.mlp.up_proj", "llama")
-    (True, False)
-    """
+    """Return whether a module of this name, in a model of this type, writes into the residual stream."""
     return any(name.endswith(f".{end}") for end in WRITERS.get(of_type, ()))
 
 
@@ -314,12 +257,6 @@ def find_writers(model: nn.Module) -> dict[str, nn.Module]:
 
     Raises:
         ValueError: where `WRITERS` has no entry for the model's type.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=4, intermediate_size=6, num_attention_heads=1, vocab_size=8)
-        >>> list(find_writers(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))))
-        ['model.layers.0.self_attn.o_proj', 'model.layers.0.mlp.down_proj']
     """
     kind = str(model_type(model))
     if kind not in WRITERS:

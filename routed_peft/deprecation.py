@@ -13,13 +13,7 @@ Result = TypeVar("Result")
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of the module of this name, which answers to old ``names`` with what bears the new ones.
-
-    >>> lookup = renamed("math", {"root": "sqrt"})
-    >>> with warnings.catch_warnings(action="ignore"):
-    ...     lookup("root").__name__
-    'sqrt'
-    """
+    """Return the ``__getattr__`` of the module of this name, which answers to old ``names`` with what bears the new ones."""
 
     def lookup(name: str) -> Any:
         if name not in names:
@@ -36,15 +30,7 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 2) -> None:
 
 
 def formerly_positional(*names: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Let keyword-only arguments, ``names`` in their former order after two others, be given by position, with a warning.
-
-    >>> @formerly_positional("c")
-    ... def total(a, b, *, c):
-    ...     return a + b + c
-    >>> with warnings.catch_warnings(action="ignore"):
-    ...     total(1, 2, 3)
-    6
-    """
+    """Let keyword-only arguments, ``names`` in their former order after two others, be given by position, with a warning."""
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(function)

@@ -10,15 +10,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and restore the mode of every module at the end of the block.
-
-    >>> layer = nn.Dropout()
-    >>> with evaluating(layer):
-    ...     layer.training
-    False
-    >>> layer.training
-    True
-    """
+    """Put a model into evaluation mode, and restore the mode of every module at the end of the block."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -23,14 +23,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     An interrupted write leaves the previous file as it was. Processes that write the same file do not mix.
     Missing parent directories are made.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> file = Path(mkdtemp(), "new", "numbers.json")
-        >>> with atomic_write(file) as aside:
-        ...     _ = aside.write_text("{}")
-        >>> file.read_text(), aside.exists()
-        ('{}', False)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{HIDDEN}{secrets.token_hex(8)}.tmp")
@@ -74,21 +66,12 @@ def write_json(path: Path, data: Any, **options: Any) -> None:
 
 
 def read_json(path: Path, shape: Any = None) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: the file.
-        shape: its shape, see `check_shape`.
-
-    Raises:
-        ValueError: names the file if it is not JSON, or holds something other than an object of that shape.
-    """
+    """Read a JSON object; ValueError with the file's name if it is none, or not of the ``shape`` (see `check_shape`)."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not readable JSON ({error}): truncated or edited; restore it from a copy"
-        ) from error
+        raise ValueError(f"{path} is not readable JSON ({error}): truncated or edited; restore it from a "
+                         "copy") from error  # fmt: skip
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, expected a JSON object; restore it from a copy")
     if shape is not None:

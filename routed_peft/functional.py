@@ -26,11 +26,8 @@ def spread(m: Tensor, like: Tensor) -> Tensor:
     return m.reshape(m.shape + (1,) * (like.dim() - m.dim())).to(like.dtype)
 
 
-_MOST_KEPT = 0.75
-"""Share of positions up to which copying those of nonzero weight costs less than multiplying all."""
-
-_MOST_RUNS = 8
-"""Number of runs up to which adding up their products costs less than copying."""
+_MOST_KEPT = 0.75  # share of positions up to which copying those of nonzero weight costs less than multiplying all
+_MOST_RUNS = 8  # number of runs up to which adding up their products costs less than copying
 
 Runs = tuple[tuple[int, int, float], ...]
 """Stretches of neighboring positions that share one nonzero weight: (start, stop, weight), in flat positions."""
@@ -56,11 +53,7 @@ class PositionWeights:
 
     @classmethod
     def from_weights(cls, m: Tensor, gather: bool = True) -> PositionWeights:
-        """Prepare ``m``; with ``gather``, many positions of weight zero are left out of weight-gradient matmuls.
-
-        >>> PositionWeights.from_weights(torch.tensor([1.0, 0.0, 1.0])).index
-        tensor([0, 2])
-        """
+        """Prepare ``m``; with ``gather``, many positions of weight zero are left out of weight-gradient matmuls."""
         flat = m.reshape(-1)
         index = flat.nonzero().squeeze(1) if gather else None
         if index is not None and len(index) > _MOST_KEPT * len(flat):
@@ -97,24 +90,20 @@ class RowCache:
     """
 
     source: Tensor | None = None
-    version: int = 0
-    weighed: bool = False
+    state: tuple[int, bool] | None = None  # version of the source, and whether its rows were weighed
     rows: Tensor | None = None
-
-    def find(self, x: Tensor, weighed: bool) -> Tensor | None:
-        """Return the rows of ``x`` if they were the last to be taken, weighed or not as asked; None otherwise."""
-        same = self.source is not None and self.source.dtype == x.dtype and self.source.is_set_to(x)
-        return self.rows if same and (self.version, self.weighed) == (x._version, weighed) else None
 
 
 def _input_rows(x: Tensor, index: Tensor | None, *, kept: Tensor | None, lead: int, cache: RowCache | None) -> Tensor:
     """Return `_rows` of a layer's input, times the weights ``kept`` unless that is None; neighbors share them by ``cache``."""
-    if cache is not None and (known := cache.find(x, kept is not None)) is not None:
-        return known
+    if cache is not None and cache.rows is not None and cache.source is not None:
+        same = cache.source.dtype == x.dtype and cache.source.is_set_to(x)
+        if same and cache.state == (x._version, kept is not None):
+            return cache.rows
     rows = _rows(x, index, lead)
     rows = rows if kept is None else rows * spread(kept, rows)
     if cache is not None:
-        cache.source, cache.version, cache.weighed, cache.rows = x, x._version, kept is not None, rows
+        cache.source, cache.state, cache.rows = x, (x._version, kept is not None), rows
     return rows
 
 
@@ -130,18 +119,9 @@ def _sum_over_runs(grad: Tensor, x: Tensor, *, runs: Runs, lead: int) -> Tensor:
 
 
 class _RoutedLinear(torch.autograd.Function):
-    # The arguments are plain tensors rather than one PositionWeights, because torch.compile can trace those.
+    # the arguments for the backward pass are plain tensors, not one PositionWeights, because torch.compile can trace those
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor | None,
-        kept: Tensor | None,
-        runs: Runs | None,
-        lead: int,
-        cache: RowCache | None,
-    ) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -175,12 +155,7 @@ class _RoutedLinear(torch.autograd.Function):
 
 
 def routed_linear(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    m: Tensor | PositionWeights,
-    bias: Tensor | None = None,
-    cache: RowCache | None = None,
+    x: Tensor, weight: Tensor, *, m: Tensor | PositionWeights, bias: Tensor | None = None, cache: RowCache | None = None
 ) -> Tensor:
     r"""Parameter-edge routing of a linear layer: ``F.linear`` whose parameter gradients weigh each position by ``m``.
 
@@ -203,11 +178,10 @@ def routed_linear(
     Returns:
         ``(B, O)`` or ``(B, T, O)``.
 
-    Example:
-        >>> x, w = torch.eye(2), torch.zeros(1, 2, requires_grad=True)
-        >>> routed_linear(x, w, m=torch.tensor([1.0, 0.0])).sum().backward()
-        >>> w.grad
-        tensor([[1., 0.]])
+    >>> x, w = torch.eye(2), torch.zeros(1, 2, requires_grad=True)
+    >>> routed_linear(x, w, m=torch.tensor([1.0, 0.0])).sum().backward()
+    >>> w.grad
+    tensor([[1., 0.]])
     """
     if torch.is_autocast_enabled(x.device.type):  # cast here: inside the Function, backward would see two dtypes
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -217,14 +191,16 @@ def routed_linear(
     return _RoutedLinear.apply(x, weight, bias, weights.index, weights.kept, weights.runs, weights.m.dim(), cache)
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, m: Tensor) -> Tensor:
-        return x.view_as(x)
-
+class _SavesWeights(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
+
+
+class _ScaleGradient(_SavesWeights):
+    @staticmethod
+    def forward(x: Tensor, m: Tensor) -> Tensor:
+        return x.view_as(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -246,31 +222,25 @@ def scale_gradient(x: Tensor, m: Tensor) -> Tensor:
         x: ``(B, ...)`` or ``(B, T, ...)``.
         m: ``(B,)`` or ``(B, T)``.
 
-    Example:
-        >>> x = torch.ones(2, 3, requires_grad=True)
-        >>> scale_gradient(x, torch.tensor([1.0, -0.5])).sum().backward()
-        >>> x.grad
-        tensor([[ 1.0000,  1.0000,  1.0000],
-                [-0.5000, -0.5000, -0.5000]])
+    >>> x = torch.ones(2, 3, requires_grad=True)
+    >>> scale_gradient(x, torch.tensor([1.0, -0.5])).sum().backward()
+    >>> x.grad
+    tensor([[ 1.0000,  1.0000,  1.0000],
+            [-0.5000, -0.5000, -0.5000]])
     """
     return _ScaleGradient.apply(x, m)
 
 
-class _RoutedParameter(torch.autograd.Function):
+class _RoutedParameter(_SavesWeights):
     @staticmethod
     def forward(weight: Tensor, m: Tensor) -> Tensor:
         return weight.expand(*m.shape[:-1], -1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (m,) = ctx.saved_tensors
-        m = m.expand(*grad.shape[:-1], 1).flatten().to(grad.dtype)
-        return m @ grad.flatten(0, -2), None
+        return m.flatten().to(grad.dtype) @ grad.flatten(0, -2), None
 
 
 def routed_parameter(weight: Tensor, m: Tensor) -> Tensor:
@@ -284,11 +254,10 @@ def routed_parameter(weight: Tensor, m: Tensor) -> Tensor:
     Returns:
         ``weight`` expanded to ``(B, D)``, ``(B, T, D)``, … without a copy. Its gradient weighs each position by ``m``.
 
-    Example:
-        >>> gain = torch.ones(2, requires_grad=True)
-        >>> (routed_parameter(gain, torch.tensor([[1.0], [0.0]])) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
-        >>> gain.grad
-        tensor([1., 2.])
+    >>> gain = torch.ones(2, requires_grad=True)
+    >>> (routed_parameter(gain, torch.tensor([[1.0], [0.0]])) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+    >>> gain.grad
+    tensor([1., 2.])
     """
     return _RoutedParameter.apply(weight, m)
 
@@ -306,11 +275,10 @@ def routed_module(g: nn.Module, x: Tensor, m: Tensor) -> Tensor:
         x: ``(B, ...)`` or ``(B, T, ...)``; the output must keep the leading axes.
         m: ``(B,)`` or ``(B, T)``.
 
-    Example:
-        >>> norm, x = nn.LayerNorm(2), torch.tensor([[1.0, 3.0], [5.0, 1.0]])
-        >>> routed_module(norm, x, torch.tensor([0.0, 1.0])).sum().backward()
-        >>> norm.weight.grad
-        tensor([ 1.0000, -1.0000])
+    >>> norm, x = nn.LayerNorm(2), torch.tensor([[1.0, 3.0], [5.0, 1.0]])
+    >>> routed_module(norm, x, torch.tensor([0.0, 1.0])).sum().backward()
+    >>> norm.weight.grad
+    tensor([ 1.0000, -1.0000])
     """
     detached = {name: p.detach() for name, p in g.named_parameters()}
     through_x = torch.func.functional_call(g, detached, (x,))

@@ -20,12 +20,6 @@ def lazy_names(
         package: the package's ``__name__``.
         homes: module of each public name; a submodule is its own home.
         before: module imported ahead of the first name, for what it registers.
-
-    Example:
-        >>> from routed_peft import lazy
-        >>> get, names = lazy.lazy_names("routed_peft", {"Route": "routed_peft.routes"})
-        >>> get("Route").__name__, names()
-        ('Route', ['Route'])
     """
 
     def __getattr__(name: str) -> Any:

@@ -32,22 +32,10 @@ from lm_eval.models.utils_hf import get_dtype  # isort: skip
 from lm_eval.utils import setup_logging  # isort: skip
 
 
-MODEL_ARGUMENTS = {
-    "backend",
-    "truncation",
-    "logits_cache",
-    "max_length",
-    "device",
-    "softmax_dtype",
-    "mixed_precision_dtype",
-    "batch_size",
-    "max_batch_size",
-    "add_bos_token",
-    "prefix_token_id",
-    "think_end_token",
-    "enable_thinking",
-    "chat_template_args",
-}
+MODEL_ARGUMENTS = set(
+    "backend truncation logits_cache max_length device softmax_dtype mixed_precision_dtype batch_size max_batch_size "
+    "add_bos_token prefix_token_id think_end_token enable_thinking chat_template_args".split()
+)
 """Arguments of lm-eval's Hugging Face model that apply to a model which is loaded already."""
 
 ACCEPTED = MODEL_ARGUMENTS | METADATA | {"regions", "dtype"}
@@ -64,19 +52,13 @@ def check_arguments(given: Iterable[str]) -> None:
     for name in given:
         if name not in ACCEPTED:
             near = get_close_matches(name, ACCEPTED, n=1)
-            raise ValueError(
-                f"the model `routed` has no argument {name!r}: "
-                + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(ACCEPTED))}")
-            )
+            advice = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(ACCEPTED))}"
+            raise ValueError(f"the model `routed` has no argument {name!r}: {advice}")
 
 
 @register_model("routed")
 class RoutedLM(TextLM):
-    """lm-eval's Hugging Face model, loaded by `load_routed`. Arguments mean the same as for ``--model hf``.
-
-    Raises:
-        ValueError: on an argument that would be ignored.
-    """
+    """lm-eval's Hugging Face model, loaded by `load_routed`. Arguments mean the same as for ``--model hf``."""
 
     def __init__(
         self,

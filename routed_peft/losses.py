@@ -11,20 +11,16 @@ from torch.nn import functional as F
 
 from routed_peft.routes import IGNORED
 
+_ADVICE = "Lower the learning rate, add warm-up steps or clip (`max_grad_norm`)"
+
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     r"""Return the loss of every token but the first, under the position before it: :math:`-\log p(x_{b,t+1} \mid x_{b,\le t})`.
 
-    Args:
-        logits: ``(B, T, V)``; the computation is in float32 or better.
-        targets: ``(B, T)``, token ids; -100 for tokens without a loss.
+    As `target_losses`, for the tokens themselves, ``(B, T)``. The losses are ``(B, T - 1)``.
 
-    Returns:
-        ``(B, T - 1)`` in nats, 0 for tokens without a loss.
-
-    Example:
-        >>> token_losses(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
-        tensor([[1.3863, 0.0000]])
+    >>> token_losses(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
+    tensor([[1.3863, 0.0000]])
     """
     return target_losses(logits[:, :-1], targets[:, 1:])
 
@@ -39,9 +35,8 @@ def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         ``(B, T)`` in nats, 0 for positions without a loss.
 
-    Example:
-        >>> target_losses(torch.zeros(1, 2, 4), torch.tensor([[1, -100]]))
-        tensor([[1.3863, 0.0000]])
+    >>> target_losses(torch.zeros(1, 2, 4), torch.tensor([[1, -100]]))
+    tensor([[1.3863, 0.0000]])
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -53,18 +48,10 @@ class DivergedError(ValueError):
 
 
 def check_finite(loss: Tensor, step: int) -> None:
-    """Raise `DivergedError` unless the loss of a step is finite.
-
-    >>> check_finite(torch.tensor(float("nan")), step=3)
-    Traceback (most recent call last):
-    ...
-    routed_peft.losses.DivergedError: the loss is nan at step 3: nothing was saved since the last checkpoint. ...
-    """
+    """Raise `DivergedError` unless the loss of a step is finite."""
     if not torch.isfinite(loss):
-        raise DivergedError(
-            f"the loss is {float(loss)} at step {step}: nothing was saved since the last checkpoint. Lower the learning rate, "
-            "add warm-up steps or clip (`max_grad_norm`)"
-        )
+        raise DivergedError(f"the loss is {float(loss)} at step {step}: nothing was saved since the last checkpoint. "
+                            f"{_ADVICE}")  # fmt: skip
 
 
 def check_finite_weights(weights: Iterable[tuple[str, Tensor]], step: int) -> None:
@@ -79,7 +66,5 @@ def check_finite_weights(weights: Iterable[tuple[str, Tensor]], step: int) -> No
         here: Any = weight.detach()
         here = here.to_local() if hasattr(here, "to_local") else here
         if not torch.isfinite(here).all():
-            raise DivergedError(
-                f"weights are not finite after step {step}, such as {name!r}, so the model is not saved. Lower the learning "
-                "rate, add warm-up steps or clip (`max_grad_norm`)"
-            )
+            raise DivergedError(f"weights are not finite after step {step}, such as {name!r}, so the model is not "
+                                f"saved. {_ADVICE}")  # fmt: skip

@@ -15,11 +15,7 @@ _TRAINING = ("accelerate", "datasets", "tokenizers", "numpy")
 
 
 def hardware() -> dict[str, Any]:
-    """Return machine, processor, memory, GPUs and processes of this run.
-
-    >>> sorted(hardware())
-    ['cores', 'gpus', 'machine', 'memory_gb', 'processes', 'processor', 'threads']
-    """
+    """Return machine, processor, memory, GPUs and processes of this run."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -15,14 +15,6 @@ class RunRecorder(TrainerCallback):
 
     A point has ``names`` (such as ``method="sgtm"``), ``split`` ("train", or the name of the evaluation set), ``ablated``
     (whether regions were off), ``step``, ``tokens`` (if ``include_num_input_tokens_seen`` is on), and the metrics.
-
-    >>> import tempfile
-    >>> from transformers import TrainerControl, TrainingArguments
-    >>> recorder = RunRecorder(RunDirectory(tempfile.mkdtemp()), arm="routed")
-    >>> state = TrainerState(global_step=5, is_world_process_zero=True)
-    >>> recorder.on_log(TrainingArguments(), state, TrainerControl(), {"eval_ablated_forget_loss": 4.0, "epoch": 1})
-    >>> recorder.run.points()
-    [{'arm': 'routed', 'split': 'forget', 'ablated': True, 'step': 5, 'loss': 4.0, 'epoch': 1}]
     """
 
     def __init__(self, run: RunDirectory, **names: Any) -> None:
