@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import field, fields
@@ -17,15 +18,19 @@ def explain(error: BaseException) -> str:
     """Return an error as one line that every terminal can show.
 
     An error that speaks of code rather than of its input is marked as unexpected.
-
-    >>> explain(ValueError("`size` must be at least 1,\\n got 0")), explain(KeyError("size"))
-    ('`size` must be at least 1, got 0', "unexpected KeyError: 'size' (`--debug` shows where)")
     """
     words = " ".join([*getattr(error, "__notes__", []), str(error)]).split()  # such as: no directory
     text = " ".join(words).encode("utf-8", "backslashreplace").decode() or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").split(".")[0])):
         return f'{text} (pip install "routed_peft[{extra}]")'
     return f"unexpected {type(error).__name__}: {text} (`--debug` shows where)" if isinstance(error, _OURS) else text
+
+
+def end_bars() -> None:
+    """Close progress bars that an error left open, so that the next line has a line of its own."""
+    if bars := sys.modules.get("tqdm"):
+        for bar in list(getattr(bars.tqdm, "_instances", ())):
+            bar.close()
 
 
 @contextmanager
@@ -48,22 +53,12 @@ def reading(source: object) -> Iterator[None]:
             "it, and add that if you trust it"
         ) from error
     except _OURS as error:
-        raise ValueError(
-            f"{str(source)!r} cannot be loaded ({type(error).__name__}: {error}): a file of it is damaged, or of another "
-            "kind; restore it from a copy"
-        ) from error
+        raise ValueError(f"{str(source)!r} cannot be loaded ({type(error).__name__}: {error}): a file of it is "
+                         "damaged, or of another kind; restore it from a copy") from error  # fmt: skip
 
 
 def check_numbers(settings: Any, *names: str, low: float = 0.0, high: float = math.inf) -> None:
-    """Raise ValueError where a field of ``settings`` is no number from ``low`` to ``high``; None passes.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> check_numbers(SimpleNamespace(share=1.5), "share", high=1)
-        Traceback (most recent call last):
-        ...
-        ValueError: `share` must be a number from 0 to 1, got 1.5
-    """
+    """Raise ValueError where a field of ``settings`` is no number from ``low`` to ``high``; None passes."""
     for name in names:
         value = getattr(settings, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -89,19 +84,15 @@ def check_choices(settings: Any) -> None:
 
 
 def check_shape(data: Any, shape: Any, place: str) -> None:
-    """Raise ValueError where JSON data has another shape than expected.
+    """Raise ValueError, beginning with the ``place`` of JSON data, where it has another shape than expected.
 
-    Args:
-        data: what was read.
-        shape: a type or union of types; ``[shape]`` for a list; ``{str: shape}`` for a mapping; or a dictionary of keys, of
-            which those that end in "?" may be missing or null.
-        place: of the data, for the message.
+    A shape is a type or union of types; ``[shape]`` for a list; ``{str: shape}`` for a mapping; or a dictionary of keys, of
+    which those that end in "?" may be missing or null.
 
-    Example:
-        >>> check_shape({"files": ["a", 3]}, {"files": [str], "routes?": {str: dict}}, "run.json")
-        Traceback (most recent call last):
-        ...
-        ValueError: run.json: files[1] must be str, got 3
+    >>> check_shape({"files": ["a", 3]}, {"files": [str], "routes?": {str: dict}}, "run.json")
+    Traceback (most recent call last):
+    ...
+    ValueError: run.json: files[1] must be str, got 3
     """
     kind: Any = type(shape) if isinstance(shape, list | dict) else shape
     if not isinstance(data, kind) or (isinstance(data, bool) and kind in (int, float, int | float)):

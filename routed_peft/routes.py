@@ -152,7 +152,8 @@ def validate_routes(routes: Routes, regions: Iterable[str], *, base: bool = True
             )
     _check_named(routes, regions, base=base)
     for region in regions:
-        rests = all(route.weights.get(region) == 0 for route in routes.values())  # on purpose, as in `presets.inoculation`
+        # on purpose, as in `presets.inoculation`
+        rests = all(route.weights.get(region) == 0 for route in routes.values())
         if region not in frozen and not rests and not any(route.weight(region) for route in routes.values()):
             raise ValueError(f"no route trains the region {region!r}: in {list(routes)} its weight is 0 or it is "
                              "ablated. Let one of them train it, or name it in `base_adapters`")  # fmt: skip
