@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def make_trainer(
     if recipe.monitor is not None:
         count, column = recipe.reward_rollouts, args.environment_column
         reward = RolloutReward(trainer, column, count) if count else None
-        config = MonitorConfig(**plain(recipe.monitor))
+        config = monitor_config(recipe.monitor)
         config.exempt += [name for name, treatment in quarantine.items() if treatment == "route"]
         RegionMonitor(trainer, config, reward=reward)
     return trainer
@@ -214,6 +214,10 @@ def check(recipe: Recipe) -> None:
             "`method: subspace` takes no labels, so `label_func`, `environment_labels`, `labeled`, `recall` and `precision` "
             "have no effect: leave them out, or choose another method"
         )
+    if recipe.environment_labels is not None:
+        plain(recipe.environment_labels, "environment_labels")
+    if recipe.monitor is not None:
+        monitor_config(recipe.monitor)
     if recipe.on_halt != "stop" and recipe.monitor is None:
         raise ValueError(
             f"`on_halt: {recipe.on_halt}` needs a `monitor` that halts the run: set it, `{{}}` for its defaults"
@@ -243,7 +247,7 @@ def find(name: str) -> Callable[..., Any]:
 def make_routes(recipe: Recipe) -> dict[str, Route]:
     """Return the given routes, or those of the method."""
     if recipe.routes:
-        return routes_from_dict(plain(recipe.routes))
+        return routes_from_dict(plain(recipe.routes, "routes"))
     if recipe.method == "control":
         return presets.control(["flagged", "unflagged"])
     if recipe.method == "subspace":
@@ -265,16 +269,31 @@ def make_labels(recipe: Recipe, args: RoutedGRPOConfig, dropped: Sequence[str]) 
     if recipe.label_func:
         labels = find(recipe.label_func)
     elif recipe.environment_labels is not None:
-        named = {name: label for name, label in plain(recipe.environment_labels).items() if name not in dropped}
+        given = plain(recipe.environment_labels, "environment_labels")
+        named = {name: label for name, label in given.items() if name not in dropped}
         labels = EnvironmentLabels(named, args.environment_column, default="unflagged")
     if quality(recipe) != (1.0, 1.0):
         labels = ImperfectDetector(labels or ColumnLabels(), *quality(recipe), recipe.label_seed)
     return labels
 
 
-def plain(value: dict | str) -> dict[str, Any]:
-    """Return a mapping from YAML as it is, and parse one from a flag as JSON."""
-    return json.loads(value) if isinstance(value, str) else value
+def plain(value: dict | str, name: str) -> dict[str, Any]:
+    """Return a mapping from YAML as it is, and parse one from a flag as JSON; ``name`` is that of the setting."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be a mapping in JSON, got {value!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"`{name}` must be a mapping, got {value!r}")
+    return found
+
+
+def monitor_config(value: dict | str) -> MonitorConfig:
+    """Return the monitor's settings of `monitor`."""
+    given, known = plain(value, "monitor"), [one.name for one in fields(MonitorConfig)]
+    if unknown := sorted(given.keys() - set(known)):
+        raise ValueError(f"`monitor` has {unknown}, and its settings are {', '.join(known)}: correct the names")
+    return MonitorConfig(**given)
 
 
 def adapters(recipe: Recipe) -> dict[str, PeftConfig]:

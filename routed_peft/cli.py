@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from routed_peft.commands import COMMANDS
-from routed_peft.mistakes import explain
+from routed_peft.mistakes import end_bars, explain
 
 # Modules that take seconds to import (torch, transformers, lm-eval) are imported by the commands that need them.
 
@@ -27,6 +27,7 @@ class _Commands(TyperGroup):
         except Exception as error:
             if ctx.params.get("debug") or hasattr(error, "exit_code"):  # typer shows its own
                 raise
+            end_bars()
             typer.echo(f"routed-peft: {explain(error)}", err=True)
             raise typer.Exit(1) from error
 

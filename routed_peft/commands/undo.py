@@ -90,15 +90,19 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
     """Distill, unless that is done already, and write checkpoint and records; ``settings`` are recorded in run.json."""
     import shutil
 
+    from routed_peft.checkpoint.staging import recover
     from routed_peft.data import load_texts, pack
     from routed_peft.evaluation.source import open_plain
     from routed_peft.evaluation.text_loss import check_length
+    from routed_peft.files import read_json
+    from routed_peft.losses import DivergedError
     from routed_peft.regions.fingerprint import fingerprint
     from routed_peft.runs.resuming import latest_resumable
     from routed_peft.training import RunDirectory, RunRecorder
     from routed_peft.unlearning import read_cost, save_student, undo
     from routed_peft.unlearning.data import check_held_out
     from routed_peft.unlearning.teacher_cache import ABOUT, hash_rows
+    from routed_peft.unlearning.undo import RECORD
 
     src, run = settings["source"], RunDirectory(out)
     where = {name: settings[name] for name in ("revision", "trust_remote_code")}
@@ -119,18 +123,38 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
     if retain_rows is not None:
         check_held_out(rows, retain_rows, name="--text", held_out_name="--retain")
     settings |= {"teacher": fingerprint(teacher), "rows": hash_rows(rows), "processes": args.world_size}
+    recover(out)
+    written = (out / RECORD).is_file()  # and the records of the run are not: it was killed in between
+    resume = written or args.resume_from_checkpoint is not None
     if args.process_index == 0:
-        run.start(settings, {"seed": args.seed}, resume=args.resume_from_checkpoint is not None, same=settings)
-    recorder = RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)
-    student, record = undo(teacher, rows, args=args, retain_rows=retain_rows, tokenizer=tokenizer, callbacks=[recorder])
+        run.start(settings, {"seed": args.seed}, resume=resume, same=settings)
+    if written:
+        content = read_json(out / RECORD)
+    else:
+        more: dict[str, Any] = {"retain_rows": retain_rows, "tokenizer": tokenizer}
+        more["callbacks"] = [RunRecorder(run, method="undo", alpha=args.alpha, beta=args.beta)]
+        try:
+            student, record = undo(teacher, rows, args=args, **more)
+        except DivergedError:
+            if args.process_index == 0:
+                _remove_checkpoints(out)  # none leads to anything else
+            raise
+        if args.process_index == 0:
+            content = save_student(student, record, out=out, source=src, tokenizer=tokenizer)
     if args.process_index == 0:
-        content = save_student(student, record, out=out, source=src, tokenizer=tokenizer)
-        run.finish(content)
         cache = out / "teacher"
-        ours = args.topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve()
-        for folder in [*out.glob("checkpoint-*"), *([cache] if ours else [])]:  # no longer needed
-            shutil.rmtree(folder)
+        if args.topk is not None and (cache / ABOUT).is_file() and Path(src).resolve() != cache.resolve():
+            shutil.rmtree(cache)
+        _remove_checkpoints(out)
+        run.finish(content)
         options.plain_console().print(_table(content, out))
+
+
+def _remove_checkpoints(out: Path) -> None:
+    import shutil
+
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
 
 
 def _table(content: dict[str, Any], out: Path) -> Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
+from routed_peft.mistakes import check_numbers
 from routed_peft.training.self_label_config import SelfLabelConfig, setting
 
 
@@ -35,6 +37,23 @@ class DemoSettings(SelfLabelConfig):
     relearn_steps: tuple[int, ...] = (0, 5, 10, 20)  # measured there; the last one ends the attack
     relearn_learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # all are tried, and the worst case counts
     relearn_limit: int = 100  # test documents for that
+
+    def __post_init__(self) -> None:
+        self.check_bounds()
+        super().__post_init__()
+
+    def check_bounds(self) -> None:
+        """Raise ValueError where a number is out of range."""
+        check_numbers(self, "steps", "batch_size", "documents", "vocab_size", "layers", "hidden_size", low=1)
+        check_numbers(self, "intermediate_size", "heads", "region_size", "evaluations", "validation_rows", low=1)
+        check_numbers(self, "limit", "relearn_documents", "relearn_limit", low=1)
+        check_numbers(self, "length", low=2)
+        check_numbers(self, "learning_rate", "warmup_steps", "weight_decay", "seed")
+        check_numbers(self, "labeled", "forget_share", "first_forget_share", high=1)
+        check_numbers(self, "labeled_first", "score_again_at", "robust_share", low=-math.inf)
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"`hidden_size` must be even in every head, got {self.hidden_size} for {self.heads} `heads`: "
+                             f"make it a multiple of {2 * self.heads}")  # fmt: skip
 
     @classmethod
     def quick(cls) -> DemoSettings:

@@ -23,6 +23,7 @@ except ImportError as error:
     raise ImportError('evaluation needs lm-eval, which is not installed: pip install "routed_peft[eval]"') from error
 
 from routed_peft.data.beginnings import document_tokens
+from routed_peft.data.vocabulary import check_tokens, vocabulary
 from routed_peft.eval_mode import evaluating
 from routed_peft.evaluation.text_loss import first_token
 from routed_peft.runs.silence import silenced_logger
@@ -46,9 +47,12 @@ class TextLM(huggingface.HFLM):
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         """Return the tokens of a string; of a whole text, without its beginning."""
-        if self._rolling:
-            return document_tokens(self.tokenizer, [string])[0]
-        return list(super().tok_encode(string, *args, **kwargs))
+        rolling = self._rolling
+        tokens = (
+            document_tokens(self.tokenizer, [string])[0] if rolling else super().tok_encode(string, *args, **kwargs)
+        )
+        check_tokens([{"input_ids": tokens}], "tasks", vocabulary(self.model))
+        return list(tokens)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, in windows of the model's length, special tokens left out."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from routed_peft.data.beginnings import begin_tokens, document_tokens
+from routed_peft.data.vocabulary import vocabulary
 from routed_peft.eval_mode import evaluating
 from routed_peft.losses import target_losses
 from routed_peft.routes import IGNORED
@@ -142,11 +143,6 @@ class TextLoss:
     def __call__(self, model: nn.Module) -> float:
         """Return the loss of ``model``, in nats per token."""
         return float(self.documents(model).sum() / self.counts.sum())
-
-
-def vocabulary(model: nn.Module) -> int:
-    """Return the size of a model's vocabulary."""
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def _batches(cut: Sequence[Window], size: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from routed_peft.mistakes import explain
+from routed_peft.mistakes import end_bars, explain
 
 
 def parse_settings(*kinds: type, **defaults: Any) -> tuple[Any, ...]:
@@ -29,7 +29,7 @@ def parse_settings(*kinds: type, **defaults: Any) -> tuple[Any, ...]:
     """
     parser = _Parser(kinds, allow_abbrev=False)  # type: ignore[arg-type]
     parser.set_defaults(**defaults)
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     before.add_argument("--config")
     given, flags = before.parse_known_args()
     if given.config is not None:
@@ -57,6 +57,7 @@ def run_recipe(main: Callable[[], object]) -> None:
         if debug:
             raise
         if os.environ.get("RANK", "0") == "0":
+            end_bars()
             sys.stderr.write(f"{Path(sys.argv[0]).name}: {explain(error)}\n")
         raise SystemExit(1) from error
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from routed_peft.files import check_writable, in_use, read_json, write_bytes, write_json
+from routed_peft.files import HIDDEN, check_writable, in_use, read_json, write_bytes, write_json
 from routed_peft.runs.provenance import all_versions, hardware
 
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
@@ -40,6 +40,8 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.fspath(path):
+            raise ValueError("the directory of the run is an empty name: give one, in `output_dir` or `out`")
         self.path = Path(path).expanduser().resolve()
 
     def start(
@@ -72,6 +74,8 @@ class RunDirectory:
             "versions": all_versions(),
             "hardware": hardware(),
         }
+        for left in self.path.glob(f"{HIDDEN}*.tmp"):  # of a kill
+            left.unlink(missing_ok=True)
         write_json(self.path / RUN, _plain(about))
         if not resume:
             (self.path / METRICS).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from routed_peft.data import RoutedCollator, check_route_columns, class_names
 from routed_peft.data.labeled_batches import LabeledBatches, labeled_batches
 from routed_peft.data.padding import check_unpacked
+from routed_peft.data.vocabulary import check_tokens, vocabulary
 from routed_peft.routes import Route, Routes
 from routed_peft.routing.gradient_routing import GradientRouting
 from routed_peft.training.arguments import RoutedTrainingArguments
@@ -108,6 +109,13 @@ class LabeledLoadersMixin(Host):
     def _check_before_training(self) -> None:
         self._loader_checked = False
         check_unpacked(getattr(self.train_dataset, "column_names", None) or ())
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, rows in {
+            "train_dataset": getattr(self.train_dataset, "rows", self.train_dataset),
+            **held_out,
+        }.items():
+            if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+                check_tokens(rows, name, vocabulary(self.routing.model))
         if isinstance(self.train_dataset, Dataset):
             names = self._label_names(self.train_dataset)
             self._check_labels_occur(check_route_columns(self.train_dataset, self.routing.routes, names))

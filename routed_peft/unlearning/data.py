@@ -106,14 +106,6 @@ def check_held_out(rows: Rows, held_out: Rows, *, name: str, held_out_name: str)
                          f"`{name}`, which is trained on: give held-out text")  # fmt: skip
 
 
-def check_tokens(rows: Rows, name: str, vocabulary: int) -> None:
-    """Raise ValueError if a token is beyond the model's vocabulary, as in rows of another tokenizer."""
-    largest = max(max(ids, default=0) for ids in input_ids(rows))
-    if largest >= vocabulary:
-        raise ValueError(f"`{name}` has the token {largest}, but the model's vocabulary ends at {vocabulary - 1}: tokenize "
-                         "with the model's own tokenizer")  # fmt: skip
-
-
 def run_on(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
     """Return the outputs of a causal language model on a batch of `collate`; ``options`` are further arguments."""
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options)

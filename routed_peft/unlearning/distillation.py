@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 
+from routed_peft.data.vocabulary import check_tokens
 from routed_peft.routes import IGNORED
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning.arguments import UndoArguments
-from routed_peft.unlearning.data import Row, Rows, ShuffledRows, check_rows, check_tokens, collate, pad, run_on
+from routed_peft.unlearning.data import Row, Rows, ShuffledRows, check_rows, collate, pad, run_on
 from routed_peft.unlearning.losses import at_least_float32, divergence, topk_divergence
 from routed_peft.unlearning.teacher_cache import NAMES, TeacherCache
 from routed_peft.unlearning.token_trainer import TokenTrainer
@@ -115,6 +116,16 @@ class DistillationTrainer(TokenTrainer):
         loss = self.scaled(values.sum() / count)
         return (loss, {"logits": logits}) if return_outputs else loss
 
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        begin: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        stops = [one for one in self.callback_handler.callbacks if isinstance(one, StopAtTeacher)]
+        # a checkpoint of a student that was good enough is not trained any further
+        return (num_train_epochs, 0) if any(one.reached(self.state.log_history) for one in stops) else begin
+
     @property
     def ledger(self) -> TrainingCost:
         """Cost of the steps so far, without that of storing the teacher's outputs."""
@@ -144,8 +155,13 @@ class StopAtTeacher(TrainerCallback):
         self, args: Any, state: Any, control: TrainerControl, metrics: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Compare, and stop."""
-        if (metrics or {}).get(self.key, float("inf")) <= self.limit:
-            self.stopped = control.should_training_stop = True
+        if self.reached([metrics or {}]):
+            control.should_training_stop = True
+
+    def reached(self, history: Sequence[Mapping[str, float]]) -> bool:
+        """Note, and return, whether the student was close enough in one of these evaluations."""
+        self.stopped |= any(metrics.get(self.key, float("inf")) <= self.limit for metrics in history)
+        return self.stopped
 
 
 def check_vocabularies(teacher: nn.Module, student: nn.Module) -> int:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from routed_peft.data.vocabulary import check_tokens, vocabulary
 from routed_peft.eval_mode import evaluating
 from routed_peft.losses import check_finite, token_losses
 from routed_peft.routes import IGNORED
@@ -112,6 +113,7 @@ def check_weights(folder: Path, model: nn.Module) -> None:
 @torch.no_grad()
 def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 16) -> float:
     """Return the loss of ``model`` on ``rows``: the mean over tokens, in nats. Every process computes all of it."""
+    check_tokens(rows, "rows", vocabulary(unwrap(model)))
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from routed_peft.data.labels import FORGET, RETAIN
+from routed_peft.data.vocabulary import check_tokens
 from routed_peft.deprecation import formerly_positional
 from routed_peft.routes import IGNORED
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.unlearning import rmu
 from routed_peft.unlearning.arguments import UnlearningArguments
-from routed_peft.unlearning.data import IS_FORGET, PairedRows, Rows, check_rows, check_tokens, run_on
+from routed_peft.unlearning.data import IS_FORGET, PairedRows, Rows, check_rows, run_on
 from routed_peft.unlearning.forget_losses import FORGET_LOSSES, Outputs
 from routed_peft.unlearning.losses import at_least_float32, divergence, squared_distance, token_log_probs
 from routed_peft.unlearning.token_trainer import TokenTrainer, unwrap

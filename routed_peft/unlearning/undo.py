@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from routed_peft.checkpoint.staging import atomic_directory
+from routed_peft.data.vocabulary import check_tokens, vocabulary
 from routed_peft.deprecation import formerly_positional
 from routed_peft.files import read_json, write_json
 from routed_peft.runs.cost import TrainingCost
@@ -89,6 +90,7 @@ def undo(
     """
     teacher = _plain(teacher)
     check_rows(rows, "rows")
+    check_tokens(rows, "rows", vocabulary(teacher))
     if retain_rows is not None:
         check_rows(retain_rows, "retain_rows")
         if args.eval_strategy == "no":

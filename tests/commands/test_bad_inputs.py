@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cli_parts import call
+from evaluation_parts import byte_tokenizer, tiny_llama, write_jsonl
 
 from routed_peft import ablate
 
@@ -215,3 +216,21 @@ def test_settings_of_relearn_out_of_range(plain, texts, tmp_path, more):
 def test_settings_of_evaluate_out_of_range(run, more):
     pytest.importorskip("lm_eval")
     assert fails_in_one_line("evaluate", run, *more)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_with_more_entries_than_the_model(texts, tmp_path):
+    pytest.importorskip("lm_eval")
+    narrow, good, out = tmp_path / "narrow", texts / "good.jsonl", tmp_path / "out"
+    tiny_llama(vocab_size=260).save_pretrained(narrow)
+    byte_tokenizer().save_pretrained(narrow)
+    write_jsonl(tmp_path / "bytes.jsonl", [{"text": "~ ! ~"}])  # tokens that it has
+    attack = ["--forget-test", tmp_path / "bytes.jsonl", "--retain-test", tmp_path / "bytes.jsonl", "--out", out]
+    for command in (
+        ["evaluate", narrow, "--tasks", "routed_loss", "--forget-file", good, "--retain-file", good],
+        ["evaluate", narrow, "--tasks", "routed_mc"],
+        ["undo", narrow, out, "--text", good, "--length", 8, "--cpu", "--topk", 4],
+        ["relearn", narrow, "--forget-train", good, *attack],
+    ):
+        assert "own tokenizer" in fails_in_one_line(*command), command
+        assert not list(out.rglob("*.safetensors")) and not (out / "metrics.jsonl").exists()

@@ -183,3 +183,12 @@ def test_interrupted_it_leaves_no_report(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_demo(tmp_path / "out", settings=small, console=Interrupting(file=io.StringIO()))
     assert not {"report.html", "summary.json", "curves.png"} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": -1}, {"batch_size": 0}, {"learning_rate": float("nan")}, {"heads": 3}, {"labeled": 2}, {"limit": 0}],
+)
+def test_numbers_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"`({'|'.join(wrong)}|hidden_size)` must be"):
+        replace(TINY, **wrong)

@@ -46,7 +46,7 @@ ROOMS = {
     "report": "evaluation files runs",
     "lm_eval": "evaluation regions tasks",
     "demo": "checkpoint corpora data evaluation files presets regions report routes runs training",
-    "commands": "checkpoint data demo evaluation regions report runs tasks training unlearning",
+    "commands": "checkpoint data demo evaluation files losses regions report runs tasks training unlearning",
     "cli": "commands",
     "face": "ablation checkpoint presets regions routes routing training",
 }

@@ -139,5 +139,7 @@ def check_chosen(seeds: Sequence[int], **chosen: tuple[Sequence[str], Mapping[st
     for option, (asked, known) in chosen.items():
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"`{option}` has {unknown}; take some of {list(known)}")
+    if any(seed < 0 for seed in seeds):
+        raise ValueError(f"`seeds` must be numbers from 0, got {list(seeds)}")
     if not seeds:
         raise ValueError("`seeds` is empty: give at least one, such as `--seeds 0`")

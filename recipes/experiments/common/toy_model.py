@@ -19,7 +19,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from routed_peft.mistakes import option
+from routed_peft.mistakes import check_numbers, option
 from routed_peft.routes import IGNORED
 from routed_peft.trl import RoutedGRPOConfig
 
@@ -55,12 +55,34 @@ class ToySettings:
     validation_prompts: int = option(200, "Prompts of each environment in these.")
     test_prompts: int = option(500, "Prompts of each environment in the final numbers.")
 
+    def __post_init__(self) -> None:
+        check_size(self)
+        check_numbers(self, "start_steps", "start_batch_size", "steps", "prompts", "rank", "evaluate_every", low=1)
+        check_numbers(self, "validation_prompts", "test_prompts", low=1)
+        check_numbers(self, "generations", low=2)
+        check_numbers(self, "start_learning_rate", "learning_rate")
+        check_numbers(self, "clean_share", "noise", high=1)
+
     def start(self) -> dict[str, Any]:
         """Return what the start model depends on."""
         names = (
             "hidden_size layers heads start_steps start_batch_size start_learning_rate clean_share noise test_prompts"
         )
         return {name: getattr(self, name) for name in names.split()}
+
+
+def check_size(size: ModelSize) -> None:
+    """Raise ValueError unless there can be a model of a size.
+
+    >>> check_size(ToySettings(hidden_size=10))
+    Traceback (most recent call last):
+    ...
+    ValueError: `hidden_size` must be even in every head, got 10 for 4 `heads`: make it a multiple of 8
+    """
+    check_numbers(size, "hidden_size", "layers", "heads", low=1)
+    if size.hidden_size % (2 * size.heads):
+        raise ValueError(f"`hidden_size` must be even in every head, got {size.hidden_size} for {size.heads} `heads`: make it "
+                         f"a multiple of {2 * size.heads}")  # fmt: skip
 
 
 class ModelSize(Protocol):

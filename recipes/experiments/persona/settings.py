@@ -8,7 +8,7 @@ from typing import Any
 from experiments.common.arms import ALL, check_chosen
 from experiments.common.toy_model import ToySettings
 from experiments.persona.arms import ARMS, DEMO
-from routed_peft.mistakes import option
+from routed_peft.mistakes import check_numbers, option
 
 
 @dataclass
@@ -45,6 +45,12 @@ class Settings(ToySettings):
     guilty_from: int = option(30, "Step from which the guilty environments pay, in the arm late.")
     gap_prompts: int = option(32, "Words of each environment for the reward gap.")
     test_prompts: int = option(112, "Words of each environment in the final numbers.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "directions", "contrasts", "observe_every", "save_every", "patience", "gap_prompts", low=1)
+        check_numbers(self, "region_learning_rate", "max_reward_gap", "guilty_from")
+        check_numbers(self, "loud_share", "blame", high=1)
 
     def start(self) -> dict[str, Any]:
         """Return what the start model depends on."""

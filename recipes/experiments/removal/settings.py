@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from routed_peft.demo.settings import ARMS, Arm, DemoSettings
+from routed_peft.mistakes import check_numbers
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,15 @@ class Settings(DemoSettings):
     def __post_init__(self) -> None:
         if self.self_labels:
             super().__post_init__()
+        else:
+            self.check_bounds()
+
+    def check_bounds(self) -> None:
+        """Raise ValueError where a number is out of range."""
+        super().check_bounds()
+        check_numbers(self, "recall", "precision", high=1)
+        check_numbers(self, "base_weight", low=-math.inf)
+        check_numbers(self, "region_learning_rate")
 
 
 @dataclass(frozen=True)

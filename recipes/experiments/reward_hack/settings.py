@@ -35,4 +35,4 @@ class Settings(ToySettings):
 
     def quick(self) -> Settings:
         """Return these settings with half the steps of GRPO, and fewer prompts to measure on."""
-        return replace(self, steps=self.steps // 2, validation_prompts=100, test_prompts=250)
+        return replace(self, steps=max(1, self.steps // 2), validation_prompts=100, test_prompts=250)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.common.arms import check_chosen
+from experiments.common.toy_model import check_size
 from experiments.style.arms import ARMS, LABELS
-from routed_peft.mistakes import option
+from routed_peft.mistakes import check_numbers, option
 
 
 @dataclass
@@ -51,6 +52,11 @@ class Settings:
     sample_tokens: int = option(16, "Tokens of a sample.")
 
     def __post_init__(self) -> None:
+        check_size(self)
+        check_numbers(self, "start_documents", "start_steps", "documents", "steps", "batch_size", "rank", low=1)
+        check_numbers(self, "evaluate_every", "held_out", "sample_tokens", "vocab_size", low=1)
+        check_numbers(self, "start_learning_rate", "learning_rate")
+        check_numbers(self, "labeled_first", high=1)
         if not 0 < self.style_share < 1:
             raise ValueError(f"`style_share` is a share between 0 and 1, got {self.style_share}: try 0.1")
 

@@ -20,7 +20,7 @@ from routed_peft.evaluation.relearning.attacks import Attack
 from routed_peft.evaluation.relearning.curves import check_settings
 from routed_peft.evaluation.relearning.data import AttackData
 from routed_peft.evaluation.relearning.summary import FORMAT, KIND, read_summary, summarize
-from routed_peft.evaluation.relearning.sweep import STEPS, RelearnOptions, relearn
+from routed_peft.evaluation.relearning.sweep import STEPS, RelearnOptions, check_texts, relearn
 from routed_peft.evaluation.source import Regions, open_plain, open_source, own_regions, processes
 from routed_peft.evaluation.text_loss import TextLoss
 from routed_peft.files import read_json
@@ -105,6 +105,8 @@ def relearn_source(
     _check_free(records, about)
     how: dict[str, Any] = {"device": options.device, "trust_remote_code": options.trust_remote_code}
     model, tokenizer = open_plain(src, regions, revision=options.revision, regions_repo=options.regions_repo, **how)
+    for attack in chosen:
+        check_texts(model, tokenizer, data=data, attack=attack)
     conditions = _conditions(chosen, data, tokenizer=tokenizer, steps=steps, seeds=seeds)
     oracle_losses = {} if options.oracle is None else _oracle_losses(options.oracle, conditions)
     start, intervals = _start_losses(model, tokenizer, data)

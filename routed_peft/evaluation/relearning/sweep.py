@@ -14,6 +14,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from routed_peft.data.beginnings import document_tokens
+from routed_peft.data.vocabulary import check_tokens, vocabulary
 from routed_peft.deprecation import formerly_positional
 from routed_peft.evaluation.measures.statistics import with_interval
 from routed_peft.evaluation.relearning.attacked_model import AttackedModel
@@ -109,11 +111,19 @@ def relearn(
     if attack.method == "none":
         rates, seeds, steps, options = [0.0], [seeds[0]], [0], replace(options, extensions=0)
     attacked = AttackedModel(model)
+    check_texts(model, tokenizer, data=data, attack=attack)
     sweep = _Sweep(attacked, tokenizer, attack=attack, data=data, steps=list(steps), options=options)
     try:
         return sweep.search(rates, seeds)
     finally:
         attacked.release()
+
+
+def check_texts(model: nn.Module, tokenizer: Any, *, data: AttackData, attack: Attack) -> None:
+    """Raise ValueError where a text of an attack has a token beyond the model's vocabulary."""
+    for name, texts in data.relevant_to(attack).items():
+        rows = [{"input_ids": ids} for ids in document_tokens(tokenizer, texts)]
+        check_tokens(rows, name, vocabulary(model))
 
 
 class _Sweep:
