@@ -59,9 +59,9 @@ def widen(mlp: nn.Module, layout: MLPLayout, units: HiddenUnits) -> None:
         rows = [_oriented(projection, getattr(units, part)) for part in parts]
         biases = [getattr(units, f"{part}_bias") for part in parts]
         bias = None if projection.bias is None else _appended(projection.bias.data, biases, 0)
-        _replace(projection, _appended(projection.weight.data, rows, axis), bias)
+        set_weights(projection, _appended(projection.weight.data, rows, axis), bias)
     down: Any = getattr(mlp, layout.down)
-    _replace(down, _appended(down.weight.data, [_oriented(down, units.down)], 1 - _hidden_axis(down)), None)
+    set_weights(down, _appended(down.weight.data, [_oriented(down, units.down)], 1 - _hidden_axis(down)), None)
     _set_width(mlp, layout)
 
 
@@ -70,9 +70,9 @@ def truncate(mlp: nn.Module, layout: MLPLayout, n: int) -> None:
     for projection, parts in _in_projections(mlp, layout):
         axis = _hidden_axis(projection)
         bias = None if projection.bias is None else _first(projection.bias.data, n, parts=len(parts), axis=0)
-        _replace(projection, _first(projection.weight.data, n, parts=len(parts), axis=axis), bias)
+        set_weights(projection, _first(projection.weight.data, n, parts=len(parts), axis=axis), bias)
     down: Any = getattr(mlp, layout.down)
-    _replace(down, _first(down.weight.data, n, parts=1, axis=1 - _hidden_axis(down)), None)
+    set_weights(down, _first(down.weight.data, n, parts=1, axis=1 - _hidden_axis(down)), None)
     _set_width(mlp, layout)
 
 
@@ -102,7 +102,7 @@ def _first(tensor: Tensor, n: int, *, parts: int, axis: int) -> Tensor:
     return torch.cat([part.narrow(axis, 0, n) for part in tensor.chunk(parts, axis)], axis)
 
 
-def _replace(projection: Any, weight: Tensor, bias: Tensor | None) -> None:
+def set_weights(projection: Any, weight: Tensor, bias: Tensor | None) -> None:
     """Set new values under the same Parameter objects, so that an optimizer's references stay valid."""
     for parameter, value in ((projection.weight, weight), (projection.bias, bias)):
         if value is not None:

@@ -16,10 +16,17 @@ class RoutedLayer(BaseTunerLayer):
     Attributes:
         region_outlets: names of the ``nn.ModuleDict`` attributes that hold outlets (see `routed_peft.adapters`).
         base_layer: the module that the regions stand beside.
+        outer: whether layers of other kinds stand inside this one, where it is in the same place.
     """
 
     base_layer: nn.Module
     region_outlets: ClassVar[tuple[str, ...]] = ()
+    outer: ClassVar[bool] = False
+
+    @property
+    def feeds_outlets(self) -> bool:
+        """Whether what a region adds here passes through an outlet of another layer."""
+        return False
 
     def _linear(self, part: str, adapter_name: str) -> nn.Linear:
         return cast(nn.Linear, getattr(self, part)[adapter_name])

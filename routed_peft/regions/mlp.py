@@ -13,8 +13,7 @@ from routed_peft.architectures import mlp_layout, width
 from routed_peft.regions.config import RoutedConfig
 from routed_peft.regions.hidden_units import HiddenUnits, check_widenable, count_hidden_units, truncate, widen
 from routed_peft.regions.layer import RoutedLayer
-from routed_peft.regions.projections import cut_gradient
-from routed_peft.regions.subspace import SubspaceLayer
+from routed_peft.regions.subspace import cut_beside
 
 
 class RoutedMLP(nn.Module, RoutedLayer):
@@ -35,6 +34,7 @@ class RoutedMLP(nn.Module, RoutedLayer):
     adapter_layer_names: tuple[str, ...] = ("routed_gate", "routed_up", "routed_down")
     other_param_names: tuple[str, ...] = ()
     region_outlets: ClassVar[tuple[str, ...]] = ("routed_down",)
+    outer: ClassVar[bool] = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: RoutedConfig, model: nn.Module) -> None:
         super().__init__()
@@ -87,16 +87,11 @@ class RoutedMLP(nn.Module, RoutedLayer):
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return output
+        writer = getattr(self.base_layer, self.layout.down)
         for name in self.active_adapters:
             if name in self.routed_up and name not in self.merged_adapters:
-                output = output + self._protected(self._contribution(name, x)).to(output.dtype)
+                output = output + cut_beside(writer, self._contribution(name, x)).to(output.dtype)
         return output
-
-    def _protected(self, contribution: Tensor) -> Tensor:
-        """Apply the gradient cut of subspace regions at the MLP's own output projection to the units, too."""
-        writer = getattr(self.base_layer, self.layout.down)
-        u = writer.protected_basis("cut") if isinstance(writer, SubspaceLayer) else None
-        return contribution if u is None or not contribution.requires_grad else cut_gradient(contribution, u)
 
     def _contribution(self, name: str, x: Tensor) -> Tensor:
         x = self._cast_input_dtype(x, self._linear("routed_up", name).weight.dtype)

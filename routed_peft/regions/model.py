@@ -112,7 +112,8 @@ class RoutedModel(BaseTuner):
         assert isinstance(peft_config, RoutedConfig)
         make = RoutedMLP if peft_config.kind == "mlp" else KINDS[str(peft_config.kind)].layer
         if make is not None:
-            if isinstance(target, make if isinstance(make, type) else RoutedLayer):
+            same = isinstance(target, make) if isinstance(make, type) else True  # and not one that it stands around
+            if isinstance(target, RoutedLayer) and same:
                 target.update_layer(adapter_name, peft_config, model=self.model)
             else:
                 setattr(parent, target_name, make(target, adapter_name, config=peft_config, model=self.model))

@@ -136,6 +136,12 @@ def _parameters(base: nn.Module) -> Iterator[tuple[Tensor, Callable[[Tensor], Te
         yield bias, lambda b: b.unsqueeze(1)
 
 
+def cut_beside(writer: nn.Module, contribution: Tensor) -> Tensor:
+    """Apply the gradient cut of subspace regions at a ``writer`` to a contribution that is added to its output."""
+    u = writer.protected_basis("cut") if isinstance(writer, SubspaceLayer) else None
+    return contribution if u is None or not contribution.requires_grad else cut_gradient(contribution, u)
+
+
 def project_base(model: nn.Module) -> int:
     r"""Restore every trained writer's component along the regions' subspaces to its value when these were made.
 

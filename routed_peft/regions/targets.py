@@ -270,4 +270,5 @@ def unwrapped(model: nn.Module, kind: str | None) -> Iterator[None]:
         yield
     finally:
         for parent, name, child in wrapped:
+            child.base_layer = getattr(parent, name)  # which may have got a layer of its own
             setattr(parent, name, child)

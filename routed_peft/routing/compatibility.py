@@ -81,7 +81,7 @@ def _check_layer(name: str, layer: BaseTunerLayer, embeddings: torch.Tensor | No
         raise ValueError(f"{name!r} has a LoRA variant for {sorted(variants)}, but only plain LoRA can be routed: "
                          "train that")  # fmt: skip
     for adapter in adapters_in(layer):
-        if not outlet_modules(layer, adapter):
+        if not outlet_modules(layer, adapter) and not getattr(layer, "feeds_outlets", False):
             raise ValueError(f"the adapter {adapter!r} on {name!r} ({type(layer).__name__}) cannot be routed: regions "
                              "are `RoutedConfig` adapters or plain LoRA on linear layers. Leave it out of "
                              "`target_modules`")  # fmt: skip

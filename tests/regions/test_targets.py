@@ -6,7 +6,7 @@ from peft import get_peft_model
 from subspace_parts import subspace_file
 
 from routed_peft.regions import RoutedConfig
-from routed_peft.regions.targets import input_embeddings, plan_targets, unwrapped_mlps
+from routed_peft.regions.targets import input_embeddings, plan_targets, unwrapped
 
 
 @pytest.mark.parametrize("kind", ["mlp", "lora", "subspace"])
@@ -47,7 +47,7 @@ def test_a_region_that_fits_nowhere_leaves_the_model_unchanged():
 def test_wrappers_are_off_within_the_block_only():
     model = get_peft_model(tiny("llama"), RoutedConfig(size=4), adapter_name="forget")
     wrapped = model.base_model.model.model.layers[0].mlp
-    with unwrapped_mlps(model):
+    with unwrapped(model, "lora"):
         assert model.base_model.model.model.layers[0].mlp is wrapped.base_layer
     assert model.base_model.model.model.layers[0].mlp is wrapped
 
