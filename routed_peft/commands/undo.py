@@ -92,6 +92,7 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
 
     from routed_peft.checkpoint.staging import recover
     from routed_peft.data import load_texts, pack
+    from routed_peft.data.vocabulary import check_tokens, vocabulary
     from routed_peft.evaluation.source import open_plain
     from routed_peft.evaluation.text_loss import check_length
     from routed_peft.files import read_json
@@ -120,7 +121,9 @@ def _run(settings: dict[str, Any], args: UndoArguments, out: Path) -> None:
     check_length(teacher, tokenizer, length=length, argument="--length")
     rows = pack(documents, tokenizer, length=length, by=[])
     retain_rows = None if held_out is None else pack(held_out, tokenizer, length=length, by=[])
+    check_tokens(rows, "--text", vocabulary(teacher))
     if retain_rows is not None:
+        check_tokens(retain_rows, "--retain", vocabulary(teacher))
         check_held_out(rows, retain_rows, name="--text", held_out_name="--retain")
     settings |= {"teacher": fingerprint(teacher), "rows": hash_rows(rows), "processes": args.world_size}
     recover(out)
