@@ -148,7 +148,7 @@ def loadable_heads(model: nn.Module, least: int) -> int:
             continue
         if heads > least:
             warnings.warn(f"{name} accepts no {least * ratio} attention heads: the merged model has {heads * ratio}, the "
-                          "last of them zero, which cost time and memory", stacklevel=2)  # fmt: skip
+                          "last of them zero, which cost time and memory", stacklevel=5)  # fmt: skip
         return heads
     raise ValueError(
         f"{name} accepts no number of attention heads from {least * ratio} on: keep the region as an adapter"
