@@ -163,9 +163,14 @@ def test_an_index_that_leads_elsewhere_is_refused(run: Path) -> None:
     assert inspect_checkpoint(run)["problems"]
 
 
+@pytest.mark.parametrize("base_adapters", [True, False])
 @pytest.mark.parametrize("what", ["weights", "configuration"])
-def test_an_overwritten_frozen_base_is_noticed_without_regions(what: str, tmp_path: Path) -> None:
-    _, path = frozen(tmp_path)
+def test_an_overwritten_frozen_base_is_noticed_without_regions(what: str, base_adapters: bool, tmp_path: Path) -> None:
+    model, path = frozen(tmp_path)
+    if not base_adapters:  # nothing is loaded beside the base
+        path = save_routed(model, tmp_path / "alone", base_adapters=[])
+        for region in ("retain", "forget"):
+            shutil.rmtree(path / region)
     tiny("llama", **({"seed": 3} if what == "weights" else {"rms_norm_eps": 0.5})).save_pretrained(tmp_path / "base")
     for act in (lambda: load_routed(path), lambda: ablate(path, tmp_path / "out")):
         with pytest.raises(ValueError, match=f"the {'content' if what == 'weights' else 'configuration'} differs"):

@@ -18,7 +18,14 @@ from transformers import modeling_utils
 from routed_peft.checkpoint import save as save_module
 from routed_peft.checkpoint import save_routed
 from routed_peft.checkpoint import staging as files_module
-from routed_peft.checkpoint.staging import atomic_directory, inside, recover
+from routed_peft.checkpoint.staging import (
+    NOTICE_FILES,
+    TOKENIZER_FILES,
+    atomic_directory,
+    copy_matching,
+    inside,
+    recover,
+)
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -118,6 +125,19 @@ def test_paths_that_lead_out_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leads out of it"):
         inside(tmp_path / "run", name)
     assert inside(tmp_path / "run", "a/b.json") == tmp_path / "run/a/b.json"
+
+
+def test_links_that_lead_out_are_not_copied(tmp_path: Path) -> None:
+    for name in ("run", "out", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "other/a.jinja").write_text("secret")
+    (tmp_path / "run/LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "run/additional_chat_templates").symlink_to(tmp_path / "other")
+    (tmp_path / "run/NOTICE").write_text("mine")
+    (tmp_path / "run/COPYING").symlink_to(tmp_path / "run/NOTICE")
+    copy_matching(tmp_path / "run", tmp_path / "out", (*NOTICE_FILES, *TOKENIZER_FILES))
+    assert content(tmp_path / "out") == {"NOTICE": b"mine", "COPYING": b"mine"}
 
 
 def test_the_working_directory_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,17 @@ def test_an_adapter_frozen_in_other_ways_stays_frozen(freeze):
     assert all("lora_A.forget" in n for n, p in model.named_parameters() if p.requires_grad and ".forget." in n)
 
 
+def test_a_frozen_adapter_that_was_switched_on_beside_another_stays_frozen(tmp_path):
+    model = loaded(tmp_path, "retain")
+    model.add_adapter("forget", LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["retain", "forget"])
+    assert trained(model, "retain") == {True}, "PEFT unfreezes what it switches on"
+    refuse("no base is trained", model, {"f": Route(weights={"base": 0.0})}, base_adapters=["retain"])
+    routing = GradientRouting(model, SGTM, train_base=True, base_adapters=["retain"])
+    assert trained(model, "retain") == {False} and trained(model, "forget") == {True}
+    assert not {p for name, p in model.named_parameters() if ".retain." in name} & set(routing.parameters("base"))
+
+
 def test_a_loaded_adapter_that_is_switched_off_is_refused(tmp_path):
     model = loras("forget")
     loaded(tmp_path, "other", model)
@@ -144,7 +155,7 @@ def test_an_adapter_loaded_for_training_and_switched_off_is_refused(tmp_path, ho
     refuse(message, model, base_adapters=["retain"])
     refuse(message, model, {"a": Route(weights={"base": 0.0})}, base_adapters=["forget"])
     model.base_model.set_adapter(["retain", "forget"])
-    routing = GradientRouting(model, SGTM, base_adapters=["retain"])
+    GradientRouting(model, SGTM, base_adapters=["retain"])
     assert trained(model, "forget") == {True}
 
 
