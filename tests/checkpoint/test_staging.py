@@ -18,14 +18,7 @@ from transformers import modeling_utils
 from routed_peft.checkpoint import save as save_module
 from routed_peft.checkpoint import save_routed
 from routed_peft.checkpoint import staging as files_module
-from routed_peft.checkpoint.staging import (
-    NOTICE_FILES,
-    TOKENIZER_FILES,
-    atomic_directory,
-    copy_matching,
-    inside,
-    recover,
-)
+from routed_peft.checkpoint.staging import atomic_directory, copy_matching, inside, recover
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -136,7 +129,9 @@ def test_links_that_lead_out_are_not_copied(tmp_path: Path) -> None:
     (tmp_path / "run/additional_chat_templates").symlink_to(tmp_path / "other")
     (tmp_path / "run/NOTICE").write_text("mine")
     (tmp_path / "run/COPYING").symlink_to(tmp_path / "run/NOTICE")
-    copy_matching(tmp_path / "run", tmp_path / "out", (*NOTICE_FILES, *TOKENIZER_FILES))
+    copy_matching(
+        tmp_path / "run", tmp_path / "out", ("LICENSE*", "NOTICE*", "COPYING*", "additional_chat_templates/*.jinja")
+    )
     assert content(tmp_path / "out") == {"NOTICE": b"mine", "COPYING": b"mine"}
 
 
