@@ -83,7 +83,7 @@ def training_curves(split: str, title: str) -> Panel:
             wanted = ("training", split, key.removesuffix("_on"), key == "routed")
             chosen = (p for p in points if (p["phase"], p["split"], p["arm"], p.get("ablated")) == wanted)
             lines[key] = [(point["tokens"] / 1e6, point["loss"]) for point in chosen]
-        return partial(_draw_lines, lines, {"title": title, "xlabel": "training tokens (millions)"})
+        return partial(_draw_lines, lines, words={"title": title, "xlabel": "training tokens (millions)"})
 
     return panel
 
@@ -93,13 +93,12 @@ def relearning_curves(points: Sequence[Point], summary: Mapping[str, Any]) -> Dr
     curves = {key: summary["models"][key].get("relearned") for key in STYLES}
     lines = {key: sorted((int(step), loss) for step, loss in curve.items()) for key, curve in curves.items() if curve}
     return partial(
-        _draw_lines, lines, {"title": "Biology, relearned from a few documents", "xlabel": "steps of the attack"}
+        _draw_lines, lines, words={"title": "Biology, relearned from a few documents", "xlabel": "steps of the attack"}
     )
 
 
-def _draw_lines(
-    lines: Mapping[str, Sequence[tuple[float, float]]], words: Mapping[str, str], axes: Axes, theme: Theme
-) -> None:
+def _draw_lines(lines: Mapping[str, Any], *panel: Any, words: Mapping[str, str]) -> None:
+    axes, theme = panel
     draw_lines(axes, theme, lines=[Line(NAMES[key], line, STYLES[key]) for key, line in lines.items()])
     axes.set(ylabel="loss (nats per token)", **words)
 

@@ -55,7 +55,10 @@ def gather_full(tensor: Any) -> Tensor:
 
 
 def find_factors(model: nn.Module, region: str) -> list[Factors]:
-    """Return the layers of ``region``; raise ValueError without any, and on one that is no product of two linear modules."""
+    """Return the layers of ``region``; raise ValueError without any, and on one that is no product of two linear modules.
+
+    Rows of the token table, gains of norms and heads, the other parts of a whole region, are left out.
+    """
     found: list[Factors] = []
     for name, module in tuner_layers(model):
         layer: Any = module
@@ -70,7 +73,8 @@ def find_factors(model: nn.Module, region: str) -> list[Factors]:
             scale = float(layer.scaling[region]) if outer == "lora_B" else 1.0
             found.append(Factors(name.removeprefix("base_model.model."), layer, a, b, scale, off))
     if not found:
-        raise ValueError(f"the model has no region {region!r}: name one of its adapters")
+        raise ValueError(f"the model has no region {region!r} with hidden units or low-rank layers, which the monitor reads: "
+                         "name one of its adapters")  # fmt: skip
     return found
 
 

@@ -111,7 +111,7 @@ def _inner(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def append_heads(projection: nn.Linear, weight: Tensor, bias: Tensor | None, *, output: bool) -> None:
+def append_heads(projection: nn.Linear, weight: Tensor, *, bias: Tensor | None, output: bool) -> None:
     """Append rows to a projection of queries, keys or values, or columns to that of the ``output``."""
     joined = torch.cat([projection.weight.data, weight.detach().to(projection.weight)], 1 if output else 0)
     if output or projection.bias is None or bias is None:
@@ -166,7 +166,7 @@ def set_heads(model: nn.Module, heads: int) -> None:
                 check_projection(projection)
                 other = width(projection, "out" if output else "in")
                 zeros = torch.zeros(other, missing) if output else torch.zeros(missing, other)
-                append_heads(projection, zeros, torch.zeros(missing), output=output)
+                append_heads(projection, zeros, bias=torch.zeros(missing), output=output)
     configs = [decoder_config(model), *(attention.config for attention in attentions.values())]
     size = head_width(next(iter(attentions.values())), "k_proj")
     for config in {id(config): config for config in configs}.values():

@@ -100,7 +100,8 @@ class RoutedConfig(PeftConfig):
         target_modules: ends of module names, or one regular expression. By default those of the model's type: its MLPs, PEFT's
             own defaults for ``"lora"``, all residual writers for ``"subspace"``. ``"lora"`` also takes ``"all-linear"``. In a
             whole region they are the linear layers of `r`, by default all outside the MLPs that `size` widens.
-        exclude_modules: ends of module names, or one regular expression, to leave out of `target_modules`.
+        exclude_modules: ends of module names, or one regular expression, to leave out of `target_modules`; in a whole region
+            of those of `r`.
         layers_to_transform: indices of the layers that the region is in; all by default.
         layers_pattern: name of the list of layers, where PEFT cannot find it for `layers_to_transform`.
         init: initialization of hidden units and heads. ``"zero"``: their output weights are zero, which preserves the
@@ -166,9 +167,8 @@ class RoutedConfig(PeftConfig):
         """
         kind = KINDS[PARTS[name]]
         own = {field: getattr(self, field) for field in kind.fields if getattr(self, field) is not None}
-        inside = {} if name == "embeddings" else {
-            field: getattr(self, field) for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
-        }  # fmt: skip
+        fields = {"embeddings": (), "r": ("layers_to_transform", "layers_pattern", "exclude_modules")}
+        inside = {field: getattr(self, field) for field in fields.get(name, ("layers_to_transform", "layers_pattern"))}
         shared = {"task_type": self.task_type, "inference_mode": self.inference_mode}
         return RoutedConfig(**{"kind": PARTS[name], **inside, **shared, **own, **changes})
 

@@ -142,7 +142,7 @@ class RoutedHeads(nn.Module, RoutedLayer):
             own = self._held[name]
             if safe_merge and not all(p.isfinite().all() for p in own.parameters()):
                 raise ValueError(f"the weights of the region {name!r} are not all finite: it was not merged")
-            append_heads(self.base_layer, own.weight, own.bias, output=self.is_output)  # type: ignore[arg-type]
+            append_heads(self.base_layer, own.weight, bias=own.bias, output=self.is_output)  # type: ignore[arg-type]
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:

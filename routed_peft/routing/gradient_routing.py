@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,18 +16,18 @@ from routed_peft.adapters import adapter_names, guard_saving, routing_record, se
 from routed_peft.architectures import find_mlps, output_projection
 from routed_peft.deprecation import warn_renamed
 from routed_peft.functional import PositionWeights
-from routed_peft.routes import BASE, Routes, named_in, routes_differ, validate_routes
+from routed_peft.routes import BASE, Routes, validate_routes
 from routed_peft.routing.adapter_state import AdapterState, active_adapters, frozen_adapters
 from routed_peft.routing.compatibility import check_auxiliary_loss, check_covered, check_member, check_model
 from routed_peft.routing.groups import JOINT, Member, find_members
 from routed_peft.routing.layers import Attachment, routed_class, routed_input_class, swap, unswap
-from routed_peft.routing.self_check import check_gradients, check_leaks, find_leaks, nonzero_gradients
+from routed_peft.routing.self_check import SelfChecking
 from routed_peft.routing.step_weights import GroupWeights, RouteTable, RoutingState, label_indices
 
 Labels = Sequence[str] | Sequence[int] | Tensor
 
 
-class GradientRouting:
+class GradientRouting(SelfChecking):
     r"""Attach routes to a model, so that labels decide which parameters the gradient of each position reaches.
 
     For a position (or example) with label l, the gradient of every parameter of group g is multiplied by
@@ -313,81 +313,6 @@ class GradientRouting:
         """Return `count_learning_positions` of the same arguments: the old name, deprecated."""
         warn_renamed("GradientRouting.learning", "GradientRouting.count_learning_positions")
         return self.count_learning_positions(labels, reached, weights)
-
-    def self_check(
-        self, batch: Mapping[str, Any], loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
-    ) -> dict[str, dict[str, bool]]:
-        """Check, by one backward pass per label on a real batch, that gradient arrives where the routes say.
-
-        Args:
-            batch: keyword arguments of the model, without route columns. Gradients held before the call are lost.
-            loss: ``loss(model, batch)``; the model's own ``.loss`` by default.
-
-        Returns:
-            label -> group -> whether the group received gradient.
-
-        Raises:
-            ValueError: when a group of weight zero received gradient, or one that should learn received none; and when a
-                parameter has gradient although all weights are 0.
-        """
-        size = next(len(v) for v in batch.values() if isinstance(v, Tensor))
-        groups = {group: self.parameters(group) for group in self.groups if group != JOINT}
-        if self.edges == "activations":
-            groups = {BASE: self._upstream()}
-        compute = loss or (lambda model, inputs: model(**inputs).loss)
-        leaks: list[str] = []
-        received: dict[str, dict[str, bool]] = {}
-        self._unproven.clear()
-        try:
-            if any(group in named_in(self.routes) for group in groups):
-                self.model.zero_grad()
-                self.check_adapters()
-                device = next(self.model.parameters()).device
-                none = torch.zeros(size, dtype=self._table.dtype)
-                zero = PositionWeights.from_weights(none, self._table.gather).to(device)
-                with self._state.holding({group: GroupWeights(zero) for group in (BASE, *self.regions)}):
-                    leaks = find_leaks(lambda: compute(self.model, batch), self._names(groups))
-            for label, route in self.routes.items():
-                twin = next(
-                    (name for name in received if not routes_differ({label: self.routes[name]}, {label: route})), None
-                )
-                if twin is not None:  # labels that do the same are tried once
-                    received[label] = received[twin]
-                    continue
-                self.model.zero_grad()
-                with self([label] * size):
-                    received[label] = check_gradients(
-                        lambda: compute(self.model, batch), label, route=route, groups=groups, leaks=leaks
-                    )
-        finally:  # of unchecked parameters too, or the first step would start from these gradients
-            for p in self.model.parameters():
-                p.grad = None
-        check_leaks(leaks)
-        return received
-
-    @contextmanager
-    def _proving(self, effective: Mapping[str, Tensor]) -> Iterator[None]:
-        """Check, the first time that a block gives a group no weight at all, that it received no gradient."""
-        blocked = [group for group in self._unproven if not effective[group].any()]
-        if not blocked or any(p.grad is not None for group in blocked for p in self.parameters(group)):
-            yield
-            return
-        yield
-        parameters = self._names({group: self.parameters(group) for group in blocked})
-        if any(p.grad is not None for p in parameters.values()):  # and not only a forward pass
-            check_leaks(nonzero_gradients(parameters))
-            self._unproven -= set(blocked)
-
-    def _names(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, nn.Parameter]:
-        chosen = {p for parameters in groups.values() for p in parameters}
-        return {name: p for name, p in self.model.named_parameters() if p in chosen}
-
-    def _upstream(self) -> list[nn.Parameter]:
-        """Return the base parameters that activation edges protect: those of the MLPs, output projections excepted."""
-        swapped, base = set(self._swapped), set(self.parameters(BASE))
-        mlps = [mlp for mlp in find_mlps(self.model).values() if output_projection(mlp) in swapped]
-        modules = [m for mlp in mlps for m in mlp.modules() if m not in swapped]
-        return [p for m in modules for p in m.parameters(recurse=False) if p in base]
 
 
 def _check_call(state: RoutingState, model: nn.Module, *inputs: Any) -> None:

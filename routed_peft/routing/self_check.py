@@ -3,12 +3,107 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from routed_peft.routes import Route
+from routed_peft.architectures import find_mlps, output_projection
+from routed_peft.functional import PositionWeights
+from routed_peft.routes import BASE, Route, Routes, named_in, routes_differ
+from routed_peft.routing.groups import JOINT
+from routed_peft.routing.step_weights import GroupWeights, RouteTable, RoutingState
+
+
+class SelfChecking:
+    """The part of `GradientRouting` that checks itself; its attributes are described there."""
+
+    model: nn.Module
+    routes: Routes
+    regions: list[str]
+    groups: list[str]
+    edges: str
+    parameters: Callable[[str], list[nn.Parameter]]
+    check_adapters: Callable[[], None]
+    __call__: Callable[..., AbstractContextManager[None]]
+    _state: RoutingState
+    _table: RouteTable
+    _unproven: set[str]
+    _swapped: list[nn.Module]
+
+    def self_check(
+        self, batch: Mapping[str, Any], loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
+    ) -> dict[str, dict[str, bool]]:
+        """Check, by one backward pass per label on a real batch, that gradient arrives where the routes say.
+
+        Args:
+            batch: keyword arguments of the model, without route columns. Gradients held before the call are lost.
+            loss: ``loss(model, batch)``; the model's own ``.loss`` by default.
+
+        Returns:
+            label -> group -> whether the group received gradient.
+
+        Raises:
+            ValueError: when a group of weight zero received gradient, or one that should learn received none; and when a
+                parameter has gradient although all weights are 0.
+        """
+        size = next(len(v) for v in batch.values() if isinstance(v, Tensor))
+        groups = {group: self.parameters(group) for group in self.groups if group != JOINT}
+        if self.edges == "activations":
+            groups = {BASE: self._upstream()}
+        compute = loss or (lambda model, inputs: model(**inputs).loss)
+        leaks: list[str] = []
+        received: dict[str, dict[str, bool]] = {}
+        self._unproven.clear()
+        try:
+            if any(group in named_in(self.routes) for group in groups):
+                self.model.zero_grad()
+                self.check_adapters()
+                device = next(self.model.parameters()).device
+                none = torch.zeros(size, dtype=self._table.dtype)
+                zero = PositionWeights.from_weights(none, self._table.gather).to(device)
+                with self._state.holding({group: GroupWeights(zero) for group in (BASE, *self.regions)}):
+                    leaks = find_leaks(lambda: compute(self.model, batch), self._names(groups))
+            for label, route in self.routes.items():
+                twins = [name for name in received if not routes_differ({label: self.routes[name]}, {label: route})]
+                if twins:  # labels that do the same are tried once
+                    received[label] = received[twins[0]]
+                    continue
+                self.model.zero_grad()
+                with self([label] * size):
+                    received[label] = check_gradients(
+                        lambda: compute(self.model, batch), label, route=route, groups=groups, leaks=leaks
+                    )
+        finally:  # of unchecked parameters too, or the first step would start from these gradients
+            for p in self.model.parameters():
+                p.grad = None
+        check_leaks(leaks)
+        return received
+
+    @contextmanager
+    def _proving(self, effective: Mapping[str, Tensor]) -> Iterator[None]:
+        """Check, the first time that a block gives a group no weight at all, that it received no gradient."""
+        blocked = [group for group in self._unproven if not effective[group].any()]
+        if not blocked or any(p.grad is not None for group in blocked for p in self.parameters(group)):
+            yield
+            return
+        yield
+        parameters = self._names({group: self.parameters(group) for group in blocked})
+        if any(p.grad is not None for p in parameters.values()):  # and not only a forward pass
+            check_leaks(nonzero_gradients(parameters))
+            self._unproven -= set(blocked)
+
+    def _names(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, nn.Parameter]:
+        chosen = {p for parameters in groups.values() for p in parameters}
+        return {name: p for name, p in self.model.named_parameters() if p in chosen}
+
+    def _upstream(self) -> list[nn.Parameter]:
+        """Return the base parameters that activation edges protect: those of the MLPs, output projections excepted."""
+        swapped, base = set(self._swapped), set(self.parameters(BASE))
+        mlps = [mlp for mlp in find_mlps(self.model).values() if output_projection(mlp) in swapped]
+        modules = [m for mlp in mlps for m in mlp.modules() if m not in swapped]
+        return [p for m in modules for p in m.parameters(recurse=False) if p in base]
 
 
 def check_gradients(

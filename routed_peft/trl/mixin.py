@@ -18,7 +18,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import create_model_from_path
 
 from routed_peft.adapters import adapter_names, adapters_in, tuner_layers
-from routed_peft.regions import RoutedTable
 from routed_peft.routes import Route, Routes
 from routed_peft.routing.groups import JOINT
 from routed_peft.training import RoutingMixin
@@ -40,7 +39,7 @@ class TRLMixin(RoutingMixin):
             for p in self.model.parameters():  # TRL has made the adapters bfloat16, too coarse for small updates
                 p.data = p.data.float() if p.requires_grad else p.data
         super()._attach(routes)
-        if isinstance(self.model.get_output_embeddings(), RoutedTable):  # type: ignore[operator]
+        if isinstance(self.model.get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
             raise ValueError("TRL's fused head reads the head's own weight, past the rows that a region has there: leave "
                              "`embeddings` out of the region's configuration, or train it with `RoutedTrainer`")  # fmt: skip
         # the head and what is tied to it stay frozen, because the fused head reads its weight past the routing

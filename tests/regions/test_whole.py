@@ -138,6 +138,15 @@ def test_default_sizes_are_a_share_of_the_base(family):
     assert not any("mlp" in name for name in config.target_modules)
 
 
+def test_layers_to_transform_limit_every_part_but_the_table():
+    fields = {**SHAPES["all"], "layers_to_transform": [1], "exclude_modules": ["q_proj"]}
+    model = whole("llama", **fields)
+    names = {name.split(".routed_")[0].split(".lora_")[0] for name, _ in model.named_parameters() if ".forget." in name}
+    assert {name for name in names if ".layers.0." in name} == set()
+    assert any(name.endswith("embed_tokens") for name in names) and any("layers.1.mlp" in name for name in names)
+    assert any("layers.1.input_layernorm" in name for name in names) and not any("q_proj" in name for name in names)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_run_is_saved_loaded_ablated_and_exported(family, shape, tmp_path):
