@@ -128,6 +128,7 @@ def test_lora_regions_with_a_retain_adapter(train_base):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, generator=torch.Generator().manual_seed(len(name)))
+    model.base_model.set_adapter(["retain", "forget"])  # one that is not new and switched off is refused
     model, batch = model.double(), batch_of(3)
     routing = GradientRouting(model, presets.sgtm("forget"), train_base=train_base, base_adapters=["retain"])
     groups = group_names(model, routing)
@@ -237,7 +238,8 @@ def test_detach_restores_everything_but_what_saving_needs():
     assert left == {"_routed", "save_pretrained", "push_to_hub"}, (
         "the record, and the refusals to lose or publish weights"
     )
-    assert model._routed == RoutingRecord(routes=ROUTES, train_base=True)
+    scope = {"edges": "parameters", "route_layers": None, "joint": []}
+    assert model._routed == RoutingRecord(routes=ROUTES, train_base=True, scope=scope)
     with pytest.raises(ValueError, match="detached"), routing(["forget"]):
         pass
     adapters_only = two_regions("qwen3", torch.float32)
