@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from routed_peft.commands import COMMANDS
+from routed_peft.commands.options import ListOptions
 from routed_peft.mistakes import end_bars, explain
 
 # Modules that take seconds to import (torch, transformers, lm-eval) are imported by the commands that need them.
@@ -57,7 +58,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 
 for command in COMMANDS:
-    app.command(command.__name__.replace("_", "-"))(command)
+    app.command(command.__name__.replace("_", "-"), cls=ListOptions)(command)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from routed_peft.ablation import ablated
 from routed_peft.adapters import find_outlets
 from routed_peft.checkpoint.fetch import HUB_ARGUMENTS, fetch, hub_arguments
+from routed_peft.checkpoint.layout import REGION, ROUTING
 from routed_peft.checkpoint.load import load_run
 from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.checkpoint.staging import COMPANIONS, atomic_directory, check_free, copy_matching, files_in, sha256
@@ -107,6 +108,7 @@ def export(
         "scale": scale,
         "base_adapters_merged": layout.base_adapters,
         "source_base_fingerprint": fingerprint(model),
+        "source_manifests": source_manifests(run, kept),
     }
     merged, adapter_attributes = [*layout.base_adapters, *kept], _adapter_attributes(model)
     plain = _merge(model, merged, scaled=kept, scale=scale)
@@ -120,6 +122,12 @@ def export(
         record |= {"versions": versions(), "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
         write_json(aside / ABLATION, record)
     return target
+
+
+def source_manifests(run: OpenRun, keep: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of the manifests of a run and of the adapters that its export with ``keep`` holds."""
+    adapters = {name: sha256(run.adapter_folder(name) / REGION) for name in (*run.layout.base_adapters, *keep)}
+    return {ROUTING: sha256(run.layout.root / ROUTING), **adapters}
 
 
 def _checked_target(src: str | Path, out: str | Path) -> Path:

@@ -23,6 +23,17 @@ def evaluate(
         typer.Option(metavar="NAME[+NAME...]", help="Set of regions to leave on, measured besides all and none; may be "
                      "repeated. Default: each region alone."),
     ] = None,
+    subsets: Annotated[
+        list[str] | None,
+        typer.Option(metavar="all | SET...", help="Measure losses under these subsets of regions, and run no tasks: all "
+                     "alone is every subset, else names joined by +, none, all."),
+    ] = None,
+    topics: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE...", help="Text of every topic, for --subsets.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Heat map of --subsets: a .png or .svg file.")
+    ] = None,
     forget_file: Annotated[str | None, typer.Option(metavar="FILE", help="Forget side of the loss tasks: JSONL, JSON, "
                                                     "Parquet or text.")] = None,
     retain_file: Annotated[str | None, typer.Option(metavar="FILE", help="Retain side, likewise.")] = None,
@@ -52,7 +63,19 @@ def evaluate(
         routed-peft evaluate runs/sgtm --tasks routed_loss --forget-file forget.jsonl --retain-file retain.jsonl
 
         routed-peft evaluate runs/two-regions --regions bio --regions bio+cyber --out results.json
+
+        routed-peft evaluate runs/two-regions --subsets all --topics bio=a.jsonl core=c.jsonl --plot losses.png
     """
+    if subsets or topics or plot:
+        if tasks or regions or forget_file or retain_file or metadata:
+            raise ValueError("`--subsets` measures losses and runs no tasks: leave out `--tasks`, `--regions`, "
+                             "`--forget-file`, `--retain-file` and `--metadata`")  # fmt: skip
+        hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        form = options.text_format(text_column, text_template, src, **hub)
+        at = {**hub, "regions_repo": regions_repo, "dtype": dtype.value}
+        texts = _topics(topics or [], form, limit)
+        _evaluate_subsets(src, subsets or [], texts=texts, out=out, plot=plot, device=device, load=at)
+        return
     import torch
 
     from routed_peft.evaluation import evaluate_source, results_table
@@ -67,15 +90,78 @@ def evaluate(
     if ours and (unknown := sorted(about.keys() - METADATA)):
         got = f"`--metadata` has {unknown[0]!r}, which no task reads"
         raise ValueError(f"{got}: the keys are {', '.join(sorted(METADATA))}")
-    subsets = {entry: entry.split("+") for entry in regions} if regions else None
+    sets = {entry: entry.split("+") for entry in regions} if regions else None
     load: dict[str, Any] = {"revision": revision, "regions_repo": regions_repo, "dtype": dtype.value}
     load |= {"trust_remote_code": trust_remote_code, "batch_size": batch_size, "limit": limit}
     device = device or ("cuda" if torch.cuda.is_available() else None)
-    results = evaluate_source(src, chosen, regions=subsets, metadata=about, device=device, output=out, **load)
+    results = evaluate_source(src, chosen, regions=sets, metadata=about, device=device, output=out, **load)
     packaged = any("loss" in name for name in chosen)
     options.plain_console().print(results_table(results, title=src, caption=_caption(src, about) if packaged else None))
     if out is not None:
         typer.echo(f"written to {out}")
+
+
+def _topics(entries: Sequence[str], form: Any, limit: int | None) -> dict[str, list[str]]:
+    """Return the texts of ``NAME=FILE`` entries by name."""
+    from routed_peft.data.loading import read_texts
+
+    files = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    if not entries or len(files) < len(entries) or not all(files):
+        what = "takes NAME=FILE, each name once, with `--subsets`"
+        raise ValueError(
+            f"`--topics` {what}, got {' '.join(entries) or 'none'}: write --topics bio=a.jsonl core=c.jsonl"
+        )
+    return {name: read_texts(file, f"topic {name}", limit=limit, form=form) for name, file in files.items()}
+
+
+def _evaluate_subsets(
+    src: str,
+    subsets: list[str],
+    *,
+    texts: Mapping[str, list[str]],
+    out: Path | None,
+    plot: Path | None,
+    device: str | None,
+    load: Mapping[str, Any],
+) -> None:
+    """Measure, print, write and draw the losses on topics under subsets of the regions of a run."""
+    import torch
+
+    from routed_peft.checkpoint.open_run import OpenRun
+    from routed_peft.checkpoint.subsets import parse_subsets
+    from routed_peft.evaluation.source import load_source
+    from routed_peft.evaluation.subsets import subset_losses, subsets_table
+    from routed_peft.files import check_writable, write_json
+
+    if not subsets:
+        raise ValueError("`--topics` and `--plot` belong to `--subsets`: add --subsets all")
+    if plot is not None:
+        if plot.suffix not in (".png", ".svg"):
+            raise ValueError(f"`--plot` {str(plot)!r} is neither a .png nor a .svg file: name one")
+        from routed_peft.report.heat_map import draw_subsets
+    for file in (out, plot):  # before a long measurement
+        if file is not None and file.is_dir():
+            raise ValueError(f"{str(file)!r} is a directory: name a file in it")
+        if file is not None:
+            check_writable(file.parent)
+    options.check_device(device)
+    run = OpenRun.from_source(src, load["revision"], regions_repo=load["regions_repo"])
+    chosen = parse_subsets(run.layout.regions, subsets)
+    needed = [name for name in run.layout.regions if any(name in names for names in chosen.values())]
+    model, tokenizer = load_source(src, needed, **load)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    losses = subset_losses(model.to(device), tokenizer, topics=texts, subsets=list(chosen))
+    options.plain_console().print(subsets_table(losses, title=src))
+    if out is not None:
+        cells = {subset: {topic: one._asdict() for topic, one in row.items()} for subset, row in losses.items()}
+        documents = {topic: len(rows) for topic, rows in texts.items()}
+        write_json(
+            out, {"source": src, "revision": run.commit, "regions": chosen, "documents": documents, "losses": cells}
+        )
+    if plot is not None:
+        draw_subsets(losses, plot)
+    for file in filter(None, (out, plot)):
+        typer.echo(f"written to {file}")
 
 
 def _caption(src: str, about: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from routed_peft.data.loading import TextFormat
@@ -23,6 +24,22 @@ Device = Annotated[str | None, typer.Option(help="Device, such as cuda:0. Defaul
 TextColumn = Annotated[str, typer.Option(help="Column of the text, or of chats, in every file.")]
 TextTemplate = Annotated[str | None, typer.Option(help='Text made of columns, such as "{question} {answer}".')]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that a model brings along.")]
+
+
+class ListOptions(TyperCommand):
+    """A command whose options `--subsets` and `--topics` take all values up to the next option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse ``--topics A B`` as ``--topics A --topics B``."""
+        spread: list[str] = []
+        option = None
+        for arg in args:
+            if arg.startswith("-"):
+                option = arg if arg in ("--subsets", "--topics") else None
+            elif option is not None and spread[-1] != option:
+                spread.append(option)
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
 
 
 class Dtype(StrEnum):
