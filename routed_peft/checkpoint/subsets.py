@@ -71,20 +71,17 @@ def export_subsets(
     regions_repo: str | Path | None = None,
     **from_pretrained_kwargs: Any,
 ) -> dict[str, Path]:
-    """Write one plain checkpoint for each subset of a run's regions: ``out/none``, ``out/bio``, ``out/bio+cyber``, ….
+    """Write one plain checkpoint for each subset of a run's regions, and return their directories by name.
 
-    Each is written and verified by `export`. Files of tokenizer, license and generation are hard links to those of the
-    first, where the file system has these. A checkpoint that is there, unchanged and of the same run, is kept, so that
-    the same call goes on after it was killed.
+    They are ``out/none``, ``out/bio``, ``out/bio+cyber`` and so on, each verified as by `export`. Files of tokenizer,
+    license and generation are hard links, where the file system has these. A checkpoint that is there, unchanged and of
+    the same run, is kept, so that the same call goes on after it was killed.
 
     Args:
         src: directory or Hub id of a run that `save_routed` wrote.
         out: directory that is not inside ``src``.
         subsets: as for `parse_subsets`; by default every subset.
         revision: as for `export`, like the other arguments that are not named here.
-
-    Returns:
-        The directory of every subset, by its name.
 
     Raises:
         ValueError: on an unknown subset, a place that something else has taken, and as `export` does.

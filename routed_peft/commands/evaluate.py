@@ -107,23 +107,15 @@ def _topics(entries: Sequence[str], form: Any, limit: int | None) -> dict[str, l
 
     files = dict(entry.split("=", 1) for entry in entries if "=" in entry)
     if not entries or len(files) < len(entries) or not all(files):
-        what = "takes NAME=FILE, each name once, with `--subsets`"
-        raise ValueError(
-            f"`--topics` {what}, got {' '.join(entries) or 'none'}: write --topics bio=a.jsonl core=c.jsonl"
-        )
+        got = f"`--topics` takes NAME=FILE, each name once, got {' '.join(entries) or 'none'}"
+        raise ValueError(f"{got}: write --topics bio=a.jsonl core=c.jsonl")
     return {name: read_texts(file, f"topic {name}", limit=limit, form=form) for name, file in files.items()}
 
 
 def _evaluate_subsets(
-    src: str,
-    subsets: list[str],
-    *,
-    texts: Mapping[str, list[str]],
-    out: Path | None,
-    plot: Path | None,
-    device: str | None,
-    load: Mapping[str, Any],
-) -> None:
+    src: str, subsets: list[str], *, texts: Mapping[str, list[str]], out: Path | None, plot: Path | None,
+    device: str | None, load: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Measure, print, write and draw the losses on topics under subsets of the regions of a run."""
     import torch
 
@@ -139,11 +131,10 @@ def _evaluate_subsets(
         if plot.suffix not in (".png", ".svg"):
             raise ValueError(f"`--plot` {str(plot)!r} is neither a .png nor a .svg file: name one")
         from routed_peft.report.heat_map import draw_subsets
-    for file in (out, plot):  # before a long measurement
-        if file is not None and file.is_dir():
+    for file in filter(None, (out, plot)):  # before a long measurement
+        if file.is_dir():
             raise ValueError(f"{str(file)!r} is a directory: name a file in it")
-        if file is not None:
-            check_writable(file.parent)
+        check_writable(file.parent)
     options.check_device(device)
     run = OpenRun.from_source(src, load["revision"], regions_repo=load["regions_repo"])
     chosen = parse_subsets(run.layout.regions, subsets)
@@ -155,9 +146,8 @@ def _evaluate_subsets(
     if out is not None:
         cells = {subset: {topic: one._asdict() for topic, one in row.items()} for subset, row in losses.items()}
         documents = {topic: len(rows) for topic, rows in texts.items()}
-        write_json(
-            out, {"source": src, "revision": run.commit, "regions": chosen, "documents": documents, "losses": cells}
-        )
+        about = {"source": src, "revision": run.commit, "regions": chosen, "documents": documents}
+        write_json(out, {**about, "losses": cells})
     if plot is not None:
         draw_subsets(losses, plot)
     for file in filter(None, (out, plot)):

@@ -25,9 +25,8 @@ def export(
 ) -> None:  # fmt: skip
     """Write a plain transformers checkpoint for each subset of the regions of a run, and verify it.
 
-    DIR/none is without regions, DIR/bio has bio merged, DIR/bio+cyber both. Each is verified as `ablate` does. Files of the
-    tokenizer are hard links where they can be: replace them, and do not edit them in place. Checkpoints that are
-    there, unchanged and of the same run, are kept.
+    DIR/none is without regions, DIR/bio has bio merged, DIR/bio+cyber both. Checkpoints that are there, unchanged and of
+    the same run, are kept. Files of the tokenizer may be hard links: replace them, and do not edit them in place.
 
     Examples:
 

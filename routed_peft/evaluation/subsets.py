@@ -17,8 +17,6 @@ from routed_peft.evaluation.harness import region_names
 from routed_peft.evaluation.measures.statistics import with_interval
 from routed_peft.evaluation.text_loss import TextLoss
 
-_MOST_INTERVALS = 5
-
 
 class TopicLoss(NamedTuple):
     """Loss in nats per token, with its 95 % interval over documents; None for a single document."""
@@ -31,12 +29,7 @@ SubsetLosses = Mapping[str, Mapping[str, TopicLoss]]
 
 
 def subset_losses(
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    topics: Mapping[str, Sequence[str]],
-    subsets: Iterable[str] | None = None,
-    base_adapters: Sequence[str] | None = None,
+    model: nn.Module, tokenizer: Any, *, topics: Mapping[str, Sequence[str]], subsets: Iterable[str] | None = None
 ) -> dict[str, dict[str, TopicLoss]]:
     """Measure the loss on every topic under every subset of a live model's regions.
 
@@ -47,7 +40,6 @@ def subset_losses(
         tokenizer: of the model.
         topics: name -> texts.
         subsets: as for `parse_subsets`, such as ``["none", "bio+cyber"]``; by default every subset.
-        base_adapters: adapters of the base; by default those recorded by `load_routed`.
 
     Returns:
         ``{subset: {topic: (loss, interval)}}``, ``none`` first.
@@ -63,7 +55,7 @@ def subset_losses(
     >>> list(subset_losses(model, train_tokenizer(topics["core"], vocab_size=300), topics=topics)["none"])
     ['core']
     """
-    regions = region_names(model, base_adapters)
+    regions = region_names(model)
     chosen = parse_subsets(regions, subsets)
     if not topics:
         raise ValueError("`topics` is empty: give texts by topic, such as {'bio': texts}")
@@ -101,8 +93,9 @@ def subsets_table(losses: SubsetLosses, title: str | None = None) -> Table:
     for topic in next(iter(losses.values())):
         table.add_column(topic, justify="right", overflow="fold")
     for label, row in zip(subset_labels(losses), losses.values(), strict=True):
-        intervals = [one.interval if len(row) <= _MOST_INTERVALS else None for one in row.values()]
-        below = ["" if interval is None else "\n{:.2f}–{:.2f}".format(*interval) for interval in intervals]
-        words = label.replace("+", " + ")  # may go on in the next line
-        table.add_row(words, *(f"{one.loss:.3f}{more}" for one, more in zip(row.values(), below, strict=True)))
+        intervals = [one.interval if len(row) <= 5 else None for one in row.values()]
+        below = ["\n{:.2f}–{:.2f}".format(*interval) if interval else "" for interval in intervals]
+        table.add_row(
+            label.replace("+", "+ "), *(f"{one.loss:.3f}{more}" for one, more in zip(row.values(), below, strict=True))
+        )
     return table

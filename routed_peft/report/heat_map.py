@@ -33,6 +33,5 @@ def draw_subsets(losses: SubsetLosses, path: Path) -> None:
         assert axes.figure is not None
         axes.figure.colorbar(image, ax=axes, label=LOSS).outline.set_visible(False)
 
-    longest = max(map(len, labels))
-    size = (2.4 + 0.075 * longest + 0.85 * len(topics), 1.5 + 0.36 * len(labels))
+    size = (2.4 + 0.075 * max(map(len, labels)) + 0.85 * len(topics), 1.5 + 0.36 * len(labels))
     write_bytes(path, render([draw], LIGHT, format=path.suffix[1:], size=size))
