@@ -50,6 +50,10 @@ class ScheduleMixin(Host):
         moment = (count, self.args.process_index)
         if (step * self.args.gradient_accumulation_steps + count) % self.schedule.consistency_every == 0:
             rows = self.schedule.draw_consistency(labels.cpu(), step=step, moment=moment)
+            if rows is None and self.schedule.consistency and self.args.world_size > 1:
+                rows = ConsistencyRows.none(
+                    len(self.schedule.regions)
+                )  # processes wait for each other in forward passes
             self._consistency_pass(model, inputs, rows)
         return self.schedule.draw(labels.cpu(), step=step, steps=state.max_steps, moment=moment)
 
@@ -76,7 +80,8 @@ class ScheduleMixin(Host):
         for i, name in enumerate(names):
             self._taught["group", name] += int(reached[teaching[:, i].to(reached.device)].sum())
         self.consistency_tokens += rows["input_ids"].numel()
-        self._divergence = [*getattr(self, "_divergence", []), float(loss.detach())]
+        if teaching.any():
+            self._divergence = [*getattr(self, "_divergence", []), float(loss.detach())]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as `Trainer` does, with the mean divergence of consistency passes since the last time."""

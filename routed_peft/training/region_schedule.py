@@ -58,7 +58,7 @@ class RegionSchedule:
     robust: float = 0.0
     spread: float = 0.0
     branch: float = 0.0
-    rate: float = 2.0
+    rate: float = 4.0
     seed: int = 0
     _labels: list[str] = field(init=False, repr=False, compare=False)
 
@@ -163,6 +163,12 @@ class ConsistencyRows:
     rows: Tensor
     on: Tensor
     own: Tensor
+
+    @classmethod
+    def none(cls, regions: int) -> ConsistencyRows:
+        """Return a row without any region, from which none learns, for a process that has no row to draw."""
+        off = torch.zeros(1, regions, dtype=torch.bool)
+        return cls(torch.zeros(1, dtype=torch.long), off, off)
 
     def present(self, regions: Sequence[str], *, target: bool) -> dict[str, Tensor]:
         """Return by region the rows ``(K,)`` in which it takes part: in the target, only in those of its own topic."""

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from routed_peft import GradientRouting, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, presets
 from routed_peft.data import train_tokenizer
 from routed_peft.routes import Route
+from routed_peft.training import RegionSchedule
 
 STEPS = 20
 TRAINER_CASES: dict[str, dict[str, Any]] = {
@@ -84,9 +85,16 @@ def two_regions(family: str, tied: bool) -> nn.Module:
     return model
 
 
-def train(out: Path, resume: str | None = None, **options: Any) -> RoutedTrainer:
+def train(
+    out: Path, resume: str | None = None, schedule: RegionSchedule | None = None, **options: Any
+) -> RoutedTrainer:
     torch.manual_seed(0)
-    model = get_peft_model(tiny("llama", vocab_size=300), RoutedConfig(size=4, init="model"), adapter_name="forget")
+    region = RoutedConfig(size=4, init="model") if schedule is None else RoutedConfig(size=4, r=2, embeddings="full")
+    model = get_peft_model(tiny("llama", vocab_size=300), region, adapter_name="forget")
+    data = rows(options.get("gradient_accumulation_steps", 1))
+    if schedule is not None:  # which knows no `aux`; and unlabeled rows are read with the region on
+        names = {"aux": "forget", "unlabeled": "retain"}
+        data = data.map(lambda row: {"route_label": names.get(row["route_label"], row["route_label"])})
     # Adam divides by its second moment: with its own epsilon, rounding in gradients near zero would grow to whole steps
     defaults: dict[str, Any] = {
         "max_grad_norm": 0.0,
@@ -101,8 +109,8 @@ def train(out: Path, resume: str | None = None, **options: Any) -> RoutedTrainer
             lr_scheduler_type="constant", train_base=True, use_cpu=True, report_to="none", disable_tqdm=True,
             logging_strategy="no", **(defaults | options),
         ),
-        routes=TRAINER_ROUTES,
-        train_dataset=rows(options.get("gradient_accumulation_steps", 1)),
+        routes=schedule or TRAINER_ROUTES,
+        train_dataset=data,
         processing_class=train_tokenizer(["a"], vocab_size=258),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
@@ -171,6 +179,10 @@ def main(out: Path) -> None:
     trainer = train(out / "saved", resume=str(out / "saved" / f"checkpoint-{STEPS // 2}"))
     results["resumed"] = result_of(trainer)
     trainer.save_model(str(out / f"saved by rank {RANK}"))
+    for factor in (0.0, 2.0):
+        schedule = RegionSchedule(["forget"], consistency=factor, consistency_every=1, rate=1.0)
+        scheduled = train(out / "scheduled", schedule=schedule, gradient_accumulation_steps=2)
+        results["scheduled", factor] = result_of(scheduled)
     results["monitored"] = monitored_log(out / "monitored")
     for fsdp_case in FSDP_CASES:
         results[fsdp_case] = fsdp_gradients(*fsdp_case)

@@ -52,6 +52,16 @@ def test_saved_once_and_loads(two, ranks):
         assert_close(ranks[0]["resumed"]["parameters"], loaded, 0.0)
 
 
+def test_a_schedule_keeps_processes_together_and_the_base_as_it_is(ranks):
+    """Each process draws rows of its own for the consistency pass, whose gradient is reduced with the batch's."""
+    for case in (("scheduled", 0.0), ("scheduled", 2.0)):
+        assert_close(ranks[0][case]["parameters"], ranks[1][case]["parameters"], 0.0)
+    without, with_pass = (ranks[0]["scheduled", factor]["parameters"] for factor in (0.0, 2.0))
+    base = {name for name in without if ".forget." not in name}
+    assert_close({name: without[name] for name in base}, {name: with_pass[name] for name in base}, 0.0)
+    assert any(not without[name].equal(with_pass[name]) for name in without.keys() - base)
+
+
 def test_two_processes_are_monitored_like_one(ranks, tmp_path):
     one = monitored_log(tmp_path)
     assert ranks[0]["monitored"] == ranks[1]["monitored"] and len(one) == 4
