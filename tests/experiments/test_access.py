@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from experiments.access import ARMS, Experiment, Settings, run_experiment
 from experiments.access.material import core_of
 from experiments.access.summary import columns_of, summarize

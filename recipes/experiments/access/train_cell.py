@@ -101,7 +101,7 @@ def arguments(out: Path, material: Material, rows: int, **more: Any) -> RoutedTr
 
 def _plain(site: Site, arm: Arm, *, material: Material) -> tuple[Losses, TrainingCost]:
     topics = material.settings.topics
-    seen = {"all": [topics], "none": [[]], "one": [[topic] for topic in topics]}[arm.topics]
+    seen: list[list[str]] = {"all": [topics], "none": [[]], "one": [[topic] for topic in topics]}[arm.topics]
     losses: Losses = {}
     cost = TrainingCost()
     for some in seen:
@@ -191,5 +191,5 @@ def _branch(site: Site, arm: Arm, *, material: Material) -> tuple[Losses, Traini
         cost = cost + _train(site, model, args, routes=routes, rows=rows, material=material)
     first = settings.topics[0]
     folders = {name: run / name / name for name in settings.topics}
-    model = load_routed(run / first, folders, attn_implementation="eager")
-    return measure(model, material, regions=settings.topics), cost
+    together = load_routed(run / first, folders, attn_implementation="eager")
+    return measure(together, material, regions=settings.topics), cost
