@@ -101,10 +101,10 @@ def arguments(out: Path, material: Material, rows: int, **more: Any) -> RoutedTr
 
 def _plain(site: Site, arm: Arm, *, material: Material) -> tuple[Losses, TrainingCost]:
     topics = material.settings.topics
-    seen: list[list[str]] = {"all": [topics], "none": [[]], "one": [[topic] for topic in topics]}[arm.topics]
+    choices: dict[str, list[list[str]]] = {"all": [topics], "none": [[]], "one": [[topic] for topic in topics]}
     losses: Losses = {}
     cost = TrainingCost()
-    for some in seen:
+    for some in choices[arm.topics]:
         name = "+".join(some) or "none"
         model, spent = train_plain(site, material, topics=some, out=site.folder / "run" / name)
         cost = cost + spent
