@@ -23,6 +23,7 @@ from routed_peft.data.columns import ROUTE_LABEL, check_texts
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
 """Kinds of files; all but Parquet may be gzipped, with ``.gz`` behind."""
 TEXT, CHAT, TOKENS = "text", "messages", "input_ids"
+Source = str | os.PathLike[str]
 
 
 class MissingFileError(FileNotFoundError, ValueError):
@@ -43,11 +44,7 @@ PLAIN = TextFormat()
 
 
 def load_training_file(
-    source: str | os.PathLike[str],
-    split: str = "train",
-    *,
-    columns: Sequence[str] = (TEXT, ROUTE_LABEL),
-    streaming: bool = False,
+    source: Source, split: str = "train", *, columns: Sequence[str] = (TEXT, ROUTE_LABEL), streaming: bool = False
 ) -> Dataset | IterableDataset:
     """Load rows of a ``source``, as `load_rows` does, and check that they have their ``columns``, the text's of strings.
 
@@ -77,7 +74,7 @@ def load_training_file(
 
 
 def load_documents(
-    source: str | os.PathLike[str], *, argument: str = "source", form: TextFormat = PLAIN, keep_tokens: bool = False
+    source: Source, *, argument: str = "source", form: TextFormat = PLAIN, keep_tokens: bool = False
 ) -> Dataset:
     """Load rows, as `load_rows` does, with their text as the column ``text``; ValueError where one is blank or no string.
 
@@ -127,13 +124,8 @@ def _text_columns(form: TextFormat, found: Sequence[str]) -> list[str]:
     return fields
 
 
-def load_texts(
-    files: Sequence[str | os.PathLike[str]], *, argument: str = "source", form: TextFormat = PLAIN
-) -> Dataset:
-    """Load and concatenate the text of several files, as the one column ``text``.
-
-    ValueError where a file is a directory, and as `load_documents` does.
-    """
+def load_texts(files: Sequence[Source], *, argument: str = "source", form: TextFormat = PLAIN) -> Dataset:
+    """Load and concatenate the text of several files, as the one column ``text``; ValueError also on a directory."""
     if folders := [str(file) for file in files if Path(file).is_dir()]:
         raise ValueError(f"`{argument}` must be a file, got {folders[0]!r}, which is a directory: name each of its files that "
                          "should be read")  # fmt: skip
@@ -160,11 +152,7 @@ def read_rows(file: str | Path, argument: str) -> list[dict[str, Any]]:
 
 
 def load_rows(
-    source: str | os.PathLike[str],
-    split: str = "train",
-    *,
-    argument: str = "source",
-    strict: Collection[str] | None = None,
+    source: Source, split: str = "train", *, argument: str = "source", strict: Collection[str] | None = None
 ) -> Dataset:
     """Load rows of files, or of a dataset of the Hub; FileNotFoundError and ValueError name the ``argument`` that gave it.
 
@@ -182,7 +170,7 @@ def load_rows(
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def find_files(source: str | os.PathLike[str], split: str, argument: str) -> list[Path] | None:
+def find_files(source: Source, split: str, argument: str) -> list[Path] | None:
     """Return the files that ``source`` names; None for a dataset of the Hub, or a directory that only `datasets` can read."""
     path, kinds = Path(source).expanduser(), ", ".join(ENDINGS)
     if path.is_dir():
@@ -268,7 +256,7 @@ def _table(rows: Sequence[dict[str, Any]], name: str, strict: Collection[str] | 
     return Dataset(pa.table(columns))
 
 
-def _stream(source: str | os.PathLike[str], split: str) -> IterableDataset:
+def _stream(source: Source, split: str) -> IterableDataset:
     files = find_files(source, split, "source")
     parquet = files is not None and all(_ending(file) == ".parquet" for file in files)
     if files is None or parquet:  # `datasets` makes dates and numbers of text that looks like them

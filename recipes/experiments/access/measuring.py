@@ -10,7 +10,7 @@ from itertools import combinations
 from torch import nn
 
 from experiments.access.material import Material
-from routed_peft import ablated
+from routed_peft.ablation import ablated
 from routed_peft.unlearning import mean_loss
 
 

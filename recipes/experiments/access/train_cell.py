@@ -18,10 +18,13 @@ from experiments.access.measuring import measure
 from experiments.access.settings import Settings
 from experiments.common.cells import Site
 from experiments.common.progress import Ticker
-from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, load_routed, presets
+from routed_peft import presets
+from routed_peft.checkpoint.load import load_routed
 from routed_peft.data import RETAIN
+from routed_peft.regions import RoutedConfig
+from routed_peft.routes import Route
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
-from routed_peft.training import RegionSchedule
+from routed_peft.training import RegionSchedule, RoutedTrainer, RoutedTrainingArguments
 
 Losses = dict[str, dict[str, float]]
 
