@@ -100,7 +100,7 @@ def train(
         "max_grad_norm": 0.0,
         "save_strategy": "no",
         "learning_rate": 1e-3,
-        "adam_epsilon": 1e-5,
+        "adam_epsilon": 1e-4,
     }
     trainer = RoutedTrainer(
         model,

@@ -53,7 +53,7 @@ class AttackData:
         for name in SCORED:
             if not getattr(self, name):
                 raise ValueError(f"`{name}` has no texts: both sides are scored, so give held-out text of each")
-        facts = _flat(self.facts)
+        facts = flat_facts(self.facts)
         for name in (*SCORED, *TEXTS, "facts"):
             check_strings(facts if name == "facts" else getattr(self, name), f"`{name}`")
         for trained in (*TEXTS, "facts"):
@@ -74,9 +74,11 @@ class AttackData:
         >>> AttackData.without_overlap(forget_train=train, forget_test=test, retain_test=["a cat"]).forget_train
         ['a cell']
         """
-        scored = {_normal(text) for name in SCORED for text in _flat(texts[name])}
+        scored = {_normal(text) for name in SCORED for text in flat_facts(texts[name])}
         kept: dict[str, Any] = {
-            name: [one for one in own if name in SCORED or not any(_normal(text) in scored for text in _flat([one]))]
+            name: [
+                one for one in own if name in SCORED or not any(_normal(text) in scored for text in flat_facts([one]))
+            ]
             for name, own in texts.items()
         }
         return cls(**kept)
@@ -104,7 +106,7 @@ class AttackData:
         if len(self.facts) < 2:
             raise ValueError(f"an attack on facts needs at least two `facts`, got {len(self.facts)}")
         shuffled = random.Random(seed).sample(list(self.facts), len(self.facts))
-        return _flat(shuffled[: len(shuffled) // 2]), _flat(shuffled[len(shuffled) // 2 :])
+        return flat_facts(shuffled[: len(shuffled) // 2]), flat_facts(shuffled[len(shuffled) // 2 :])
 
     def scored(self, attack: Attack, seed: int) -> dict[str, list[str]]:
         """Return the scored documents of an attack, by split."""
@@ -123,7 +125,8 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _flat(facts: Sequence[str | tuple[str, ...]]) -> list[str]:
+def flat_facts(facts: Sequence[str | tuple[str, ...]]) -> list[str]:
+    """Return the texts of ``facts``, those of tuples one by one."""
     return [text for fact in facts for text in ([fact] if isinstance(fact, str) else fact)]
 
 

@@ -31,7 +31,7 @@ from routed_peft.evaluation.relearning.curves import (
     open_ends,
     run_curve,
 )
-from routed_peft.evaluation.relearning.data import AttackData, training_batches
+from routed_peft.evaluation.relearning.data import AttackData, flat_facts, training_batches
 from routed_peft.evaluation.source import processes
 from routed_peft.evaluation.text_loss import TextLoss, context_length
 from routed_peft.regions.fingerprint import fingerprint
@@ -122,7 +122,7 @@ def relearn(
 def check_texts(model: nn.Module, tokenizer: Any, *, data: AttackData, attack: Attack) -> None:
     """Raise ValueError where a text of an attack has a token beyond the model's vocabulary."""
     for name, texts in data.relevant_to(attack).items():
-        rows = [{"input_ids": ids} for ids in document_tokens(tokenizer, texts)]
+        rows = [{"input_ids": ids} for ids in document_tokens(tokenizer, flat_facts(texts))]
         check_tokens(rows, name, vocabulary(model))
 
 
