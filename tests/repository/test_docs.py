@@ -178,6 +178,22 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     assert [name for name, _ in names["model"].named_parameters() if "routed_down.forget" in name]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # torch, without an accelerator
+def test_the_example_of_several_regions_runs(tmp_path, monkeypatch):
+    code = (ROOT / "docs/how-to-train-regions.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    for part in (tiny_llama(max_length=256), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/or/hub-id", str(tmp_path / "base")), names)
+    assert [entry for entry in names["trainer"].state.log_history if "train_loss" in entry]
+    kept = {name.split(".")[-2] for name, _ in names["with_one_key"].named_parameters() if "routed_rows" in name}
+    assert kept == {"cyber"} and (tmp_path / "run" / "bio").is_dir()
+
+
 def test_the_tree_in_the_readme_names_all_that_is_there():
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
     column = tree.index("demo, test") - 1  # where the words begin
