@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
@@ -70,7 +70,7 @@ def export(
     out: str | Path,
     *,
     keep: Iterable[str] = (),
-    scale: float = 1.0,
+    scale: float | Mapping[str, float] = 1.0,
     revision: str | None = None,
     regions_repo: str | Path | None = None,
     **from_pretrained_kwargs: Any,
@@ -80,7 +80,7 @@ def export(
     Args:
         src: as for `ablate`, like the other arguments that are not named here.
         keep: names of regions to merge; ValueError for one that is not a region of the run.
-        scale: factor on their contribution; see `routed_peft.evaluation.choose_scale`.
+        scale: factor on their contribution, or one by region (1 where left out); see `routed_peft.evaluation.choose_scale`.
         regions_repo: directory or Hub id of regions that are not stored with the run; by default the one that it names.
 
     >>> export("run", "run/plain", keep=["bio"])
@@ -92,14 +92,13 @@ def export(
     run = OpenRun.from_source(src, revision, regions_repo=regions_repo, **hub_arguments(from_pretrained_kwargs))
     layout = run.layout
     kept = layout.check_regions(keep, "keep")
-    if scale != 1.0 and not kept:
-        raise ValueError(f"`scale` is {scale}, but no region is kept that it could scale: name some in `keep`")
+    scales = _scales(scale, kept)
     removed = [name for name in layout.regions if name not in kept]
     present = [name for name in removed if run.commit is None and (layout.root / name).is_dir()]
     model = load_run(run, [name for name in layout.regions if name in (*kept, *present)], **from_pretrained_kwargs)
     assert isinstance(model, PreTrainedModel | PeftModel)
     batch = _batch(model)
-    expected = _expected_logits(model, batch, removed=present, kept=kept, scale=scale)
+    expected = _expected_logits(model, batch, removed=present, scales=scales)
     record: dict[str, Any] = {
         "source": str(src) if run.commit else str(layout.root),
         "revision": run.commit,
@@ -111,7 +110,7 @@ def export(
         "source_manifests": source_manifests(run, kept),
     }
     merged, adapter_attributes = [*layout.base_adapters, *kept], _adapter_attributes(model)
-    plain = _merge(model, merged, scaled=kept, scale=scale)
+    plain = _merge(model, merged, scales=scales)
     with atomic_directory(target, fresh=True) as aside:
         plain.save_pretrained(aside)
         del model, plain
@@ -140,11 +139,22 @@ def _checked_target(src: str | Path, out: str | Path) -> Path:
     return out
 
 
-def _merge(model: PreTrainedModel | PeftModel, merged: list[str], *, scaled: list[str], scale: float) -> Any:
-    """Return the model without adapters: those ``merged`` are part of its weights, the regions ``scaled`` by ``scale``."""
-    for outlet in find_outlets(model, scaled) if scale != 1.0 else ():
-        for p in outlet.parameters():
-            p.data *= scale
+def _scales(scale: float | Mapping[str, float], kept: list[str]) -> dict[str, float]:
+    """Return the factor of every region ``kept``."""
+    unknown = [name for name in scale if name not in kept] if isinstance(scale, Mapping) else [scale] * (not kept)
+    if unknown and scale != 1.0:
+        raise ValueError(f"`scale` is {scale}, but no region is kept that it could scale: name some in `keep`")
+    return {name: scale.get(name, 1.0) if isinstance(scale, Mapping) else scale for name in kept}
+
+
+def _merge(model: PreTrainedModel | PeftModel, merged: list[str], *, scales: Mapping[str, float]) -> Any:
+    """Return the model without adapters: those ``merged`` are part of its weights, regions times their scale."""
+    for name, factor in scales.items():
+        shared = dict.fromkeys(
+            p for outlet in find_outlets(model, [name]) for p in outlet.parameters()
+        )  # tied rows once
+        for p in shared if factor != 1.0 else ():
+            p.data *= factor
     if not isinstance(model, PeftModel):
         return model
     return model.merge_and_unload(safe_merge=True, adapter_names=merged) if merged else model.unload()
@@ -163,11 +173,11 @@ def _logits(model: PreTrainedModel | PeftModel, batch: Tensor) -> Tensor:
 
 
 def _expected_logits(
-    model: PreTrainedModel | PeftModel, batch: Tensor, *, removed: list[str], kept: list[str], scale: float
+    model: PreTrainedModel | PeftModel, batch: Tensor, *, removed: list[str], scales: Mapping[str, float]
 ) -> Tensor:
     with ExitStack() as stack:
-        for names, factor in ((removed, 0.0), (kept, scale)):
-            stack.enter_context(ablated(model, *names, scale=factor) if names else nullcontext())
+        for name, factor in {**dict.fromkeys(removed, 0.0), **scales}.items():
+            stack.enter_context(ablated(model, name, scale=factor) if factor != 1.0 else nullcontext())
         return _logits(model, batch)
 
 

@@ -165,6 +165,21 @@ def test_a_run_is_saved_loaded_ablated_and_exported(family, shape, tmp_path):
     assert torch.equal(logits(load_routed_plain(tmp_path / "off")), off)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_regions_are_exported_at_scales_of_their_own(family, tmp_path):
+    model = whole(family, "bio", dtype=torch.float32, **SHAPES["all"])
+    model.add_adapter("cyber", RoutedConfig(**SHAPES["tokens"], task_type="CAUSAL_LM"))
+    randomize(model, "cyber")
+    model.base_model.set_adapter(["bio", "cyber"])
+    save_routed(model, tmp_path / "run", routes=presets.gram(["bio", "cyber"]), train_base=True)
+    with ablated(model, "bio", scale=0.5), ablated(model, "cyber", scale=0.25):
+        expected = logits(model)
+    export(tmp_path / "run", tmp_path / "out", keep=["bio", "cyber"], scale={"bio": 0.5, "cyber": 0.25})
+    assert torch.allclose(logits(load_routed_plain(tmp_path / "out")), expected, atol=TOLERANCE)
+    with pytest.raises(ValueError, match="no region is kept that it could scale"):
+        export(tmp_path / "run", tmp_path / "no", keep=["bio"], scale={"cyber": 0.5})
+
+
 def load_routed_plain(path: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
