@@ -27,7 +27,7 @@ from routed_peft.checkpoint.open_run import OpenRun
 from routed_peft.files import read_json
 
 _ABLATION = {"source?": str, "regions_removed?": [str], "sha256?": {str: str}}
-_SHOWN = ("kind", "size", "init", "r", "lora_alpha", "target_modules")
+_SHOWN = ("kind", "size", "heads", "init", "r", "lora_alpha", "embeddings", "norms", "target_modules")
 
 
 def inspect_checkpoint(src: str | Path, *, revision: str | None = None, **hub: Any) -> dict[str, Any]:

@@ -68,14 +68,21 @@ def _show(about: Mapping[str, Any]) -> None:
 
 
 def _adapters(adapters: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
-    columns = ("name", "role", "type", "size", "parameters", "labels", "here")
+    columns = ("name", "role", "type", "parts", "parameters", "labels", "here")
     table = Table(*columns, title="Adapters", title_justify="left")
     for role, entry in adapters:
         parameters = f"{entry['parameters']:,}" if "parameters" in entry else None
-        known = (entry.get("type"), entry.get("size") or entry.get("r"), parameters, ", ".join(entry.get("labels", [])))
+        known = (entry.get("type"), _parts(entry), parameters, ", ".join(entry.get("labels", [])))
         here = "yes" if entry["present"] else "no"
         table.add_row(entry["name"], role, *(str(value or "–") for value in known), here)
     return table
+
+
+def _parts(entry: Mapping[str, Any]) -> str:
+    """Return a region's parts with their sizes, such as ``size 64, r 16, embeddings full``."""
+    given = {name: entry[name] for name in ("size", "heads", "r", "embeddings", "norms") if entry.get(name)}
+    sizes = {name: f"{len(value)} tokens" if isinstance(value, list) else str(value) for name, value in given.items()}
+    return ", ".join(name if value == "True" else f"{name} {value}" for name, value in sizes.items())
 
 
 def _routes(routes: Mapping[str, Mapping[str, Any]]) -> Table:
