@@ -12,7 +12,7 @@ def test_inspect_shows_regions_and_routes(run):
     assert any("trained base" in line for line in lines)
     assert any("forget 12,000" in line for line in lines)
     bio = next(line for line in lines if "│ bio " in line and "ROUTED" in line)
-    assert [cell.strip() for cell in bio.strip("│").split("│")][3:5] == ["4", "384"]  # 2 layers x 3 x 4 x 16
+    assert [cell.strip() for cell in bio.strip("│").split("│")][3:5] == ["size 4", "384"]  # 2 layers x 3 x 4 x 16
     assert any("base 0.5" in line for line in lines) and any("all 1" in line for line in lines)
 
 
