@@ -60,7 +60,7 @@ def test_an_environment_that_is_up_to_date_is_left_alone(tmp_path):
     run(tmp_path, "Linux", None, True)
     (tmp_path / "calls").unlink()
     done = subprocess.run(["sh", "run", "test"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert (tmp_path / "calls").read_text().splitlines() == ["-m pytest"] and "installing" not in done.stderr
+    assert (tmp_path / "calls").read_text().splitlines() == ["-m pytest -n 2"] and "installing" not in done.stderr
 
 
 def test_the_fast_tier_leaves_out_what_is_slow_distributed_or_of_experiments(tmp_path):
