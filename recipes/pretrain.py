@@ -1,4 +1,4 @@
-"""Train a small language model with a region, from scratch or from a checkpoint, and ablate the region at the end.
+"""Train a small language model with a region or several, from scratch or from a checkpoint, and ablate them at the end.
 
     accelerate launch recipes/pretrain.py --config recipes/configs/self_labels.yaml
     accelerate launch recipes/pretrain.py --config recipes/configs/self_labels.yaml --labeled 0.25 --output_dir runs/quarter
@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from experiments.common.coherence import MAX_ROWS, restore_coherence
-from routed_peft import Route, RoutedConfig, RoutedTrainer, RoutedTrainingArguments, export, presets
+from experiments.common.region_arguments import RegionArguments
+from routed_peft import Route, RoutedTrainer, RoutedTrainingArguments, export, presets
 from routed_peft.adapters import adapter_names
 from routed_peft.checkpoint.staging import atomic_directory, files_in, sha256
 from routed_peft.data import (
@@ -50,11 +51,18 @@ from routed_peft.evaluation.source import load_tokenizer, open_plain, open_sourc
 from routed_peft.evaluation.text_loss import check_length
 from routed_peft.files import write_json
 from routed_peft.mistakes import check_numbers, option
-from routed_peft.routes import check_region_name, routes_from_dict
+from routed_peft.routes import Routes, check_region_name, routes_from_dict
 from routed_peft.runs.begin import begin
 from routed_peft.runs.command_line import parse_settings, run_recipe
 from routed_peft.runs.records import PLACEBO
-from routed_peft.training import RoutedArguments, RunDirectory, RunRecorder, SelfLabelConfig, SelfLabeledRows
+from routed_peft.training import (
+    RegionSchedule,
+    RoutedArguments,
+    RunDirectory,
+    RunRecorder,
+    SelfLabelConfig,
+    SelfLabeledRows,
+)
 from routed_peft.training.self_label_config import SETTING_NAMES, setting
 from routed_peft.unlearning import mean_loss
 
@@ -65,20 +73,18 @@ RECOMMENDED = SelfLabelConfig(robust_share=0.05)
 
 
 @dataclass
-class Recipe(DocumentArguments):
+class Recipe(RegionArguments, DocumentArguments):
     """Settings of this recipe, in addition to the training arguments."""
 
-    method: str = option("sgtm", "Preset of routes. Placebos route nothing: `control` ablates the region nevertheless, "
-        "`random` silences equally many random units of every MLP "
-        "instead.", choices=["sgtm", "era", "demix", *PLACEBOS])  # fmt: skip
+    method: str = option("sgtm", "Preset of routes; `access` trains `regions` that work when they are on. Placebos route "
+        "nothing: `control` ablates the region nevertheless, `random` silences equally many random units of every MLP "
+        "instead.", choices=["sgtm", "era", "demix", "access", *PLACEBOS])  # fmt: skip
     routes: dict | str | None = option(None, "Routes in place of those of `method`: {label: {weights, ablated}}.")
     base_weight: float | None = option(None, "Gradient weight of the base on labeled forget data; by default that of "
         "`method`.")  # fmt: skip
     arm: str = option("routed", "`routed`, or a run of equal length without routing: on all rows (`none`), on rows not "
         "labeled forget (`filter`), or on true retain rows (`perfect_filter`). Without routing, rows keep their "
         "natural shares.", choices=["routed", "none", "filter", "perfect_filter"])  # fmt: skip
-    region: str = option("forget", "Name of the region.")
-    size: int = option(64, "Number of hidden units that the region adds to every MLP.")
 
     vocab_size: int = option(2048, "Entries of the new tokenizer if no model is given.")
     self_labels: bool | None = option(None, "Let the region label the unlabeled rows after `labeled_first` of the run. "
@@ -100,7 +106,6 @@ class Recipe(DocumentArguments):
     model_name_or_path: str | None = option(None, "Checkpoint, run or Hub id to continue from; by default, a new Llama "
         "(sizes below).")  # fmt: skip
     trust_remote_code: bool = option(False, "Run the code that the model brings along.")
-    target_modules: list[str] = option([], "Names of the MLPs; by default those known of the model's type.")
     num_hidden_layers: int = 4
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -115,11 +120,26 @@ class Recipe(DocumentArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, "size", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", low=1)
+        self.take_regions(scheduled=self.method == "access")
+        if self.method == "access":
+            self._check_access()
+        if self.method == "random" and self.region_config().given_parts() != ["size"]:
+            raise ValueError("`method: random` silences as many units as `size`: give no other part of the region")
+        check_numbers(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", low=1)
         check_numbers(self, "num_attention_heads", low=1)
         check_numbers(self, "labeled_first", "first_forget_share", "forget_share", "robust_share", high=1)
         check_numbers(self, "frequency_bias", "frequency_count", "coherence_steps")
         check_numbers(self, "base_weight", low=-math.inf)
+
+    def _check_access(self) -> None:
+        if self.self_labels:
+            raise ValueError(
+                f"`self_labels` tells forget rows from others, got the regions {self.regions}: leave it out"
+            )
+        odd = ("routes", "base_weight", "labeled_first", "first_forget_share", "forget_share", "frequency_weights")
+        for name in (*odd, "coherence_steps"):
+            if getattr(self, name) != getattr(Recipe, name):
+                raise ValueError(f"`{name}` is not for `method: access`, got {getattr(self, name)!r}: leave it out")
 
 
 def main() -> None:
@@ -148,6 +168,9 @@ def main() -> None:
     check_evaluation(args, held_out)
     if recipe.arm == "routed":
         check_both_sides(documents)
+        if absent := set(recipe.regions).difference(documents["route_label"]):
+            raise ValueError(f"no document has the label {min(absent)!r}, so that this region would learn nothing: label "
+                             "some (`route_label`), or leave the region out")  # fmt: skip
     routes = make_routes(recipe)
     by = ["route_label"] if recipe.by_document else None  # rows may mix documents of one label
     rows = pack(
@@ -228,14 +251,14 @@ def in_order(
         retain = documents.filter(lambda found: found != "forget", input_columns="route_label")
     knobs = {"bias": recipe.frequency_bias, "retain_count": recipe.frequency_count}
     w = token_frequency_weights(tokenizer, forget["text"], retain_texts=retain["text"], **knobs)
-    return add_frequency_weights(run, w, base_weight=make_routes(recipe)["forget"].weight("base"))
+    return add_frequency_weights(run, w, base_weight=method_routes(recipe)["forget"].weight("base"))
 
 
 # Model and method
 
 
 def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> tuple[nn.Module, Tokenizer]:
-    """Return a model with its region, and its tokenizer."""
+    """Return a model with its regions, and its tokenizer."""
     attention = recipe.attn_implementation
     if attention == "auto":
         attention = "eager" if args.device.type == "cpu" else "sdpa"
@@ -266,11 +289,10 @@ def build(recipe: Recipe, args: RoutedTrainingArguments, documents: Dataset) -> 
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     if not getattr(model, "peft_config", None):
-        targets = recipe.target_modules or None
-        region = partial(RoutedConfig, size=recipe.size, target_modules=targets, task_type="CAUSAL_LM")
-        model = get_peft_model(model, region(), adapter_name=recipe.region)
-        for name in experts(recipe):
-            model.add_adapter(name, region())
+        first, *others = recipe.regions or [recipe.region]
+        model = get_peft_model(model, recipe.region_config(), adapter_name=first)
+        for name in (*others, *experts(recipe)):
+            model.add_adapter(name, recipe.region_config())
     return model, tokenizer
 
 
@@ -286,10 +308,11 @@ def experts(recipe: Recipe) -> list[str]:
     return ["retain"] if recipe.method == "demix" else []
 
 
-def make_routes(recipe: Recipe) -> dict[str, Route]:
-    """Return the routes of the method, or weights of one in an arm without routing."""
-    routes = method_routes(recipe)
-    return routes if recipe.arm == "routed" else presets.control(list(routes))
+def make_routes(recipe: Recipe) -> Routes | RegionSchedule:
+    """Return the routes or the schedule of the method, or weights of one in an arm without routing."""
+    if recipe.arm != "routed":
+        return presets.control(list(method_routes(recipe)))
+    return recipe.region_schedule() if recipe.method == "access" else method_routes(recipe)
 
 
 def method_routes(recipe: Recipe) -> dict[str, Route]:
@@ -298,6 +321,8 @@ def method_routes(recipe: Recipe) -> dict[str, Route]:
         routes = routes_from_dict(json.loads(recipe.routes) if isinstance(recipe.routes, str) else recipe.routes)
     elif recipe.method in PLACEBOS:
         routes = presets.control()
+    elif recipe.method == "access":
+        routes = recipe.region_schedule().routes()
     else:
         routes = {"sgtm": presets.sgtm, "era": presets.era, "demix": presets.demix}[recipe.method](recipe.region)
     if recipe.base_weight is not None and recipe.method not in PLACEBOS:
@@ -311,6 +336,7 @@ def method_routes(recipe: Recipe) -> dict[str, Route]:
 def write_placebo(src: str, target: Path, recipe: Recipe, seed: int) -> nn.Module:
     """Silence as many random units as the region has in the full model of a run; write it, with a record, and return it."""
     model, tokenizer = open_plain(src, [recipe.region], trust_remote_code=recipe.trust_remote_code)
+    assert recipe.size is not None
     silence_random_units(model, recipe.size, seed)
     with atomic_directory(target, fresh=True) as aside:
         model.save_pretrained(aside)

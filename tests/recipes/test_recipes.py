@@ -31,7 +31,7 @@ from routed_peft.training.changing_dataset import read_state
 from routed_peft.unlearning import mean_loss
 
 CONFIGS = {file.stem: file for file in sorted((ROOT / "recipes/configs").glob("*.yaml"))}
-ELSEWHERE = ("experiment_", "gemma_", "unlearn", "undo", "grpo", "self_labels")  # run by other tests
+ELSEWHERE = ("access", "experiment_", "gemma_", "unlearn", "undo", "grpo", "self_labels")  # run by other tests
 WORDS = {"forget": ["cell", "gene", "virus", "enzyme"], "retain": ["table", "chair", "river", "music"]}
 SHORT = ["--max_steps", "4", "--warmup_steps", "1", "--logging_steps", "2", "--length", "16", "--disable_tqdm", "true"]
 SMALL = ["--hidden_size", "16", "--intermediate_size", "32", "--num_hidden_layers", "2", "--vocab_size", "300"]
