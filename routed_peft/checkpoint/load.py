@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from routed_peft.checkpoint.tensors import (
 )
 from routed_peft.files import read_json
 from routed_peft.mistakes import reading
-from routed_peft.regions.fingerprint import check_fingerprint
+from routed_peft.regions.fingerprint import any_values, check_fingerprint, fingerprint
 from routed_peft.routes import routes_from_dict
 
 
@@ -40,6 +42,7 @@ def load_routed(
     is_trainable: bool = False,
     base: str | Path | PreTrainedModel | None = None,
     regions_repo: str | Path | None = None,
+    allow_changed_base: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> nn.Module:
     """Load a run that `save_routed` wrote.
@@ -52,6 +55,10 @@ def load_routed(
         is_trainable: whether the adapters are loaded for training.
         base: a loaded model, path or id to use instead of the base that the run names.
         regions_repo: directory or Hub id of regions that are not stored with the run; by default the one that it names.
+        allow_changed_base: whether ``base`` may have other values than the base that the regions were trained on, such as
+            after fine-tuning without them. Nobody has measured what they do there: this warns. Names, shapes and
+            configuration must agree still. A later `save_routed` saves the regions as those of the base in memory, and
+            keeps no record that it was changed.
         **from_pretrained_kwargs: for `AutoModelForCausalLM.from_pretrained` and the Hub (``dtype``, ``token``, …).
 
     Returns:
@@ -59,7 +66,7 @@ def load_routed(
 
     Raises:
         ValueError: for an unknown region, a missing file, a file that is truncated or was tampered with, or a base
-            other than the one the adapters were trained on.
+            other than the one the adapters were trained on; for ``allow_changed_base`` without ``base``.
         huggingface_hub.errors.HfHubHTTPError: the repository is missing or gated, or there is no network.
 
     >>> load_routed("./no-such-run")
@@ -68,7 +75,14 @@ def load_routed(
     ValueError: './no-such-run' is no directory: give the directory of a run, or a Hub id
     """
     run = OpenRun.from_source(src, revision, regions_repo=regions_repo, **hub_arguments(from_pretrained_kwargs))
-    return load_run(run, regions, is_trainable=is_trainable, base=base, **from_pretrained_kwargs)
+    return load_run(
+        run,
+        regions,
+        is_trainable=is_trainable,
+        base=base,
+        allow_changed_base=allow_changed_base,
+        **from_pretrained_kwargs,
+    )
 
 
 def load_run(
@@ -77,9 +91,12 @@ def load_run(
     *,
     is_trainable: bool = False,
     base: str | Path | PreTrainedModel | None = None,
+    allow_changed_base: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> nn.Module:
     """Load a run that is open already; arguments and errors as in `load_routed`."""
+    if allow_changed_base and base is None:
+        raise ValueError("`allow_changed_base=True` needs the changed base: give it as `base=`, or leave both out")
     layout = run.layout
     elsewhere = dict(regions) if isinstance(regions, Mapping) else {}
     names = [] if elsewhere or regions is None else layout.check_regions(regions)
@@ -89,13 +106,19 @@ def load_run(
         _fetch_code(run, from_pretrained_kwargs)
     with reading(layout.source):
         model: nn.Module = base if isinstance(base, nn.Module) else _load_base(layout, base, from_pretrained_kwargs)
-    for folder in folders.values():
-        check_fingerprint(model, read_json(folder / REGION)["base_fingerprint"])
-    for name, folder in folders.items():
-        with reading(folder):
-            model = _add_adapter(model, name, folder=folder, is_trainable=is_trainable)
-    if folders or base is not None or not layout.saved_base:  # a saved one is verified; an adapter can change its base
-        check_fingerprint(model, layout.data["base"]["fingerprint"])
+    prints = {name: read_json(folder / REGION)["base_fingerprint"] for name, folder in folders.items()}
+    given = fingerprint(model) if allow_changed_base else None
+    with any_values() if allow_changed_base else nullcontext():
+        for print_ in prints.values():
+            check_fingerprint(model, print_)
+        for name, folder in folders.items():
+            with reading(folder):
+                model = _add_adapter(model, name, folder=folder, is_trainable=is_trainable)
+        if folders or base is not None or not layout.saved_base:  # a saved one is verified; an adapter can change it
+            check_fingerprint(model, layout.data["base"]["fingerprint"])
+    if given is not None:
+        check_fingerprint(model, given)
+        _warn_if_changed(given, {"the run": layout.data["base"]["fingerprint"], **prints})
     if folders:
         assert isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
         model.base_model.set_adapter(list(folders), inference_mode=not is_trainable)
@@ -109,6 +132,21 @@ def load_run(
         set_routing_record(model, record)
         guard_saving(model)
     return model
+
+
+def _warn_if_changed(given: Mapping[str, Any], expected: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn where the values of a base are not known to be those that the run and its regions ``expected``."""
+    got = given["content"]
+    others = {name: p["content"] for name, p in expected.items() if got is None or p["content"] != got}
+    if not others:
+        return
+    hashes = ", ".join(f"{str(content)[:12]} for {name}" for name, content in others.items())
+    warnings.warn(
+        f"the base given as `base=` is not the one that {list(others)} were trained on, as far as the values of its weights "
+        f"tell: their content is {str(got)[:12]}, expected {hashes} (None where values cannot be compared). Nobody has "
+        "measured what the regions do on this base: measure it before you rely on them",
+        stacklevel=4,
+    )
 
 
 def _fetch_code(run: OpenRun, kwargs: Mapping[str, Any]) -> None:

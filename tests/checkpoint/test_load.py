@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoint_parts import FAMILIES, KINDS, frozen, logits, wrapped
+from checkpoint_parts import FAMILIES, KINDS, config, content, frozen, logits, wrapped
 from families import tiny
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from routed_peft.checkpoint import load_routed, load_weights, save_routed
 from routed_peft.checkpoint import staging as files_module
+from routed_peft.regions import RoutedConfig
 
 
 @KINDS
@@ -63,6 +67,72 @@ def test_a_region_goes_on_its_own_base_only(kind: str, tmp_path: Path) -> None:
     shutil.copytree(two / "forget", one / "forget", dirs_exist_ok=True)
     with pytest.raises(ValueError, match="another base model"):
         load_routed(one, ["forget"])
+
+
+def region_config(kind: str) -> Any:
+    return RoutedConfig(size=4, r=2, embeddings="full", init="model") if kind == "whole" else config(kind)
+
+
+def with_regions(base: PreTrainedModel, kind: str) -> PeftModel:
+    """A model with the regions "forget" and "bio", all of whose tensors matter."""
+    torch.manual_seed(0)
+    model = get_peft_model(base, region_config(kind), "forget")
+    model.add_adapter("bio", region_config(kind))
+    model.base_model.set_adapter(["forget", "bio"])
+    for name, parameter in model.named_parameters():
+        if ".forget" in name or ".bio" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def by_hand(base: PreTrainedModel, kind: str, run: Path) -> PeftModel:
+    """A changed base with the tensors of a run's regions, by PEFT's own means."""
+    model = with_regions(base, kind)
+    for name in ("forget", "bio"):
+        set_peft_model_state_dict(model, load_file(run / name / "adapter_model.safetensors"), name)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["mlp", "lora", "whole"])
+def test_regions_go_on_a_changed_base_on_request(kind: str, family: str, tmp_path: Path) -> None:
+    run = save_routed(with_regions(tiny(family), kind), tmp_path / "run", train_base=True)
+    before = content(run)
+    tiny(family, seed=8).save_pretrained(tmp_path / "changed")
+    with pytest.raises(ValueError, match="another base model: the content differs"):
+        load_routed(run, ["forget", "bio"], base=tmp_path / "changed")
+    expected = by_hand(tiny(family, seed=8), kind, run)
+    for base in (tmp_path / "changed", tiny(family, seed=8)):
+        with pytest.warns(
+            UserWarning, match=r"\['the run', 'forget', 'bio'\].*values of its weights.*Nobody has measured"
+        ):
+            model = load_routed(run, ["forget", "bio"], base=base, allow_changed_base=True)
+        assert torch.equal(logits(model), logits(expected))
+        assert not torch.allclose(logits(model), logits(tiny(family, seed=8)))
+    assert content(run) == before
+    with pytest.raises(ValueError, match="another base model"):
+        load_routed(run, ["forget"], base=tiny(family, seed=8))
+    load_routed(run, ["forget"], base=tiny(family), allow_changed_base=True)  # the same one: no warning
+
+
+@pytest.mark.parametrize("kind", ["mlp", "lora", "whole"])
+def test_a_changed_base_has_the_shape_and_configuration_of_before(kind: str, tmp_path: Path) -> None:
+    run = save_routed(with_regions(tiny("llama"), kind), tmp_path / "run", train_base=True)
+    for change, differs in (({"intermediate_size": 28}, "structure"), ({"rms_norm_eps": 0.1}, "configuration")):
+        with pytest.raises(ValueError, match=f"another base model: the {differs} differs"):
+            load_routed(run, ["forget"], base=tiny("llama", seed=8, **change), allow_changed_base=True)
+        with pytest.raises(ValueError, match=f"another base model: the {differs} differs"):
+            load_routed(run, base=tiny("llama", seed=8, **change), allow_changed_base=True)
+    with pytest.raises(ValueError, match=r"`allow_changed_base=True` needs the changed base"):
+        load_routed(run, ["forget"], allow_changed_base=True)
+
+
+def test_a_changed_base_that_cannot_be_compared(run: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="Nobody has measured"),
+        pytest.warns(UserWarning, match="only the names and shapes"),
+    ):
+        load_routed(run, ["forget"], base=tiny("llama", torch.float16), allow_changed_base=True)
 
 
 def test_regions_from_elsewhere(run: Path, tmp_path: Path) -> None:
