@@ -72,3 +72,21 @@ def test_an_input_that_was_changed_in_place_is_taken_anew():
         w.grad = None
         routed_linear(x, w, m=weights, cache=cache).sum().backward()
         assert torch.equal(w.grad, torch.full((3, 2), 27 * value))
+
+
+def test_low_precision_rounds_a_sum_over_runs_once():
+    """Adding up runs in bfloat16 would round after each of them."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(8, 64, n, generator=generator).bfloat16() for n in (5, 7))
+    weight = torch.zeros(7, 5, dtype=torch.bfloat16, requires_grad=True)
+    m = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    assert len(PositionWeights.from_weights(m).runs) == 4
+    routed_linear(x, weight, m=m).backward(grad)
+    rows = m.nonzero().squeeze(1)
+    once = grad[rows].reshape(-1, 7).t() @ x[rows].reshape(-1, 5)
+    assert torch.equal(weight.grad, once)
+
+
+def test_weights_go_to_a_device_whole():
+    weights = PositionWeights.from_weights(torch.tensor([0.0, 0.5, 1.0, 0.0])).to(torch.device("meta"))
+    assert {t.device.type for t in (weights.m, weights.index, weights.kept)} == {"meta"} and weights.runs
