@@ -60,8 +60,9 @@ def recipe(**settings: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_one_run_trains_several_regions_and_is_ablated_to_its_base(command, tmp_path):
+def test_one_run_trains_several_regions_and_is_ablated_to_its_base(command, tmp_path, capsys):
     run_here(command)
+    assert "'consistency'" in capsys.readouterr().out, "the trainer has the schedule, not its routes alone"
     about = inspect_checkpoint(tmp_path / "out")
     assert not about["problems"] and {"bio", "bio/spread", "cyber", "retain"} <= set(about["routes"])
     for name in ("bio", "cyber"):
