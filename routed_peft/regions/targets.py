@@ -122,9 +122,11 @@ def _target_modules(model: nn.Module, config: RoutedConfig) -> list[str] | str:
         return config.target_modules
     kind, defaults = model_type(model), KINDS[str(config.kind)].targets
     if callable(defaults):
-        # full names, of which PEFT would take those outside `layers_to_transform`, too
-        layers = [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
-        names = [name for name in defaults(model) if layers is None or layer_index(name) in layers]
+        # of full names PEFT would take those outside `layers_to_transform`, too; ends of names it chooses from itself
+        layers = (
+            [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
+        )
+        names = [name for name in defaults(model) if layers is None or "." not in name or layer_index(name) in layers]
         return names or _nothing(config, model)
     if kind is None or kind not in defaults:
         raise ValueError(f"no default `target_modules` for the model type {kind!r}: {_advice(model, config)}")
