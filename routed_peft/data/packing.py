@@ -212,13 +212,18 @@ def document_means(values: Tensor, documents: Tensor, counted: Tensor | None = N
 
 
 def regroup(
-    rows: Dataset, is_forget: Sequence[Sequence[bool]], *, separator: int, begin: Sequence[int] = ()
+    rows: Dataset,
+    kinds: Sequence[Sequence[bool | str]],
+    *,
+    separator: int,
+    begin: Sequence[int] = (),
+    labels: Sequence[str] = (FORGET, RETAIN),
 ) -> tuple[Dataset, list[str]]:
-    """Regroup unlabeled rows, so that no row mixes forget documents with others, and return them with their labels.
+    """Regroup unlabeled rows, so that no row mixes documents of different labels, and return them with their labels.
 
     ``rows`` are of one length, with ``input_ids``, ``route_label``, and further columns only with a value for each token.
-    ``is_forget`` says for each row whether each of its documents, which a ``separator`` ends, counts as forget. The rows
-    returned have the same length; tokens that do not fill one are dropped.
+    ``kinds`` has for each row the label, among ``labels``, of each of its documents, which a ``separator`` ends; true is
+    forget, and false retain. The rows returned have the same length; tokens that do not fill one are dropped.
 
     Where documents begin with the tokens ``begin`` (`routed_peft.data.beginnings`), as in rows of `pack` that have
     ``labels``, so does a row that begins in the middle of one.
@@ -233,7 +238,8 @@ def regroup(
     columns = {name: np.array(rows[name][:]) for name in rows.column_names if name != ROUTE_LABEL}
     ids = columns["input_ids"]
     documents = document_of(torch.from_numpy(ids), separator).numpy()
-    forget = np.stack([np.array(own, dtype=bool)[index] for own, index in zip(is_forget, documents, strict=True)])
+    names = [[kind if isinstance(kind, str) else FORGET if kind else RETAIN for kind in own] for own in kinds]
+    label_of = np.stack([np.array(own, dtype=object)[index] for own, index in zip(names, documents, strict=True)])
     begin = list(begin) if "labels" in columns and (ids[:, : len(begin)] == begin).all() else []
     _, piece, counts = np.unique(
         np.arange(len(ids))[:, None] * ids.shape[1] + documents, return_inverse=True, return_counts=True
@@ -241,16 +247,17 @@ def regroup(
     sizes = counts[piece].reshape(ids.shape)
     whole = sizes > len(begin)  # a row may end within the beginning of a document
     parts: dict[str, list[Any]] = {name: [] for name in columns}
-    labels = []
-    for label, kind in ((FORGET, forget), (RETAIN, ~forget)):
-        chosen = kind & whole
+    found_labels = []
+    for label in labels:
+        chosen = (label_of == label) & whole
         streams = {name: values[chosen] for name, values in columns.items()}
         taken = counts[np.unique(piece.reshape(ids.shape)[chosen])]
         found = cut_rows(streams, taken.tolist(), length=ids.shape[1], begin=begin)
         for name, values in found.items():
             parts[name] += list(values)
-        labels += [label] * len(found["input_ids"])
-    return Dataset.from_dict(parts | {ROUTE_LABEL: [UNLABELED] * len(labels)}, features=rows.features), labels
+        found_labels += [label] * len(found["input_ids"])
+    unlabeled = [UNLABELED] * len(found_labels)
+    return Dataset.from_dict(parts | {ROUTE_LABEL: unlabeled}, features=rows.features), found_labels
 
 
 def check_regroupable(rows: Dataset) -> None:

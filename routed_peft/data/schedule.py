@@ -54,8 +54,16 @@ def draw_order(
     forget_share: float | None = None,
     seed: int | Sequence[int] = 0,
     first_forget_share: float = 0.5,
+    regions: Sequence[str] = (FORGET,),
 ) -> list[int]:
-    """Return the indices that `schedule` selects from rows with these labels; its arguments are those of `schedule`."""
+    """Return the indices that `schedule` selects from rows with these labels; its arguments are those of `schedule`.
+
+    Rows with a label among ``regions`` are the forget rows, and each label has its part of their share.
+
+    >>> labels = ["bio", "cyber", "retain", "retain"]
+    >>> [labels[i] for i in draw_order(labels, 8, forget_share=0.25, regions=["bio", "cyber"])].count("bio")
+    1
+    """
     if rows < 1 or not 0 <= labeled_first <= 1:
         raise ValueError(f"`rows` must be positive and `labeled_first` in [0, 1], got {rows} and {labeled_first}")
     if forget_share is not None and not 0 <= forget_share < 1:
@@ -67,19 +75,25 @@ def draw_order(
     first = round(labeled_first * rows)
     shares = {label: len(pool) / len(labels) for label, pool in pools.items()}
     if forget_share is not None:
-        rest = {label: share for label, share in shares.items() if label != FORGET}
-        if not rest or (forget_share and FORGET not in shares):
+        rest = {label: share for label, share in shares.items() if label not in regions}
+        own = {label: shares[label] for label in regions if label in shares}
+        if not rest or (forget_share and not own):
             raise ValueError(f"`forget_share` is {forget_share}, but the data has only the labels {list(shares)}")
         shares = {label: share / sum(rest.values()) * (1 - forget_share) for label, share in rest.items()}
-        shares[FORGET] = forget_share
+        shares |= {label: forget_share * (share / sum(own.values())) for label, share in own.items()}
     order = _mixed(shares, rows - first)
     if first:
-        others = {label: share for label, share in shares.items() if label not in (FORGET, UNLABELED)}
-        if FORGET not in pools or not others:
-            raise ValueError(f"`labeled_first` needs rows labeled forget and rows labeled otherwise, got {list(pools)}")
+        others = {label: share for label, share in shares.items() if label not in (*regions, UNLABELED)}
+        if not others or not set(regions) <= set(pools):
+            needed = ", ".join(regions)
+            raise ValueError(
+                f"`labeled_first` needs rows labeled {needed} and rows labeled otherwise, got {list(pools)}"
+            )
+        counts = {label: len(pools[label]) for label in regions}
+        own = {label: first_forget_share * (count / sum(counts.values())) for label, count in counts.items()}
         part = (1 - first_forget_share) / sum(others.values())
         others = {label: share * part for label, share in others.items()}
-        order = _mixed({FORGET: first_forget_share} | others, first) + order
+        order = _mixed(own | others, first) + order
     seeds = [seed] if isinstance(seed, int) else list(seed)
     draws = {label: _draw(pool, np.random.default_rng([*seeds, i])) for i, (label, pool) in enumerate(pools.items())}
     return [int(next(draws[label])) for label in order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -58,13 +59,39 @@ def region_benefit(model: nn.Module, batch: dict[str, Tensor], regions: Sequence
 
     ``batch`` has ``input_ids``, ``labels`` and ``attention_mask``, ``(B, T)``; other keys are ignored.
     """
+    return subset_benefits(model, batch, subsets=[regions], regions=regions)[..., 0]
+
+
+@torch.no_grad()
+def subset_benefits(
+    model: nn.Module, batch: dict[str, Tensor], *, subsets: Sequence[Sequence[str]], regions: Sequence[str]
+) -> Tensor:
+    """Return the loss without ``regions`` minus that with each of K subsets of them alone: ``(B, T - 1, K)``, in nats."""
     device = next(model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+
+    def losses(subset: Sequence[str]) -> Tensor:
+        others = [region for region in regions if region not in subset]
+        with ablated(model, *others) if others else nullcontext():
+            return token_losses(model(**inputs).logits, batch["labels"].to(device))
+
     with evaluating(model):
-        on = token_losses(model(**inputs).logits, batch["labels"].to(device))
-        with ablated(model, *regions):
-            off = token_losses(model(**inputs).logits, batch["labels"].to(device))
-    return off - on
+        on = torch.stack([losses(subset) for subset in subsets], -1)
+        return losses([])[..., None] - on
+
+
+def find_region(benefits: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Return for each row the region whose benefit is the farthest above its own threshold; N where none is above.
+
+    ``benefits`` are those of N regions, ``(B, N)``.
+
+    >>> find_region(torch.tensor([[0.5, 2.0], [0.9, 1.5], [0.1, 0.2]]), [0.2, 1.0]).tolist()
+    [1, 0, 2]
+    """
+    bounds = benefits.new_tensor(thresholds)
+    above = benefits > bounds
+    best = (benefits - bounds).masked_fill(~above, -torch.inf).argmax(1)
+    return torch.where(above.any(1), best, benefits.shape[1])
 
 
 def row_means(values: Tensor, targets: Tensor) -> Tensor:
@@ -73,13 +100,21 @@ def row_means(values: Tensor, targets: Tensor) -> Tensor:
 
 
 def score_rows(
-    trainer: Any, rows: Dataset, *, indices: np.ndarray, batch_size: int, separator: int | None = None
+    trainer: Any,
+    rows: Dataset,
+    *,
+    indices: np.ndarray,
+    batch_size: int,
+    separator: int | None = None,
+    subsets: Sequence[Sequence[str]] | None = None,
 ) -> list[Tensor]:
-    """Return the benefit of the trainer's regions to packed rows: for each index a tensor of one value, in nats per token.
+    """Return the benefit of the trainer's regions to packed rows: for each index a tensor ``(1, K)``, in nats per token.
 
-    With a ``separator``, the token that ends a document, each tensor has one value per document instead. Processes share the
-    work, each with equally many batches of ``batch_size`` rows.
+    The K ``subsets`` of regions are scored one by one; by default one, of all. With a ``separator``, the token that ends a
+    document, each tensor has a line per document instead. Processes share the work, each with equally many batches of
+    ``batch_size`` rows.
     """
+    regions = trainer.routing.regions
     accelerator = trainer.accelerator
     each = -(-len(indices) // accelerator.num_processes)
     mine = np.resize(indices, each * accelerator.num_processes)[accelerator.process_index * each :][:each]
@@ -88,10 +123,10 @@ def score_rows(
         scores = []
         for part in np.array_split(mine, -(-len(mine) // batch_size)):
             batch = collate([rows[int(index)] for index in part])
-            benefit = region_benefit(trainer.model, batch, trainer.routing.regions)
-            scores.append(_batch_scores(benefit, batch, separator))
+            benefits = subset_benefits(trainer.model, batch, subsets=subsets or [regions], regions=regions)
+            scores.append(torch.stack([_batch_scores(own, batch, separator) for own in benefits.unbind(-1)], -1))
     found = accelerator.gather(torch.cat(scores).to(accelerator.device)).cpu()[: len(indices)]
-    return [own[own != NO_DOCUMENT] for own in found]
+    return [own[own[:, 0] != NO_DOCUMENT] for own in found]
 
 
 def _batch_scores(benefit: Tensor, batch: dict[str, Tensor], separator: int | None) -> Tensor:

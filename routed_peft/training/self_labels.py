@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from routed_peft.data.beginnings import begin_tokens
 from routed_peft.data.columns import ROUTE_LABEL, ROUTE_WEIGHTS, column_values
@@ -20,12 +19,9 @@ from routed_peft.data.labels import FORGET, RETAIN, UNLABELED
 from routed_peft.data.packing import check_regroupable, regroup
 from routed_peft.data.schedule import draw_order
 from routed_peft.routes import BASE
-from routed_peft.training.benefit import benefit_threshold, middle_and_spread, score_rows
 from routed_peft.training.changing_dataset import ChangingDataset
 from routed_peft.training.self_label_config import SelfLabelConfig
-
-REFERENCE_ROWS = 256
-"""Labeled rows of each side that are scored to set the threshold, at most."""
+from routed_peft.training.self_labeler import SelfLabeler
 
 
 class SelfLabeledRows(ChangingDataset):
@@ -39,11 +35,15 @@ class SelfLabeledRows(ChangingDataset):
     the benefits of labeled forget and retain rows (`routed_peft.training.benefit.benefit_threshold`) count as forget from then
     on, the others as retain, and the rest of the run is drawn anew from these labels.
 
+    Name several ``regions``, and each has a benefit, of that region alone, and a threshold of its own, between labeled rows of
+    it and of the core. A row then counts as the region whose benefit is the farthest above its threshold, if any is above.
+
     Pass it to `RoutedTrainer` as ``train_dataset``, with ``train_sampling_strategy="sequential"``. The trainer scores and
     relabels the rows, and saves the labels found in its checkpoints.
 
     Args:
-        rows: packed rows with ``input_ids`` and ``route_label`` forget, retain or unlabeled.
+        rows: packed rows with ``input_ids`` and ``route_label`` forget, retain or unlabeled; with ``regions``, one of
+            these, ``core`` or unlabeled.
         count: rows of the whole run: steps times rows per step, over all processes.
         config: shares, threshold and times of scoring.
         seed: same seed, same run.
@@ -52,10 +52,13 @@ class SelfLabeledRows(ChangingDataset):
             of forget rows must then leave the base its weight of 1, which these numbers multiply.
         separator: the token that ends a document (``tokenizer.eos_token_id``), to score documents instead of rows.
             Documents of one kind then share rows, which must be of one length, with other columns of values per token only.
+        regions: the regions whose names label their rows, as for a `RegionSchedule`; by default all are one, for forget.
+        core: with ``regions``, the label of rows of no region.
         **settings: deprecated: fields of `SelfLabelConfig`; pass ``config``.
 
     Raises:
-        ValueError: where labeled rows of either side are missing, or a column cannot be regrouped by documents.
+        ValueError: where labeled rows of either side are missing, a column cannot be regrouped by documents, or a setting
+            is for one region only.
 
     >>> rows = Dataset.from_dict({"input_ids": [[1], [2], [3], [4]],
     ...                           "route_label": ["forget", "retain", "unlabeled", "unlabeled"]})
@@ -74,12 +77,20 @@ class SelfLabeledRows(ChangingDataset):
         seed: int = 0,
         token_weights: Tensor | None = None,
         separator: int | None = None,
+        regions: Sequence[str] = (),
+        core: str = RETAIN,
         **settings: Any,
     ) -> None:
         self.config = config = _with_settings(config or SelfLabelConfig(), settings)
         self.rows, self.seed, self.token_weights, self.separator = rows, seed, token_weights, separator
         self.begin: list[int] = []
         """Tokens with which the trainer's tokenizer begins documents."""
+        if regions and (config.robust_share or token_weights is not None):
+            raise ValueError("`robust_share` and `token_weights` are for one region without a name: leave them out beside "
+                             "`regions`, and set `robust` of the `RegionSchedule`")  # fmt: skip
+        self.regions = tuple(regions)
+        self.kinds = (*regions, core) if regions else (FORGET, RETAIN)
+        """Labels of rows: of those of each region, and last of all others."""
         if separator is not None:
             check_regroupable(rows)
         again = {} if config.score_again_at is None else {"score_again_at": config.score_again_at}
@@ -88,7 +99,8 @@ class SelfLabeledRows(ChangingDataset):
         self._given = np.array(column_values(rows, ROUTE_LABEL), dtype=object)
         self._at_first = rows
         first = {"labeled_first": config.labeled_first, "first_forget_share": config.first_forget_share}
-        order = draw_order(self._given.tolist(), count, forget_share=config.forget_share, seed=seed, **first)
+        share = config.forget_share
+        order = draw_order(self._given.tolist(), count, forget_share=share, seed=seed, regions=self.kinds[:-1], **first)
         self._order_at_first = np.array(order)
         self.restore({})
 
@@ -97,11 +109,15 @@ class SelfLabeledRows(ChangingDataset):
     def callback(self, trainer: Any) -> TrainerCallback:
         """Return the callback that scores and relabels the rows.
 
-        ValueError where routes are missing, or the trainer would shuffle rows or fetch them in other processes.
+        ValueError where routes or regions are missing, or the trainer would shuffle rows or fetch them in other processes.
         """
-        if missing := [label for label in (FORGET, RETAIN, UNLABELED) if label not in trainer.routing.routes]:
-            raise ValueError(f"`SelfLabeledRows` need routes for 'forget', 'retain' and 'unlabeled'; {missing} have "
+        if missing := [label for label in (*self.kinds, UNLABELED) if label not in trainer.routing.routes]:
+            needed = ", ".join(map(repr, self.kinds))
+            raise ValueError(f"`SelfLabeledRows` need routes for {needed} and 'unlabeled'; {missing} have "
                              "none: add them to `routes`")  # fmt: skip
+        if unknown := [name for name in self.regions if name not in trainer.routing.regions]:
+            raise ValueError(f"`regions` names {unknown}, and the model has {list(trainer.routing.regions)}: make them "
+                             "the same")  # fmt: skip
         args = trainer.args
         if args.train_sampling_strategy != "sequential" or args.dataloader_num_workers:
             raise ValueError("`SelfLabeledRows` change during training: set `train_sampling_strategy` to 'sequential' "
@@ -127,14 +143,15 @@ class SelfLabeledRows(ChangingDataset):
         self._sides_in_order = self._labels_in_order.copy()
         self.scorings: list[dict[str, Any]] = []
         """Result of each scoring: its ``step``, the run's row ``start`` from which it applies, the ``rows`` that were scored,
-        whether each, or each of its documents, ``is_forget``, and the number of ``tokens`` scored."""
+        whether each, or each of its documents, ``is_forget`` (with `regions`, its ``labels``), and the number of ``tokens``
+        scored."""
         for scoring in state.get("self_labels", []):
             self.apply_scoring(scoring)
 
     @property
     def forward_tokens(self) -> int:
-        """Tokens of the forward passes of all scorings: two for every scored token."""
-        return 2 * self.scored_tokens
+        """Tokens of the forward passes of all scorings: one pass with regions off, and one with each on."""
+        return (1 + len(self.kinds[:-1])) * self.scored_tokens
 
     @property
     def scored_tokens(self) -> int:
@@ -181,94 +198,34 @@ class SelfLabeledRows(ChangingDataset):
     def apply_scoring(self, scoring: dict[str, Any]) -> None:
         """Record the result of a scoring (see `scorings`) and relabel rows by it."""
         self.scorings.append(scoring)
-        found = scoring["is_forget"] if self.separator is not None else np.array(scoring["is_forget"], dtype=bool)
+        found = scoring["labels" if self.regions else "is_forget"]
         self.relabel(np.array(scoring["rows"], dtype=int), found, scoring["start"])
 
-    def relabel(self, scored: np.ndarray, is_forget: np.ndarray | Sequence[Sequence[bool]], start: int) -> None:
+    def relabel(self, scored: np.ndarray, found: np.ndarray | Sequence[Any], start: int) -> None:
         """Draw the run anew from its row ``start`` on; rows that could have been scored and were not are left out.
 
-        ``is_forget`` says for each row of ``scored`` (indices, see `rows_to_score`) whether it counts as forget; with a
-        ``separator``, whether each of its documents does.
+        ``found`` says for each row of ``scored`` (indices, see `rows_to_score`) whether it counts as forget, or what its label
+        is; with a ``separator``, for each of its documents.
         """
         if self.separator is None:
             self.labels = self._given.copy()
-            self.labels[scored] = np.where(is_forget, FORGET, RETAIN)
+            self.labels[scored] = found if self.regions else np.where(np.array(found, dtype=bool), FORGET, RETAIN)
             self.found_rows = np.sort(scored)
         else:  # rows of an earlier scoring stay, because the run has used them
-            chosen, kinds = self._at_first.select(scored), list(is_forget)
-            found, labels = regroup(chosen, kinds, separator=self.separator, begin=self.begin)
+            chosen = self._at_first.select(scored)
+            new, labels = regroup(chosen, list(found), separator=self.separator, begin=self.begin, labels=self.kinds)
             self.found_rows = len(self.rows) + np.arange(len(labels))
-            self.rows = concatenate_datasets([self.rows, found])
+            self.rows = concatenate_datasets([self.rows, new])
             self.labels = np.concatenate([self.labels, np.array(labels, dtype=object)])
         given = np.array([], dtype=int) if self.config.overrule else np.flatnonzero(self._given != UNLABELED)
         known = np.union1d(given, self.found_rows)
         names, share = self.labels[known].tolist(), self.config.forget_share
-        order = draw_order(names, len(self) - start, forget_share=share, seed=[self.seed, start])
+        sides, seed = self.kinds[:-1], [self.seed, start]
+        order = draw_order(names, len(self) - start, forget_share=share, seed=seed, regions=sides)
         self._order[start:] = known[order]
         self._sides_in_order[start:] = labels = self.labels[self._order[start:]]
         robust = np.random.default_rng([self.seed, start]).random(len(labels)) < self.config.robust_share
         self._labels_in_order[start:] = np.where(robust & (labels == RETAIN), FORGET, labels)
-
-
-class SelfLabeler(TrainerCallback):
-    """Scores and relabels `SelfLabeledRows` after the labeled start of a run."""
-
-    def __init__(self, trainer: Any, rows: SelfLabeledRows) -> None:
-        self.trainer, self.rows = trainer, rows
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Reset labels found in an earlier run of the same rows; check the run's length and the times of scoring."""
-        if state.global_step == 0:
-            self.rows.restore({})
-        wanted = self._start(args, state.max_steps - 1)
-        if len(self.rows) != wanted:
-            raise ValueError(f"the rows are laid out for a run of {len(self.rows)} and it takes {wanted}, {state.max_steps} "
-                             f"steps of {self._start(args, 0)}: make `SelfLabeledRows` with `count={wanted}`, or set "
-                             "`max_steps`")  # fmt: skip
-        steps = self._steps(state)
-        last = max(steps)
-        if len(steps) < len(self.rows.score_at) or self._start(args, last) >= len(self.rows):
-            raise ValueError(f"`{steps[last]}`: after step {last} of {state.max_steps} there is nothing left to label: "
-                             "score earlier, or train for longer")  # fmt: skip
-
-    def _steps(self, state: TrainerState) -> dict[int, str]:
-        """Return the steps after which rows are scored, with the setting that asks for each."""
-        return {max(1, round(share * state.max_steps)): name for name, share in self.rows.score_at.items()}
-
-    @staticmethod
-    def _start(args: TrainingArguments, step: int) -> int:
-        """Return the first row of the run that a scoring after this step changes."""
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return (step + 1) * per_step  # a loader may have fetched the next batch already
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Score rows after the labeled start, and a second time where `score_again_at` asks for it."""
-        name = self._steps(state).get(state.global_step)
-        if name is None:
-            return
-        rows, start = self.rows, self._start(args, state.global_step)
-        scored, size = rows.rows_to_score(len(rows) - start), args.eval_batch_size
-        known = [rows.rows_labeled(label, REFERENCE_ROWS) for label in (FORGET, RETAIN)]
-        indices = np.concatenate([*known, scored])
-        benefits = iter(score_rows(self.trainer, rows.rows, indices=indices, batch_size=size, separator=rows.separator))
-        forget, retain = (torch.cat(list(islice(benefits, len(own)))) for own in known)
-        threshold = self._threshold(forget, retain, f"`{name}`: after {state.global_step} steps")
-        by_document = [(own > threshold).tolist() for own in benefits]  # of the rows that are left
-        flat = [label for own in by_document for label in own]
-        is_forget = by_document if rows.separator is not None else flat
-        tokens = sum(len(ids) for ids in rows.rows.select(indices)["input_ids"])
-        result = {"rows": scored.tolist(), "is_forget": is_forget, "tokens": tokens}
-        rows.apply_scoring({"step": state.global_step, "start": start} | result)
-        self.trainer.log({"self_labels_forget": sum(flat), "self_labels_retain": len(flat) - sum(flat)})
-
-    def _threshold(self, forget: Tensor, retain: Tensor, moment: str) -> float:
-        """Return the threshold between the benefits of either side; refuse a region that cannot tell the sides apart."""
-        kind = self.rows.config.threshold
-        (mu_f, _), (mu_r, _) = (middle_and_spread(side, kind) for side in (forget, retain))
-        if not mu_f > mu_r:  # also where the model has diverged
-            raise ValueError(f"{moment} the region helps labeled forget rows by {mu_f:.3f} nats per token and retain "
-                f"rows by {mu_r:.3f}, so it cannot tell them apart: give it a longer start, or check the labels")  # fmt: skip
-        return benefit_threshold(forget, retain, kind)
 
 
 def _with_settings(config: SelfLabelConfig, settings: Mapping[str, Any]) -> SelfLabelConfig:

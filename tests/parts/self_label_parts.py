@@ -43,3 +43,21 @@ SELF_LABELING = dict(
     train_sampling_strategy="sequential", per_device_train_batch_size=8, max_steps=20, learning_rate=5e-2,
     lr_scheduler_type="constant", self_check=False,
 )  # fmt: skip
+
+
+def three_alphabets() -> Dataset:
+    """Rows of two regions and of the core, each in an alphabet of its own; a quarter carries no label."""
+    letters = {"bio": (3, 9), "cyber": (60, 66), "retain": (120, 126)}
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for i in range(240):
+        side = list(letters)[i % 3]
+        ids = torch.randint(*letters[side], (8,), generator=generator).tolist()
+        data.append({"input_ids": ids, "route_label": "unlabeled" if i >= 180 else side, "side": side})
+    return Dataset.from_list(data)
+
+
+def self_labeled_topics() -> SelfLabeledRows:
+    """The rows of three alphabets, half of the run before the scoring."""
+    config = SelfLabelConfig(labeled_first=0.5, first_forget_share=0.5, forget_share=0.4)
+    return SelfLabeledRows(three_alphabets(), 160, config=config, regions=["bio", "cyber"])

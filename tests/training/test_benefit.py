@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 from training_parts import model_of
 
-from routed_peft import ablated
+from routed_peft import RoutedConfig, ablated
 from routed_peft.losses import token_losses
-from routed_peft.training.benefit import benefit_threshold, region_benefit, row_means
+from routed_peft.training.benefit import benefit_threshold, find_region, region_benefit, row_means, subset_benefits
 
 
 def test_row_means_are_over_the_tokens_that_have_a_loss():
@@ -66,3 +66,39 @@ def test_rows_are_scored_without_dropout_and_modes_come_back():
             off = token_losses(model(batch["input_ids"]).logits, batch["labels"])
     torch.testing.assert_close(found, off - on)
     assert found.abs().max() > 1e-3, "the region does something"
+
+
+def test_each_regions_benefit_is_its_own_one_row_at_a_time():
+    names = ["bio", "cyber", "chem"]
+    config = {"size": 3, "r": 2, "init": "model", "task_type": "CAUSAL_LM"}
+    model = model_of(adapters={name: RoutedConfig(**config) for name in names}).eval()
+    for name, parameter in model.named_parameters():
+        if ".routed_" in name or ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.base_model.set_adapter(names)
+    batch = batch_of([3, 9, 27, 81, 243], [5, 10, 20, 40, 80])
+    found = subset_benefits(model, batch, subsets=[["bio"], ["cyber"], ["bio", "chem"]], regions=names)
+    for i in range(2):
+        for k, on in enumerate((["bio"], ["cyber"], ["bio", "chem"])):
+            one = batch["input_ids"][i : i + 1]
+            with torch.no_grad():
+                model.base_model.set_adapter(on)
+                with_it = model(one).logits.log_softmax(-1)[0]
+                model.base_model.disable_adapter_layers()
+                without = model(one).logits.log_softmax(-1)[0]
+                model.base_model.enable_adapter_layers()
+            expected = torch.stack([(with_it - without)[t, one[0, t + 1]] for t in range(4)])
+            torch.testing.assert_close(found[i, :, k], expected, rtol=1e-4, atol=1e-5)
+    assert (found[..., 0] - found[..., 1]).abs().max() > 1e-3
+
+
+def test_a_row_is_of_the_region_whose_benefit_is_the_farthest_above_its_threshold():
+    benefits = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    thresholds = [-0.5, 0.25, 1.0]
+    expected = []
+    for row in benefits.tolist():
+        able = [(benefit - thresholds[i], i) for i, benefit in enumerate(row) if benefit > thresholds[i]]
+        expected.append(max(able)[1] if able else 3)
+    assert find_region(benefits, thresholds).tolist() == expected and set(expected) == {0, 1, 2, 3}
+    lost = torch.tensor([[float("nan"), 2.0, 0.0], [float("nan")] * 3])
+    assert find_region(lost, thresholds).tolist() == [1, 3], "a loss that is not finite shows nothing"

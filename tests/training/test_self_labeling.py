@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import statistics
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from self_label_parts import SELF_LABELING, self_labeled, swapped, two_alphabets
-from training_parts import assert_same, train, weights
+from self_label_parts import SELF_LABELING, self_labeled, self_labeled_topics, swapped, two_alphabets
+from torch import nn
+from training_parts import assert_same, model_of, train, weights
 from transformers import TrainerCallback
 
-from routed_peft import presets
+from routed_peft import RoutedConfig, presets
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
-from routed_peft.training import SelfLabelConfig, SelfLabeledRows
+from routed_peft.training import RegionSchedule, SelfLabelConfig, SelfLabeledRows
 
 
 def test_self_labels_agree_with_the_truth_and_resume(tmp_path, tokenizer):
@@ -139,3 +143,83 @@ def test_the_summary_says_what_a_run_has_cost(tmp_path, tokenizer):
     assert ledger == TrainingCost(6 * size * 160 * 8 + 2 * size * 2 * scored, 20, 160 * 8, 24)
     trainer.state.num_input_tokens_seen = 0
     assert "ledger" not in trainer.run_summary()
+
+
+TOPICS = ["bio", "cyber"]
+
+
+def topics_model() -> nn.Module:
+    part = {"size": 4, "init": "model", "task_type": "CAUSAL_LM"}
+    return model_of(adapters={name: RoutedConfig(**part) for name in TOPICS})
+
+
+def slow_labels(trained: nn.Module, data: SelfLabeledRows, scored: list[int]) -> list[str]:
+    """Score one row at a time by each region alone, and label it by loops."""
+    model = topics_model().eval()
+    model.load_state_dict(trained.state_dict())
+
+    def benefits(row: int) -> list[float]:
+        ids = torch.tensor([data.rows[row]["input_ids"]])
+        with torch.no_grad():
+            model.base_model.disable_adapter_layers()
+            off = float(model(ids, labels=ids).loss)
+            model.base_model.enable_adapter_layers()
+            found = []
+            for name in TOPICS:
+                model.base_model.set_adapter(name)
+                found.append(off - float(model(ids, labels=ids).loss))
+        return found
+
+    thresholds = []
+    for i, name in enumerate(TOPICS):
+        own, core = (
+            [benefits(row)[i] for row in range(180) if data.rows[row]["route_label"] == label]
+            for label in (name, "retain")
+        )
+        above, below = statistics.pstdev(own), statistics.pstdev(core)
+        thresholds.append((statistics.mean(own) * below + statistics.mean(core) * above) / (above + below))
+    labels = []
+    for row in scored:
+        able = [(b - t, name) for b, name, t in zip(benefits(row), TOPICS, thresholds, strict=True) if b > t]
+        labels.append(max(able)[1] if able else "retain")
+    return labels
+
+
+def test_several_regions_label_by_benefits_and_thresholds_of_their_own(tmp_path, tokenizer):
+    """As a slow reference does, and as is true; and a run that resumes finds the same."""
+    options = SELF_LABELING | {"save_strategy": "steps", "save_steps": 14, "routes": RegionSchedule(TOPICS)}
+    options |= {"learning_rate": 1e-2}
+    data, expected = self_labeled_topics(), []
+
+    class Reference(TrainerCallback):  # runs before the scoring of this step
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 10:
+                expected.extend(slow_labels(model, data, data.rows_to_score(160 - 11 * 8).tolist()))
+
+    trainer = train(tmp_path / "a", tokenizer, topics_model(), dataset=data, callbacks=[Reference()], **options)
+    (scoring,) = data.scorings
+    assert scoring["labels"] == expected and {"retain", *TOPICS} == set(expected)
+    assert data.labels.tolist() == data.rows["side"][:]
+    asked = len(scoring["rows"]) + 180
+    assert data.scored_tokens == 8 * asked and data.forward_tokens == 3 * 8 * asked
+    (logged,) = (line for line in trainer.state.log_history if "self_labels_bio" in line)
+    assert {label: logged[f"self_labels_{label}"] for label in ("retain", *TOPICS)} == Counter(expected)
+    again, resume = self_labeled_topics(), str(tmp_path / "a" / "checkpoint-14")
+    resumed = train(tmp_path / "b", tokenizer, topics_model(), dataset=again, resume=resume, **options)
+    assert_same(weights(trainer.model), weights(resumed.model))
+    assert again.scorings == data.scorings and again.in_order("side") == data.in_order("side")
+
+
+def test_the_region_that_cannot_tell_its_rows_apart_is_named(tmp_path, tokenizer):
+    data = self_labeled_topics()
+
+    class TurnRound(TrainerCallback):  # the labels of one region, under way
+        def on_step_begin(self, args, state, control, **kwargs):
+            swap = {"cyber": "retain", "retain": "cyber"}
+            data._given = np.array([swap.get(label, label) for label in data.rows["route_label"]], dtype=object)
+
+    with pytest.raises(ValueError, match="helps labeled cyber rows by .* and retain rows by .*cannot tell them apart"):
+        train(
+            tmp_path, tokenizer, topics_model(), dataset=data, routes=RegionSchedule(TOPICS), callbacks=[TurnRound()],
+            **SELF_LABELING,
+        )  # fmt: skip

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -234,3 +235,59 @@ def test_rows_of_documents_begin_as_the_trainers_tokenizer_does():
     assert len(run.found_rows) > 5
     for row in (run.rows[int(i)] for i in run.found_rows):
         assert row["input_ids"][0] == bos and row["labels"][0] == -100 and len(row["labels"]) == 8
+
+
+TOPICS = ["bio", "cyber"]
+
+
+def of_topics(separator=None, data: Dataset | None = None, **settings) -> SelfLabeledRows:
+    labels = ["bio"] * 10 + ["cyber"] * 30 + ["core"] * 20 + ["unlabeled"] * 60
+    data = data or Dataset.from_dict({"input_ids": [[i] for i in range(120)], "route_label": labels})
+    config = SelfLabelConfig(labeled_first=0.2, **settings)
+    return SelfLabeledRows(data, 400, config=config, separator=separator, regions=TOPICS, core="core")
+
+
+def test_several_regions_part_the_share_of_forget_rows():
+    run = of_topics(first_forget_share=0.5, forget_share=0.2)
+    first = Counter(labels_of(run, 0, 80))
+    assert first == {"bio": 10, "cyber": 30, "core": 40}
+    names = ["bio"] * 15 + ["cyber"] * 5 + ["core"] * 40
+    run.relabel(run.rows_labeled("unlabeled"), names, start=100)
+    after = Counter(labels_of(run, 100, 400))  # 25 rows of biology, and 35 of the other topic
+    assert after == {"bio": 25, "cyber": 35, "core": 240}
+    truth = dict(zip(run.rows_labeled("unlabeled").tolist(), names, strict=True))
+    taken = {row["input_ids"][0]: row["route_label"] for row in (run[i] for i in range(100, 400))}
+    assert all(taken[number] == label for number, label in truth.items() if number in taken)
+
+
+def test_several_regions_are_restored_and_cost_a_pass_each():
+    first, second = of_topics(), of_topics()
+    names = ["cyber", "core", "bio", "core"] * 15
+    found = {"step": 9, "start": 100, "rows": first.rows_labeled("unlabeled").tolist(), "labels": names, "tokens": 7}
+    first.apply_scoring(found)
+    second.restore({"self_labels": [found]})
+    assert [first[i] for i in range(400)] == [second[i] for i in range(400)]
+    assert first.scored_tokens == 7 and first.forward_tokens == 3 * 7
+
+
+def test_documents_of_several_regions_share_rows_with_their_own():
+    ids = [[1, 1, 1, 0], [2, 2, 2, 0], [3, 3, 3, 0], [1, 0, 2, 0], [3, 0, 1, 0], [2, 0, 3, 0]]
+    data = Dataset.from_dict({"input_ids": ids, "route_label": ["bio", "cyber", "core", *["unlabeled"] * 3]})
+    run = of_topics(separator=0, data=data, forget_share=0.5)
+    run.relabel(np.array([3, 4, 5]), [["bio", "cyber"], ["core", "bio"], ["cyber", "core"]], start=100)
+    new = [run.rows[int(i)]["input_ids"] for i in run.found_rows]
+    assert new == [[1, 0, 1, 0], [2, 0, 2, 0], [3, 0, 3, 0]]
+    assert run.labels[run.found_rows].tolist() == ["bio", "cyber", "core"]
+
+
+def test_settings_of_one_region_are_refused_for_several():
+    with pytest.raises(ValueError, match="`robust_share` and `token_weights` are for one region.*set `robust`"):
+        of_topics(robust_share=0.1)
+    with pytest.raises(ValueError, match="`labeled_first` needs rows labeled bio, cyber and rows labeled otherwise"):
+        of_topics(data=Dataset.from_dict({"input_ids": [[1]] * 2, "route_label": ["bio", "core"]}))
+    routing = SimpleNamespace(routes=presets.gram(TOPICS), regions=["bio"])
+    with pytest.raises(ValueError, match=r"`regions` names \['cyber'\], and the model has \['bio'\]"):
+        of_topics().callback(SimpleNamespace(routing=routing))
+    routing = SimpleNamespace(routes=presets.gram(["bio"]), regions=TOPICS)
+    with pytest.raises(ValueError, match=r"need routes for 'bio', 'cyber', 'core' and 'unlabeled'; \['cyber'\] have"):
+        of_topics().callback(SimpleNamespace(routing=routing))
