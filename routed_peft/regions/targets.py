@@ -126,7 +126,8 @@ def _target_modules(model: nn.Module, config: RoutedConfig) -> list[str] | str:
         layers = (
             [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
         )
-        names = [name for name in defaults(model) if layers is None or "." not in name or layer_index(name) in layers]
+        full = {name for name, _ in model.named_modules()}
+        names = [name for name in defaults(model) if layers is None or name not in full or layer_index(name) in layers]
         return names or _nothing(config, model)
     if kind is None or kind not in defaults:
         raise ValueError(f"no default `target_modules` for the model type {kind!r}: {_advice(model, config)}")
