@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +14,14 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from routed_peft.training.benefit import benefit_threshold, find_region, middle_and_spread, score_rows
 
-if TYPE_CHECKING:
-    from routed_peft.training.self_labels import SelfLabeledRows
-
 REFERENCE_ROWS = 256
 """Labeled rows of each side that are scored to set the threshold, at most."""
 
 
 class SelfLabeler(TrainerCallback):
-    """Scores and relabels `SelfLabeledRows` after the labeled start of a run."""
+    """Scores and relabels ``rows``, which are `SelfLabeledRows`, after the labeled start of a run."""
 
-    def __init__(self, trainer: Any, rows: SelfLabeledRows) -> None:
+    def __init__(self, trainer: Any, rows: Any) -> None:
         self.trainer, self.rows = trainer, rows
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
+from training_parts import model_of
 
+from routed_peft import RoutedConfig
 from routed_peft.training import SelfLabelConfig, SelfLabeledRows
+
+TOPICS = ["bio", "cyber"]
 
 
 def two_alphabets(tokens: int = 8) -> Dataset:
@@ -60,4 +65,10 @@ def three_alphabets() -> Dataset:
 def self_labeled_topics() -> SelfLabeledRows:
     """The rows of three alphabets, half of the run before the scoring."""
     config = SelfLabelConfig(labeled_first=0.5, first_forget_share=0.5, forget_share=0.4)
-    return SelfLabeledRows(three_alphabets(), 160, config=config, regions=["bio", "cyber"])
+    return SelfLabeledRows(three_alphabets(), 160, config=config, regions=TOPICS)
+
+
+def topics_model() -> nn.Module:
+    """A model with a region for each of the topics."""
+    part: dict[str, Any] = {"size": 4, "init": "model", "task_type": "CAUSAL_LM"}
+    return model_of(adapters={name: RoutedConfig(**part) for name in TOPICS})

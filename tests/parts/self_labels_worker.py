@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from self_label_parts import SELF_LABELING, self_labeled, swapped, two_alphabets
+from self_label_parts import SELF_LABELING, self_labeled, self_labeled_topics, swapped, topics_model, two_alphabets
 from training_parts import train, weights
 
+from routed_peft import presets
 from routed_peft.data import train_tokenizer
 from routed_peft.training import SelfLabelConfig, SelfLabeledRows
 
@@ -42,7 +43,12 @@ def documents() -> SelfLabeledRows:
     return SelfLabeledRows(two_alphabets().from_list(rows[:-1]), 160, config=config, separator=SEPARATOR)
 
 
-CASES = {"one short": unlabeled_one_short, "overruled twice": overruled_twice, "documents": documents}
+CASES = {
+    "one short": unlabeled_one_short,
+    "overruled twice": overruled_twice,
+    "documents": documents,
+    "topics": self_labeled_topics,
+}
 OPTIONS = SELF_LABELING | {
     "per_device_train_batch_size": 8 // PROCESSES, "adam_epsilon": 1e-3, "include_num_input_tokens_seen": "all",
     "save_strategy": "steps", "save_steps": 12,
@@ -53,8 +59,11 @@ def run(out: Path, case: str, resume: bool = False) -> dict[str, Any]:
     """Return weights, labels and cost of a run with self-labels, or of its second part."""
     data, tokenizer = CASES[case](), train_tokenizer(["a"], vocab_size=258)
     checkpoint = str(out / "checkpoint-12") if resume else None
-    trainer = train(out, tokenizer, dataset=data, resume=checkpoint, **OPTIONS)
-    logged = [line for line in trainer.state.log_history if "self_labels_forget" in line]
+    own: dict[str, Any] = (
+        {"routes": presets.gram(data.regions, "retain"), "model": topics_model()} if data.regions else {}
+    )
+    trainer = train(out, tokenizer, dataset=data, resume=checkpoint, **OPTIONS, **own)
+    logged = [line for line in trainer.state.log_history if "self_labels_retain" in line]
     return {
         "parameters": weights(trainer.accelerator.unwrap_model(trainer.model)),
         "labels": data.labels.tolist(),

@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from self_label_parts import SELF_LABELING, self_labeled, self_labeled_topics, swapped, two_alphabets
+from self_label_parts import (
+    SELF_LABELING,
+    TOPICS,
+    self_labeled,
+    self_labeled_topics,
+    swapped,
+    topics_model,
+    two_alphabets,
+)
 from torch import nn
-from training_parts import assert_same, model_of, train, weights
+from training_parts import assert_same, train, weights
 from transformers import TrainerCallback
 
-from routed_peft import RoutedConfig, presets
+from routed_peft import presets
 from routed_peft.runs.cost import TrainingCost, matmul_parameters
 from routed_peft.training import RegionSchedule, SelfLabelConfig, SelfLabeledRows
 
@@ -143,14 +151,6 @@ def test_the_summary_says_what_a_run_has_cost(tmp_path, tokenizer):
     assert ledger == TrainingCost(6 * size * 160 * 8 + 2 * size * 2 * scored, 20, 160 * 8, 24)
     trainer.state.num_input_tokens_seen = 0
     assert "ledger" not in trainer.run_summary()
-
-
-TOPICS = ["bio", "cyber"]
-
-
-def topics_model() -> nn.Module:
-    part = {"size": 4, "init": "model", "task_type": "CAUSAL_LM"}
-    return model_of(adapters={name: RoutedConfig(**part) for name in TOPICS})
 
 
 def slow_labels(trained: nn.Module, data: SelfLabeledRows, scored: list[int]) -> list[str]:

@@ -21,7 +21,7 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_find_the_labels_of_one(ranks, tmp_path, case):
     one = run(tmp_path, case)
-    assert one["scorings"] and {"forget", "retain"} <= set(one["labels"])
+    assert one["scorings"] and one["logged"] and len(set(one["labels"])) > 1
     assert one["ledger"]["flops"] > 0
     for rank in ranks:
         for name in ("labels", "scorings", "sides", "tokens_per_route", "logged", "ledger"):
