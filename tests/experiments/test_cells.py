@@ -101,7 +101,7 @@ def test_processes_share_the_cells_of_one_command_and_one_may_be_killed(tmp_path
 
 @pytest.mark.slow
 def test_one_command_may_start_several_processes(tmp_path):
-    summary = run(Toy(seconds=3.0), tmp_path, processes=2)
+    summary = run(Toy(seconds=8.0), tmp_path, processes=2)
     assert sorted(made(tmp_path)) == sorted(["root", *NAMES])
     assert [row["value"] for row in summary["cells"]] == [len(name) for name in NAMES]
     assert len({(tmp_path / name / "pid").read_text() for name in NAMES}) == 2, "the helper made some"
