@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from routed_peft.architectures import is_plain, width
 from routed_peft.regions.hidden_units import set_weights
+from routed_peft.regions.layer import inner_module
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Children of an attention that can get heads: queries, keys, values and the output."""
@@ -88,7 +88,7 @@ def _obstacle(attention: Any) -> str | None:
     merged = sorted({n for part in PROJECTIONS for n in getattr(getattr(attention, part), "merged_adapters", ())})
     if merged:
         return f"the regions {merged} are merged into it, so first call `unmerge_adapter()`"
-    q, k, v, o = (_inner(getattr(attention, part)) for part in PROJECTIONS)
+    q, k, v, o = (inner_module(getattr(attention, part)) for part in PROJECTIONS)
     heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     if not isinstance(heads, int) or not isinstance(groups, int):
         return f"its configuration has `num_attention_heads` = {heads} and `num_key_value_heads` = {groups}"
@@ -105,10 +105,6 @@ def _obstacle(attention: Any) -> str | None:
     forward = inspect.unwrap(type(attention).forward)
     counted = sorted(_COUNTS & {*vars(attention), *forward.__code__.co_names})
     return f"it computes with a `{counted[0]}` of its own" if counted else None
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def append_heads(projection: nn.Linear, weight: Tensor, *, bias: Tensor | None, output: bool) -> None:

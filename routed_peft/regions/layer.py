@@ -10,6 +10,11 @@ from torch import nn
 from routed_peft.regions.config import RoutedConfig
 
 
+def inner_module(module: nn.Module) -> nn.Module:
+    """Return the module of the base inside a PEFT layer; any other module as it is."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 class RoutedLayer(BaseTunerLayer):
     """A PEFT layer that holds regions beside a module of the base.
 

@@ -26,7 +26,7 @@ from routed_peft.architectures import (
     width,
 )
 from routed_peft.regions.config import KINDS, RoutedConfig
-from routed_peft.regions.layer import RoutedLayer
+from routed_peft.regions.layer import RoutedLayer, inner_module
 from routed_peft.regions.mlp import RoutedMLP
 from routed_peft.regions.subspace import ProtectedEmbedding
 from routed_peft.subspaces.basis import Subspace
@@ -191,7 +191,7 @@ def _check_others(model: nn.Module, config: RoutedConfig, targets: Mapping[str, 
             raise ValueError(f"{name!r} holds a region of another kind already ({type(module).__name__}), beside which "
                              f"one of kind {config.kind!r} cannot stand: choose other `target_modules`")  # fmt: skip
         if kind.check is not None:
-            kind.check(name, _inner(module))
+            kind.check(name, inner_module(module))
     if kind.check_together is not None:
         kind.check_together(model, targets)
 
@@ -199,7 +199,7 @@ def _check_others(model: nn.Module, config: RoutedConfig, targets: Mapping[str, 
 def _check_linear(model: nn.Module, config: RoutedConfig, targets: Mapping[str, nn.Module]) -> None:
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     for name, module in targets.items():
-        inner = _inner(module)
+        inner = inner_module(module)
         if not isinstance(inner, nn.Linear | Conv1D):
             raise ValueError(f"a region of kind {config.kind!r} goes to linear layers (nn.Linear, Conv1D), got "
                              f"{name!r}, a {type(inner).__name__}: choose other `target_modules`")  # fmt: skip
@@ -229,15 +229,11 @@ def _check_writers(
 
 
 def _stores_base_part(config: RoutedConfig, targets: Mapping[str, nn.Module]) -> bool:
-    plain = all(is_plain(cast(Tensor, _inner(module).weight)) for module in targets.values())
+    plain = all(is_plain(cast(Tensor, inner_module(module).weight)) for module in targets.values())
     if config.store_base_part and not plain:
         raise ValueError("`store_base_part=True` on a quantized base, whose weights cannot be trained: leave it at "
                          "None, and train adapters beside the region")  # fmt: skip
     return plain if config.store_base_part is None else config.store_base_part
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def input_embeddings(model: nn.Module, size: int) -> dict[str, nn.Embedding | ProtectedEmbedding]:
