@@ -43,6 +43,7 @@ class RoutedTable(nn.Module, RoutedLayer):
         self.is_input = isinstance(base_layer, nn.Embedding)
         self.routed_factor, self.routed_rows = nn.ModuleDict(), nn.ModuleDict()
         self.tokens: dict[str, Tensor] = {}
+        self._placed: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
         self._tied: nn.Parameter | None = None  # the table that both ends shared before `untie`
@@ -69,6 +70,7 @@ class RoutedTable(nn.Module, RoutedLayer):
             self.routed_rows[adapter_name] = table
             if not isinstance(asked, str):
                 self.tokens[adapter_name] = torch.tensor(asked)
+                self._placed.pop(adapter_name, None)  # of a region of this name that was deleted
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,19 +84,22 @@ class RoutedTable(nn.Module, RoutedLayer):
         return result
 
     def _looked_up(self, result: Tensor, name: str, ids: Tensor) -> Tensor:
-        tokens = self.tokens.get(name)
-        if tokens is None:
+        if name not in self.tokens:
             rows = self.routed_factor[name](ids) if name in self.routed_factor else ids
             update = self.routed_rows[name](rows)
         else:
-            place = self._places(tokens, ids.device)[ids]
+            place = self._places(name, ids.device)[ids]
             update = self.routed_rows[name](place.clamp(min=0)) * (place >= 0).unsqueeze(-1)
         return result + (update * self._scale()).to(result.dtype)
 
-    def _places(self, tokens: Tensor, device: torch.device) -> Tensor:
-        """Return ``(V,)``: the row of each token among a region's, or -1."""
-        places = torch.full((len(self.weight),), -1, device=device)
-        places[tokens.to(device)] = torch.arange(len(tokens), device=device)
+    def _places(self, name: str, device: torch.device) -> Tensor:
+        """Return ``(V,)``: the row of each token among a region's, or -1; made once for a device."""
+        places = self._placed.get(name)
+        if places is None or places.device != device:
+            tokens = self.tokens[name].to(device)
+            places = torch.full((len(self.weight),), -1, device=device)
+            places[tokens] = torch.arange(len(tokens), device=device)
+            self._placed[name] = places
         return places
 
     def _scored(self, result: Tensor, name: str, hidden: Tensor) -> Tensor:
